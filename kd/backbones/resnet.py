@@ -1,0 +1,82 @@
+"""Residual nets for small images with projection shortcuts: resnet8 ... resnet110, resnet8x4, resnet32x4.
+
+Three stages of basic blocks after a 3x3 stem (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016,
+arXiv:1512.03385, section 4.2), with a 1x1 convolution wherever a shortcut changes its shape (their option B).
+The "x4" nets have four times the channels in every stage and twice in the stem
+(Tian et al., "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699).
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ResNet"]
+
+
+class ResNet(nn.Module):
+    """A residual net of `depth` = 6n + 2 layers.
+
+    Args:
+        depth: number of layers, 6n + 2 with n blocks a stage.
+        widths: channels of the stem and of the three stages.
+        num_classes: length of the logits.
+    """
+
+    def __init__(self, depth: int, widths: tuple[int, int, int, int], /, num_classes: int) -> None:
+        super().__init__()
+        assert (depth - 2) % 6 == 0, depth
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
+        self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
+        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
+        self.fc = nn.Linear(widths[3], num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
+        return self.forward_features_and_logits(images)[1]
+
+    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
+        stem = F.relu(self.bn1(self.conv1(images)))
+        stage1 = self.layer1(stem)
+        stage2 = self.layer2(stage1)
+        stage3 = self.layer3(stage2)
+        pooled = stage3.mean(dim=(2, 3))
+        return [stem, stage1, stage2, stage3, pooled], self.fc(pooled)
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = _projection(in_channels, channels, stride)
+
+    def forward(self, features: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(features)))
+        residual = self.bn2(self.conv2(residual))
+        return F.relu(residual + self.downsample(features))
+
+
+def _projection(in_channels: int, channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False),
+        nn.BatchNorm2d(channels),
+    )
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = (_BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(_BasicBlock(in_channels, channels, stride), *rest)
+
+
+def _initialise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,79 @@
+"""He et al.'s own residual nets for CIFAR: resnet20_option_a ... resnet110_option_a, no parameters in the shortcuts.
+
+"Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385, section 4.2 and option A of section 3.3:
+where a shortcut changes its shape, every second pixel is taken and the new channels are zero.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["OptionAResNet"]
+
+
+class OptionAResNet(nn.Module):
+    """A residual net of `depth` = 6n + 2 layers and 16, 32, 64 channels.
+
+    Args:
+        depth: number of layers, 6n + 2 with n blocks a stage.
+        num_classes: length of the logits.
+    """
+
+    def __init__(self, depth: int, /, num_classes: int) -> None:
+        super().__init__()
+        assert (depth - 2) % 6 == 0, depth
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, stride=1)
+        self.layer2 = _stage(16, 32, blocks, stride=2)
+        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
+        return self.forward_features_and_logits(images)[1]
+
+    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
+        stem = F.relu(self.bn1(self.conv1(images)))
+        stage1 = self.layer1(stem)
+        stage2 = self.layer2(stage1)
+        stage3 = self.layer3(stage2)
+        pooled = stage3.mean(dim=(2, 3))
+        return [stem, stage1, stage2, stage3, pooled], self.linear(pooled)
+
+
+class _Block(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - in_channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(features)))
+        residual = self.bn2(self.conv2(residual))
+        return F.relu(residual + self._shortcut(features))
+
+    def _shortcut(self, features: Tensor) -> Tensor:
+        if self.stride == 1 and self.new_channels == 0:
+            return features
+        subsampled = features[:, :, :: self.stride, :: self.stride]
+        before = self.new_channels // 2
+        return F.pad(subsampled, (0, 0, 0, 0, before, self.new_channels - before))
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = (_Block(channels, channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(_Block(in_channels, channels, stride), *rest)
+
+
+def _initialise(model: nn.Module) -> None:
+    # fan_in, as He et al. trained them; the projection nets of resnet.py use fan_out
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)

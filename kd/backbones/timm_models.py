@@ -1,0 +1,95 @@
+"""Any timm model, with the stage features that feature-based losses need."""
+
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["create_timm_model", "input_statistics"]
+
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+def create_timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """Builds `timm.create_model(name, num_classes=num_classes, **kwargs)` and adds `forward_features_and_logits`.
+
+    The state_dict is timm's own. Nothing is downloaded unless `pretrained=True` is among the options.
+
+    Raises:
+        ValueError: timm has no such model or weights, the model no such option, or the name asks for a download.
+    """
+    import timm
+
+    _check_name(name, bool(kwargs.get("pretrained")))
+    try:
+        model = timm.create_model(name, num_classes=num_classes, **kwargs)
+    except (RuntimeError, TypeError) as error:  # timm's own for an unknown tag, Python's for an unknown option
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"timm cannot build {name} with the options {sorted(kwargs)}: {reason}") from error
+    model.__class__ = _with_stage_features(type(model))
+    return model
+
+
+def input_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation, a number a channel and of pixels scaled to 0..1, that a timm model was trained with.
+
+    None where the model does not say.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean"), config.get("std")
+    if mean is None or std is None:
+        return None
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _check_name(name: str, pretrained: bool) -> None:
+    import timm
+
+    if ":" in name or "/" in name:  # a source that timm reads the architecture from: its own errors are clear
+        if name.startswith(_HUB_PREFIXES) and not pretrained:
+            raise ValueError(f'"timm:{name}" is downloaded: allow it with pretrained=True, or name an architecture')
+        return
+    architecture = name.partition(".")[0]  # the rest names a set of weights
+    if not timm.is_model(architecture):
+        close = get_close_matches(architecture, timm.list_models(), n=4)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists those there are"
+        raise ValueError(f'timm has no model "{architecture}": {hint}')
+
+
+class _StageFeatures:
+    """What a timm model is given on top."""
+
+    _timm_class: type
+
+    def forward_features_and_logits(self: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """timm's intermediates (NCHW, shallow to deep), then the pooled [B, D]; and the logits.
+
+        Raises:
+            ValueError: the model has no `forward_intermediates`.
+        """
+        if not (hasattr(self, "forward_intermediates") and hasattr(self, "forward_head")):
+            name = self._timm_class.__name__
+            raise ValueError(f"timm's {name} gives no stage features: take another model or a loss on logits alone")
+        final, intermediates = self.forward_intermediates(images)
+        # The head runs twice: applying the classifier to the pooled features would be wrong for heads with a norm
+        # or several classifiers in between. In training mode dropout in the head therefore draws twice.
+        pooled = self.forward_head(final, pre_logits=True)
+        return [*intermediates, pooled], self.forward_head(final)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time and cannot be found by name: pickle and deepcopy start from timm's class.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _blank, (self._timm_class,), *state
+
+
+@cache
+def _with_stage_features(timm_class: type) -> type:
+    # A subclass and not a wrapping module, so that the keys of the state_dict stay timm's; and not a method bound to
+    # the instance, which pickle could not restore.
+    return type(timm_class.__name__, (_StageFeatures, timm_class), {"_timm_class": timm_class})
+
+
+def _blank(timm_class: type) -> nn.Module:
+    subclass = _with_stage_features(timm_class)
+    return subclass.__new__(subclass)

@@ -1,0 +1,92 @@
+"""Wide residual nets for small images: wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2.
+
+Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, arXiv:1605.07146: pre-activation blocks B(3,3),
+WRN-depth-factor with depth = 6n + 4.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["WideResNet"]
+
+
+class WideResNet(nn.Module):
+    """A wide residual net.
+
+    Args:
+        depth: number of layers, 6n + 4 with n blocks a stage.
+        widen_factor: channels of the stages are 16, 32, 64 times this.
+        num_classes: length of the logits.
+        dropout: probability of dropping an element between the two convolutions of a block.
+    """
+
+    def __init__(self, depth: int, widen_factor: int, /, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        assert (depth - 4) % 6 == 0, depth
+        blocks = (depth - 4) // 6
+        widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.block1 = _Stage(16, widths[0], blocks, stride=1, dropout=dropout)
+        self.block2 = _Stage(widths[0], widths[1], blocks, stride=2, dropout=dropout)
+        self.block3 = _Stage(widths[1], widths[2], blocks, stride=2, dropout=dropout)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.fc = nn.Linear(widths[2], num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
+        return self.forward_features_and_logits(images)[1]
+
+    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of the stem and of each stage, then the pooled [B, D]; and the logits.
+
+        Pre-activation blocks end in a sum: the stem's and the stages' features have passed neither the next
+        batch norm nor its ReLU. The pooled ones have.
+        """
+        stem = self.conv1(images)
+        stage1 = self.block1(stem)
+        stage2 = self.block2(stage1)
+        stage3 = self.block3(stage2)
+        pooled = F.relu(self.bn1(stage3)).mean(dim=(2, 3))
+        return [stem, stage1, stage2, stage3, pooled], self.fc(pooled)
+
+
+class _Stage(nn.Module):
+    def __init__(self, in_channels: int, channels: int, blocks: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        rest = (_Block(channels, channels, 1, dropout) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(_Block(in_channels, channels, stride, dropout), *rest)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features)
+
+
+class _Block(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        # the name is part of the published state_dict
+        self.convShortcut = (
+            None if in_channels == channels else nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(features))
+        residual = F.relu(self.bn2(self.conv1(activated)))
+        residual = self.conv2(self.dropout(residual))
+        # the projection sees the activated features, the identity the raw ones
+        shortcut = features if self.convShortcut is None else self.convShortcut(activated)
+        return residual + shortcut
+
+
+def _initialise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # normal(0, sqrt(2 / n)), n = kernel area times output channels
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,156 @@
+"""Weights made elsewhere."""
+
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "read_state_dict"]
+
+# where trainers keep the state_dict, in the order in which they are looked for: averaged weights last
+_CONTAINERS = ("model", "net", "state_dict", "weight", "model_state_dict", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+_SHOWN_KEYS = 4
+
+
+def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> None:
+    """Loads the weights of a file into a model; the model is untouched if they do not fit.
+
+    Batch norms' `num_batches_tracked` may be absent, as in files older than torch 0.4.1.
+
+    Args:
+        model: a net whose keys the file uses, possibly with the prefixes that `read_state_dict` removes.
+        path: a file that `read_state_dict` can read.
+        strict: whether every key must be in both; if not, at least one must.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the
+            shapes are not those of the model.
+    """
+    weights = read_state_dict(path)
+    expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    _check_keys(weights, expected, path, strict)
+    _check_shapes(weights, expected, path, _last_linear_layer(model))
+    model.load_state_dict(weights, strict=False)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU; no code in the file is run.
+
+    Reads safetensors (by their suffix) and torch files that hold a state_dict, plain or under one of the usual names
+    ("model", "net", "state_dict", "weight", ...; of several the first in this order, averaged weights last).
+    The prefixes "module." and "_orig_mod." are removed where every key has them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
+        ValueError: the file is damaged, not a checkpoint, needs unsafe unpickling, or holds no state_dict.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the weights file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
+    return _strip_prefixes(_find_state_dict(content, path))
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
+
+
+def _read_torch_file(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # unpickling foreign bytes can raise anything, OSError for a truncated zip
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if refused:
+        return (
+            f"{path} needs unsafe unpickling ({refused[1]}): save its state_dict alone, "
+            "torch.save(model.state_dict(), path), where the file comes from"
+        )
+    return f"{path} is damaged or not a checkpoint: {type(error).__name__}, {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if _is_state_dict(content):
+        return content
+    keys = [str(key) for key in content] if isinstance(content, dict) else []
+    for name in _CONTAINERS:
+        if name in keys and _is_state_dict(content[name]):
+            return content[name]
+    has = f"its keys are {_listed(keys)}" if keys else f"it is a {type(content).__name__}"
+    raise ValueError(f"{path} holds no state_dict, plain or under {', '.join(_CONTAINERS)}: {has}")
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
+
+
+def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = dict(weights)
+    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def _check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path, strict: bool) -> None:
+    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in expected]
+    if strict and (missing or unexpected):
+        kinds = {"missing keys": missing, "unexpected keys": unexpected}
+        differences = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys)
+        raise ValueError(f"{path} is not of this model, check the model's name: {differences}")
+    if weights.keys().isdisjoint(expected):
+        raise ValueError(f"{path} has no key of this model, check the model's name; its keys: {_listed(unexpected)}")
+
+
+def _check_shapes(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path, last_layer: str | None
+) -> None:
+    shapes = {
+        key: (list(weights[key].shape), list(value.shape))
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    }
+    if not shapes:
+        return
+    classes = shapes.get(f"{last_layer}.weight")
+    if classes and shapes.keys() <= {f"{last_layer}.weight", f"{last_layer}.bias"} and classes[0][1:] == classes[1][1:]:
+        raise ValueError(f"{path}: the weights have {classes[0][0]} classes, the model {classes[1][0]}")
+    differences = _listed(f"{key} {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items())
+    raise ValueError(f"{path} has other shapes than this model, check the model's name and options: {differences}")
+
+
+def _last_linear_layer(model: nn.Module) -> str | None:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def _listed(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = len(keys) - _SHOWN_KEYS
+    return ", ".join(keys[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")

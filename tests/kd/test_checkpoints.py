@@ -1,0 +1,222 @@
+import argparse
+import collections
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dalikd.kd.checkpoints import load_weights, read_state_dict
+
+
+def make_model(num_classes=10):
+    return nn.Sequential(
+        collections.OrderedDict(
+            convolution=nn.Conv2d(3, 4, 3),
+            norm=nn.BatchNorm2d(4),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(4, num_classes),
+        )
+    )
+
+
+def prefixed(state_dict, prefix):
+    return {prefix + key: value for key, value in state_dict.items()}
+
+
+@pytest.fixture
+def source():
+    model = make_model()
+    nn.init.normal_(model.norm.running_mean)
+    return model
+
+
+LAYOUTS = {
+    "plain": lambda state: state,
+    "model": lambda state: {"epoch": 240, "model": state, "best_acc": 0.7, "optimizer": {"state": {}}},
+    "net": lambda state: {"net": state, "acc": 76.5},
+    "state_dict": lambda state: {"best_prec1": 91.7, "state_dict": state},
+    "weight": lambda state: {"weight": state},
+    "state_dict_ema": lambda state: {"state_dict_ema": state},
+    "distributed": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "distributed and compiled": lambda state: {"model": prefixed(state, "module._orig_mod.")},
+    "compiled and distributed": lambda state: {"net": prefixed(state, "_orig_mod.module.")},
+}
+
+
+def assert_same(model, source):
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_layout_is_read(layout, zipped, source, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(LAYOUTS[layout](source.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    model = make_model()
+    load_weights(model, str(path))
+    assert_same(model, source)
+    assert read_state_dict(path).keys() == source.state_dict().keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_safetensors_are_read(prefix, source, tmp_path):
+    save_file(prefixed(source.state_dict(), prefix), tmp_path / "weights.safetensors")
+    model = make_model()
+    load_weights(model, tmp_path / "weights.safetensors")
+    assert_same(model, source)
+
+
+def test_raw_weights_come_before_averaged_ones(source, tmp_path):
+    torch.save({"state_dict_ema": make_model().state_dict(), "state_dict": source.state_dict()}, tmp_path / "w.pth")
+    model = make_model()
+    load_weights(model, tmp_path / "w.pth")
+    assert_same(model, source)
+
+
+def test_a_prefix_that_only_some_keys_have_is_a_name_and_stays(tmp_path):
+    torch.save({"module.weight": torch.ones(2), "head.weight": torch.ones(2)}, tmp_path / "w.pth")
+    assert list(read_state_dict(tmp_path / "w.pth")) == ["module.weight", "head.weight"]
+
+
+def test_batch_counters_may_be_absent(source, tmp_path):
+    state = {key: value for key, value in source.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "w.pth")
+    model = make_model()
+    load_weights(model, tmp_path / "w.pth")
+    assert_same(model, source)
+
+
+def error_of(call, *arguments, **options):
+    """The message, checked for naming the file, of the error that a call raises."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        call(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(arguments[-1]) in message
+    return message
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        read_state_dict(tmp_path / "absent.pth")
+    with pytest.raises(IsADirectoryError, match="is a folder: name the weights file in it"):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02garbage", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_no_checkpoint(content, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    assert "is damaged or not a" in error_of(read_state_dict, path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file(suffix, source, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(source.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert "is damaged" in error_of(read_state_dict, path)
+
+
+def leave_a_trace(path):
+    path.touch()
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return leave_a_trace, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_not_run(zipped, source, tmp_path):
+    content = {"model": source.state_dict(), "extra": Malicious(tmp_path / "trace")}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert "needs unsafe unpickling" in error_of(read_state_dict, tmp_path / "w.pth")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_what_needs_unsafe_unpickling_is_named(source, tmp_path):
+    torch.save({"opt": argparse.Namespace(lr=0.1), "model": source.state_dict()}, tmp_path / "w.pth")
+    assert "needs unsafe unpickling (argparse.Namespace)" in error_of(read_state_dict, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"epoch": 3, "optimizer": {"state": {}}}, "its keys are epoch, optimizer"),
+        ({"model": {"conv": 1}}, "its keys are model"),
+        ({}, "it is a dict"),
+        (torch.ones(3), "it is a Tensor"),
+        ([torch.ones(3)], "it is a list"),
+    ],
+)
+def test_no_state_dict_inside(content, found, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    message = error_of(read_state_dict, tmp_path / "w.pth")
+    assert "holds no state_dict, plain or under model, net, " in message
+    assert message.endswith(found)
+
+
+def test_missing_and_unexpected_keys_are_listed_and_the_model_is_untouched(source, tmp_path):
+    state = source.state_dict()
+    state["fc.weight"] = state.pop("head.weight")
+    state["fc.bias"] = state.pop("head.bias")
+    torch.save(state, tmp_path / "w.pth")
+    model = make_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = error_of(load_weights, model, tmp_path / "w.pth")
+    assert message.endswith("missing keys: head.weight, head.bias; unexpected keys: fc.weight, fc.bias")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_of_many_keys_the_first_are_listed(tmp_path):
+    torch.save({f"key{number}": torch.ones(1) for number in range(9)}, tmp_path / "w.pth")
+    message = error_of(load_weights, make_model(), tmp_path / "w.pth")
+    assert "missing keys: convolution.weight, convolution.bias, norm.weight, norm.bias and 4 more;" in message
+    assert message.endswith("unexpected keys: key0, key1, key2, key3 and 5 more")
+
+
+def test_not_strict_loads_the_keys_that_are_in_both_if_there_are_any(source, tmp_path):
+    state = source.state_dict()
+    state["aux.weight"] = state.pop("head.weight")
+    torch.save(state, tmp_path / "some.pth")
+    model = make_model()
+    head = model.head.weight.clone()
+    load_weights(model, tmp_path / "some.pth", strict=False)
+    assert torch.equal(model.convolution.weight, source.convolution.weight)
+    assert torch.equal(model.head.weight, head)
+    torch.save({"aux.weight": torch.ones(1)}, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match=r"none\.pth has no key of this model.*its keys: aux\.weight"):
+        load_weights(model, tmp_path / "none.pth", strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_number_of_classes_is_said_in_so_many_words(strict, source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: the weights have 10 classes, the model 100$"):
+        load_weights(make_model(100), tmp_path / "w.pth", strict=strict)
+
+
+def test_other_shapes_are_listed(source, tmp_path):
+    state = source.state_dict()
+    state["convolution.weight"] = torch.ones(4, 1, 3, 3)
+    state["head.weight"] = torch.ones(10, 8)
+    torch.save(state, tmp_path / "w.pth")
+    message = error_of(load_weights, make_model(), tmp_path / "w.pth")
+    assert "convolution.weight [4, 1, 3, 3] instead of [4, 3, 3, 3]" in message
+    assert "head.weight [10, 8] instead of [10, 4]" in message
+
+
+def test_other_features_of_the_last_layer_are_a_matter_of_shape_not_of_classes(source, tmp_path):
+    state = source.state_dict()
+    state["head.weight"] = torch.ones(12, 8)
+    torch.save(state, tmp_path / "w.pth")
+    assert "head.weight [12, 8] instead of [10, 4]" in error_of(load_weights, make_model(), tmp_path / "w.pth")
