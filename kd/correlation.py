@@ -1,0 +1,220 @@
+"""Does T. stddev foretell the student? Correlation of the two over augmentations, and the scatter plot of it.
+
+Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", NeurIPS 2022, arXiv 2012.02909.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+__all__ = ["Coefficient", "Correlation", "Point", "correlate", "draw", "plot", "read_points"]
+
+FEWEST_POINTS = 3
+
+
+class Coefficient(NamedTuple):
+    """A correlation coefficient and its two-sided p-value."""
+
+    coefficient: float
+    p_value: float
+
+
+class Correlation(NamedTuple):
+    """Linear correlation, and two of ranks."""
+
+    pearson: Coefficient
+    spearman: Coefficient
+    kendall: Coefficient
+
+
+class Point(NamedTuple):
+    """One augmentation: its T. stddev and the test loss of the student trained with it."""
+
+    da: str
+    t_stddev: float
+    s_test_loss: float
+
+
+def correlate(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """Pearson's, Spearman's and Kendall's (tau-b) coefficient of x and y, with p-values.
+
+    Raises:
+        ValueError: different lengths, fewer than 3 points, a value that is not finite, or all values of one side equal.
+    """
+    from scipy import stats
+
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} values and y {len(y)}: give pairs")
+    if len(x) < FEWEST_POINTS:
+        raise ValueError(f"a correlation of {len(x)} points says nothing: give at least {FEWEST_POINTS}")
+    for name, values in (("x", x), ("y", y)):
+        _check_values(name, values)
+    tests = (stats.pearsonr(x, y), stats.spearmanr(x, y), stats.kendalltau(x, y))
+    return Correlation(*(Coefficient(float(test[0]), float(test[1])) for test in tests))
+
+
+def _check_values(name: str, values: Sequence[float]) -> None:
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}[{index}] is {value}: give finite numbers")
+    if min(values) == max(values):
+        raise ValueError(f"every value of {name} is {values[0]}: a correlation needs values that differ")
+
+
+def read_points(path: str | Path) -> list[Point]:
+    """Read {"points": [{"da": name, "t_stddev": number, "s_test_loss": number}, ...]}; other keys are ignored.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, no list of points, or a point with a missing or unusable value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, give a JSON file of points")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    points = content.get("points") if isinstance(content, dict) else None
+    if not isinstance(points, list):
+        raise ValueError(f'{path}: no list "points", the file has to be {{"points": [{{"da": ...}}, ...]}}')
+    return [_read_point(f"{path}: points[{index}]", point) for index, point in enumerate(points)]
+
+
+def _read_point(place: str, point: Any) -> Point:
+    if not isinstance(point, dict):
+        raise ValueError(f"{place} is not an object: give da, t_stddev and s_test_loss")
+    name = point.get("da")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{place}: da is {name!r}, give the augmentation's name")
+    return Point(name, _read_number(place, point, "t_stddev"), _read_number(place, point, "s_test_loss"))
+
+
+def _read_number(place: str, point: dict[str, Any], key: str) -> float:
+    if key not in point:
+        raise ValueError(f"{place}: {key} is missing")
+    value = point[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{place}: {key} is {value!r}, give a finite number")
+    return float(value)
+
+
+def plot(points: Sequence[Point], correlation: Correlation, path: str | Path, title: str = "") -> None:
+    """Draw a scatter plot of the points, T. stddev to the right and student test loss upwards, into a PNG file.
+
+    Raises:
+        ValueError: no points.
+        NotADirectoryError: the folder of path does not exist.
+    """
+    path = Path(path)
+    if not points:
+        raise ValueError("there are no points to plot: give at least one")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
+    draw(points, correlation, title).savefig(path, format="png", dpi=160)
+
+
+def draw(points: Sequence[Point], correlation: Correlation, title: str = "") -> "Figure":
+    """Return the figure that `plot` saves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)  # draws in memory, whatever backend the process uses
+    axes = figure.subplots()
+    axes.set(xlabel="T. stddev", ylabel="Student test loss", title=title)
+    axes.margins(0.12)
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for index, point in enumerate(points):
+        axes.scatter(
+            point.t_stddev, point.s_test_loss, s=52, color=f"C{index % 10}", edgecolors="white", alpha=0.9, zorder=3
+        )
+    box = _write_coefficients(axes, correlation)
+    figure.canvas.draw()  # fixes the layout: labels are placed in pixels
+    figure.set_layout_engine("none")
+    _place_labels(axes, points, box.get_window_extent())
+    return figure
+
+
+def _write_coefficients(axes: "Axes", correlation: Correlation) -> "Annotation":
+    """Write the coefficients into the corner that a rising (or falling) cloud leaves empty."""
+    lines = [f"{name.capitalize():<9}{_format(value)}" for name, value in correlation._asdict().items()]
+    x, side = (0.02, "left") if correlation.pearson.coefficient >= 0 else (0.98, "right")
+    return axes.annotate(
+        "\n".join(lines),
+        (x, 0.98),
+        xycoords="axes fraction",
+        horizontalalignment=side,
+        verticalalignment="top",
+        family="monospace",
+        fontsize=9,
+        linespacing=1.5,
+        bbox={"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "0.75"},
+    )
+
+
+def _format(value: Coefficient) -> str:
+    p_value = "p < 0.0001" if value.p_value < 0.0001 else f"p = {value.p_value:.4f}"
+    return f"{value.coefficient:7.4f}  {p_value}"
+
+
+def _place_labels(axes: "Axes", points: Sequence[Point], box: "Bbox") -> None:
+    """Write every name beside its point, where it covers least of the points, the box and the names before it."""
+    from matplotlib.transforms import Bbox
+
+    pixels = axes.transData.transform([(point.t_stddev, point.s_test_loss) for point in points])
+    taken = [box, *(Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels)]
+    for index, point in enumerate(points):
+        candidates = [_label(axes, point, f"C{index % 10}", *place) for place in _label_places()]
+        costs = [_cost(label.get_window_extent(), taken, axes.bbox) for label in candidates]
+        best = candidates[costs.index(min(costs))]
+        for label in candidates:
+            if label is not best:
+                label.remove()
+        taken.append(best.get_window_extent())
+
+
+def _label_places() -> list[tuple[float, float, str, str]]:
+    """Offsets in points and alignments, the preferred first."""
+    places = []
+    for distance in (7.0, 14.0, 22.0):
+        near = distance * 0.7
+        places += [(distance, 0.0, "left", "center"), (-distance, 0.0, "right", "center")]
+        places += [(0.0, distance, "center", "bottom"), (0.0, -distance, "center", "top")]
+        places += [(near, near, "left", "bottom"), (near, -near, "left", "top")]
+        places += [(-near, near, "right", "bottom"), (-near, -near, "right", "top")]
+    return places
+
+
+def _label(axes: "Axes", point: Point, color: str, right: float, up: float, horizontal: Any, vertical: Any) -> Any:
+    return axes.annotate(
+        point.da,
+        (point.t_stddev, point.s_test_loss),
+        xytext=(right, up),
+        textcoords="offset points",
+        horizontalalignment=horizontal,
+        verticalalignment=vertical,
+        fontsize=9,
+        color=color,
+    )
+
+
+def _cost(label: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
+    """Square pixels of `label` that cover something or stick out of the axes."""
+    from matplotlib.transforms import Bbox
+
+    overlaps = (Bbox.intersection(label, other) for other in taken)
+    covered = sum(overlap.width * overlap.height for overlap in overlaps if overlap is not None)
+    shown = Bbox.intersection(label, inside)
+    area = label.width * label.height
+    return covered + area - (shown.width * shown.height if shown is not None else 0.0)

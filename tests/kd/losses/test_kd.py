@@ -1,0 +1,184 @@
+"""kd_loss against published values; KD's terms, weights and configuration."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jsonargparse
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dalikd.kd.losses import KD, DistillationLoss, MixedOutputs, cross_entropy, kd_loss, mixed_cross_entropy
+
+REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "kd_loss.json").read_text())
+
+
+class Batch(NamedTuple):
+    student: Tensor
+    labels: Tensor
+    teacher: Tensor
+    mixed: MixedOutputs
+
+
+@pytest.fixture
+def batch() -> Batch:
+    torch.manual_seed(0)
+    logits = [torch.randn(6, 5, dtype=torch.float64) * 3 for _ in range(4)]
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    mixed = MixedOutputs(logits[2], logits[3], labels, labels.flip(0), torch.rand(6))
+    return Batch(logits[0], labels, logits[1], mixed)
+
+
+def reference_logits() -> tuple[Tensor, Tensor]:
+    random = np.random.RandomState(REFERENCE["seed"])
+    student, teacher = (random.randn(*REFERENCE["shape"]) * REFERENCE["scale"] for _ in range(2))
+    return torch.from_numpy(student).requires_grad_(), torch.from_numpy(teacher)
+
+
+def test_kd_loss_and_its_gradient_equal_the_published_ones():
+    student, teacher = reference_logits()
+    loss = kd_loss(student, teacher, REFERENCE["temperature"])
+    loss.backward()
+    assert loss.item() == pytest.approx(REFERENCE["value64"], rel=1e-12)
+    assert student.grad is not None
+    assert student.grad.norm().item() == pytest.approx(REFERENCE["gradient"]["norm"], rel=1e-10)
+    assert student.grad.flatten()[:4].tolist() == pytest.approx(REFERENCE["gradient"]["first4"], rel=1e-10)
+
+
+def test_kd_loss_in_float32():
+    student, teacher = reference_logits()
+    loss = kd_loss(student.float(), teacher.float(), REFERENCE["temperature"])
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(REFERENCE["value32"], rel=1e-6)
+
+
+def test_kd_loss_is_zero_at_equal_logits_and_ignores_shifts():
+    logits = torch.randn(4, 7, dtype=torch.float64)
+    assert kd_loss(logits, logits + 3, 4.0).item() == pytest.approx(0.0, abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_kd_loss_of_confident_opponents_is_finite(dtype: torch.dtype):
+    teacher = torch.tensor([[500.0, -500.0, 0.0], [-500.0, 500.0, 0.0]], dtype=dtype)
+    student = (-teacher).requires_grad_()
+    loss = kd_loss(student, teacher, 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(1000.0)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+def test_kd_loss_of_half_logits_is_computed_in_float32():
+    student, teacher = torch.randn(2, 64, 100).bfloat16()
+    exact = kd_loss(student.float(), teacher.float(), 4.0)
+    assert kd_loss(student, teacher, 4.0).dtype == torch.float32
+    assert torch.equal(kd_loss(student, teacher, 4.0), exact)
+
+
+def test_without_mixed_images(batch: Batch):
+    terms = KD(ce_weight=0.3, kd_weight=0.6, temperature=2.0, lw_mix=(0.5, 1.0, 1.0))(*batch[:3])
+    ce, kd = cross_entropy(batch.student, batch.labels), kd_loss(batch.student, batch.teacher, 2.0)
+    assert list(terms) == ["loss", "ce", "kd"]
+    assert [terms["ce"].item(), terms["kd"].item()] == [ce.item(), kd.item()]
+    assert terms["loss"].item() == pytest.approx((0.3 * ce + 0.6 * 0.5 * kd).item(), rel=1e-12)
+
+
+def test_with_mixed_images(batch: Batch):
+    terms = KD(label_smoothing=0.1, lw_mix=(0.5, 2.0, 0.7))(*batch)
+    mixed = batch.mixed
+    ce = cross_entropy(batch.student, batch.labels, 0.1)
+    kd = kd_loss(batch.student, batch.teacher, 4.0)
+    ce_mix = mixed_cross_entropy(mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, 0.1)
+    kd_mix = kd_loss(mixed.student_logits, mixed.teacher_logits, 4.0)
+    assert list(terms) == ["loss", "ce", "kd", "ce_mix", "kd_mix"]
+    assert [term.item() for term in terms.values()][1:] == [term.item() for term in (ce, kd, ce_mix, kd_mix)]
+    expected = 0.1 * ce + 0.9 * (0.5 * kd + 2.0 * ce_mix + 0.7 * kd_mix)
+    assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_default_leaves_mixed_labels_out(batch: Batch):
+    terms = KD()(*batch)
+    assert list(terms) == ["loss", "ce", "kd", "kd_mix"]
+    expected = 0.1 * terms["ce"] + 0.9 * (terms["kd"] + terms["kd_mix"])
+    assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_loss_trains_the_student_on_both_kinds_of_images(batch: Batch):
+    student, on_mixed = batch.student.requires_grad_(), batch.mixed.student_logits.requires_grad_()
+    KD()(student, *batch[1:])["loss"].backward()
+    assert student.grad is not None
+    assert on_mixed.grad is not None
+    assert student.grad.abs().sum() > 0
+    assert on_mixed.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lw_mix": (1.0, 1.0)}, "lw_mix"),
+        ({"lw_mix": (1.0, 0.0, 1.0, 0.0)}, "lw_mix"),
+        ({"lw_mix": (1.0, -0.1, 1.0)}, "lw_mix"),
+        ({"lw_mix": (1.0, float("nan"), 1.0)}, "lw_mix"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -4.0}, "temperature"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+    ],
+)
+def test_unusable_settings_are_refused(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        KD(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def instantiate(parser: jsonargparse.ArgumentParser, config: jsonargparse.Namespace) -> jsonargparse.Namespace:
+    """Build what the configuration names; jsonargparse 4.49 renamed the method."""
+    return getattr(parser, "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes")(config)
+
+
+def test_the_signature_is_read_by_jsonargparse():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(KD, "loss")
+    config = parser.parse_args(["--loss.lw_mix=[1, 0.5, 2]", "--loss.temperature=2"])
+    loss = instantiate(parser, config).loss
+    assert isinstance(loss, KD)
+    assert loss.temperature == 2.0
+    assert loss.weights == pytest.approx({"ce": 0.1, "kd": 0.9, "ce_mix": 0.45, "kd_mix": 1.8})
+    help_text = " ".join(parser.format_help().split())
+    for phrase in (
+        "Weight of the cross-entropy",
+        "Weight of everything",
+        "Divides the",
+        "Share of each",
+        "Inner weights",
+    ):
+        assert phrase in help_text
+
+
+def test_a_later_method_is_a_subclass_chosen_by_its_path():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DistillationLoss, "loss")
+    config = parser.parse_args(["--loss=dalikd.kd.losses.KD", "--loss.kd_weight=0.5"])
+    assert isinstance(instantiate(parser, config).loss, KD)
+
+
+def test_a_feature_based_loss_adds_its_own_term(batch: Batch):
+    class Hint(KD):
+        needs_features = True
+
+        def forward(self, student_logits, labels, teacher_logits, mixed=None, student_features=(), teacher_features=()):
+            terms = super().forward(student_logits, labels, teacher_logits, mixed)
+            hint = (student_features[0] - teacher_features[0]).square().mean()
+            return {**terms, "loss": terms["loss"] + 100 * hint, "hint": hint}
+
+    features = {"student_features": [torch.ones(6, 3)], "teacher_features": [torch.zeros(6, 3)]}
+    terms = Hint()(*batch, **features)
+    assert list(terms) == ["loss", "ce", "kd", "kd_mix", "hint"]
+    assert (terms["loss"] - KD()(*batch)["loss"]).item() == pytest.approx(100.0)
+    assert (KD.needs_features, Hint.needs_features) == (False, True)
+
+
+def test_the_base_class_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        DistillationLoss()  # pyright: ignore[reportAbstractUsage]
