@@ -1,0 +1,57 @@
+"""Names the files that cannot be decoded. DALI's error for a bad file often does not say which one it was."""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from dalikd.pipelines.sources import Source
+
+__all__ = ["BadFile", "find_bad_files"]
+
+# By content, whatever the extension. Pillow also opens GIF, AVIF and others, on which DALI fails.
+_DALI_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+
+
+class BadFile(NamedTuple):
+    """A file that cannot be decoded: its `row` in the source, its `path`, and the `reason` in one line."""
+
+    row: int
+    path: str
+    reason: str
+
+
+def find_bad_files(source: Source, rows: Iterable[int]) -> list[BadFile]:
+    """Decode the files of `rows` completely and return those that fail, in the order of `rows`.
+
+    Every file is read by Pillow on the CPU, some milliseconds each. Images in memory are never bad.
+    """
+    if source.files is None:
+        return []
+    paths = ((int(row), source.path(row)) for row in rows)
+    return [BadFile(row, path, reason) for row, path in paths if (reason := _why_bad(Path(path))) is not None]
+
+
+def _why_bad(path: Path) -> str | None:
+    try:
+        if path.stat().st_size == 0:
+            return "the file is empty"
+        return _why_undecodable(path)
+    except FileNotFoundError:
+        return "the file is missing"
+    except Image.DecompressionBombError:
+        return None  # a huge picture: slow, but DALI reads it
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _why_undecodable(path: Path) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on metadata and size are not what is asked for
+        with Image.open(path) as image:
+            if image.format not in _DALI_FORMATS:
+                return f"the content is {image.format}, which DALI does not decode"
+            image.convert("RGB").load()
+    return None

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalikd.pipelines.doctor import BadFile, find_bad_files
+from dalikd.pipelines.manifest import FileList
+from dalikd.pipelines.sources import Source
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def make_source(paths: list[Path], root: Path) -> Source:
+    return Source(
+        name="imagefolder",
+        split="train",
+        classes=("a",),
+        labels=np.zeros(len(paths), np.int64),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        image_size=32,
+        files=FileList.from_paths([str(path) for path in paths], root),
+    )
+
+
+def test_good_files_of_every_kind(tmp_path: Path, photo: Image.Image) -> None:
+    for name in ("a.jpg", "a.png", "a.bmp", "a.webp", "a.tif", "a.ppm"):
+        photo.save(tmp_path / name)
+    photo.convert("L").save(tmp_path / "grey.jpg")
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.convert("P").save(tmp_path / "palette.png")
+    photo.save(tmp_path / "png_named.jpg", format="PNG")
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 10
+    assert find_bad_files(make_source(paths, tmp_path), range(10)) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda _: b"", "the file is empty"),
+        (lambda content: content[:100], "Error: "),
+        (lambda content: content[: len(content) // 2], "OSError: image file is truncated"),
+        (lambda content: content[:-20], "OSError: image file is truncated"),
+        (lambda _: b"<html>404</html>", "UnidentifiedImageError: cannot identify image file"),
+        (lambda _: b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "Error: "),
+    ],
+    ids=["empty", "header cut", "half", "end cut", "text", "PNG header only"],
+)
+def test_bad_file_is_named(tmp_path: Path, photo: Image.Image, damage, reason: str) -> None:
+    paths = [tmp_path / f"{number}.jpg" for number in range(3)]
+    for path in paths:
+        photo.save(path)
+    paths[1].write_bytes(damage(paths[1].read_bytes()))
+    (bad,) = find_bad_files(make_source(paths, tmp_path), np.arange(3))
+    assert (bad.row, bad.path) == (1, str(paths[1]))
+    assert reason in bad.reason
+    assert "\n" not in bad.reason
+
+
+def test_format_dali_cannot_read(tmp_path: Path, photo: Image.Image) -> None:
+    photo.save(tmp_path / "a.jpg", format="GIF")
+    (bad,) = find_bad_files(make_source([tmp_path / "a.jpg"], tmp_path), [0])
+    assert bad.reason == "the content is GIF, which DALI does not decode"
+
+
+def test_missing_file_and_order_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    source = make_source([tmp_path / "a.jpg", tmp_path / "b.jpg"], tmp_path)
+    assert find_bad_files(source, [1, 0]) == [
+        BadFile(1, str(tmp_path / "b.jpg"), "the file is missing"),
+        BadFile(0, str(tmp_path / "a.jpg"), "the file is empty"),
+    ]
+    assert find_bad_files(source, []) == []
+
+
+def test_huge_picture_is_not_bad(tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo.save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert find_bad_files(make_source([tmp_path / "a.jpg"], tmp_path), [0]) == []
+
+
+def test_images_in_memory_are_never_bad() -> None:
+    source = Source(
+        name="cifar10",
+        split="train",
+        classes=("a",),
+        labels=np.zeros(2, np.int64),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        image_size=32,
+        arrays=np.zeros((2, 32, 32, 3), np.uint8),
+    )
+    assert find_bad_files(source, [0, 1]) == []
