@@ -1,0 +1,150 @@
+"""Everything random about a sample, as a pure function of (seed, epoch, address).
+
+An address is a sample's row, or the number of its mix group where one draw serves a whole group. The generator is
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written over numpy arrays: one
+call draws for a whole batch, and no draw depends on a sample's slot, on the rank or on what was drawn before.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+
+__all__ = ["Stream", "crop_windows", "derangements", "permutation", "philox", "uniforms"]
+
+_MASK = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_ATTEMPTS = 16  # permutations tried at once; a share of (1 - 1/e)^16 = 6e-4 of the groups needs another round
+
+
+class Stream(IntEnum):
+    """What a draw is for. The numbers are part of every run's identity: add, never renumber."""
+
+    ORDER = 0
+    BASE_VIEW = 1
+    AUGMENTED_VIEW = 2
+    POLICY = 3
+    MIX = 16  # + run
+    PARTNER = 256  # + run
+
+
+def philox(counter: Sequence[np.ndarray | np.integer], seed: int) -> np.ndarray:
+    """Run Philox4x32-10 on broadcastable counters.
+
+    Args:
+        counter: four arrays of non-negative integers below 2**32, broadcast against each other to shape S.
+        seed: the 64-bit key.
+
+    Returns:
+        uint64 [4, *S], each word below 2**32.
+    """
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in np.broadcast_arrays(*counter))
+    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (product1 >> _SHIFT) ^ c1 ^ np.uint64(key0), product1 & _MASK
+        c2, c3 = (product0 >> _SHIFT) ^ c3 ^ np.uint64(key1), product0 & _MASK
+        key0, key1 = (key0 + _WEYL[0]) & 0xFFFFFFFF, (key1 + _WEYL[1]) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3))
+
+
+def uniforms(seed: int, epoch: int, addresses: np.ndarray, streams: dict[int, int]) -> dict[int, np.ndarray]:
+    """Draw uniform numbers in [0, 1) for many addresses and several streams in one call.
+
+    Args:
+        seed: the run's seed.
+        epoch: the epoch, below 2**32.
+        addresses: integers [n] below 2**32.
+        streams: for each stream how many numbers an address gets.
+
+    Returns:
+        for each stream float64 [n, count], multiples of 2**-32.
+    """
+    blocks = {stream: -(-count // 4) for stream, count in streams.items()}
+    stream_of_block = np.repeat(list(blocks), list(blocks.values()))
+    number_of_block = np.concatenate([np.arange(count) for count in blocks.values()])
+    words = philox((addresses[:, None], np.uint64(epoch), stream_of_block, number_of_block), seed)
+    numbers = np.moveaxis(words, 0, -1).reshape(len(addresses), -1) * 2.0**-32
+    ends = np.cumsum([4 * count for count in blocks.values()])
+    starts = [0, *ends[:-1]]
+    return {
+        stream: numbers[:, start : start + count]
+        for (stream, count), start in zip(streams.items(), starts, strict=True)
+    }
+
+
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Order `size` rows at random for one epoch.
+
+    Returns:
+        int64 [size]: the row at each position. The same on every machine and numpy version.
+    """
+    keys = np.empty(size, np.uint64)
+    for start in range(0, size, 1 << 20):  # in pieces: the generator's temporaries stay below 100 MB
+        rows = np.arange(start, min(start + (1 << 20), size), dtype=np.uint64)
+        words = philox((rows, np.uint64(epoch), np.uint64(Stream.ORDER), np.uint64(0)), seed)
+        keys[start : start + len(rows)] = (words[0] << _SHIFT) | words[1]
+    return np.argsort(keys, kind="stable")
+
+
+def derangements(
+    seed: int, epoch: int, groups: np.ndarray, size: int, run: int = 0, fixed_points: bool = False
+) -> np.ndarray:
+    """Draw one uniformly random permutation of `size` members for each group.
+
+    Unless `fixed_points`, nobody is their own partner (rejection of whole permutations, so the result is uniform over
+    the derangements). A group of one has nobody else: its member is its own partner.
+
+    Args:
+        seed: the run's seed.
+        epoch: the epoch.
+        groups: group numbers within the epoch, [g].
+        size: members of a group.
+        run: which of several independent permutations.
+        fixed_points: accept the first permutation, whatever it is.
+
+    Returns:
+        int64 [g, size], indices inside the group.
+    """
+    found = np.zeros((len(groups), size), np.int64)
+    open_groups = np.arange(len(groups)) if size > 1 else np.arange(0)
+    attempts = 1 if fixed_points else _ATTEMPTS
+    blocks = -(-attempts * size // 4)
+    start = 0
+    while len(open_groups):
+        counters = (
+            np.asarray(groups)[open_groups, None],
+            np.uint64(epoch),
+            np.uint64(Stream.PARTNER + run),
+            np.arange(start, start + blocks),
+        )
+        words = np.moveaxis(philox(counters, seed), 0, -1).reshape(len(open_groups), -1)
+        tried = words[:, : attempts * size].reshape(len(open_groups), attempts, size).argsort(-1, kind="stable")
+        good = (tried != np.arange(size)).all(-1) | fixed_points
+        first = good.argmax(1)
+        done = good.any(1)
+        found[open_groups[done]] = tried[done, first[done]]
+        open_groups = open_groups[~done]
+        start += blocks
+    return found
+
+
+def crop_windows(
+    numbers: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn uniform numbers into the size-free draws of RandomResizedCrop.
+
+    Args:
+        numbers: uniform [n, 22]: ten areas, ten aspect ratios, two offsets.
+        scale: range of the area as a share of the picture's.
+        ratio: range of width / height, drawn log-uniformly.
+
+    Returns:
+        tries, float64 [n, 10, 2] (area share, aspect ratio), and offsets, float64 [n, 2] (y, x) in [0, 1).
+    """
+    areas = scale[0] + (scale[1] - scale[0]) * numbers[:, :10]
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * numbers[:, 10:20])
+    return np.stack((areas, ratios), -1), numbers[:, 20:22]

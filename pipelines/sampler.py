@@ -1,0 +1,122 @@
+"""Which rows make a batch: a pure function of (seed, microbatch index).
+
+An epoch is one order of all rows. A step of `batch_size` takes consecutive positions of it, cut into
+`accumulation` x `world` microbatches; so a step's rows are the same for every number of processes, and a position in
+training is one number: the microbatches that this process has consumed.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from dalikd.pipelines.draws import permutation
+
+__all__ = ["Microbatch", "Sampler"]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One process's share of a step.
+
+    `rows` has at least one row: where a short last batch leaves this process nothing, it holds a filler and
+    `valid` is 0. Only the first `valid` rows count.
+    """
+
+    index: int  # of this process, counted from the start of training
+    epoch: int
+    start: int  # position of the first row in the epoch's order
+    rows: np.ndarray  # int64 [max(valid, 1)]
+    valid: int
+    total: int  # rows that count over all processes of this microbatch
+
+
+class Sampler:
+    """Orders rows and cuts them into microbatches.
+
+    Args:
+        size: rows in the data set.
+        batch_size: rows of one step, over all processes and accumulated microbatches.
+        seed: of the order.
+        shuffle: a new order each epoch; otherwise 0, 1, 2, …
+        drop_last: leave out the epoch's short last batch (training); otherwise every row comes exactly once.
+        world: processes.
+        rank: this process.
+        accumulation: microbatches a step and process.
+        group: microbatches must be whole multiples of so many rows (the mix group); 1 for no such rule.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        world: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        group: int = 1,
+    ) -> None:
+        _check_sizes(size, batch_size, world, accumulation, group, drop_last)
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.shuffle, self.world, self.rank, self.accumulation = shuffle, world, rank, accumulation
+        self.microbatch = batch_size // (world * accumulation)
+        self.steps_per_epoch = size // batch_size if drop_last else -(-size // batch_size)
+        self._orders: dict[int, Future[np.ndarray]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dalikd-order")
+
+    @property
+    def microbatches_per_epoch(self) -> int:
+        """Microbatches of this process in an epoch."""
+        return self.steps_per_epoch * self.accumulation
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The row at each position of an epoch, int64 [size]; the next epoch's is prepared in a thread."""
+        if not self.shuffle:
+            epoch = 0
+        for wanted in (epoch, epoch + 1) if self.shuffle else (0,):
+            if wanted not in self._orders:
+                self._orders[wanted] = self._thread.submit(self._make_order, wanted)
+        for old in [key for key in self._orders if key < epoch]:
+            del self._orders[old]
+        return self._orders[epoch].result()
+
+    def __getitem__(self, index: int) -> Microbatch:
+        """This process's microbatch number `index` since the start of training."""
+        epoch, within = divmod(index, self.microbatches_per_epoch)
+        step, part = divmod(within, self.accumulation)
+        first = step * self.batch_size + part * self.world * self.microbatch
+        start = first + self.rank * self.microbatch
+        stop = min(start + self.microbatch, self.size)
+        valid = max(stop - start, 0)
+        total = max(min(first + self.world * self.microbatch, self.size) - first, 0)
+        order = self.order(epoch)
+        rows = order[start:stop] if valid else order[:1]
+        return Microbatch(index, epoch, start, rows, valid, total)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        return permutation(self.seed, epoch, self.size) if self.shuffle else np.arange(self.size)
+
+
+def _check_sizes(size: int, batch_size: int, world: int, accumulation: int, group: int, drop_last: bool) -> None:
+    if drop_last and batch_size > size:
+        raise ValueError(
+            f"--batch_size {batch_size} is larger than the data set ({size} images): no full batch; "
+            f"set --batch_size to at most {size}"
+        )
+    parts = world * accumulation
+    if batch_size < 1 or batch_size % parts:
+        raise ValueError(
+            f"--batch_size {batch_size} cannot be divided evenly over {world} process(es) x --accumulation "
+            f"{accumulation}: use a multiple of {parts}"
+        )
+    if (batch_size // parts) % group:
+        raise ValueError(
+            f"--batch_size {batch_size} gives each process microbatches of {batch_size // parts}, which is not a "
+            f"multiple of --mix_group {group}: use a multiple of {parts * group}, or another --mix_group"
+        )

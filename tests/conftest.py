@@ -1,0 +1,73 @@
+"""Pictures that every test may read, and the rule that a test marked `gpu` needs a CUDA device."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+_PHOTOS = {  # width, height
+    "bird/landscape": (500, 375),
+    "bird/portrait": (375, 500),
+    "bird/odd_landscape": (501, 335),
+    "bird/odd_portrait": (257, 401),
+    "boat/almost_square": (301, 300),
+    "boat/square": (224, 224),
+    "boat/panorama": (800, 200),
+    "boat/tower": (150, 601),
+    "tree/gray": (320, 240),
+    "tree/turned": (400, 300),
+    "tree/tiny": (21, 17),
+    "tree/large": (640, 427),
+}
+_EXIF_ORIENTATION = 0x0112
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve JPEGs in three class folders: portrait, landscape, odd sides, extreme aspect ratios, one gray
+    (`tree/gray.jpg`), one with EXIF orientation 6 (`tree/turned.jpg`), one tiny (`tree/tiny.jpg`)."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(20)
+    for name, size in _PHOTOS.items():
+        picture = _draw_photo(random, *size)
+        (root / name).parent.mkdir(exist_ok=True)
+        path = root / f"{name}.jpg"
+        exif = Image.Exif()
+        if name == "tree/turned":
+            exif[_EXIF_ORIENTATION] = 6
+        picture = picture.convert("L") if name == "tree/gray" else picture
+        picture.save(path, quality=90, exif=exif)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 JPEGs of 32x32 pixels in three class folders of 100."""
+    root = tmp_path_factory.mktemp("small_images")
+    random = np.random.default_rng(21)
+    for name in ("ant", "bee", "cat"):
+        (root / name).mkdir()
+        for number in range(100):
+            _draw_photo(random, 32, 32).save(root / name / f"{number:03d}.jpg", quality=95)
+    return root
+
+
+def _draw_photo(random: np.random.Generator, width: int, height: int) -> Image.Image:
+    """A picture with what photographs have: slow gradients, soft blobs, hard edges and a little grain."""
+    coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(smooth)
+    for _ in range(6):
+        left, right = sorted(random.integers(0, width, 2).tolist())
+        top, bottom = sorted(random.integers(0, height, 2).tolist())
+        color = tuple(random.integers(0, 256, 3).tolist())
+        (pen.ellipse if random.random() < 0.5 else pen.rectangle)((left, top, right, bottom), fill=color)
+    grain = random.normal(0, 4, (height, width, 1))
+    return Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))

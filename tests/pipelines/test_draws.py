@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from dalikd.pipelines.draws import Stream, crop_windows, derangements, permutation, philox, uniforms
+
+# Random123's published known answers for philox4x32-10: counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, expected):
+    words = philox([np.uint64(word) for word in counter], key[0] | key[1] << 32)
+    assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+def test_philox_broadcasts_like_single_calls():
+    rows, blocks = np.array([[3], [1 << 31]]), np.array([0, 5, 7])
+    words = philox((rows, np.uint64(2), np.uint64(1), blocks), seed=11)
+    assert words.shape == (4, 2, 3)
+    for i, row in enumerate(rows[:, 0]):
+        for j, block in enumerate(blocks):
+            single = philox([np.uint64(word) for word in (row, 2, 1, block)], seed=11)
+            assert np.array_equal(words[:, i, j], single)
+
+
+def test_draws_do_not_depend_on_the_batch_or_its_order():
+    rows = np.random.default_rng(0).permutation(1000)[:300]
+    streams: dict[int, int] = {Stream.BASE_VIEW: 23, Stream.MIX: 3, Stream.MIX + 1: 3}
+    together = uniforms(5, 2, rows, streams)
+    one_by_one = [uniforms(5, 2, rows[k : k + 1], streams) for k in range(len(rows))]
+    shuffled = uniforms(5, 2, rows[::-1], streams)
+    for stream in streams:
+        assert np.array_equal(together[stream], np.concatenate([part[stream] for part in one_by_one]))
+        assert np.array_equal(together[stream], shuffled[stream][::-1])
+
+
+def test_a_stream_is_the_same_whatever_is_drawn_beside_it():
+    rows = np.arange(50)
+    alone = uniforms(5, 2, rows, {Stream.MIX: 3})[Stream.MIX]
+    beside = uniforms(5, 2, rows, {Stream.BASE_VIEW: 23, Stream.MIX: 3, Stream.POLICY: 5})[Stream.MIX]
+    assert np.array_equal(alone, beside)
+
+
+def test_seed_epoch_row_and_stream_all_matter():
+    def draw(seed: int = 5, epoch: int = 2, row: int = 7, stream: int = Stream.MIX) -> tuple[float, ...]:
+        return tuple(uniforms(seed, epoch, np.array([row]), {stream: 3})[stream][0])
+
+    others = [draw(seed=6), draw(seed=5 | 1 << 32), draw(epoch=3), draw(row=8), draw(stream=Stream.MIX + 1)]
+    assert len({draw(), *others}) == 6
+
+
+def test_uniform_numbers_are_uniform():
+    numbers = uniforms(1, 0, np.arange(5000), {Stream.BASE_VIEW: 23})[Stream.BASE_VIEW]
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert stats.kstest(numbers.ravel(), "uniform").pvalue > 0.01
+    # each number of a sample by itself: 23 tests, so a hundredth of the usual bound
+    assert min(stats.kstest(column, "uniform").pvalue for column in numbers.T) > 1e-4
+
+
+def test_streams_columns_and_epochs_are_independent():
+    rows = np.arange(20_000)
+    streams: dict[int, int] = {Stream.BASE_VIEW: 6, Stream.AUGMENTED_VIEW: 3, Stream.POLICY: 5, Stream.MIX: 3}
+    epochs = [np.concatenate(list(uniforms(1, epoch, rows, streams).values()), axis=1) for epoch in (0, 1)]
+    columns = np.concatenate([*epochs, np.roll(epochs[0], 1, axis=0)], axis=1)  # and the next row
+    correlations = np.corrcoef(columns.T)
+    np.fill_diagonal(correlations, 0)
+    # 51 columns, 1275 pairs of standard deviation 1 / sqrt(20000) = 0.0071
+    assert np.abs(correlations).max() < 4.5 * 0.0071
+
+
+@pytest.mark.parametrize("size", [1, 2, 1003])
+def test_permutation_is_one(size):
+    order = permutation(3, 0, size)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(size))
+
+
+def test_permutation_changes_with_epoch_and_seed_only():
+    order = permutation(3, 0, 1003)
+    assert np.array_equal(order, permutation(3, 0, 1003))
+    for other in (permutation(3, 1, 1003), permutation(4, 0, 1003)):
+        assert abs(np.corrcoef(order, other)[0, 1]) < 0.1
+    assert abs(np.corrcoef(order, np.arange(1003))[0, 1]) < 0.1
+
+
+def test_permutation_in_pieces():
+    """A set larger than one piece is drawn as if there were no pieces: rows are addresses."""
+    size = (1 << 20) + 5
+    order = permutation(3, 0, size)
+    words = philox((np.array([0, size - 1], np.uint64), np.uint64(0), np.uint64(Stream.ORDER), np.uint64(0)), 3)
+    keys = words[0].astype(float)
+    position = np.empty(size, np.int64)
+    position[order] = np.arange(size)
+    # the position of a row in the order is, up to chance, its key's share of the range
+    assert np.allclose(position[[0, size - 1]] / size, keys / 2**32, atol=0.005)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 64])
+def test_derangements_are_permutations_without_fixed_points(size):
+    partners = derangements(1, 0, np.arange(200), size)
+    assert np.array_equal(np.sort(partners, axis=1), np.broadcast_to(np.arange(size), (200, size)))
+    assert not (partners == np.arange(size)).any()
+
+
+def test_a_group_of_one_is_its_own_partner():
+    assert np.array_equal(derangements(1, 0, np.arange(4), 1), np.zeros((4, 1)))
+
+
+def test_a_group_of_two_swaps():
+    assert np.array_equal(derangements(1, 0, np.arange(4), 2), np.tile([1, 0], (4, 1)))
+
+
+def test_derangements_are_uniform_over_all_derangements():
+    partners = derangements(1, 0, np.arange(9000), 4)
+    found, counts = np.unique(partners, axis=0, return_counts=True)
+    assert len(found) == 9  # !4
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+def test_derangements_are_uniform_over_partners():
+    partners = derangements(2, 0, np.arange(2000), 64)
+    for member in (0, 1, 40, 63):
+        counts = np.delete(np.bincount(partners[:, member], minlength=64), member)
+        assert stats.chisquare(counts).pvalue > 0.001, member
+
+
+def test_with_fixed_points_all_permutations_are_equally_likely():
+    partners = derangements(1, 0, np.arange(6000), 3, fixed_points=True)
+    found, counts = np.unique(partners, axis=0, return_counts=True)
+    assert len(found) == 6
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+def test_derangements_depend_on_group_epoch_run_and_seed_alone():
+    groups = np.array([9, 4, 17])
+    partners = derangements(1, 0, groups, 64)
+    assert np.array_equal(partners[1], derangements(1, 0, np.array([4]), 64)[0])
+    for other in (
+        derangements(1, 0, groups, 64, run=1),
+        derangements(1, 1, groups, 64),
+        derangements(2, 0, groups, 64),
+    ):
+        assert (partners == other).mean() < 0.05
+
+
+def test_derangements_of_groups_that_need_more_than_one_round():
+    # 1 - 6e-4 of the groups are done after one round of attempts: among 5000 some are not
+    partners = derangements(1, 0, np.arange(5000), 8)
+    assert not (partners == np.arange(8)).any()
+
+
+def test_crop_windows_lie_in_their_ranges():
+    numbers = uniforms(1, 0, np.arange(5000), {Stream.BASE_VIEW: 22})[Stream.BASE_VIEW]
+    tries, offsets = crop_windows(numbers, (0.08, 1.0), (3 / 4, 4 / 3))
+    assert tries.shape == (5000, 10, 2)
+    assert offsets.shape == (5000, 2)
+    areas, ratios = tries[..., 0].ravel(), tries[..., 1].ravel()
+    assert stats.kstest(areas, stats.uniform(0.08, 0.92).cdf).pvalue > 0.01
+    low, high = np.log([3 / 4, 4 / 3])
+    assert stats.kstest(np.log(ratios), stats.uniform(low, high - low).cdf).pvalue > 0.01
+    assert np.array_equal(offsets, numbers[:, 20:])
