@@ -1,0 +1,345 @@
+"""The DALI graphs: read → guarded decode → view → augmented view → uint8 NHWC pixels.
+
+No DALI random operator stands here: every draw comes in as an input, so that a sample's pixels depend on its row, the
+epoch and the seed alone. `mixed` decode on a GPU, `cpu` otherwise; the rest of a graph follows the pixels.
+"""
+
+# DALI's type stubs lack its constants and take every result for a possible list of nodes.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from nvidia.dali import fn, math, types
+from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
+
+from dalikd.pipelines.augment import AugmentedView, View, policy_name, policy_table
+
+__all__ = ["build_graph", "input_names"]
+
+Reader = Literal["files", "arrays"]
+_FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
+_WARP_FILL = 128  # grey, as in the published policies
+
+
+def input_names(view: View, augmented: AugmentedView) -> tuple[str, ...]:
+    """The graph's inputs in order: `source` (encoded paths or arrays), then the draws by name."""
+    base = {"center_crop": (), "pad_crop": ("crop", "flip"), "random_resized_crop": ("tries", "offsets", "flip")}
+    more = {
+        "none": (),
+        "flip": ("augmented_flip",),
+        "crop_flip": ("augmented_crop", "augmented_flip"),
+        "autoaugment": ("operation", "magnitude", "sign"),
+    }
+    return ("source", *base[view.crop], *more[augmented])
+
+
+def build_graph(
+    callback: Callable[[Any], Sequence[Any]],
+    view: View,
+    augmented: AugmentedView,
+    *,
+    reader: Reader,
+    batch_size: int,
+    threads: int,
+    device_id: int | None,
+    prefetch: int = 2,
+) -> Pipeline:
+    """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
+
+    Args:
+        callback: returns one batch for each of `input_names(view, augmented)`, for ever.
+        view: the base view.
+        augmented: the augmented view, or "none".
+        reader: "files": the source is file paths as uint8 arrays; "arrays": uint8 [H, W, 3] pixels.
+        batch_size: the largest batch.
+        threads: DALI's CPU threads.
+        device_id: the CUDA device, or None for a graph that runs on the CPU.
+        prefetch: batches made ahead.
+
+    Returns:
+        a built pipeline with one output, or two with an augmented view: uint8 [H, W, 3] pixels for each sample.
+    """
+    with _quiet_build():
+        graph = _graph(
+            callback,
+            view,
+            augmented,
+            reader,
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device_id,
+            prefetch_queue_depth=prefetch,
+        )
+        graph.build()
+    return graph
+
+
+@contextlib.contextmanager
+def _quiet_build():
+    """DALI's own modules print deprecation warnings of each other while a graph is built, past every filter."""
+    original = warnings.showwarning
+    warnings.showwarning = lambda *args, **kwargs: (
+        None if "nvidia/dali" in str(args[2]) or "DALI" in str(args[0]) else original(*args, **kwargs)
+    )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        warnings.showwarning = original
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(callback, view: View, augmented: AugmentedView, reader: Reader):
+    draws = _inputs(callback, input_names(view, augmented))
+    pixels = _VIEWS[view.crop](_READERS[reader](draws["source"]), view, draws)
+    return _AUGMENTED[augmented](pixels, view, draws)
+
+
+@do_not_convert  # plain Python, not DALI's conditional dialect
+def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
+    nodes = fn.external_source(source=callback, num_outputs=len(names), batch=True, batch_info=True)
+    return dict(zip(names, nodes, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- readers
+
+
+class _Encoded:
+    """Encoded files. Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where
+    the bare decoder of DALI 2.4 may crash the process."""
+
+    def __init__(self, paths) -> None:
+        self.bytes = fn.io.file.read(paths, dont_use_mmap=True)
+        shape = fn.peek_image_shape(self.bytes, adjust_orientation=False, dtype=types.FLOAT64)
+        self.height, self.width = shape[0], shape[1]
+
+    def window(self, start, shape):
+        """Decode rows and columns of `start` and `shape`, (y, x) in pixels."""
+        on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
+        return fn.decoders.image_slice(
+            self.bytes,
+            fn.cast(start, dtype=types.FLOAT),
+            fn.cast(shape, dtype=types.FLOAT),
+            axis_names="HW",
+            normalized_anchor=False,
+            normalized_shape=False,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            # the fused hardware path interpolates chroma otherwise than libjpeg-turbo does
+            jpeg_fancy_upsampling=True,
+            device="mixed" if on_gpu else "cpu",
+        )
+
+
+class _Pixels:
+    """Arrays that were decoded before."""
+
+    def __init__(self, pixels) -> None:
+        shape = fn.shapes(pixels, dtype=types.FLOAT64)
+        self.height, self.width = shape[0], shape[1]
+        on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
+        self.pixels = pixels.gpu() if on_gpu else pixels
+
+    def window(self, start, shape):
+        return fn.slice(self.pixels, fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32), axes=[0, 1])
+
+
+_READERS = {"files": _Encoded, "arrays": _Pixels}
+
+
+# ------------------------------------------------------------------------------------------------- views
+
+
+def _random_resized_crop(source, view: View, draws):
+    start, shape = _crop_window(source.height, source.width, draws["tries"], draws["offsets"], view.ratio)
+    pixels = fn.resize(source.window(start, shape), size=[view.size, view.size], **_filter(view))
+    return fn.flip(pixels, horizontal=draws["flip"])
+
+
+def _crop_window(height, width, tries, offsets, ratio: tuple[float, float]):
+    """torchvision's RandomResizedCrop window: the first of ten tries that fits, else the largest centred one."""
+    area, aspect = tries[:, 0] * height * width, tries[:, 1]
+    widths, heights = _round(math.sqrt(area * aspect)), _round(math.sqrt(area / aspect))
+    fits = fn.cast((widths > 0) & (widths <= width) & (heights > 0) & (heights <= height), dtype=types.INT32)
+    order = fits * np.arange(10, 0, -1, dtype=np.int32)
+    best = fn.reductions.max(order)
+    found = fn.cast(best > 0, dtype=types.FLOAT64)
+    first = fn.cast(order == best, dtype=types.INT32) * fn.cast(found, dtype=types.INT32)
+    h, w = (fn.reductions.sum(first * fn.cast(sides, dtype=types.INT32)) for sides in (heights, widths))
+    y = math.floor(offsets[0] * (height - h + 1.0))
+    x = math.floor(offsets[1] * (width - w + 1.0))
+    # no try fitted: keep as much as the ratio range allows, in the middle
+    fallback_h = math.min(height, _round(width / _double(min(ratio))))
+    fallback_w = math.min(width, _round(height * _double(max(ratio))))
+    middle_y = math.floor((height - fallback_h) / 2.0)
+    middle_x = math.floor((width - fallback_w) / 2.0)
+    other = 1.0 - found
+    start = fn.stack(found * y + other * middle_y, found * x + other * middle_x)
+    return start, fn.stack(h + other * fallback_h, w + other * fallback_w)
+
+
+def _center_crop(source, view: View, draws):  # noqa: ARG001 - all views have one form
+    ring = 4 if view.interpolation == "bicubic" else 2  # pixels of both borders whose filter reaches over the border
+    resize = _resize_renormalised if view.resize - view.size < ring else _resize
+    return _resize_and_crop(source, view.resize, view, resize)
+
+
+def _resize_and_crop(source, short_side: int, view: View, resize):
+    """torchvision's Resize(short_side) and CenterCrop(size): the long side floored, offsets rounded half to even."""
+    height, width = (fn.cast(side, dtype=types.INT32) for side in (source.height, source.width))
+    short = math.min(height, width)
+    new_height, new_width = (short_side * height) // short, (short_side * width) // short
+    pixels = source.window(fn.stack(source.height * 0.0, source.width * 0.0), fn.stack(source.height, source.width))
+    pixels = resize(pixels, (height, width), (new_height, new_width), view)
+    start = fn.stack(_half_to_even(new_height - view.size), _half_to_even(new_width - view.size))
+    return fn.slice(pixels, start=start, shape=[view.size, view.size], axes=[0, 1])
+
+
+def _resize(pixels, sides, new_sides, view: View, **options):  # noqa: ARG001 - both resizes have one form
+    height, width = (fn.cast(side, dtype=types.FLOAT) for side in new_sides)
+    return fn.resize(pixels, resize_y=height, resize_x=width, **_filter(view), **options)
+
+
+def _resize_renormalised(pixels, sides, new_sides, view: View):
+    """Resize as Pillow does up to the border: there the filter's weights are those inside the picture, scaled to 1.
+
+    DALI repeats the edge instead, up to 27 grey levels away on photographs. So the picture gets a fourth channel of
+    ones and a margin of zeros; resized, the fourth channel is the sum of the weights inside.
+    """
+    margin = 2 * (sides[0] // new_sides[0]) + 4  # a bicubic filter reaches 1.5 old pixels a new one over the border
+    with_ones = fn.slice(pixels, start=[0], shape=[4], axes=[2], out_of_bounds_policy="pad", fill_values=1)
+    begin, end = fn.stack(margin, margin), fn.stack(sides[0] + margin, sides[1] + margin)
+    padded = fn.slice(
+        with_ones,
+        start=-begin,
+        shape=begin + end,
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+    region = {"roi_start": fn.cast(begin, dtype=types.FLOAT), "roi_end": fn.cast(end, dtype=types.FLOAT)}
+    resized = _resize(padded, sides, new_sides, view, dtype=types.FLOAT, **region)
+    colors, weights = (fn.slice(resized, start=[first], shape=[count], axes=[2]) for first, count in ((0, 3), (3, 1)))
+    return fn.cast(colors / weights, dtype=types.UINT8)
+
+
+def _pad_crop(source, view: View, draws):
+    pixels = _resize_and_crop(source, view.size, view, _resize)
+    return fn.flip(_pad_and_crop(pixels, view, draws["crop"]), horizontal=draws["flip"])
+
+
+def _pad_and_crop(pixels, view: View, crop):
+    """Pad each side by `view.padding` and cut `size` x `size` at the drawn (y, x), int32 [2]."""
+    size = [view.size, view.size]
+    if view.border == "zero":
+        start = crop - view.padding
+        return fn.slice(pixels, start=start, shape=size, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+    for axis in (0, 1):
+        pixels = _reflect(pixels, axis, view.padding, view.size)
+    return fn.slice(pixels, start=crop, shape=size, axes=[0, 1])
+
+
+def _reflect(pixels, axis: int, padding: int, size: int):
+    """Mirror `padding` pixels at both ends, without repeating the edge."""
+    turn = {"vertical": 1, "horizontal": 0} if axis == 0 else {"vertical": 0, "horizontal": 1}
+    before = fn.flip(fn.slice(pixels, start=[1], shape=[padding], axes=[axis]), **turn)
+    after = fn.flip(fn.slice(pixels, start=[size - 1 - padding], shape=[padding], axes=[axis]), **turn)
+    return fn.cat(before, pixels, after, axis=axis)
+
+
+_VIEWS = {"random_resized_crop": _random_resized_crop, "pad_crop": _pad_crop, "center_crop": _center_crop}
+
+
+def _filter(view: View) -> dict[str, Any]:
+    return {"interp_type": _FILTERS[view.interpolation], "antialias": True}
+
+
+def _double(number: float):
+    return types.Constant(number, dtype=types.FLOAT64)  # a bare float would be single precision
+
+
+def _round(number):
+    return math.floor(number + 0.5)
+
+
+def _half_to_even(difference):
+    half = difference // 2
+    odd = difference - 2 * half
+    return half + odd * (half - 2 * (half // 2))
+
+
+# --------------------------------------------------------------------------------------- augmented views
+
+
+def _only_base(pixels, view: View, draws):  # noqa: ARG001
+    return pixels
+
+
+def _flipped(pixels, view: View, draws):  # noqa: ARG001
+    return pixels, fn.flip(pixels, horizontal=draws["augmented_flip"])
+
+
+def _crop_flipped(pixels, view: View, draws):
+    moved = _pad_and_crop(pixels, view, draws["augmented_crop"])
+    return pixels, fn.flip(moved, horizontal=draws["augmented_flip"])
+
+
+def _auto_augmented(pixels, view: View, draws):
+    """AutoAugment (Cubuk et al., CVPR 2019): two drawn operations one after the other."""
+    from nvidia.dali.auto_aug.core import signed_bin
+    from nvidia.dali.auto_aug.core._select import select
+
+    names, _ = policy_table(policy_name(view.size))
+    table = _operations()
+    operations = [table[name] for name in names]
+    result = pixels
+    for step in range(2):
+        magnitude = signed_bin(draws["magnitude"][step], random_sign=draws["sign"][step])
+        result = select(
+            operations,
+            draws["operation"][step],
+            data=result,
+            magnitude_bin=magnitude,
+            num_magnitude_bins=10,
+            fill_value=_WARP_FILL,
+            shape=np.array([view.size, view.size]),
+        )
+    return pixels, result
+
+
+_AUGMENTED = {
+    "none": _only_base,
+    "flip": _flipped,
+    "crop_flip": _crop_flipped,
+    "autoaugment": _auto_augmented,
+}
+
+
+def _operations() -> dict[str, Any]:
+    """DALI's operations with torchvision's magnitude ranges (ten bins)."""
+    from nvidia.dali.auto_aug import augmentations as dali
+
+    shift = 150 / 331  # of the side
+    return {
+        "identity": dali.identity,
+        "ShearX": dali.shear_x.augmentation((0, 0.3), True),
+        "ShearY": dali.shear_y.augmentation((0, 0.3), True),
+        "TranslateX": dali.translate_x.augmentation((0, shift), True),
+        "TranslateY": dali.translate_y.augmentation((0, shift), True),
+        "Rotate": dali.rotate.augmentation((0, 30), True),
+        "Brightness": dali.brightness.augmentation((0, 0.9), True),
+        "Color": dali.color.augmentation((0, 0.9), True),
+        "Contrast": dali.contrast.augmentation((0, 0.9), True),
+        "Sharpness": dali.sharpness.augmentation((0, 0.9), True),
+        "Posterize": dali.posterize.augmentation((8, 4), False),
+        "Solarize": dali.solarize.augmentation((255, 0), False),
+        "AutoContrast": dali.auto_contrast,
+        "Equalize": dali.equalize,
+        "Invert": dali.invert,
+    }
