@@ -1,0 +1,98 @@
+"""The data options of a run, and what follows from them: sources and views."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dalikd.pipelines.augment import View
+from dalikd.pipelines.sources import Source, check_same_classes, open_source
+
+__all__ = ["DataConfig", "evaluation_view", "open_sources", "open_split", "training_view"]
+
+_PADDING = {32: 4, 64: 8, 224: 28}
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how they are read.
+
+    Args:
+        name: the data set: imagefolder (any tree of class folders), imagenet, tinyimagenet (its original layout),
+            cifar10 and cifar100 (the published python files), digits (scikit-learn's, written out as JPEGs).
+        root: its folder.
+        train_split: name of the training split's folder; default: the data set's own.
+        val_split: name of the validation split's folder; default: the data set's own.
+        image_size: side of the training pictures in pixels; default: the data set's own (imagefolder: 224).
+        limit: use only so many training pictures; seeded, class shares kept.
+        val_limit: use only so many validation pictures; seeded, class shares kept.
+        download: let torchvision download CIFAR into the root if it is not there.
+        crop: how training pictures are cut: random_resized_crop, pad_crop (pad, crop, flip), or auto: pad_crop up to
+            96 pixels, random_resized_crop above.
+        padding: pixels added on each side before cropping; default: 4 at 32, 8 at 64, 28 at 224, an eighth else.
+        border: what the padding holds.
+        interpolation: filter of every resize.
+        val_resize: short side that evaluation resizes to before its centre crop; default: the image size up to 96
+            pixels, 8/7 of it above (256 for 224).
+        threads: DALI's CPU threads for each process; default: the cores it may use.
+        prefetch: batches made ahead.
+        bad_files: at a picture that cannot be decoded stop, or replace it by the next one and go on.
+    """
+
+    name: Literal["imagefolder", "imagenet", "tinyimagenet", "cifar10", "cifar100", "digits"] = "imagefolder"
+    root: str | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    val_limit: int | None = None
+    download: bool = False
+    crop: Literal["auto", "random_resized_crop", "pad_crop"] = "auto"
+    padding: int | None = None
+    border: Literal["zero", "reflect"] = "zero"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    val_resize: int | None = None
+    threads: int | None = None
+    prefetch: int = 2
+    bad_files: Literal["stop", "replace"] = "stop"
+
+
+def open_sources(config: DataConfig, seed: int) -> tuple[Source, Source]:
+    """Open the training and the validation split.
+
+    Raises:
+        ValueError: the data set is not as it should be, or the splits have different classes.
+        FileNotFoundError: a folder or file is missing.
+    """
+    train = open_split(config, "train", seed)
+    val = open_split(config, "val", seed)
+    check_same_classes(train, val)
+    return train, val
+
+
+def open_split(config: DataConfig, role: Literal["train", "val"], seed: int) -> Source:
+    """Open one split, limited as the options say."""
+    train = role == "train"
+    split, limit = (config.train_split, config.limit) if train else (config.val_split, config.val_limit)
+    return open_source(config.name, config.root, role, split=split, limit=limit, seed=seed, download=config.download)
+
+
+def training_view(config: DataConfig, source: Source) -> View:
+    """The view that training sees: RandomResizedCrop and flip, or pad, crop and flip."""
+    size = config.image_size or source.image_size
+    crop = config.crop if config.crop != "auto" else ("pad_crop" if size <= 96 else "random_resized_crop")
+    return View(size, crop, padding=_padding(config, size), border=config.border, interpolation=config.interpolation)
+
+
+def evaluation_view(config: DataConfig, source: Source) -> View:
+    """The view that evaluation sees: resize the short side, crop the centre."""
+    size = config.image_size or source.image_size
+    resize = config.val_resize or (size if size <= 96 else round(size * 8 / 7))
+    if resize < size:
+        raise ValueError(f"--data.val_resize {resize} is smaller than the image size {size}: set it to at least {size}")
+    return View(size, "center_crop", resize=resize, interpolation=config.interpolation)
+
+
+def _padding(config: DataConfig, size: int) -> int:
+    padding = config.padding if config.padding is not None else _PADDING.get(size, size // 8)
+    if not 0 < padding < size:
+        raise ValueError(f"--data.padding {padding} must lie between 1 and {size - 1}, below the image size")
+    return padding

@@ -1,0 +1,246 @@
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import Source, open_source
+
+pytestmark = pytest.mark.gpu
+
+TRAINING = DrawSpec(View(32, "pad_crop"), 7, "crop_flip", "derangement", runs=2, alpha=0.5, mix_group=8)
+PHOTOS = DrawSpec(View(224, "random_resized_crop", padding=28), 7, "crop_flip", "derangement", runs=1, mix_group=12)
+
+
+@pytest.fixture(scope="module")
+def photo_source(photos: Path) -> Source:
+    return open_source("imagefolder", photos, "train", split=".")
+
+
+@pytest.fixture(scope="module")
+def small_source(small_images: Path) -> Source:
+    return open_source("imagefolder", small_images, "train", split=".")
+
+
+@pytest.fixture(scope="module")
+def in_memory(small_source: Source) -> Source:
+    paths = [small_source.path(row) for row in range(len(small_source))]
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return replace(small_source, files=None, arrays=np.stack(pictures))
+
+
+@pytest.fixture
+def no_sync() -> Iterator[Callable[[], None]]:
+    """Call it to make every synchronising torch call an error for the rest of the test."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def _loader(source: Source, spec: DrawSpec, batch_size: int, device: str = "cuda", **options: Any) -> Loader:
+    return Loader(source, Sampler(len(source), batch_size, seed=7), spec, device=device, threads=2, **options)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    augmented = [] if batch.augmented is None else [batch.augmented]
+    mix = [tensor for draws in batch.mix for tensor in draws]
+    return [batch.images, *augmented, batch.labels, batch.ids, *mix]
+
+
+def _mean_differences(one: Tensor, two: Tensor) -> Tensor:
+    """Mean absolute difference of each picture, in grey levels, on the CPU."""
+    return (one.cpu().float() - two.cpu().float()).abs().mean((1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------- same pixels
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(224, "random_resized_crop"),
+        View(224, "center_crop", resize=256),
+        View(64, "center_crop", resize=64),
+        View(64, "pad_crop", padding=8, border="reflect"),
+    ],
+    ids=lambda view: f"{view.crop}-{view.size}",
+)
+def test_mixed_decode_shows_what_the_cpu_shows(photo_source, view):
+    """The same rows and windows; the decoders may round and interpolate chroma otherwise."""
+    spec = replace(PHOTOS, view=view)
+    on_cpu, on_gpu = (_loader(photo_source, spec, 12, device) for device in ("cpu", "cuda"))
+    for _ in range(3):
+        one, two = on_cpu.next(), on_gpu.next()
+        assert all(tensor.device.type == "cuda" for tensor in _tensors(two))
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(_tensors(one)[2:], _tensors(two)[2:], strict=True))
+        assert _mean_differences(one.images, two.images).max() < 2
+        assert one.augmented is not None
+        assert two.augmented is not None
+        assert _mean_differences(one.augmented, two.augmented).max() < 2
+
+
+def test_autoaugment_on_the_gpu_is_that_of_the_cpu(in_memory):
+    """From the same pixels. One level of rounding can become many where a later step equalises or solarises, so the
+    bound is on the average over the pictures."""
+    spec = replace(TRAINING, augmented="autoaugment")
+    on_cpu, on_gpu = (_loader(in_memory, spec, 256, device) for device in ("cpu", "cuda"))
+    one, two = on_cpu.next(), on_gpu.next()
+    assert torch.equal(one.images, two.images.cpu())
+    assert one.augmented is not None
+    assert two.augmented is not None
+    assert _mean_differences(one.augmented, two.augmented).mean() < 2
+
+
+@pytest.mark.parametrize("border", ["zero", "reflect"])
+@pytest.mark.parametrize("augmented", ["none", "flip", "crop_flip"])
+def test_the_gather_on_the_gpu_equals_the_cpu(in_memory, augmented, border):
+    spec = replace(TRAINING, view=View(32, "pad_crop", border=border), augmented=augmented)
+    on_cpu, on_gpu = (_loader(in_memory, spec, 64, device) for device in ("cpu", "cuda"))
+    for _ in range(3):
+        one, two = _tensors(on_cpu.next()), _tensors(on_gpu.next())
+        assert all(b.device.type == "cuda" for b in two)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(one, two, strict=True))
+
+
+def test_resuming_under_mixed_decode_is_bit_identical(photo_source):
+    first = _loader(photo_source, PHOTOS, 12)
+    for _ in range(2):
+        first.next()
+    state = first.state_dict()
+    second = _loader(photo_source, PHOTOS, 12)
+    second.load_state_dict(state)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(first.next()), _tensors(second.next()), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- bad files
+
+BAD_HEADERS = """
+import sys
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.loader import BadFileError, Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import open_source
+
+source = open_source("imagefolder", sys.argv[1], "train", split=".")
+view = View(32, sys.argv[2], resize=32)
+loader = Loader(source, Sampler(len(source), 4), DrawSpec(view), device="cuda", threads=2)
+refused = 0
+for position in range(len(loader)):
+    loader.seek(position)
+    try:
+        loader.next()
+    except BadFileError as error:
+        assert "cannot decode " in str(error), error
+        refused += 1
+print("refused", refused)
+"""
+
+
+@pytest.mark.parametrize("crop", ["random_resized_crop", "pad_crop", "center_crop"])
+def test_bad_files_raise_and_never_crash_the_process(small_images, tmp_path, crop):
+    spoilers = {1: b"This is not a picture.\n" * 20, 4: b"", 9: None}  # None: half a header
+    paths = sorted(small_images.glob("*/00[0-7].jpg"))
+    for number, path in enumerate(paths):
+        target = tmp_path / path.parent.name / path.name
+        target.parent.mkdir(exist_ok=True)
+        content = spoilers.get(number, path.read_bytes())
+        target.write_bytes(path.read_bytes()[:100] if content is None else content)
+    command = [sys.executable, "-c", BAD_HEADERS, str(tmp_path), crop]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert 1 <= int(ended.stdout.split("refused")[1]) <= len(spoilers)
+
+
+def test_with_replace_the_run_goes_on(small_images, tmp_path):
+    for path in sorted(small_images.glob("*/00[0-7].jpg")):
+        target = tmp_path / path.parent.name / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    clean = _loader(open_source("imagefolder", tmp_path, "train", split="."), TRAINING, 8)
+    expected = [clean.next() for _ in range(3)]
+    (tmp_path / "bee" / "003.jpg").write_bytes(b"This is not a picture.\n" * 20)
+    healed = _loader(open_source("imagefolder", tmp_path, "train", split="."), TRAINING, 8, bad_files="replace")
+    for one in expected:
+        two = healed.next()
+        kept = one.ids == two.ids
+        assert torch.equal(one.images[kept], two.images[kept])
+    assert healed.replaced == {11: 12}
+
+
+# ------------------------------------------------------------------------------------------------- the stream
+
+
+def _checksum(images: Tensor) -> Tensor:
+    """A number that depends on every byte and its place; computed on the device, not read."""
+    flat = images.reshape(-1).long()
+    return (flat * (torch.arange(len(flat), device=flat.device) % 8191 + 1)).sum()
+
+
+def _checksums(source: Source, batches: int, busy: Callable[[], None], after: Callable[[], None]) -> list[int]:
+    loader = _loader(source, PHOTOS, 48)
+    sums = []
+    for _ in range(batches):
+        busy()
+        batch = loader.next()
+        assert batch.augmented is not None
+        sums.append(_checksum(batch.images) + _checksum(batch.augmented))
+        del batch
+        after()
+    loader.close()
+    return torch.stack(sums).tolist()
+
+
+def test_batches_under_load_are_whole(photo_source):
+    """Canary for torn batches: the host runs far ahead of a busy stream and drops each batch at once, so that a buffer
+    given back too early would be overwritten before it is read."""
+    assert photo_source.files is not None
+    rows = np.tile(np.arange(len(photo_source)), 20)
+    source = replace(photo_source, files=photo_source.files.take(rows), labels=photo_source.labels[rows])
+    matrix = torch.randn(4096, 4096, device="cuda")
+
+    def load() -> None:
+        for _ in range(40):  # some 100 ms of work, many times what a batch takes
+            torch.mm(matrix, matrix)
+
+    def nothing() -> None:
+        pass
+
+    quiet = _checksums(source, 20, nothing, torch.cuda.synchronize)
+    assert quiet == _checksums(source, 20, nothing, torch.cuda.synchronize), "decoding itself is not reproducible"
+    assert len(set(quiet)) == 20
+    assert quiet == _checksums(source, 20, load, nothing)
+
+
+def test_batches_on_another_stream_are_whole(photo_source):
+    """A loader that is used under a side stream follows that stream."""
+    expected = _loader(photo_source, PHOTOS, 12)
+    sums = [_checksum(expected.next().images).item() for _ in range(4)]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        loader = _loader(photo_source, PHOTOS, 12)
+        found = torch.stack([_checksum(loader.next().images) for _ in range(4)])
+    side.synchronize()
+    assert found.tolist() == sums
+
+
+@pytest.mark.parametrize("kind", ["files", "gather", "arrays through dali"])
+def test_the_next_batch_does_not_synchronise(small_source, in_memory, no_sync, kind):
+    spec = replace(TRAINING, augmented="autoaugment") if kind == "arrays through dali" else TRAINING
+    loader = _loader(small_source if kind == "files" else in_memory, spec, 32)
+    for _ in range(4):
+        loader.next()  # warm-up: graphs, pinned buffers and the allocator's first blocks
+    torch.cuda.synchronize()
+    no_sync()
+    for _ in range(8):  # over the end of an epoch
+        batch = loader.next()
+        assert batch.pixels.shape == (32, 3, 32, 32)

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dalikd.pipelines.augment import View
+from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
+from dalikd.pipelines.sources import Source
+
+
+def _source(image_size: int) -> Source:
+    zeros = (0.0, 0.0, 0.0)
+    pixels, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
+    return Source(
+        name="x",
+        split="train",
+        classes=("a", "b"),
+        labels=labels,
+        mean=zeros,
+        std=zeros,
+        image_size=image_size,
+        arrays=pixels,
+    )
+
+
+@pytest.fixture
+def tree(small_images: Path, tmp_path: Path) -> Path:
+    """A data set of links: train and val with the three classes of 100."""
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(small_images)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "expected"),
+    [
+        (DataConfig(), 32, View(32, "pad_crop", padding=4)),
+        (DataConfig(), 64, View(64, "pad_crop", padding=8)),
+        (DataConfig(), 96, View(96, "pad_crop", padding=12)),
+        (DataConfig(), 224, View(224, "random_resized_crop", padding=28)),
+        (DataConfig(image_size=64), 224, View(64, "pad_crop", padding=8)),
+        (DataConfig(crop="random_resized_crop"), 32, View(32, "random_resized_crop", padding=4)),
+        (
+            DataConfig(crop="pad_crop", padding=2, border="reflect"),
+            224,
+            View(224, "pad_crop", padding=2, border="reflect"),
+        ),
+        (DataConfig(interpolation="bicubic"), 32, View(32, "pad_crop", padding=4, interpolation="bicubic")),
+    ],
+)
+def test_training_view(config, size, expected):
+    assert training_view(config, _source(size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "expected"),
+    [
+        (DataConfig(), 32, View(32, "center_crop", resize=32)),
+        (DataConfig(), 96, View(96, "center_crop", resize=96)),
+        (DataConfig(), 224, View(224, "center_crop", resize=256)),
+        (DataConfig(val_resize=232), 224, View(224, "center_crop", resize=232)),
+        (DataConfig(val_resize=224), 224, View(224, "center_crop", resize=224)),
+        (
+            DataConfig(image_size=128, interpolation="bicubic"),
+            224,
+            View(128, "center_crop", 146, interpolation="bicubic"),
+        ),
+    ],
+)
+def test_evaluation_view(config, size, expected):
+    assert evaluation_view(config, _source(size)) == expected
+
+
+def test_options_out_of_range_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"--data\.val_resize 200 is smaller than the image size 224"):
+        evaluation_view(DataConfig(val_resize=200), _source(224))
+    for padding in (0, 32, -1):
+        with pytest.raises(ValueError, match=rf"--data\.padding {padding} must lie between 1 and 31"):
+            training_view(DataConfig(padding=padding), _source(32))
+
+
+def test_open_sources_takes_each_split_with_its_own_limit(tree):
+    train, val = open_sources(DataConfig(root=str(tree), limit=30, val_limit=9), seed=1)
+    assert (len(train), train.split, len(val), val.split) == (30, "train", 9, "val")
+    assert np.bincount(val.labels).tolist() == [3, 3, 3]
+    again, _ = open_sources(DataConfig(root=str(tree), limit=30), seed=1)
+    other, _ = open_sources(DataConfig(root=str(tree), limit=30), seed=2)
+    assert again.fingerprint == train.fingerprint != other.fingerprint
+
+
+def test_open_split_by_another_name(tree):
+    (tree / "holdout").symlink_to(tree / "val")
+    config = DataConfig(root=str(tree), val_split="holdout", train_split="val")
+    assert open_split(config, "val", 0).split == "holdout"
+    assert open_split(config, "train", 0).split == "val"
+
+
+def test_splits_of_different_classes_are_refused(tree):
+    (tree / "few").mkdir()
+    (tree / "few" / "ant").symlink_to(tree / "train" / "ant")
+    with pytest.raises(ValueError, match="train has 3 classes, few 1"):
+        open_sources(DataConfig(root=str(tree), val_split="few"), 0)
