@@ -1,0 +1,39 @@
+"""Pixels in, logits out: each net with its own mean and standard deviation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Normalized"]
+
+
+class Normalized(nn.Module):
+    """A net that takes pixels: its first operation normalises, so that batches stay pixels until here.
+
+    Args:
+        model: takes normalised images [B, 3, H, W].
+        mean: of each channel, of pixels scaled to 0..1.
+        std: of each channel, of pixels scaled to 0..1.
+
+    Attributes:
+        model: the net alone. Its state_dict is what is saved and published.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        means, stds = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        self.register_buffer("scale", (1 / (255 * stds)).float(), persistent=False)
+        self.register_buffer("shift", (-means / stds).float(), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [B, C] of pixels [B, 3, H, W], uint8 or float, 0..255."""
+        return self.model(self.normalize(pixels))
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(pixels / 255 - mean) / std, in the parameters' dtype and the pixels' memory format."""
+        return pixels.to(self.scale.dtype) * self.scale + self.shift
