@@ -1,0 +1,206 @@
+"""Small pictures, nets and loops for the trainers' tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalikd.kd.backbones import factory
+from dalikd.kd.losses import KD
+from dalikd.kd.normalize import Normalized
+from dalikd.kd.teacher import Teacher
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.data import DataConfig
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import Source
+from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.distill import Distillation
+from dalikd.trainers.launch import start
+from dalikd.trainers.loop import Loop
+from dalikd.trainers.options import DistillOptions, TrainingOptions, TrainOptions
+from dalikd.trainers.supervised import Supervised
+from dalikd.trainers.tracking import RunFolder
+
+HALF = (0.5, 0.5, 0.5)
+
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # reading a scalar; shapes that depend on data
+
+
+class NoSync(TorchDispatchMode):
+    """Raises at every operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            index is not None and index.dtype == torch.bool for index in args[1] if isinstance(args[1], list | tuple)
+        )
+        if name.startswith(_WAITS) or by_mask:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class SmallNet(nn.Module):
+    """A convolution or two, with or without batch normalisation, dropout too."""
+
+    def __init__(self, num_classes: int = 3, norm: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(32, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(images)).relu(), 2)
+        return self.fc(self.dropout(features.flatten(1)))
+
+
+def net(seed: int = 0, **options: Any) -> Normalized:
+    torch.manual_seed(seed)
+    return Normalized(SmallNet(**options), HALF, HALF)
+
+
+def tinted_pictures(count: int, classes: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [N, S, S, 3] noise, brighter in one part of the channels for each class; int64 labels [N]."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    pictures = random.integers(0, 120, (count, side, side, 3), dtype=np.uint8)
+    tint = np.linspace(0, 100, classes)[labels]
+    pictures[..., 0] += tint[:, None, None].astype(np.uint8)
+    return pictures, labels
+
+
+def source(count: int = 96, classes: int = 3, side: int = 12, seed: int = 0) -> Source:
+    pictures, labels = tinted_pictures(count, classes, side, seed)
+    names = tuple(f"class{number}" for number in range(classes))
+    return Source(
+        name="tinted",
+        split="train",
+        classes=names,
+        labels=labels,
+        mean=HALF,
+        std=HALF,
+        image_size=side,
+        arrays=pictures,
+    )
+
+
+def loop(
+    path: Path,
+    accelerator: Accelerator,
+    *,
+    options: TrainingOptions | None = None,
+    student: Normalized | None = None,
+    teacher: Normalized | None = None,
+    train: Source | None = None,
+    val: Source | None = None,
+) -> Loop:
+    """A loop over pictures in memory: supervised, or distillation where the options say so."""
+    options = options or TrainOptions(batch_size=32, mix_group=8, epochs=2)
+    train, val = train or source(), val or source(41, seed=1)
+    student = student or net()
+    view = View(train.image_size, "pad_crop", padding=1)
+    augmenter = Augmenter(options.augmentation, options, train, view, options.seed)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    sampler = Sampler(
+        len(train), options.batch_size, options.seed, world=world, rank=rank, accumulation=options.accumulation,
+        group=options.mix_group,
+    )  # fmt: skip
+    whole = Sampler(len(val), world * 16, shuffle=False, drop_last=False, world=world, rank=rank)
+    same = DrawSpec(View(val.image_size, "center_crop", resize=val.image_size))
+    if isinstance(options, DistillOptions):
+        seen_by = Teacher(teacher or net(1), accelerator.device)
+        method: Any = Distillation(
+            student, seen_by, options.loss, augmenter, accelerator, len(train.classes), metric=options.metric,
+            joint_forward=options.joint_forward,
+        )  # fmt: skip
+    else:
+        method = Supervised(student, augmenter)
+    loaders = (
+        Loader(train, sampler, augmenter.draw_spec, device=accelerator.device),
+        Loader(val, whole, same, device=accelerator.device),
+    )
+    return Loop(method, *loaders, options, accelerator, RunFolder(path, accelerator.is_main_process), {})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_model() -> None:
+    """Lets commands that run in this process build the net by the name "small"."""
+    factory._BUILDERS["small"] = SmallNet
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return start("cpu", "fp32")
+
+
+@pytest.fixture
+def make_net() -> Callable[..., Normalized]:
+    return net
+
+
+@pytest.fixture
+def make_source() -> Callable[..., Source]:
+    return source
+
+
+@pytest.fixture
+def make_loop(tmp_path: Path, accelerator: Accelerator) -> Callable[..., Loop]:
+    """Loops on the CPU, each in a folder of its own."""
+
+    def make(name: str = "run", **parts: Any) -> Loop:
+        return loop(tmp_path / name, accelerator, **parts)
+
+    return make
+
+
+@pytest.fixture
+def make_cuda_loop(tmp_path: Path) -> Callable[..., Loop]:
+    def make(**parts: Any) -> Loop:
+        return loop(tmp_path / "run", start("cuda", "fp32"), **parts)
+
+    return make
+
+
+@pytest.fixture
+def no_sync() -> Callable[[], NoSync]:
+    return NoSync
+
+
+@pytest.fixture
+def sync_is_an_error() -> Iterator[Callable[[], None]]:
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of 32x32 JPEGs: three tinted classes, 150 training and 51 validation pictures."""
+    root = tmp_path_factory.mktemp("tinted")
+    for split, count, seed in (("train", 150, 0), ("val", 51, 1)):
+        pictures, labels = tinted_pictures(count, 3, 32, seed)
+        for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            path = root / split / f"class{label}" / f"{number:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path, quality=95)
+    return root
+
+
+@pytest.fixture
+def data(tree: Path) -> DataConfig:
+    return DataConfig(root=str(tree), image_size=32, threads=1)
+
+
+@pytest.fixture
+def distill_options() -> Callable[..., DistillOptions]:
+    def make(**options: Any) -> DistillOptions:
+        return DistillOptions(**{"batch_size": 32, "mix_group": 8, "epochs": 2, "loss": KD(), **options})
+
+    return make

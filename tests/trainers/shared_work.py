@@ -1,0 +1,102 @@
+"""What one process and several must agree on. Run by test_processes.py, by itself under torchrun: PROCESSES FILE."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.optim import SGD
+
+from dalikd.kd.backbones import factory
+from dalikd.trainers import measure
+from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.launch import start
+from dalikd.trainers.models import TeacherConfig
+from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainOptions
+
+SETTINGS = [(110, "per_sample"), (90, "per_batch")]  # 90: the second process gets no rows of the last batch
+
+
+def _conftest() -> Any:
+    specification = importlib.util.spec_from_file_location("trainers_helpers", Path(__file__).with_name("conftest.py"))
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+helpers = _conftest()
+
+
+def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """All results, on the main process as on every other."""
+    factory._BUILDERS["small"] = helpers.SmallNet
+    folder.mkdir(exist_ok=True)
+    return {
+        "trained": {name: _train(accelerator, folder, name) for name in ("mixup", "cutmixpick_teacher")},
+        "measured": {setting: _measure(accelerator, folder, *setting) for setting in SETTINGS},
+        "evaluated": _evaluate(accelerator, folder),
+        "batch_norm": _run_with_batch_norm(accelerator, folder),
+    }
+
+
+def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[str, Any]:
+    """Six accumulated steps of distillation at float64, without batch statistics."""
+    options = DistillOptions(
+        batch_size=32, mix_group=8, epochs=2, accumulation=2, augmentation=augmentation, clip=1.0, ema=0.5,
+        optimizer=partial(SGD, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    student, teacher = helpers.net(0, norm=False).double(), helpers.net(1).double()
+    loop = helpers.loop(folder / augmentation, accelerator, options=options, student=student, teacher=teacher)
+    loop.method.goodness.window = 64
+    for _ in range(6):
+        loop.step()
+    weights = {key: value.detach().clone() for key, value in student.model.state_dict().items()}
+    average = {key: value.clone() for key, value in loop.average.module.state_dict().items()}
+    return {"weights": weights, "average": average, "metrics": loop.method.metrics()}
+
+
+def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any) -> dict[str, Any]:
+    """All nine augmentations; batches of 64 with mix groups of 16, the last of each short."""
+    weights = folder / "teacher.pt"
+    if accelerator.is_main_process:
+        torch.save(helpers.net(1).model.state_dict(), weights)
+    accelerator.wait_for_everyone()
+    measure.open_split = lambda *_: helpers.source(images)
+    options = MeasureOptions(
+        teacher=TeacherConfig("small", str(weights)), model="small", batch_size=64, mix_group=16, mode=mode, epochs=2,
+        window=40, precision="fp64",
+    )  # fmt: skip
+    options.data.threads, options.data.crop, options.data.padding = 1, "pad_crop", 1
+    results = measure.measure_all(options, accelerator)["results"]
+    assert [result["augmentation"] for result in results] == list(AUGMENTATIONS)
+    return {result.pop("augmentation"): result for result in results}
+
+
+def _evaluate(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """101 images, and which of them each process has seen."""
+    loop = helpers.loop(folder / "evaluate", accelerator, val=helpers.source(101))
+    seen = gather_object([row for batch in loop.val_loader for row in batch.ids.tolist()])
+    return {**evaluate(loop.method.student, loop.val_loader, accelerator), "seen": sorted(seen)}
+
+
+def _run_with_batch_norm(accelerator: Accelerator, folder: Path) -> dict[str, float]:
+    """A whole run of a net whose running statistics differ between processes: what its last evaluation said."""
+    options = TrainOptions(batch_size=32, mix_group=8, epochs=2, ema=0.5)
+    return helpers.loop(folder / "batch_norm", accelerator, options=options).run()["last"]["val"]
+
+
+if __name__ == "__main__":
+    processes, file = int(sys.argv[1]), Path(sys.argv[2])
+    main_accelerator = start("cpu", "fp64")
+    assert main_accelerator.num_processes == processes
+    found = work(main_accelerator, file.with_suffix(""))
+    if main_accelerator.is_main_process:
+        torch.save(found, file)
+    main_accelerator.end_training()

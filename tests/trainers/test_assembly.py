@@ -1,0 +1,47 @@
+import pytest
+
+from dalikd.trainers.assembly import open_training_data, validation_loader
+from dalikd.trainers.options import TrainOptions
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0: give at least 1"),
+        ({"accumulation": 0}, "--accumulation 0: give at least 1"),
+        ({"log_every": 0}, "--log_every 0: give at least 1"),
+        ({"eval_every": 0}, "--eval_every 0: give at least 1"),
+        ({"epochs": 3, "epoch_factor": 0.1}, "--epochs 3 x --epoch_factor 0.1 is no whole epoch"),
+        ({"ema": 1.0}, "--ema 1.0: give a decay below 1"),
+        ({"ema": -0.1}, "--ema -0.1: give a decay below 1"),
+        ({"clip": 0.0}, "--clip 0.0: give a norm above 0"),
+        ({"sync_bn": True}, "--sync_bn true needs GPUs"),
+        ({"accumulation": 3}, "--batch_size 64 cannot be divided evenly over 1 process"),
+        ({"batch_size": 100}, "not a multiple of --mix_group 64"),
+        ({"batch_size": 192}, "--batch_size 192 is larger than the data set"),
+        ({"alpha": -1.0}, "--alpha -1.0: give a number above 0"),
+    ],
+)
+def test_options_that_make_no_run_are_refused(data, accelerator, option, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        open_training_data(TrainOptions(data=data, **option), accelerator)
+
+
+def test_training_data_are_two_splits_with_their_loaders(data, accelerator):
+    opened = open_training_data(TrainOptions(data=data, augmentation="cutmix", seed=4), accelerator)
+    assert (len(opened.train), len(opened.val)) == (150, 51)
+    assert opened.loader.sampler.steps_per_epoch == 2  # the short last step is dropped
+    assert opened.loader.spec == opened.augmenter.draw_spec
+    assert (opened.view.crop, opened.view.size) == ("pad_crop", 32)
+    assert opened.val_loader.spec.view.crop == "center_crop"
+    ids = [row for batch in opened.val_loader for row in batch.ids.tolist()]
+    assert ids == list(range(51))
+    opened.val_loader.close()
+
+
+def test_validation_batches_are_bounded(data, accelerator, monkeypatch):
+    opened = open_training_data(TrainOptions(data=data), accelerator)
+    monkeypatch.setattr("dalikd.trainers.assembly._LARGEST_EVALUATION_BATCH", 20)
+    loader = validation_loader(opened.val, TrainOptions(data=data), accelerator)
+    assert [len(batch) for batch in loader] == [20, 20, 11]
+    loader.close()

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalikd.kd.checkpoints import load_weights
+from dalikd.trainers.checkpoint import read_state, save_state, save_weights
+
+
+def test_a_state_comes_back_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "last" / "trainer.pt"
+    save_state(path, {"step": 1, "task": {"weight": torch.arange(3.0)}})
+    save_state(path, {"step": 2, "task": {"weight": torch.ones(3)}})
+    state = read_state(path)
+    assert state["step"] == 2
+    assert torch.equal(state["task"]["weight"], torch.ones(3))
+    assert [file.name for file in path.parent.iterdir()] == ["trainer.pt"]
+
+
+def test_a_missing_state_names_the_way_out(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"trainer.pt does not exist: .*--overwrite true"):
+        read_state(tmp_path / "trainer.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", b"PK\x03\x04cut off"])
+def test_a_damaged_state_is_named(tmp_path, content):
+    path = tmp_path / "trainer.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"trainer.pt cannot be read as a saved state") as caught:
+        read_state(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_file_is_no_state(tmp_path):
+    path = tmp_path / "trainer.pt"
+    torch.save({"weight": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="is not a state saved by dalikd"):
+        read_state(path)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_state_executes_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": _Malicious()}, "trainer.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_state(Path("trainer.pt"))
+    assert not Path("executed").exists()
+
+
+def test_weights_are_saved_by_their_published_keys(tmp_path, make_net):
+    model = make_net().model.to(memory_format=torch.channels_last)
+    save_weights(tmp_path / "best" / "student.safetensors", model)
+    found = load_file(tmp_path / "best" / "student.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    other = make_net(5).model
+    load_weights(other, tmp_path / "best" / "student.safetensors")
+    assert all(torch.equal(value, found[key]) for key, value in other.state_dict().items())
+    assert [file.name for file in (tmp_path / "best").iterdir()] == ["student.safetensors"]

@@ -1,0 +1,183 @@
+import pytest
+import torch
+
+from dalikd.kd.goodness import TeacherStddev
+from dalikd.kd.losses import KD, MixedOutputs
+from dalikd.kd.mixing import cutmix
+from dalikd.kd.picking import entropy, pick_rows
+from dalikd.trainers.distill import DistillationTask, gather_rows, score_groups
+
+GROUP = 8
+
+
+def _count_teacher_rows(loop):
+    rows, net = [], loop.method.teacher.model
+    net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "seen"),
+    [
+        ("identity", 32),
+        ("flip", 64),
+        ("cutout", 64),
+        ("mixup", 64),
+        ("cutmixpick_teacher", 32 + 3 * 32),
+        ("cutmixpick_student", 64),
+    ],
+)
+def test_the_teacher_looks_once(make_loop, distill_options, augmentation, seen):
+    loop = make_loop(options=distill_options(augmentation=augmentation, mix_n_run=3))
+    rows = _count_teacher_rows(loop)
+    loop.step()
+    loop.step()
+    assert rows == [seen, seen]
+
+
+@pytest.mark.parametrize("augmentation", ["identity", "cutmix", "cutmixpick_teacher"])
+def test_the_task_is_fed_with_what_the_teacher_said(make_loop, distill_options, augmentation):
+    loop = make_loop(options=distill_options(augmentation=augmentation))
+    batch = loop.loader.next()
+    pixels, labels, logits, augmented, augmented_logits, partner_labels, lam = loop.method.inputs(batch)
+    teacher = loop.method.teacher
+    assert torch.equal(pixels, batch.pixels)
+    assert torch.equal(labels, batch.labels)
+    torch.testing.assert_close(logits, teacher(pixels))
+    if augmentation == "identity":
+        assert augmented is None
+        assert augmented_logits is logits
+        assert torch.equal(partner_labels, labels)
+        return
+    torch.testing.assert_close(augmented_logits, teacher(augmented))
+    assert ((lam >= 0) & (lam <= 1)).all()
+    if augmentation == "cutmix":
+        assert torch.equal(partner_labels, labels[batch.mix[0].partner])
+    else:
+        pool = torch.cat([cutmix(batch.pixels, draws).images for draws in batch.mix])
+        picks = pick_rows(entropy(teacher(pool)).reshape(2, 32), GROUP)
+        assert torch.equal(augmented, pool[picks])
+
+
+def test_the_student_scores_each_group_by_its_own_statistics(make_loop, distill_options, make_net):
+    """Picks of the student: brute force over groups, each pool normalised by itself, running statistics untouched."""
+    student = make_net()
+    loop = make_loop(options=distill_options(augmentation="cutmixpick_student"), student=student)
+    loop.task.train()
+    batch, state = loop.loader.next(), {key: value.clone() for key, value in student.state_dict().items()}
+    augmented = loop.method.inputs(batch)[3]
+    assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
+    pool = torch.stack([cutmix(batch.pixels, draws).images for draws in batch.mix])
+    expected = []
+    with torch.no_grad():
+        for start in range(0, 32, GROUP):
+            candidates = pool[:, start : start + GROUP].flatten(0, 1)
+            kept = entropy(student.train()(candidates)).argsort(stable=True)[-GROUP:].sort().values
+            expected.append(candidates[kept])
+    assert torch.equal(augmented, torch.cat(expected))
+
+
+@pytest.mark.parametrize("batch", [24, 20])
+def test_scores_do_not_depend_on_the_batch_size(make_net, batch):
+    """A batch with a whole or a short last group, against its groups one by one."""
+    student = make_net().double()
+    images = torch.randint(0, 256, (2, batch, 3, 12, 12), generator=torch.Generator().manual_seed(0)).byte()
+    whole = score_groups(student, images.flatten(0, 1), batch, GROUP).reshape(2, batch, 3)
+    for start in range(0, batch, GROUP):
+        piece = images[:, start : start + GROUP]
+        alone = score_groups(student, piece.flatten(0, 1), piece.shape[1], GROUP).reshape(2, -1, 3)
+        torch.testing.assert_close(whole[:, start : start + GROUP], alone, rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------- the task
+
+
+def _task_inputs():
+    generator = torch.Generator().manual_seed(0)
+    pixels, augmented = torch.randint(0, 256, (2, 16, 3, 12, 12), generator=generator).byte()
+    logits, augmented_logits = torch.randn(2, 16, 3, generator=generator)
+    labels, lam = torch.arange(16) % 3, torch.rand(16, generator=generator)
+    return pixels, labels, logits, augmented, augmented_logits, labels.flip(0), lam
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_terms_are_those_of_the_loss(make_net, joint):
+    """Both ways agree where no batch statistics are involved."""
+    student, loss = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0))
+    pixels, labels, logits, augmented, augmented_logits, partner_labels, lam = _task_inputs()
+    terms = DistillationTask(student, loss, joint)(*_task_inputs())
+    mixed = MixedOutputs(student(augmented), augmented_logits, labels, partner_labels, lam)
+    expected = loss(student(pixels), labels, logits, mixed)
+    assert list(terms) == [*expected, "top1"]
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+
+
+@pytest.mark.parametrize(("joint", "calls"), [(False, [16, 16]), (True, [32])])
+def test_joint_forward_is_one_forward(make_net, joint, calls):
+    student, rows = make_net(), []
+    student.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    DistillationTask(student, KD(), joint)(*_task_inputs())
+    assert rows == calls
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_identity_needs_one_student_forward(make_net, joint):
+    student, rows = make_net(), []
+    student.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    pixels, labels, logits, _, _, _, lam = _task_inputs()
+    terms = DistillationTask(student, KD(), joint)(pixels, labels, logits, None, logits, labels, lam)
+    assert rows == [16]
+    torch.testing.assert_close(terms["kd_mix"], terms["kd"])
+
+
+def test_parameters_of_the_loss_are_trained_along(make_net, make_loop, distill_options):
+    class Weighted(KD):
+        def __init__(self):
+            super().__init__()
+            self.bonus = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, *args, **kwargs):
+            terms = super().forward(*args, **kwargs)
+            return {**terms, "loss": terms["loss"] * self.bonus}
+
+    loop = make_loop(options=distill_options(loss=Weighted()), student=make_net())
+    loop.step()
+    assert loop.task.loss.bonus != 1
+    assert not any("bonus" in key for key in loop.method.student.state_dict())
+    assert not any("teacher" in key for key in loop.state_dict()["task"])
+
+
+# -------------------------------------------------------------------------------------------------- the metric
+
+
+@pytest.mark.parametrize("augmentation", ["identity", "cutmixpick_teacher"])
+def test_the_metric_streams_the_same_look(make_loop, distill_options, augmentation):
+    loop = make_loop(options=distill_options(augmentation=augmentation))
+    loop.method.goodness = TeacherStddev(3, window=20)
+    expected, inputs = TeacherStddev(3, window=20), loop.method.inputs
+
+    def listening(batch):
+        fed = inputs(batch)
+        expected.update(fed[2], fed[4])
+        return fed
+
+    loop.method.inputs = listening
+    for _ in range(3):
+        loop.step()
+    result = expected.compute()
+    assert result.windows == 9
+    assert loop.method.metrics() == {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": 9}
+
+
+def test_the_metric_can_be_left_out(make_loop, distill_options):
+    loop = make_loop(options=distill_options(metric=False))
+    loop.step()
+    assert loop.method.metrics() == loop.method.state_dict() == {}
+
+
+def test_one_process_gathers_nothing(accelerator):
+    logits, augmented = torch.randn(2, 4, 3)
+    found = gather_rows(accelerator, logits, augmented, 4)
+    assert found[0] is logits
+    assert found[1] is augmented

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.trainers.evaluate import evaluate
+
+
+def _loader(source, batch_size):
+    sampler = Sampler(len(source), batch_size, shuffle=False, drop_last=False)
+    return Loader(source, sampler, DrawSpec(View(source.image_size, "center_crop", resize=source.image_size)))
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+@pytest.mark.parametrize("batch_size", [101, 40, 7])
+def test_equals_a_plain_loop(make_net, make_source, accelerator, classes, batch_size):
+    source, model = make_source(101, classes), make_net(num_classes=classes)
+    images, labels = torch.from_numpy(source.arrays).permute(0, 3, 1, 2), torch.from_numpy(source.labels)
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(images[row : row + 1]) for row in range(101)])
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)  # how many classes are liked better
+
+    found = evaluate(model, _loader(source, batch_size), accelerator)
+    assert set(found) == {"loss", "top1", "top5", "images"}
+    assert found["images"] == 101
+    assert found["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["top1"] == (ranks == 0).sum().item() / 101
+    assert found["top5"] == (ranks < 5).sum().item() / 101
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_net_is_left_as_it_was(make_net, make_source, accelerator, training):
+    model = make_net(dropout=0.5).train(training)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    loader = _loader(make_source(20), 8)
+    first, second = evaluate(model, loader, accelerator), evaluate(model, loader, accelerator)
+    assert first == second  # no dropout, and a loader can be used again
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalikd.trainers.launch import autocast_type, model_type, start
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "mixed", "compute", "kept_in"),
+    [
+        ("fp32", "no", None, torch.float32),
+        ("tf32", "no", None, torch.float32),
+        ("fp64", "no", None, torch.float64),
+        ("bf16", "bf16", torch.bfloat16, torch.float32),
+    ],
+)
+def test_precision_decides_types(precision, mixed, compute, kept_in):
+    accelerator = start("cpu", precision)
+    assert accelerator.device.type == "cpu"
+    assert accelerator.mixed_precision == mixed
+    assert autocast_type(precision) == compute
+    assert model_type(precision) == kept_in
+
+
+def test_commands_of_one_process_may_differ_in_precision():
+    assert start("cpu", "bf16").mixed_precision == "bf16"
+    assert start("cpu", "fp32").mixed_precision == "no"
+
+
+def test_fp32_is_true_float32():
+    start("cpu", "tf32")
+    assert torch.backends.cuda.matmul.allow_tf32
+    start("cpu", "fp32")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def _exists(path: Path, *, visible: tuple[str, ...], real=Path.exists) -> bool:
+    return str(path) in visible or real(path)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_torch_cannot_see_is_not_ignored(monkeypatch, device):
+    monkeypatch.setattr(Path, "exists", lambda path: _exists(path, visible=("/dev/nvidia0",)))
+    with pytest.raises(ValueError, match=r"has a GPU .* cannot see; driver: .*Update the driver.* or use --device cpu"):
+        start(device, "fp32")
+    assert start("cpu", "fp32").device.type == "cpu"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_driver_is_named(monkeypatch):
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\nGCC version: 10\n"
+    real = Path.read_text
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in ("/dev/nvidia0", "/proc/driver/nvidia/version"))
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: text if "nvidia" in str(path) else real(path, **how))
+    with pytest.raises(ValueError, match=r"driver: NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\. Update"):
+        start("auto", "fp32")
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("device", "precision", "environment", "message"),
+    [
+        ("cuda", "fp32", {}, "--device cuda: this machine has no CUDA device; use --device cpu"),
+        ("cpu", "fp16", {}, "--precision fp16 needs a GPU"),
+        ("auto", "fp16", {}, "--precision fp16 needs a GPU"),
+        (
+            "cpu",
+            "fp32",
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            "--precision fp32, but ACCELERATE_MIXED_PRECISION is bf16",
+        ),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(monkeypatch, device, precision, environment, message):
+    monkeypatch.setattr(Path, "exists", lambda path: _exists(path, visible=()) and str(path) != "/dev/nvidia0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start(device, precision)
+
+
+def test_the_launchers_word_against_the_gpu_is_a_conflict(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="--device cuda, but ACCELERATE_USE_CPU is set"):
+        start("cuda", "fp32")
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_gpu():
+    assert start("auto", "fp32").device.type == "cuda"

@@ -1,0 +1,327 @@
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+
+from dalikd.kd.losses import KD
+from dalikd.trainers.loop import Interrupted, Loop
+from dalikd.trainers.options import TrainOptions
+from dalikd.trainers.schedules import ScheduleConfig
+
+CONSTANT = ScheduleConfig("constant")
+
+
+def _options(**options: Any) -> TrainOptions:
+    return TrainOptions(**{"batch_size": 32, "mix_group": 8, "epochs": 2, "schedule": CONSTANT, **options})
+
+
+def _sgd(lr: float = 0.1, **settings: float) -> Callable[..., SGD]:
+    return partial(SGD, lr=lr, **settings)
+
+
+def _fill(module: torch.nn.Module) -> None:
+    """Weights that depend on no random generator."""
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            waves = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (number + 1.7))
+            parameter.copy_(0.3 * waves.reshape(parameter.shape) + (1.0 if parameter.dim() == 1 else 0.0))
+
+
+def _weights(loop: Loop) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in loop.method.student.model.state_dict().items()}
+
+
+def _log(loop: Loop) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (loop.folder.path / "log.jsonl").read_text().splitlines()]
+
+
+def _losses(loop: Loop, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loop.step()
+        losses.append(loop.meter.means()["loss"])
+        loop.meter.reset()
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------ the curve
+
+
+# as this test prints them; they change only where the meaning of a run does
+GOLDEN = {
+    "train": [1.203792868479, 1.147324907083, 1.115657077512, 1.046060226108, 1.002150746776, 0.985036276018],
+    "distill": [0.151578791202, 0.140203830711, 0.131751161341, 0.125593215891, 0.113896863356, 0.109903316972],
+}
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_the_loss_follows_the_recorded_curve_and_falls(make_loop, make_net, distill_options, kind):
+    student, teacher = make_net().double(), make_net().double()
+    _fill(student.model)
+    _fill(teacher.model)
+    teacher.model.fc.weight.data.mul_(-2)
+    settings = {"schedule": CONSTANT, "optimizer": _sgd(0.05, momentum=0.9)}
+    options = _options(augmentation="cutmix", **settings)
+    if kind == "distill":
+        options = distill_options(augmentation="cutmixpick_teacher", **settings)
+    loop = make_loop(options=options, student=student, teacher=teacher)
+    loop.task.train()
+    losses = _losses(loop, 30)
+    print(kind, losses)
+    assert losses[:6] == pytest.approx(GOLDEN[kind], abs=1e-8)
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+
+
+def test_distillation_brings_the_student_to_the_teacher(make_loop, make_net, distill_options):
+    options = distill_options(epochs=20, schedule=CONSTANT, loss=KD(ce_weight=0.0, kd_weight=1.0), optimizer=_sgd(0.05))
+    student, teacher = make_net(0, norm=False), make_net(1, norm=False)
+    loop = make_loop(options=options, student=student, teacher=teacher)
+    losses = _losses(loop, 60)
+    assert losses[-1] < 0.2 * losses[0]
+
+
+# --------------------------------------------------------------------------------------------- the optimizer
+
+
+def test_the_learning_rate_is_that_of_the_step(make_loop):
+    schedule = ScheduleConfig(milestones=[1, 2], gamma=0.1, warmup_epochs=1)
+    options = _options(epochs=4, epoch_factor=1.5, schedule=schedule, optimizer=_sgd(0.6))
+    loop = make_loop(options=options)
+    assert loop.steps_per_epoch == 3
+    assert loop.total_steps == 18  # 4 x 1.5 epochs
+    rates = []
+    for _ in range(12):
+        loop.step()
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+    # three steps of warm-up; milestones 1 and 2 move to 1.5 epochs (step 4) and 3 epochs (step 9)
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.06, 0.06, 0.06, 0.06, 0.06, 0.006, 0.006, 0.006])
+
+
+def test_cosine_ends_with_the_stretched_training(make_loop):
+    loop = make_loop(
+        options=_options(epochs=2, epoch_factor=2.0, schedule=ScheduleConfig("cosine"), optimizer=_sgd(1.0))
+    )
+    assert loop.total_steps == 12
+    for step in (0, 3, 6, 11):
+        loop.progress.step = step
+        assert loop._rate_factor() == pytest.approx((1 + math.cos(math.pi * step / 12)) / 2)
+
+
+@pytest.mark.parametrize("augmentation", ["identity", "cutmix"])
+def test_accumulating_two_microbatches_equals_one_batch(make_loop, make_net, distill_options, augmentation):
+    def run(accumulation: int) -> dict[str, torch.Tensor]:
+        student, teacher = make_net(0, norm=False).double(), make_net(1).double()
+        options = distill_options(
+            accumulation=accumulation, augmentation=augmentation, optimizer=_sgd(0.1, momentum=0.9, weight_decay=1e-3)
+        )
+        loop = make_loop(str(accumulation), options=options, student=student, teacher=teacher)
+        for _ in range(6):
+            loop.step()
+        return _weights(loop)
+
+    one, two, four = run(1), run(2), run(4)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-12)
+        torch.testing.assert_close(four[key], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_clip_bounds_the_step(make_loop, clip):
+    loop = make_loop(options=_options(clip=clip, optimizer=_sgd(1.0)))
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in loop.task.parameters()])
+    loop.step()
+    after = torch.cat([parameter.detach().flatten() for parameter in loop.task.parameters()])
+    moved = (after - before).norm().item()
+    if clip is None:
+        assert moved > 0.01
+    else:
+        assert moved == pytest.approx(clip, rel=1e-2)
+
+
+def test_no_decay_norms_spares_biases_and_norms(make_loop):
+    loop = make_loop(options=_options(no_decay_norms=True, optimizer=partial(AdamW, lr=1e-3, weight_decay=0.1)))
+    decayed, spared = loop.optimizer.param_groups
+    assert isinstance(loop.optimizer.optimizer, AdamW)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    model = loop.method.student.model
+    assert {id(value) for value in decayed["params"]} == {id(model.conv.weight), id(model.fc.weight)}
+    others = (model.conv.bias, model.norm.weight, model.norm.bias, model.fc.bias)
+    assert {id(value) for value in spared["params"]} == {id(value) for value in others}
+
+
+def test_without_it_all_parameters_share_a_group(make_loop):
+    (group,) = make_loop(options=_options(optimizer=_sgd(weight_decay=0.1))).optimizer.param_groups
+    assert len(group["params"]) == 6
+    assert group["weight_decay"] == 0.1
+
+
+def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
+    loop = make_loop(options=_options(ema=0.8, optimizer=_sgd()))
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(4):
+        loop.step()
+        for key, value in loop.method.student.state_dict().items():
+            first = step == 0 or not value.is_floating_point()
+            expected[key] = value.clone() if first else 0.8 * expected[key] + 0.2 * value
+    assert loop.average is not None
+    for key, value in loop.average.module.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
+
+    results = loop.run()
+    assert results["evaluated"] == "ema"
+    last = loop.folder.path / "last"
+    assert {path.name for path in last.iterdir()} == {"trainer.pt", "student.safetensors", "ema.safetensors"}
+    assert (last / "ema.safetensors").read_bytes() != (last / "student.safetensors").read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------- no waits
+
+
+def _without_waits(loop: Loop, guard: Callable[[], Any]) -> None:
+    loop.task.train()
+    loop.step()  # the first one builds states and samples ahead
+    with guard():
+        loop.step()
+        loop.step()
+
+
+@pytest.mark.parametrize("augmentation", ["identity", "mixup", "cutout", "cutmixpick_teacher", "cutmixpick_student"])
+def test_a_step_never_reads_from_the_device(make_loop, distill_options, no_sync, augmentation):
+    options = distill_options(augmentation=augmentation, clip=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
+    _without_waits(make_loop(options=options), no_sync)
+
+
+def test_a_supervised_step_never_reads_from_the_device(make_loop, no_sync):
+    _without_waits(make_loop(options=_options(augmentation="cutmix", clip=1.0, ema=0.9, optimizer=_sgd())), no_sync)
+
+
+def test_the_guard_sees_a_reading_step(make_loop, no_sync):
+    loop = make_loop()
+    loop.method.inputs = lambda batch: (batch.pixels, batch.labels + int(batch.labels.sum()) * 0)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        _without_waits(loop, no_sync)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["identity", "mixup", "cutout", "cutmixpick_teacher", "cutmixpick_student"])
+def test_a_step_never_waits_for_a_gpu(make_cuda_loop, distill_options, sync_is_an_error, augmentation):
+    options = distill_options(augmentation=augmentation, clip=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
+    loop = make_cuda_loop(options=options)
+    loop.task.train()
+    loop.step()
+    sync_is_an_error()
+    loop.step()
+    loop.step()
+
+
+# --------------------------------------------------------------------------------------------------- the run
+
+
+def test_a_run_logs_evaluates_and_saves(make_loop):
+    loop = make_loop(options=_options(epochs=3, eval_every=2, log_every=2, optimizer=_sgd(0.05)))
+    loop.folder.start({"epochs": 3}, None)
+    results = loop.run()
+    assert (results["finished"], results["steps"], results["epochs"]) == (True, 9, 3.0)
+    assert results["last"]["epoch"] == 3
+    assert results["last"]["val"]["images"] == 41
+    assert results["evaluated"] == "model"
+    log = _log(loop)
+    assert [entry["step"] for entry in log if "lr" in entry] == [2, 3, 4, 6, 8, 9]  # and at each end of an epoch
+    assert [entry["epoch"] for entry in log if "val" in entry] == [2, 3]  # every second epoch, and the last
+    assert all(entry["images_per_second"] > 0 and 0 <= entry["data_wait_share"] <= 1 for entry in log if "lr" in entry)
+    path = loop.folder.path
+    assert json.loads((path / "results.json").read_text()) == results
+    assert {file.relative_to(path).as_posix() for file in path.glob("*/*.*") if file.parent.name != "tensorboard"} == {
+        "last/trainer.pt",
+        "last/student.safetensors",
+        "best/student.safetensors",
+    }
+    assert list(path.glob("tensorboard/events*"))
+
+
+def test_the_terms_of_an_epoch_are_their_means(make_loop):
+    loop = make_loop(options=_options(epochs=1, log_every=1, optimizer=_sgd(0.05)))
+    loop.folder.start({}, None)
+    results = loop.run()
+    losses = [entry["train"]["loss"] for entry in _log(loop) if "lr" in entry]
+    assert len(losses) == 3
+    assert results["last"]["train"]["loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_best_is_the_epoch_of_the_highest_accuracy(make_loop, monkeypatch):
+    accuracies = iter([0.2, 0.7, 0.7, 0.4])
+    monkeypatch.setattr(
+        "dalikd.trainers.loop.evaluate", lambda *_: {"loss": 1.0, "top1": next(accuracies), "top5": 1.0, "images": 41}
+    )
+    results = make_loop(options=_options(epochs=4)).run()
+    assert (results["best"]["epoch"], results["last"]["epoch"]) == (2, 4)
+
+
+def test_a_diverged_run_says_so(make_loop):
+    loop = make_loop(options=_options(epochs=9, log_every=1, optimizer=_sgd(1e12)))
+    loop.folder.start({}, None)
+    with pytest.raises(ValueError, match=r"the loss is nan at step \d+: training has diverged; lower --optimizer.lr"):
+        loop.run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(make_loop, number):
+    loop = make_loop(options=_options(epochs=5))
+    before, inputs = signal.getsignal(number), loop.method.inputs
+
+    def interrupting(batch):
+        if loop.progress.step == 4:
+            os.kill(os.getpid(), number)
+        return inputs(batch)
+
+    loop.method.inputs = interrupting
+    with pytest.raises(Interrupted, match=f"stopped by signal {int(number)}; go on with --resume {loop.folder.path}"):
+        loop.run()
+    assert torch.load(loop.folder.state_file, weights_only=True)["step"] == 5
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once(make_loop):
+    loop = make_loop()
+    loop._note_signal(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        loop._note_signal(signal.SIGINT, None)
+
+
+def test_dropout_is_a_function_of_the_step(make_loop, make_net):
+    """What a net draws depends on seed and step, and not on what was drawn before."""
+
+    def run(disturb: bool, seed: int = 0) -> dict[str, torch.Tensor]:
+        loop = make_loop(f"{disturb}{seed}", options=_options(seed=seed), student=make_net(dropout=0.5))
+        for _ in range(3):
+            if disturb:
+                torch.rand(7)
+            loop.step()
+        return _weights(loop)
+
+    calm, disturbed = run(False), run(True)
+    assert all(torch.equal(value, disturbed[key]) for key, value in calm.items())
+
+
+def test_the_state_is_the_same_file_until_the_next_is_whole(make_loop, monkeypatch):
+    loop = make_loop()
+    loop.step()
+    loop.save()
+    kept = loop.folder.state_file.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dalikd.trainers.checkpoint.torch.save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        loop.save()
+    assert loop.folder.state_file.read_bytes() == kept
+    assert isinstance(loop.folder.path, Path)

@@ -1,0 +1,194 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dalikd.kd.backbones import create_model
+from dalikd.kd.goodness import TeacherStddev
+from dalikd.kd.teacher import Teacher
+from dalikd.pipelines.augment import View
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names
+from dalikd.trainers.measure import measure, measure_all, results_table
+from dalikd.trainers.models import TeacherConfig
+from dalikd.trainers.options import MeasureOptions
+
+RESULT_FIELDS = {
+    "augmentation", "stddev", "stderr", "entropy", "windows", "per_class", "images", "window",
+}  # fmt: skip
+
+
+def _measure(source, net, accelerator, name, batch_size, *, student=None, mode="per_sample", epochs=2, window=40):
+    options = MixOptions(mode=mode, mix_group=8)
+    augmenter = Augmenter(name, options, source, View(source.image_size, "pad_crop", padding=1), seed=3)
+    sampler = Sampler(len(source), batch_size, 3, drop_last=False, group=8)
+    loader = Loader(source, sampler, augmenter.draw_spec, threads=1)
+    teacher = Teacher(net)
+    result = measure(augmenter, loader, teacher, accelerator, epochs=epochs, window=window, student=student)
+    loader.close()
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- the figures
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "per_batch"])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_results_do_not_depend_on_the_batch_size(make_net, make_source, accelerator, name, mode):
+    """108 images: the last batch is short at both sizes, and its last mix group too. Picks of both nets included."""
+    source = make_source(108)
+    net, student = make_net(1).double(), make_net(2).double()
+    small, large = (
+        _measure(source, net, accelerator, name, batch_size, student=student, mode=mode) for batch_size in (16, 64)
+    )
+    assert small["windows"] == 10
+    assert small["images"] == 216
+    for key in ("stddev", "stderr", "entropy", "per_class"):
+        assert small[key] == pytest.approx(large[key], rel=0, abs=1e-12), key
+
+
+def test_augmentations_differ(make_net, make_source, accelerator):
+    source, net, student = make_source(64), make_net(1), make_net(2)
+    found = {name: _measure(source, net, accelerator, name, 32, student=student)["entropy"] for name in AUGMENTATIONS}
+    assert len(set(found.values())) == len(AUGMENTATIONS)
+
+
+def test_identity_equals_the_teacher_alone(make_net, make_source, accelerator):
+    source, net = make_source(96), make_net(1).double()
+    found = _measure(source, net, accelerator, "identity", 32)
+    view = View(source.image_size, "pad_crop", padding=1)
+    loader = Loader(source, Sampler(96, 96, 3), Augmenter("identity", MixOptions(), source, view, 3).draw_spec)
+    metric = TeacherStddev(3, window=40)
+    with torch.no_grad():
+        for _ in range(2):
+            logits = net.eval()(loader.next().pixels)
+            metric.update(logits, logits)
+    expected = metric.compute()
+    assert found["stddev"] == pytest.approx(expected.stddev, abs=1e-12)
+    assert found["entropy"] == pytest.approx(expected.entropy, abs=1e-12)
+
+
+class _ReadsLabels(nn.Module):
+    """A teacher that is certain and right: the class is written in every pixel of the middle."""
+
+    def forward(self, pixels):
+        return 1000.0 * functional.one_hot((pixels[:, 0, 4, 4] / 20).long(), 10)
+
+
+def test_a_certain_teacher_gives_the_spread_of_the_classes(make_source, accelerator):
+    """Windows of 320 images, each a pair with itself: the class share p spreads by sqrt(p (1 - p) / 320)."""
+    source = make_source(16_000, classes=10, side=8)
+    labels = np.random.default_rng(0).permutation(source.labels)
+    pictures = np.broadcast_to(20 * labels[:, None, None, None] + 1, (16_000, 8, 8, 3)).astype(np.uint8)
+    source = replace(source, arrays=pictures, labels=labels)
+    result = _measure(source, _ReadsLabels(), accelerator, "identity", 400, epochs=5, window=640)
+    without_replacement = np.sqrt((16_000 - 320) / (16_000 - 1))
+    expected = np.sqrt(0.1 * 0.9 / 320) * without_replacement
+    assert result["windows"] == 250
+    assert result["stddev"] == pytest.approx(expected, abs=3 * result["stderr"])
+    assert result["stderr"] < 0.05 * expected
+    assert result["entropy"] == 0
+
+
+# -------------------------------------------------------------------------------------------------- the report
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "resnet8.pt"
+    torch.save(create_model("resnet8", 3).state_dict(), path)
+    return str(path)
+
+
+def _options(data, teacher_weights, **options):
+    teacher = TeacherConfig("resnet8", teacher_weights)
+    return MeasureOptions(data=data, teacher=teacher, **{"epochs": 1, "window": 32, **options})
+
+
+def test_the_report_says_what_the_results_depend_on(data, weights, accelerator):
+    limited = replace(data, limit=70)
+    options = _options(
+        limited, weights, augmentation=["cutmixpick_student", "identity"], model="resnet8", batch_size=64
+    )
+    report = measure_all(options, accelerator)
+    assert [result["augmentation"] for result in report["results"]] == ["cutmixpick_student", "identity"]
+    for result in report["results"]:
+        assert set(result) == RESULT_FIELDS
+        assert (result["windows"], result["window"], result["images"]) == (4, 32, 70)
+        assert 0 < result["stderr"] < result["stddev"] < 0.1
+        assert 0 < result["entropy"] < np.log(3)
+        assert np.mean(result["per_class"]) == pytest.approx(result["stddev"])
+    assert (report["mode"], report["mix_group"], report["window"]) == ("per_sample", 64, 32)
+    assert (report["epochs"], report["seed"], report["precision"]) == (1, 0, "fp32")
+    assert (report["student"], report["student_weights"]) == ("resnet8", "fresh, from the seed")
+    assert report["teacher"]["weights"] == weights
+    assert (report["data"]["images"], report["processes"]) == (70, 1)
+    assert {"torch", "nvidia-dali-cuda120", "date", "device"} <= set(report["versions"])
+    assert len(report["fingerprint"]) == 16
+
+
+def test_students_come_from_the_seed_or_a_file(data, weights, accelerator):
+    """A fresh student is the same twice; with weights it is another, and the report names them."""
+    limited = replace(data, limit=64)
+    picks = {"augmentation": ["cutmixpick_student"], "model": "resnet8", "batch_size": 64}
+    first, again = (measure_all(_options(limited, weights, **picks), accelerator) for _ in range(2))
+    assert first["results"] == again["results"]
+    given = measure_all(_options(limited, weights, weights=weights, **picks), accelerator)
+    assert given["student_weights"] == weights
+    assert given["results"] != first["results"]
+
+
+def test_the_table_has_the_best_first():
+    row = {"stderr": None, "entropy": 1.25, "windows": 1}
+    results = [
+        {"augmentation": "flip", "stddev": None, **row},
+        {"augmentation": "mixup", "stddev": 0.02, **row},
+        {"augmentation": "cutmix", "stddev": 0.0123456, **row, "stderr": 0.001},
+    ]
+    assert results_table(results).splitlines() == [
+        "| augmentation | T. stddev | std. error | entropy | windows |",
+        "|:--|--:|--:|--:|--:|",
+        "| cutmix | 0.012346 | 0.001000 | 1.2500 | 1 |",
+        "| mixup | 0.020000 | - | 1.2500 | 1 |",
+        "| flip | - | - | 1.2500 | 1 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": TeacherConfig()}, "no teacher given: name its architecture with --teacher.name"),
+        (
+            {"teacher": TeacherConfig("resnet8")},
+            "the teacher resnet8 has no weights: give a file with --teacher.weights",
+        ),
+        ({"augmentation": ["cutmixpick_student"]}, "scored by a student: name its architecture with --model"),
+        ({"augmentation": ["all"]}, "cutmixpick_student is scored by a student"),
+        ({"augmentation": ["mixpu"]}, 'unknown --augmentation "mixpu": did you mean mixup?'),
+        ({"window": 639}, "--window 639: give a positive even number"),
+        ({"window": 0}, "--window 0: give a positive even number"),
+        ({"epochs": 0}, "--epochs 0: give at least 1"),
+        ({"batch_size": 100}, "not a multiple of --mix_group 64"),
+        ({"alpha": 0.0}, "--alpha 0.0: give a number above 0"),
+        ({"mix_n_run": 0}, "--mix_n_run 0: give at least 1"),
+        ({"mix_group": 0}, "--mix_group 0: give at least 1"),
+        ({"cutout_side": 0}, "--cutout_side 0: give at least 1 pixel"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(data, weights, accelerator, change, message):
+    options = _options(data, weights, **{"augmentation": ["identity"]})
+    for name, value in change.items():
+        setattr(options, name, value)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("?", r"\?")):
+        measure_all(options, accelerator)
+
+
+def test_all_stands_for_the_nine():
+    assert augmentation_names(["all"]) == list(AUGMENTATIONS)
+    assert len(AUGMENTATIONS) == 9
+    assert augmentation_names(["cutmix", "flip", "cutmix"]) == ["cutmix", "flip"]

@@ -1,0 +1,89 @@
+"""Two processes do what one does."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dalikd.kd.checkpoints import load_weights
+from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.launch import start
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("shared_work.py")
+
+
+def _module() -> Any:
+    specification = importlib.util.spec_from_file_location("shared_work", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        module = _module()
+        patch.setattr(module.measure, "open_split", module.measure.open_split)  # put back what the work replaces
+        return module.work(start("cpu", "fp64"), folder / "one")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> dict[str, Any]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(SCRIPT), "2", str(folder / "two.pt")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "two.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("augmentation", ["mixup", "cutmixpick_teacher"])
+def test_training_with_accumulation_gives_the_same_weights(one, two, augmentation):
+    ours, theirs = one["trained"][augmentation], two["trained"][augmentation]
+    for kind in ("weights", "average"):
+        assert ours[kind].keys() == theirs[kind].keys()
+        for key, value in ours[kind].items():
+            torch.testing.assert_close(theirs[kind][key], value, rtol=0, atol=1e-9)
+    assert ours["metrics"]["windows"] == 6
+    assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize("setting", [(110, "per_sample"), (90, "per_batch")])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_measuring_gives_the_same_figures(one, two, setting, name):
+    ours, theirs = one["measured"][setting][name], two["measured"][setting][name]
+    assert theirs["images"] == ours["images"] == 2 * setting[0]
+    assert theirs["windows"] == ours["windows"] == 2 * 2 * setting[0] // 40
+    for key in ("stddev", "stderr", "entropy", "per_class"):
+        assert theirs[key] == pytest.approx(ours[key], rel=0, abs=1e-6), key
+
+
+def test_evaluation_sees_every_image_once(one, two):
+    assert two["evaluated"]["seen"] == one["evaluated"]["seen"] == list(range(101))
+    assert two["evaluated"]["images"] == 101
+    for key in ("loss", "top1", "top5"):
+        assert two["evaluated"][key] == pytest.approx(one["evaluated"][key], rel=0, abs=1e-9)
+
+
+def test_what_is_evaluated_is_what_is_saved(two, folder, make_net, make_loop, accelerator):
+    """Running statistics differ between processes after a step; the main process's are evaluated, and saved."""
+    net = make_net()
+    load_weights(net.model, folder / "two" / "batch_norm" / "last" / "ema.safetensors")
+    found = evaluate(net, make_loop().val_loader, accelerator)
+    for key, value in two["batch_norm"].items():
+        assert found[key] == pytest.approx(value, rel=1e-5), key

@@ -1,0 +1,297 @@
+"""A run that is stopped and resumed ends as one that was never stopped, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalikd.kd.backbones import create_model
+from dalikd.tools import distill, train
+from dalikd.trainers.loop import Loop
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("teacher") / "small.pt"
+    torch.save(create_model("small", 3).state_dict(), path)
+    return str(path)
+
+
+def _arguments(tree: Path, *more: str) -> list[str]:
+    """Five epochs of four steps."""
+    return [
+        *("--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"),
+        *("--model", "small", "--batch_size", "32", "--mix_group", "8", "--epochs", "5", "--log_every", "1"),
+        *("--optimizer.lr", "0.02", "--schedule.name", "cosine", *more),
+    ]
+
+
+def _distill_arguments(tree: Path, teacher: str, *more: str) -> list[str]:
+    return _arguments(tree, "--teacher.name", "small", "--teacher.weights", teacher, *more)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "results.json").read_text())
+    del results["versions"]
+    return results
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    """The log without what the clock says."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timings = ("images_per_second", "data_wait_share")
+    return [{key: value for key, value in entry.items() if key not in timings} for entry in entries]
+
+
+def _assert_same_end(folder: Path, other: Path) -> None:
+    assert _results(folder) == _results(other)
+    assert _log(folder) == _log(other)
+    names = sorted(path.relative_to(other).as_posix() for path in other.glob("*/*.safetensors"))
+    assert names == sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors"))
+    for name in names:
+        ours, theirs = load_file(folder / name), load_file(other / name)
+        assert all(torch.equal(value, ours[key]) for key, value in theirs.items()), name
+
+
+class _Killed(BaseException):
+    """Ends a process without a chance to save."""
+
+
+def _run(command: Any, *arguments: str, kill_at: int | None = None, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Loop.step
+
+    def stepping(loop: Loop) -> None:
+        if loop.progress.step == kill_at:
+            raise _Killed
+        step(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", stepping)
+        if kill_at is None:
+            command.main(list(arguments))
+            return
+        with pytest.raises(_Killed):
+            command.main(list(arguments))
+
+
+# ----------------------------------------------------------------------------------------- in every setting
+
+SETTINGS = {
+    "plain": ["--augmentation", "identity"],
+    "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip", "1", "--accumulation", "2"],
+    "adamw": ["--augmentation", "cutmix", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"],
+    "dropout": ["--augmentation", "mixup", "--model_args.dropout", "0.5"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_killed_run_is_resumed_exactly(tree, teacher, tmp_path, monkeypatch, setting):
+    """Killed in the middle of an epoch and again later; saved every second step, so that a step is done anew."""
+    common = _distill_arguments(tree, teacher, *SETTINGS[setting], "--checkpoint_every", "2")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(distill, *common, "--output", str(whole), monkeypatch=monkeypatch)
+    _run(distill, *common, "--output", str(broken), kill_at=3, monkeypatch=monkeypatch)
+    assert torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] == 2
+    _run(distill, "--resume", str(broken), kill_at=7, monkeypatch=monkeypatch)
+    _run(distill, "--resume", str(broken), monkeypatch=monkeypatch)
+    _assert_same_end(broken, whole)
+
+
+def test_a_supervised_run_is_resumed_exactly(tree, tmp_path, monkeypatch):
+    """Also at the end of an epoch, the only checkpoint without --checkpoint_every."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    _run(train, *_arguments(tree), "--output", str(broken), kill_at=4, monkeypatch=monkeypatch)
+    _run(train, "--resume", str(broken), kill_at=11, monkeypatch=monkeypatch)
+    _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
+    _assert_same_end(broken, whole)
+
+
+def test_a_kill_during_the_evaluation_loses_nothing(tree, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("dalikd.trainers.loop.evaluate", _raise_killed)
+        with pytest.raises(_Killed):
+            train.main([*_arguments(tree, "--checkpoint_every", "3"), "--output", str(broken)])
+    _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
+    _assert_same_end(broken, whole)
+
+
+def _raise_killed(*_: Any) -> None:
+    raise _Killed
+
+
+def test_sigterm_saves_says_so_and_ends_with_an_error(tree, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    step = Loop.step
+
+    def stepping(loop: Loop) -> None:
+        if loop.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(loop)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", stepping)
+        with pytest.raises(SystemExit) as stop:
+            train.main([*_arguments(tree), "--output", str(broken)])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"dalikd train: stopped by signal 15; go on with --resume {broken}\n"
+    assert torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] == 6
+    _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
+    _assert_same_end(broken, whole)
+
+
+# ---------------------------------------------------------------------------------------- what may be resumed
+
+
+@pytest.fixture
+def finished(tree, tmp_path, monkeypatch) -> Path:
+    _run(train, *_arguments(tree, "--epochs", "1"), "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
+    return tmp_path / "run"
+
+
+def test_a_finished_run_gives_its_results_again(finished, monkeypatch, capsys):
+    before = _results(finished), _log(finished), (finished / "last" / "student.safetensors").read_bytes()
+    assert before[0]["finished"]
+    monkeypatch.setattr(Loop, "step", _raise_killed)
+    train.main(["--resume", str(finished)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("last epoch (1): top1 ")
+    assert printed[-1] == f"run folder: {finished}"
+    assert before == (_results(finished), _log(finished), (finished / "last" / "student.safetensors").read_bytes())
+
+
+def test_a_finished_run_can_be_prolonged(tree, tmp_path, monkeypatch):
+    """With a schedule that does not depend on the end, as if it had been asked for from the start."""
+    constant = ("--schedule.name", "constant")
+    _run(
+        train, *_arguments(tree, *constant, "--epochs", "2"), "--output", str(tmp_path / "two"), monkeypatch=monkeypatch
+    )
+    one = tmp_path / "one"
+    _run(train, *_arguments(tree, *constant, "--epochs", "1"), "--output", str(one), monkeypatch=monkeypatch)
+    _run(train, "--resume", str(one), "--epochs", "2", monkeypatch=monkeypatch)
+    _assert_same_end(one, tmp_path / "two")
+
+
+def test_results_lost_in_a_kill_are_written_again(finished, monkeypatch):
+    before = _results(finished)
+    (finished / "results.json").unlink()
+    _run(train, "--resume", str(finished), monkeypatch=monkeypatch)
+    assert _results(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--seed", "1"], "seed was 0, now it is 1; resume with the same data, --seed and --batch_size"),
+        (["--batch_size", "16"], "batch_size was 32, now it is 16"),
+        (["--data.limit", "90"], "fingerprint was "),
+        (["--model", "resnet8"], "belongs to another --model than resnet8"),
+        (["--optimizer", "torch.optim.Adam"], "belongs to the optimizer SGD, now it is Adam"),
+    ],
+)
+def test_another_run_is_not_resumed(finished, capsys, change, message):
+    before = {path: path.read_bytes() for path in finished.glob("*.*")}
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", str(finished), *change, "--epochs", "3"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in finished.glob("*.*")}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.yaml").unlink(), "there is no run"),
+        (lambda folder: (folder / "last" / "trainer.pt").unlink(), "the run has saved no state yet"),
+        (lambda folder: (folder / "last" / "trainer.pt").write_bytes(b"x"), "cannot be read as a saved state"),
+    ],
+)
+def test_a_folder_without_a_state_is_refused(finished, capsys, spoil, message):
+    spoil(finished)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", str(finished)])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+
+
+def test_settings_of_the_optimizer_are_those_of_the_call(finished, monkeypatch):
+    """No option is read and then ignored: a saved state does not bring old settings back."""
+    seen, step = [], Loop.step
+
+    def stepping(loop: Loop) -> None:
+        step(loop)
+        (group,) = loop.optimizer.param_groups
+        seen.append((group["lr"], group["weight_decay"], group["momentum"]))
+
+    monkeypatch.setattr(Loop, "step", stepping)
+    changed = ("--optimizer.lr", "0.01", "--optimizer.weight_decay", "0.1", "--schedule.name", "constant")
+    train.main(["--resume", str(finished), "--epochs", "2", *changed])
+    assert seen == [(0.01, 0.1, 0.9)] * 4
+
+
+def test_the_config_of_a_run_can_start_another(finished, tmp_path, monkeypatch):
+    """Neither --resume nor --overwrite is written down, so that reading it cannot continue or destroy a run."""
+    _run(train, "--resume", str(finished), monkeypatch=monkeypatch)
+    text = (finished / "config.yaml").read_text()
+    assert "resume" not in text
+    assert "overwrite" not in text
+    again = tmp_path / "again"
+    _run(train, "--config", str(finished / "config.yaml"), "--output", str(again), monkeypatch=monkeypatch)
+    _assert_same_end(again, finished)
+
+
+# --------------------------------------------------------------------------------------- in processes of its own
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "dalikd.tools.distill", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _lines(folder: Path) -> int:
+    log = folder / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle(tree, tmp_path):
+    whole, broken, weights = tmp_path / "whole", tmp_path / "broken", tmp_path / "resnet8.pt"
+    torch.save(create_model("resnet8", 3).state_dict(), weights)
+    common = [
+        *_distill_arguments(tree, str(weights), "--teacher.name", "resnet8", "--model", "resnet8"),
+        *("--data.limit", "48", "--data.val_limit", "9", "--batch_size", "16", "--epochs", "6"),
+        *("--augmentation", "cutmixpick_teacher", "--checkpoint_every", "2"),
+    ]
+    victim = _start(*common, "--output", str(broken))
+    deadline = time.monotonic() + 120
+    while _lines(broken) < 6 and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    victim.communicate()
+    assert 3 <= torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] < 18
+    processes = [_start("--resume", str(broken)), _start(*common, "--output", str(whole))]
+    for process in processes:
+        _, error = process.communicate(timeout=180)
+        assert process.returncode == 0, error
+    _assert_same_end(broken, whole)
+    steps = [entry["step"] for entry in _log(broken) if "lr" in entry]
+    assert steps == list(range(1, 19))

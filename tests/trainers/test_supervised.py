@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+
+from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
+from dalikd.trainers.options import TrainOptions
+from dalikd.trainers.supervised import SupervisedTask
+
+
+def _options(augmentation):
+    return TrainOptions(batch_size=32, mix_group=8, epochs=1, augmentation=augmentation)
+
+
+def test_plain_images_have_plain_labels(make_loop):
+    loop = make_loop(options=_options("identity"))
+    batch = loop.loader.next()
+    inputs = loop.method.inputs(batch)
+    assert len(inputs) == 2
+    assert torch.equal(inputs[0], batch.pixels)
+    assert torch.equal(inputs[1], batch.labels)
+
+
+@pytest.mark.parametrize("augmentation", ["flip", "crop_flip", "cutout"])
+def test_unmixed_augmentations_keep_the_labels(make_loop, augmentation):
+    loop = make_loop(options=_options(augmentation))
+    batch = loop.loader.next()
+    pixels, labels = loop.method.inputs(batch)
+    assert torch.equal(labels, batch.labels)
+    assert pixels.shape == batch.pixels.shape
+    assert not torch.equal(pixels.float(), batch.pixels.float())
+
+
+@pytest.mark.parametrize("augmentation", ["mixup", "cutmix"])
+def test_mixed_images_have_both_labels(make_loop, augmentation):
+    loop = make_loop(options=_options(augmentation))
+    batch = loop.loader.next()
+    pixels, labels, partner_labels, lam = loop.method.inputs(batch)
+    draws = batch.mix[0]
+    assert torch.equal(labels, batch.labels)
+    assert torch.equal(partner_labels, batch.labels[draws.partner])
+    assert not torch.equal(partner_labels, labels)
+    originals, partners = batch.pixels.double(), batch.pixels[draws.partner].double()
+    if augmentation == "mixup":
+        share = lam[:, None, None, None].double()
+        torch.testing.assert_close(pixels.double(), share * originals + (1 - share) * partners, rtol=0, atol=1e-3)
+    else:
+        pasted = (pixels.double() != originals).any(dim=1)
+        assert torch.equal(torch.where(pasted[:, None], partners, originals), pixels.double())
+        share = pasted.double().mean(dim=(1, 2))
+        assert ((1 - lam) >= share - 1e-6).all()  # a pasted pixel may equal the one before
+        assert np.corrcoef(1 - lam, share)[0, 1] > 0.99
+
+    terms = loop.task(pixels, labels, partner_labels, lam)
+    logits = loop.method.student(pixels)
+    torch.testing.assert_close(terms["loss"], mixed_cross_entropy(logits, labels, partner_labels, lam))
+    assert terms["top1"] == (logits.argmax(1) == labels).float().mean()
+
+
+def test_label_smoothing_reaches_the_loss(make_net):
+    pixels, labels = torch.randint(0, 256, (6, 3, 12, 12)).byte(), torch.arange(6) % 3
+    net = make_net(norm=False)
+    plain, smooth = SupervisedTask(net), SupervisedTask(net, label_smoothing=0.2)
+    torch.testing.assert_close(plain(pixels, labels)["loss"], cross_entropy(net(pixels), labels))
+    torch.testing.assert_close(smooth(pixels, labels)["loss"], cross_entropy(net(pixels), labels, 0.2))
+    mixed = smooth(pixels, labels, labels.flip(0), torch.full((6,), 0.7))["loss"]
+    expected = mixed_cross_entropy(net(pixels), labels, labels.flip(0), torch.full((6,), 0.7), 0.2)
+    torch.testing.assert_close(mixed, expected)
+
+
+@pytest.mark.parametrize("augmentation", ["cutmixpick_teacher", "cutmixpick_student"])
+def test_picks_belong_to_distillation(make_loop, augmentation):
+    with pytest.raises(ValueError, match=f"--augmentation {augmentation} picks images for distillation: use cutmix"):
+        make_loop(options=_options(augmentation))

@@ -1,0 +1,148 @@
+"""Joins the parts of a run: data, augmentation, loaders, run folder. All is checked before a folder is touched."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, training_view
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import Source
+from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.loop import Loop, Method
+from dalikd.trainers.models import build_model
+from dalikd.trainers.options import RunOptions, TrainingOptions
+from dalikd.trainers.tracking import RunFolder
+
+__all__ = ["TrainingData", "build_student", "make_loader", "open_training_data", "run_training", "validation_loader"]
+
+_LARGEST_EVALUATION_BATCH = 256  # a process
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training command reads."""
+
+    train: Source
+    val: Source
+    view: View
+    augmenter: Augmenter
+    loader: Loader
+    val_loader: Loader
+
+
+def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> TrainingData:
+    """Open the sources, bind the augmentation, make the loaders (nothing is read ahead yet).
+
+    Raises:
+        ValueError, OSError: the data or the sizes are not as they should be.
+    """
+    _check_options(options, accelerator)
+    train, val = open_sources(options.data, options.seed)
+    view = training_view(options.data, train)
+    augmenter = Augmenter(options.augmentation, options, train, view, options.seed)
+    sampler = Sampler(
+        len(train),
+        options.batch_size,
+        options.seed,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+        accumulation=options.accumulation,
+        group=options.mix_group,
+    )
+    loader = make_loader(train, sampler, augmenter.draw_spec, options.data, accelerator)
+    return TrainingData(train, val, view, augmenter, loader, validation_loader(val, options, accelerator))
+
+
+def validation_loader(source: Source, options: RunOptions, accelerator: Accelerator) -> Loader:
+    """Every row once an epoch, in order, shared by all processes."""
+    world = accelerator.num_processes
+    batch_size = world * min(_LARGEST_EVALUATION_BATCH, -(-len(source) // world))
+    sampler = Sampler(
+        len(source), batch_size, shuffle=False, drop_last=False, world=world, rank=accelerator.process_index
+    )
+    return make_loader(source, sampler, DrawSpec(evaluation_view(options.data, source)), options.data, accelerator)
+
+
+def make_loader(source: Source, sampler: Sampler, spec: DrawSpec, data: DataConfig, accelerator: Accelerator) -> Loader:
+    """A loader on this process's device, with the data options."""
+    return Loader(
+        source,
+        sampler,
+        spec,
+        device=accelerator.device,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        bad_files=data.bad_files,
+    )
+
+
+def build_student(options: TrainingOptions, source: Source):
+    """The net that is trained, the same on every process.
+
+    Raises:
+        ValueError: no or an unknown model, or weights that do not fit.
+    """
+    if options.model is None:
+        raise ValueError("no model given: name its architecture with --model, e.g. --model resnet20")
+    torch.manual_seed(options.seed)
+    return build_model(options.model, source, weights=options.weights, args=options.model_args)
+
+
+def run_training(
+    method: Method,
+    data: TrainingData,
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    command: str,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Train, from the start or from a resumed folder, and write the run folder.
+
+    Returns:
+        the content of results.json, with "folder".
+
+    Raises:
+        ValueError: the folder is not free, or holds another run.
+    """
+    path = Path(options.resume or options.output or f"runs/{command}-{options.data.name}-{options.model}")
+    folder = RunFolder(path, accelerator.is_main_process)
+    if options.resume is None:
+        folder.check_new(options.overwrite)
+    header = {
+        "command": command,
+        "seed": options.seed,
+        "model": options.model,
+        "augmentation": options.augmentation,
+        "mode": options.mode,
+        "mix_group": options.mix_group,
+        "window": 640,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "data": {**asdict(options.data), "train_images": len(data.train), "val_images": len(data.val)},
+        "fingerprint": {"train": data.train.fingerprint, "val": data.val.fingerprint},
+    }
+    loop = Loop(method, data.loader, data.val_loader, options, accelerator, folder, header)
+    if options.resume is not None:
+        loop.load()
+    folder.start(config, loop.progress.step if options.resume is not None else None)
+    accelerator.wait_for_everyone()
+    return {**loop.run(), "folder": str(path)}
+
+
+def _check_options(options: TrainingOptions, accelerator: Accelerator) -> None:
+    for name in ("epochs", "accumulation", "log_every", "eval_every"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")
+    if round(options.epochs * options.epoch_factor) < 1:
+        raise ValueError(f"--epochs {options.epochs} x --epoch_factor {options.epoch_factor} is no whole epoch")
+    if not 0 <= options.ema < 1:
+        raise ValueError(f"--ema {options.ema}: give a decay below 1, such as 0.999, or 0 for none")
+    if options.clip is not None and options.clip <= 0:
+        raise ValueError(f"--clip {options.clip}: give a norm above 0, or leave it out")
+    if options.sync_bn and accelerator.device.type != "cuda":
+        raise ValueError("--sync_bn true needs GPUs: leave it out on the CPU")

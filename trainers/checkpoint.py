@@ -1,0 +1,52 @@
+"""What is saved of a run, and how it is read back."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+__all__ = ["read_state", "save_state", "save_weights"]
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the trainer's state, whole or not at all: a kill leaves the file before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a saved state without executing pickle code.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no state of this program.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: the run has saved no state yet; start it again with --overwrite true"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a saved state: {reason}") from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise ValueError(f"{path} is not a state saved by dalikd")
+    return state
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a net's state_dict as safetensors, with its published keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, temporary)
+    temporary.replace(path)

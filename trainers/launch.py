@@ -1,0 +1,68 @@
+"""Start of every command: device, precision and processes, checked before any work."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+
+__all__ = ["Device", "Precision", "autocast_type", "model_type", "start"]
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
+
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start(device: Device, precision: Precision) -> Accelerator:
+    """Join the processes that a launcher started, or stand alone, on the device asked for.
+
+    Raises:
+        ValueError: there is no such device, the driver is too old, or Accelerate's environment says otherwise.
+    """
+    _check_environment(device, precision)
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    if precision == "fp16" and use_cpu:
+        raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    if precision in ("fp32", "tf32"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    AcceleratorState._reset_state()  # a second command of one process may ask for another precision
+    mixed = precision if precision in _MIXED else "no"
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    return Accelerator(cpu=use_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+
+
+def autocast_type(precision: Precision) -> torch.dtype | None:
+    """The compute type of mixed precision, or None."""
+    return _MIXED.get(precision)
+
+
+def model_type(precision: Precision) -> torch.dtype:
+    """The type parameters are kept in."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def _check_environment(device: Device, precision: Precision) -> None:
+    if not torch.cuda.is_available() and device != "cpu":
+        if Path("/dev/nvidia0").exists():
+            raise ValueError(_hidden_gpu())
+        if device == "cuda":
+            raise ValueError("--device cuda: this machine has no CUDA device; use --device cpu")
+    if device == "cuda" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise ValueError("--device cuda, but ACCELERATE_USE_CPU is set: unset it or use --device cpu")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher's default is "no"
+    if launched not in ("no", precision):
+        raise ValueError(
+            f"--precision {precision}, but ACCELERATE_MIXED_PRECISION is {launched}: leave one of them out"
+        )
+
+
+def _hidden_gpu() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    driver = version.read_text(encoding="utf-8").splitlines()[0].strip() if version.exists() else "unknown"
+    return (
+        f"this machine has a GPU (/dev/nvidia0) that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot see; "
+        f"driver: {driver}. Update the driver, install a torch built for it, or use --device cpu"
+    )

@@ -1,0 +1,375 @@
+"""The one training loop: forward, backward, step, count; evaluate; checkpoint; track."""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalikd.kd.normalize import Normalized
+from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.trainers.average import MovingAverage
+from dalikd.trainers.checkpoint import read_state, save_state, save_weights
+from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.options import TrainingOptions
+from dalikd.trainers.progress import progress as progress_bar
+from dalikd.trainers.schedules import ScheduleConfig, learning_rate_factor
+from dalikd.trainers.tracking import Meter, RunFolder, versions
+
+__all__ = ["Interrupted", "Loop", "Method"]
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+class Method(Protocol):
+    """What is trained, and what it is fed: all that differs between one method and another."""
+
+    task: nn.Module  # inputs -> named scalar terms, "loss" among them; holds everything that is trained
+    student: Normalized  # the net inside the task that is evaluated and published
+
+    def inputs(self, batch: Batch) -> Sequence[Any]:
+        """What the task's forward takes for a batch. Called without gradient, and free of host syncs."""
+        ...
+
+    def metrics(self) -> dict[str, float | int | None]:
+        """Running figures beside the terms. May wait for the device."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """State outside the task."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take state from a saved run."""
+        ...
+
+
+@dataclass
+class _Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimizer steps done
+    epochs: int = 0  # ended, with their evaluation
+    last: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """Trains a method's task over a loader's steps.
+
+    Args:
+        method: what is trained.
+        loader: the training batches.
+        val_loader: the validation images, each once.
+        options: of the run.
+        accelerator: devices and processes.
+        folder: where the run is written.
+        header: what results.json says of the run besides the figures.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        loader: Loader,
+        val_loader: Loader,
+        options: TrainingOptions,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        header: dict[str, Any],
+    ) -> None:
+        self.method, self.loader, self.val_loader = method, loader, val_loader
+        self.options, self.accelerator, self.folder, self.header = options, accelerator, folder, header
+        task = method.task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if options.sync_bn and accelerator.num_processes > 1:
+            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        optimizer = options.optimizer(_parameter_groups(task, options.no_decay_norms))
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        self.average = MovingAverage(method.student, options.ema) if options.ema else None
+        self.meter, self.epoch_meter = Meter(), Meter()
+        self.progress = _Progress()
+        self.steps_per_epoch = loader.sampler.steps_per_epoch
+        self.total_steps = round(options.epochs * options.epoch_factor) * self.steps_per_epoch
+        self._stop_signal: int | None = None
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def step(self) -> None:
+        """One optimizer step. Nothing in here waits for the device."""
+        batches = [self.loader.next() for _ in range(self.options.accumulation)]
+        self._set_learning_rate()
+        # whatever a net draws (dropout) is a function of the step too
+        torch.manual_seed(_step_seed(self.options.seed, self.progress.step, self.accelerator.process_index))
+        for part, batch in enumerate(batches, start=1):
+            with torch.no_grad():
+                inputs = self.method.inputs(batch)
+            last = part == len(batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.task):
+                terms = self.task(*inputs)
+                self.accelerator.backward(terms["loss"] / len(batches))
+            self.meter.add(terms)
+            self.epoch_meter.add(terms)
+        if self.options.clip is not None:
+            self.accelerator.clip_grad_norm_(self.task.parameters(), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.method.student)
+        self.progress.step += 1
+
+    def _set_learning_rate(self) -> None:
+        factor = self._rate_factor()
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _rate_factor(self) -> float:
+        schedule, scale = self.options.schedule, self.options.epoch_factor
+        stretched = ScheduleConfig(
+            schedule.name, [scale * epoch for epoch in schedule.milestones], schedule.gamma, schedule.warmup_epochs,
+            schedule.final,
+        )  # fmt: skip
+        return learning_rate_factor(stretched, self.progress.step, self.steps_per_epoch, self.total_steps)
+
+    # ------------------------------------------------------------------------------------------- the run
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, from the start or from where `load` put it.
+
+        Returns:
+            the content of results.json.
+
+        Raises:
+            BadFileError: a picture cannot be decoded; the state is saved.
+            Interrupted: SIGTERM or SIGINT came; the state is saved.
+        """
+        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.task.train()
+        try:
+            self._run_steps()
+        except BadFileError:
+            self.save()
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.loader.close()
+            self.val_loader.close()
+            self.folder.close()
+        results = self._results(finished=True)
+        self.folder.results(results)
+        return results
+
+    def _run_steps(self) -> None:
+        options, progress = self.options, self.progress
+        bar = progress_bar(
+            self.accelerator, self.folder.path.name, total=self.total_steps, initial=progress.step, unit="step"
+        )
+        clock = _Clock(self.loader, progress.step)
+        with bar:
+            if progress.step == (progress.epochs + 1) * self.steps_per_epoch:  # stopped in the middle of its evaluation
+                self._end_epoch()
+            while progress.step < self.total_steps:
+                self.step()
+                bar.update()
+                end_of_epoch = progress.step % self.steps_per_epoch == 0
+                if progress.step % options.log_every == 0 or end_of_epoch:
+                    self._log_interval(clock, bar)
+                if end_of_epoch:
+                    self._end_epoch()
+                    clock.restart()
+                elif options.checkpoint_every and progress.step % options.checkpoint_every == 0:
+                    self.save()
+                if self._stop_signal is not None:
+                    self.save()
+                    raise Interrupted(f"stopped by signal {self._stop_signal}; go on with --resume {self.folder.path}")
+
+    def _log_interval(self, clock: "_Clock", bar: tqdm) -> None:
+        terms = self.meter.means()
+        self.meter.reset()
+        if self.accelerator.scaler is None:  # which skips the steps that overflow in fp16
+            self._check_loss(terms["loss"])
+        images = clock.steps(self.progress.step) * self.loader.sampler.batch_size
+        seconds, waited = clock.read()
+        entry = {
+            "epoch": self.progress.step / self.steps_per_epoch,
+            "train": terms,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": images / seconds,
+            "data_wait_share": waited / seconds,
+        }
+        self.folder.log(self.progress.step, entry)
+        bar.set_postfix(loss=f"{terms['loss']:.4f}", images_s=f"{images / seconds:.0f}", refresh=False)
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.progress.step}: training has diverged; lower --optimizer.lr, set "
+                "--clip or --schedule.warmup_epochs"
+            )
+
+    def _end_epoch(self) -> None:
+        progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
+        done = progress.step == self.total_steps
+        if done or epoch % self.options.eval_every == 0:
+            net = self.method.student if self.average is None else self.average.module
+            self._share_buffers(net)
+            val = evaluate(net, self.val_loader, self.accelerator)
+            self._check_loss(val["loss"])
+            train = self.epoch_meter.means()
+            progress.last = {"epoch": epoch, "train": train, "val": val, **self.method.metrics()}
+            if not progress.best or val["top1"] > progress.best["val"]["top1"]:
+                progress.best = progress.last
+                self._save_weights("best")
+            self.folder.log(progress.step, progress.last)
+        self.epoch_meter.reset()
+        progress.epochs = epoch
+        self.save()
+        self.folder.results(self._results(finished=False))
+
+    def _share_buffers(self, net: nn.Module) -> None:
+        """Take the main process's running statistics, as every training forward does, so that all evaluate one net."""
+        if self.accelerator.num_processes > 1:
+            for buffer in net.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def _results(self, finished: bool) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "finished": finished,
+            "steps": progress.step,
+            "epochs": progress.step / self.steps_per_epoch,
+            "last": progress.last,
+            "best": progress.best,
+            "best_is": "the epoch with the highest top1 on the validation split itself; compare runs by last",
+            "evaluated": "ema" if self.average is not None else "model",
+            "replaced_files": [self.loader.source.path(row) for row in self.loader.replaced],
+            **self.header,
+            "processes": self.accelerator.num_processes,
+            "versions": versions(self.accelerator.device),
+        }
+
+    def _note_signal(self, number: int, _frame: object) -> None:
+        if self._stop_signal is not None:
+            raise KeyboardInterrupt  # asked twice: at once
+        self._stop_signal = number
+
+    # ------------------------------------------------------------------------------------------ the state
+
+    def save(self) -> None:
+        """Write the state and the student's weights. At a step's end the state is the same on every process."""
+        if not (self.accelerator.is_main_process or self.accelerator.num_processes == 1):
+            return
+        save_state(self.folder.state_file, self.state_dict())
+        self._save_weights("last")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on exactly."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.progress.step,
+            "epochs": self.progress.epochs,
+            "last": self.progress.last,
+            "best": self.progress.best,
+            "task": self.accelerator.unwrap_model(self.task).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer.optimizer).__name__,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "average": self.average.state_dict() if self.average is not None else None,
+            "method": self.method.state_dict(),
+            "meter": self.meter.state_dict(),
+            "epoch_meter": self.epoch_meter.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def load(self) -> None:
+        """Take up the folder's saved state.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it belongs to other data, another net or another seed.
+        """
+        state = read_state(self.folder.state_file)
+        try:
+            self.accelerator.unwrap_model(self.task).load_state_dict(state["task"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.folder.state_file} belongs to another --model than {self.options.model}"
+            ) from error
+        self._load_optimizer(state)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+        self.method.load_state_dict(state["method"])
+        self.meter.load_state_dict(state["meter"], self.accelerator.device)
+        self.epoch_meter.load_state_dict(state["epoch_meter"], self.accelerator.device)
+        self.progress = _Progress(state["step"], state["epochs"], state["last"], state["best"])
+        position = self.progress.step * self.options.accumulation
+        self.loader.load_state_dict({**state["loader"], "position": position})
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take the optimizer's state; its settings stay those of this run's options."""
+        name = type(self.optimizer.optimizer).__name__
+        if state["optimizer_class"] != name:
+            raise ValueError(
+                f"{self.folder.state_file} belongs to the optimizer {state['optimizer_class']}, now it is {name}: "
+                "resume with the same"
+            )
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+    def _save_weights(self, name: str) -> None:
+        if self.accelerator.is_main_process:
+            save_weights(self.folder.path / name / "student.safetensors", self.method.student.model)
+            if self.average is not None:
+                save_weights(self.folder.path / name / "ema.safetensors", self.average.module.model)
+
+
+class _Clock:
+    """Wall time and data-wait time of an interval of training."""
+
+    def __init__(self, loader: Loader, step: int) -> None:
+        self._loader = loader
+        self._step = step
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what happened since the last reading (evaluation, checkpoints)."""
+        self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
+
+    def steps(self, step: int) -> int:
+        """Steps since the last call."""
+        done, self._step = step - self._step, step
+        return done
+
+    def read(self) -> tuple[float, float]:
+        """Seconds since the last reading, and how many of them went into waiting for data."""
+        started, waited = self._started, self._waited
+        self.restart()
+        return self._started - started, self._waited - waited
+
+
+def _parameter_groups(task: nn.Module, no_decay_norms: bool) -> list[dict[str, Any]] | list[Tensor]:
+    parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    if not no_decay_norms:
+        return parameters
+    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63)

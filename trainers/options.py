@@ -1,0 +1,171 @@
+"""The options of the commands, a class for each: a field is an option, its text here the help."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from dalikd.kd.losses import KD, DistillationLoss
+from dalikd.pipelines.data import DataConfig
+from dalikd.trainers.augmentation import MixOptions
+from dalikd.trainers.launch import Device, Precision
+from dalikd.trainers.models import TeacherConfig
+from dalikd.trainers.schedules import ScheduleConfig
+
+__all__ = ["DistillOptions", "EvaluateOptions", "MeasureOptions", "RunOptions", "TrainOptions", "TrainingOptions"]
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+
+
+def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
+    return SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+@dataclass
+class RunOptions:
+    """What every command has.
+
+    Args:
+        data: which images, and how they are read.
+        batch_size: images of one optimizer step, over all processes and accumulated microbatches.
+        seed: of everything random.
+        device: auto takes the GPU where there is one.
+        precision: fp32 (true float32), tf32, bf16 and fp16 (mixed precision), fp64.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = 64
+    seed: int = 0
+    device: Device = "auto"
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no command can work with."""
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"--seed {self.seed}: give a whole number from 0 to 2^63 - 1")
+        for name in ("threads", "prefetch"):
+            value = getattr(self.data, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--data.{name} {value}: give at least 1")
+
+
+@dataclass
+class TrainingOptions(RunOptions, MixOptions):
+    """What training commands have.
+
+    Args:
+        model: architecture of the net that is trained, such as resnet20, wrn_16_2 or timm:resnet18.
+        model_args: options of that architecture.
+        weights: weights the net starts from: a file, or "pretrained" for timm's own.
+        augmentation: identity, flip, crop_flip, cutout, autoaugment, mixup, cutmix, cutmixpick_student or
+            cutmixpick_teacher, on top of the training view.
+        optimizer: its class path, with its options as --optimizer.lr and so on; SGD, AdamW or any other.
+        schedule: the learning rate over time.
+        epochs: passes over the training data.
+        epoch_factor: multiplies epochs and milestones (prolonged training).
+        accumulation: microbatches whose gradients make one optimizer step.
+        clip: largest norm of the gradient, or none.
+        no_decay_norms: no weight decay for biases and normalisation.
+        ema: decay of an exponential moving average of the weights, such as 0.999, which is evaluated then; 0: none.
+        sync_bn: batch statistics over all processes (GPU only).
+        output: the run folder; default: runs/COMMAND-DATA-MODEL.
+        resume: go on with this run folder; its config.yaml is read first.
+        overwrite: replace a run that lies in the run folder.
+        log_every: steps between log lines.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_every: steps between checkpoints, besides the one after each epoch; 0: none.
+    """
+
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    augmentation: str = "identity"
+    optimizer: OptimizerFactory = _sgd
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    epochs: int = 240
+    epoch_factor: float = 1.0
+    accumulation: int = 1
+    clip: float | None = None
+    no_decay_norms: bool = False
+    ema: float = 0.0
+    sync_bn: bool = False
+    output: str | None = None
+    resume: str | None = None
+    overwrite: bool = False
+    log_every: int = 50
+    eval_every: int = 1
+    checkpoint_every: int = 0
+
+
+@dataclass
+class TrainOptions(TrainingOptions):
+    """Train a net on labels: a teacher, or a baseline.
+
+    Args:
+        label_smoothing: share of each label spread evenly over the classes.
+    """
+
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class DistillOptions(TrainingOptions):
+    """Distil a teacher into a student.
+
+    Args:
+        teacher: the net that is imitated.
+        loss: class of the distillation loss, with its options as --loss.temperature and so on.
+        joint_forward: one student forward over originals and augmented images instead of two; faster, but batch
+            normalisation then sees both at once.
+        metric: also stream the teacher's T. stddev and entropy over the training images.
+    """
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: DistillationLoss = field(default_factory=KD)
+    joint_forward: bool = False
+    metric: bool = True
+
+
+@dataclass
+class MeasureOptions(RunOptions, MixOptions):
+    """Measure how good augmentations are for distillation, by the teacher alone (T. stddev; lower is better).
+
+    Args:
+        augmentation: one or several names, or all.
+        teacher: the net that is asked.
+        model: architecture of the student that scores candidates (cutmixpick_student only).
+        model_args: options of that architecture.
+        weights: its weights; without them it is a fresh one made from the seed (the published figures used a trained
+            student).
+        epochs: passes over the training data; published: 10.
+        window: teacher outputs in a window; published: 640.
+        json: file the results are written to.
+    """
+
+    augmentation: list[str] = field(default_factory=lambda: ["all"])
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    epochs: int = 10
+    window: int = 640
+    json: str | None = None
+
+
+@dataclass
+class EvaluateOptions(RunOptions):
+    """Evaluate a net on the validation split: every image exactly once.
+
+    Args:
+        model: its architecture.
+        model_args: options of that architecture.
+        weights: its weights: a file, or "pretrained" for timm's own.
+        json: file the results are written to.
+    """
+
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    json: str | None = None
