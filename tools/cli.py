@@ -1,0 +1,216 @@
+"""The command line of every command: a class of options in, one call, one-line errors out."""
+
+import json
+import os
+import signal
+import sys
+from argparse import ArgumentError
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from dalikd.trainers.loop import Interrupted
+from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+
+__all__ = ["OPTIONS", "build_parser", "guarded", "parse", "run_command"]
+
+#: The commands that read config files, and their options. A config may hold options of any of them.
+OPTIONS: dict[str, type] = {
+    "train": TrainOptions,
+    "distill": DistillOptions,
+    "measure": MeasureOptions,
+    "evaluate": EvaluateOptions,
+}
+_DEFAULTS = {
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}},
+    "loss": {"class_path": "dalikd.kd.losses.KD"},
+}
+_LISTS = ("augmentation",)  # options of `measure` that take several words
+
+
+class _Piece(NamedTuple):
+    """Words of a command line, and the config file they come from."""
+
+    words: list[str]
+    path: Path | None = None
+
+
+def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], argv: Sequence[str] | None = None) -> Any:
+    """Parse a command line and call the command; a user's mistake ends the process with one line and exit code 2.
+
+    Args:
+        command: a name in OPTIONS.
+        function: takes the options and the resolved config.
+        argv: the arguments; default: sys.argv's.
+    """
+    with guarded(command):
+        return function(*parse(command, sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def guarded(command: str) -> Iterator[None]:
+    """End the process with one line where a user can mend things; DALIKD_TRACEBACK=1 shows where it came from."""
+    try:
+        yield
+    except (ArgumentError, ValueError, OSError) as error:
+        if os.environ.get("DALIKD_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"dalikd {command}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"dalikd {command}: {stop}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+
+
+def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Read config files and arguments, later ones winning.
+
+    Returns:
+        the options, and the same as plain values (what config.yaml holds).
+
+    Raises:
+        ValueError, ArgumentError: an unknown key, a wrong value.
+        FileNotFoundError: no such config file.
+    """
+    parser = build_parser(command)
+    config = _parse_pieces(parser, _expand(command, list(argv)))
+    del config["config"]
+    plain = yaml.safe_load(parser.dump(config))
+    for name in ("resume", "overwrite"):  # said of one call: a later one that reads this config must say them itself
+        plain.pop(name, None)
+    return _as_options(command, parser.instantiate(config)), plain
+
+
+def build_parser(command: str) -> ArgumentParser:
+    """The parser of a command, made from its options class."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    options = OPTIONS[command]
+    description = (options.__doc__ or "").partition("Args:")[0].strip()
+    parser = ArgumentParser(prog=f"dalikd {command}", description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file of options; may be repeated, later ones win"
+    )
+    parser.add_class_arguments(options)
+    names = {field.name for field in fields(options)}
+    parser.set_defaults({name: value for name, value in _DEFAULTS.items() if name in names})
+    return parser
+
+
+def _as_options(command: str, namespace: Any) -> Any:
+    names = [field.name for field in fields(OPTIONS[command])]
+    return OPTIONS[command](**{name: namespace[name] for name in names})
+
+
+def _parse_pieces(parser: ArgumentParser, pieces: list[_Piece]) -> Any:
+    try:
+        return parser.parse_args([word for piece in pieces for word in piece.words])
+    except ArgumentError as error:
+        raise ValueError(_culprit(parser, pieces) + str(error)) from error
+
+
+def _culprit(parser: ArgumentParser, pieces: list[_Piece]) -> str:
+    """The config file, of those that were given, that cannot be parsed after the ones before it."""
+    words: list[str] = []
+    for piece in pieces:
+        if piece.path is None:
+            continue
+        words += piece.words
+        try:
+            parser.parse_args(words)
+        except ArgumentError:
+            return f"{piece.path}: "
+    return ""
+
+
+def _expand(command: str, argv: list[str]) -> list[_Piece]:
+    """Replace each `--config FILE` by its content for this command; put a resumed run's config in front."""
+    can_resume = "resume" in {field.name for field in fields(OPTIONS[command])}
+    several = {f"--{name}" for name in _LISTS} if command == "measure" else set()
+    expanded: list[_Piece] = []
+    resumed: list[_Piece] = []
+    words = deque(_split_equals(argv))
+    while words:
+        option = words.popleft()
+        if option == "--config":
+            expanded += _read_config(command, _value(option, words))
+        elif option == "--resume" and can_resume:
+            folder = _value(option, words)
+            resumed = _read_config(command, str(_run_config(folder)))
+            expanded.append(_Piece(["--resume", folder, "--output", folder]))
+        elif option in several:
+            expanded.append(_Piece([option, json.dumps(_values(option, words))]))
+        else:
+            expanded.append(_Piece([option]))
+    return resumed + expanded
+
+
+def _split_equals(argv: list[str]) -> list[str]:
+    special = ("--config=", "--resume=", *(f"--{name}=" for name in _LISTS))
+    pieces = (argument.split("=", 1) if argument.startswith(special) else [argument] for argument in argv)
+    return [piece for split in pieces for piece in split]
+
+
+def _value(option: str, words: deque[str]) -> str:
+    if not words:
+        raise ValueError(f"{option} needs a value")
+    return words.popleft()
+
+
+def _values(option: str, words: deque[str]) -> list[str]:
+    values: list[str] = []
+    while words and not words[0].startswith("--"):
+        values += words.popleft().replace(",", " ").split()
+    if not values:
+        raise ValueError(f"{option} needs at least one value")
+    return values
+
+
+def _run_config(folder: str) -> Path:
+    path = Path(folder) / "config.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"--resume {folder}: there is no run ({path} is missing); name a run folder")
+    return path
+
+
+def _read_config(command: str, name: str) -> list[_Piece]:
+    """A config file's options for one command, then its section for it. Options of sibling commands are left out."""
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {name}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options as `name: value` lines")
+    sections = {key: content.pop(key) or {} for key in OPTIONS if key in content}
+    _check_keys(path, content, {field.name for options in OPTIONS.values() for field in fields(options)})
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {section} must hold options as `name: value` lines")
+        _check_keys(path, values, {field.name for field in fields(OPTIONS[section])}, f"{section}.")
+    own = {field.name for field in fields(OPTIONS[command])}
+    layers = [{key: value for key, value in content.items() if key in own}, sections.get(command, {})]
+    return [_config_piece(command, path, layer) for layer in layers if layer]
+
+
+def _config_piece(command: str, path: Path, layer: dict[str, Any]) -> _Piece:
+    if command == "measure":
+        layer = layer | {key: [layer[key]] for key in _LISTS if isinstance(layer.get(key), str)}
+    return _Piece(["--config", yaml.safe_dump(layer, default_flow_style=True, width=1 << 30)], path)
+
+
+def _check_keys(path: Path, content: dict[str, Any], known: set[str], prefix: str = "") -> None:
+    for key in content:
+        if str(key).split(".")[0] not in known:
+            close = get_close_matches(str(key), known | set(OPTIONS), n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"{path}: unknown key {prefix}{key}{hint}")

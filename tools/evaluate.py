@@ -1,0 +1,50 @@
+"""`dalikd evaluate`: loss and accuracy on every validation image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalikd.pipelines.data import open_split
+from dalikd.tools.cli import run_command
+from dalikd.trainers.assembly import validation_loader
+from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.launch import model_type, start
+from dalikd.trainers.models import build_model
+from dalikd.trainers.options import EvaluateOptions
+from dalikd.trainers.tracking import check_writable, versions, write_json
+
+
+def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate a net, print the figures, write the JSON file, and return its content."""
+    if options.model is None or options.weights is None:
+        raise ValueError(
+            "evaluate needs --model (the architecture) and --weights (a file, or pretrained with timm models)"
+        )
+    if options.json is not None:
+        check_writable("--json", Path(options.json))
+    accelerator = start(options.device, options.precision)
+    source = open_split(options.data, "val", options.seed)
+    model = build_model(options.model, source, weights=options.weights, args=options.model_args)
+    model = model.to(accelerator.device, model_type(options.precision), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    result = evaluate(model, validation_loader(source, options, accelerator), accelerator)
+    report = {**result, "fingerprint": source.fingerprint, "config": config, "versions": versions(accelerator.device)}
+    if accelerator.is_main_process:
+        print(
+            f"top1 {100 * result['top1']:.2f} %, top5 {100 * result['top5']:.2f} %, loss {result['loss']:.4f} "
+            f"on {result['images']} images"
+        )
+        if options.json is not None:
+            write_json(Path(options.json), report)
+            print(f"written: {options.json}")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    run_command("evaluate", evaluate_net, argv)
+
+
+if __name__ == "__main__":
+    main()

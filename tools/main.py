@@ -1,0 +1,29 @@
+"""`dalikd COMMAND`: finds the command's file and hands over."""
+
+import importlib
+import sys
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "the whole job on handwritten digits, in minutes: start here",
+    "train": "train a net on labels: a teacher, or a baseline",
+    "distill": "distil a teacher into a student",
+    "measure": "measure how good augmentations are for distillation (T. stddev)",
+    "correlate": "correlate T. stddev with students' test loss, and plot",
+    "evaluate": "evaluate a net on every validation image",
+}
+
+
+def main() -> None:
+    """Run `dalikd COMMAND …`; each command is also `python -m dalikd.tools.COMMAND`."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print("usage: dalikd COMMAND [options]\n\ncommands:")
+        print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+        print("\ndalikd COMMAND --help explains every option of a command.")
+        return
+    if command not in COMMANDS:
+        print(f"dalikd: error: unknown command {command}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"dalikd.tools.{command}").main(sys.argv[2:])

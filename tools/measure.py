@@ -1,0 +1,40 @@
+"""`dalikd measure`: T. stddev of one or many augmentations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dalikd.tools.cli import run_command
+from dalikd.trainers.launch import start
+from dalikd.trainers.measure import measure_all, results_table
+from dalikd.trainers.options import MeasureOptions
+from dalikd.trainers.tracking import check_writable, write_json
+
+
+def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
+    """Measure, print the table, write the JSON file, and return its content."""
+    if options.json is not None:
+        check_writable("--json", Path(options.json))
+    accelerator = start(options.device, options.precision)
+    report = {**measure_all(options, accelerator), "config": config}
+    if accelerator.is_main_process:
+        print(results_table(report["results"]))
+        print(
+            f"T. stddev over windows of {report['window']} teacher outputs, {report['epochs']} epoch(s) of "
+            f"{report['data']['images']} images, {report['mode']}, mix group {report['mix_group']}; lower is better."
+        )
+        if report["student_weights"]:
+            print(f"student that scores candidates: {report['student']}, weights: {report['student_weights']}")
+        if options.json is not None:
+            write_json(Path(options.json), report)
+            print(f"written: {options.json}")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    run_command("measure", measure, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What commands print at their end."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+__all__ = ["next_steps", "print_training", "ranking_table"]
+
+
+def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
+    """Last and best epoch of a training run, and where it lies."""
+    if not accelerator.is_main_process:
+        return
+    for name in ("last", "best"):
+        epoch = results[name]
+        val = epoch["val"]
+        print(
+            f"{name} epoch ({epoch['epoch']}): top1 {100 * val['top1']:.2f} %, top5 {100 * val['top5']:.2f} %, "
+            f"loss {val['loss']:.4f} on {val['images']} images"
+        )
+    if results["last"].get("t_stddev") is not None:
+        print(f"T. stddev while training: {results['last']['t_stddev']:.6f}")
+    print(f"run folder: {results['folder']}")
+
+
+def ranking_table(points: list[dict[str, Any]]) -> str:
+    """Augmentations by the test loss of their students, as a Markdown table."""
+    lines = ["| augmentation | T. stddev | student test loss | student top1 |", "|:--|--:|--:|--:|"]
+    for point in sorted(points, key=lambda point: point["s_test_loss"]):
+        lines.append(
+            f"| {point['da']} | {point['t_stddev']:.6f} | {point['s_test_loss']:.4f} | {100 * point['top1']:.2f} % |"
+        )
+    return "\n".join(lines)
+
+
+def next_steps(folder: Path) -> str:
+    """What a newcomer does after the demo."""
+    teacher = "runs/train-imagefolder-resnet20/last/student.safetensors"
+    data = "--data.name imagefolder --data.root DATA --data.image_size 32"
+    return (
+        f"\neverything is in {folder}: each run's config.yaml, log.jsonl and results.json, and TensorBoard curves\n"
+        "A few short runs on one small data set rank loosely; T. stddev is a statistic, and so is a student's loss.\n\n"
+        "next, on your own images (DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg):\n"
+        f"  dalikd train   {data} --model resnet20 --epochs 60\n"
+        f"  dalikd measure {data} --teacher.name resnet20 --teacher.weights {teacher} --model resnet8\n"
+        f"  dalikd distill {data} --teacher.name resnet20 --teacher.weights {teacher} --model resnet8 "
+        "--augmentation cutmixpick_teacher --epochs 60\n"
+        f"  tensorboard --logdir {folder}"
+    )
