@@ -1,0 +1,1 @@
+"""Benchmarks. Each runs as `python -m dalikd.tools.bench.NAME` and prints what the documents report."""
