@@ -326,7 +326,7 @@ class _Dali:
         if self._loader.device.type != "cuda":
             return self._graph.run()
         # without a stream run() would wait for the device
-        return self._graph.run(torch.cuda.current_stream(self._loader.device).cuda_stream)
+        return self._graph.run(torch.cuda.current_stream(self._loader.device))
 
     def _to_torch(self, output: Any) -> Tensor:
         tensor = torch.from_dlpack(output.as_tensor())
