@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=[
-        *("dalikd." + name for name in find_packages(include=[room + suffix for room in ROOMS for suffix in ("", ".*")])),
+        *(
+            "dalikd." + name
+            for name in find_packages(include=[room + suffix for room in ROOMS for suffix in ("", ".*")])
+        ),
         "dalikd.configs",
     ],
     package_dir={"dalikd." + room: room for room in (*ROOMS, "configs")},
@@ -26,7 +29,7 @@ setup(
         "accelerate>=1.6",
         "numpy>=1.26",
         "scipy>=1.11",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "safetensors>=0.4",
         "tqdm>=4.66",
         "tensorboard>=2.16",
@@ -36,6 +39,9 @@ setup(
         "pyyaml>=6",
         "setuptools",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "basedpyright>=1.28"], "dev": ["pre-commit>=4"]},
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1"],
+        "dev": ["pre-commit>=4"],
+    },
     entry_points={"console_scripts": ["dalikd = dalikd.tools.main:main"]},
 )

@@ -9,7 +9,7 @@ from jsonargparse import auto_cli
 from dalikd.kd.correlation import Correlation, correlate, read_points
 from dalikd.kd.correlation import plot as draw_plot
 from dalikd.tools.cli import guarded
-from dalikd.trainers.tracking import write_json
+from dalikd.trainers.tracking import check_writable, write_json
 
 
 def correlation_lines(result: Correlation) -> list[str]:
@@ -26,11 +26,15 @@ def run(points: Path, plot: Path | None = None, json: Path | None = None, title:
         json: JSON file for the coefficients, {"pearson": [coefficient, p], …}.
         title: of the plot.
     """
+    for option, path in (("--plot", plot), ("--json", json)):
+        if path is not None:
+            check_writable(option, path)
     read = read_points(points)
     result = correlate([point.t_stddev for point in read], [point.s_test_loss for point in read])
     print("\n".join(correlation_lines(result)))
     content = {name: list(value) for name, value in result._asdict().items()}
     if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         draw_plot(read, result, plot, title)
         print(f"plot: {plot}")
     if json is not None:

@@ -27,8 +27,7 @@ def run(
     device: Device = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train a small teacher on handwritten digits, measure T. stddev of all nine augmentations, distil a small student
-    with each of several, and rank them.
+    """Train a teacher on handwritten digits, measure all nine augmentations, distil students with several, rank them.
 
     Args:
         output: folder of everything that is written.

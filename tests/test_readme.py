@@ -1,0 +1,153 @@
+"""The README and CONTRIBUTING say what is true: their commands parse, their code runs, their paths exist."""
+
+import json
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dalikd.tools.cli import OPTIONS, parse
+from dalikd.tools.main import COMMANDS
+from dalikd.trainers.augmentation import AUGMENTATIONS
+
+_ROOT = Path(__file__).parents[1]
+_README = (_ROOT / "README.md").read_text(encoding="utf-8")
+_TINY = ["--data.image_size=32", "--data.limit=64", "--data.val_limit=9", "--data.threads=1", "--device=cpu"]
+_TINY_RUN = {
+    "train": [*_TINY, "--model=resnet8", "--epochs=1"],
+    "measure": [
+        *_TINY,
+        "--teacher.name=resnet8",
+        "--epochs=3",
+        "--window=32",
+        "--augmentation",
+        "identity",
+        "flip",
+        "cutmix",
+    ],
+    "distill": [*_TINY, "--teacher.name=resnet8", "--model=resnet8", "--epochs=1"],
+    "evaluate": [*_TINY, "--model=resnet8"],
+}
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", _README, re.DOTALL | re.MULTILINE)
+
+
+def _commands() -> list[tuple[str, list[str]]]:
+    """Every command line of the README: the command's name and its arguments."""
+    lines = [line for block in _blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [command for line in words if (command := _command(line)) is not None]
+
+
+def _command(words: list[str]) -> tuple[str, list[str]] | None:
+    if words[:1] == ["dalikd"]:
+        return words[1], words[2:]
+    if words[:1] in (["accelerate"], ["torchrun"]) or words[:2] == ["python", "-m"]:
+        module = next(word for word in words if word.startswith("dalikd.tools."))
+        return module.removeprefix("dalikd.tools."), words[words.index(module) + 1 :]
+    return None
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, small_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the README's names mean something: DATA, my.yaml, configs."""
+    (tmp_path / "DATA").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "DATA" / split).symlink_to(small_images)
+    (tmp_path / "configs").symlink_to(_ROOT / "configs")
+    (tmp_path / "my.yaml").write_text(_blocks("yaml")[0], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _run_code(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def _python_block(word: str) -> str:
+    (block,) = (block for block in _blocks("python") if word in block)
+    return block
+
+
+def test_the_two_commands_are_there_and_are_those_of_ci() -> None:
+    start = "python3 -m venv .venv && . .venv/bin/activate && "
+    first = [block.strip() for block in _blocks("bash")[:2]]
+    assert first == [start + "pip install -e . && dalikd demo", start + "pip install -e '.[test]' && pytest"]
+    script = (_ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    steps = first[1].removeprefix(start).split(" && ")
+    assert [line for line in script if line in steps] == steps
+
+
+@pytest.mark.parametrize(("command", "arguments"), _commands(), ids=lambda part: part if isinstance(part, str) else "")
+def test_command_lines_parse(command: str, arguments: list[str], workplace: Path) -> None:
+    if command not in OPTIONS:
+        assert find_spec(f"dalikd.tools.{command}") is not None
+        return
+    if "--resume" in arguments:  # its config is read
+        folder = workplace / arguments[arguments.index("--resume") + 1]
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(parse(command, ["--config", "my.yaml"])[1]), encoding="utf-8"
+        )
+    options, _ = parse(command, arguments)
+    assert isinstance(options, OPTIONS[command])
+
+
+def test_every_command_is_shown() -> None:
+    assert {name for name, _ in _commands()} >= set(COMMANDS)
+
+
+@pytest.mark.slow
+def test_first_steps_run_from_training_to_correlation(workplace: Path) -> None:
+    """The commands as they stand, on few images and with small nets; then the code and the correlation after them."""
+    steps = [name for name, _ in _commands()].index("train")
+    for command, arguments in _commands()[steps : steps + 5]:
+        extra = [] if "--resume" in arguments else _TINY_RUN[command]
+        main = __import__(f"dalikd.tools.{command}", fromlist=["main"]).main
+        main([*(argument.replace("resnet20", "resnet8") for argument in arguments), *extra])
+    results = json.loads((workplace / "runs/distill-imagefolder-resnet8/results.json").read_text(encoding="utf-8"))
+    assert results["finished"]
+    for number, name in enumerate(("identity", "flip", "cutmix")):
+        results["augmentation"], results["last"]["val"]["loss"] = name, 1.0 + number
+        folder = workplace / "runs/students" / name
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    _run_code(_python_block("points.json"))
+
+    from dalikd.tools.correlate import main
+
+    main(next(arguments for command, arguments in _commands() if command == "correlate"))
+    assert json.loads((workplace / "out.json").read_text(encoding="utf-8")).keys() == {"pearson", "spearman", "kendall"}
+    assert (workplace / "out.png").stat().st_size > 0
+
+
+def test_loader_code_runs(workplace: Path) -> None:
+    names = _run_code(_python_block("Loader("))
+    assert names["images"].shape == (64, 3, 224, 224)
+    assert 0 <= names["images"].min() < names["images"].max() <= 1
+    assert names["loader"].position == 2 * (len(names["source"]) // 64)
+    assert len(names["source"]) == 300
+    assert workplace == Path.cwd()
+
+
+def test_the_table_lists_all_augmentations() -> None:
+    section = _README.partition("## The nine augmentations")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(AUGMENTATIONS)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_paths_in_the_text_exist(document: str) -> None:
+    text = (_ROOT / document).read_text(encoding="utf-8")
+    rooms = "kd|pipelines|trainers|tools|configs|tests|docs|[.]ci|[.]typing"
+    paths = set(re.findall(rf"(?<![\w/.])(?:{rooms})/[\w./]*\w(?![\w./]*<)", text))
+    assert paths
+    later = {"docs/benchmarks"}
+    assert {path for path in paths - later if not (_ROOT / path).exists()} == set()
