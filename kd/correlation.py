@@ -57,7 +57,7 @@ def correlate(x: Sequence[float], y: Sequence[float]) -> Correlation:
         raise ValueError(f"a correlation of {len(x)} points says nothing: give at least {FEWEST_POINTS}")
     for name, values in (("x", x), ("y", y)):
         _check_values(name, values)
-    tests = (stats.pearsonr(x, y), stats.spearmanr(x, y), stats.kendalltau(x, y))
+    tests: tuple[Any, ...] = (stats.pearsonr(x, y), stats.spearmanr(x, y), stats.kendalltau(x, y))
     return Correlation(*(Coefficient(float(test[0]), float(test[1])) for test in tests))
 
 

@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def _is_there(folder: Path) -> bool:
 def _write_tree(folder: Path) -> None:
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     images = np.round(data["images"] * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0..16 -> 0..255
     labels = data["target"].astype(np.int64)
     is_train = np.zeros(len(labels), dtype=bool)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 
 from dalikd.trainers.loop import Interrupted
 from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
 
-__all__ = ["OPTIONS", "build_parser", "guarded", "parse", "run_command"]
+__all__ = ["OPTIONS", "build_parser", "guarded", "parse", "run_command", "run_function"]
 
 #: The commands that read config files, and their options. A config may hold options of any of them.
 OPTIONS: dict[str, type] = {
@@ -52,6 +52,22 @@ def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], ar
     """
     with guarded(command):
         return function(*parse(command, sys.argv[1:] if argv is None else argv))
+
+
+def run_function(
+    name: str, function: Callable[..., Any], argv: Sequence[str] | None = None, *, positional: bool = False
+) -> None:
+    """Call a function whose signature is its command line, with the same one-line errors.
+
+    Args:
+        name: what comes after `dalikd` in messages.
+        function: its parameters are the options.
+        argv: the arguments; default: sys.argv's.
+        positional: parameters without a default are given without their name.
+    """
+    arguments = None if argv is None else list(argv)
+    with guarded(name):
+        auto_cli(function, args=arguments, prog=f"dalikd {name}", exit_on_error=False, as_positional=positional)
 
 
 @contextmanager

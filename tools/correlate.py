@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 from dalikd.kd.correlation import Correlation, correlate, read_points
 from dalikd.kd.correlation import plot as draw_plot
-from dalikd.tools.cli import guarded
+from dalikd.tools.cli import run_function
 from dalikd.trainers.tracking import check_writable, write_json
 
 
@@ -45,8 +43,7 @@ def run(points: Path, plot: Path | None = None, json: Path | None = None, title:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with guarded("correlate"):
-        auto_cli(run, args=argv, prog="dalikd correlate", exit_on_error=False, as_positional=True)
+    run_function("correlate", run, argv, positional=True)
 
 
 if __name__ == "__main__":

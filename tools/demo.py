@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 from dalikd import configs
 from dalikd.tools import correlate
-from dalikd.tools.cli import guarded, parse
+from dalikd.tools.cli import parse, run_function
 from dalikd.tools.distill import distill
 from dalikd.tools.measure import measure
 from dalikd.tools.report import next_steps, ranking_table
@@ -69,8 +67,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with guarded("demo"):
-        auto_cli(run, args=argv, prog="dalikd demo", exit_on_error=False, as_positional=False)
+    run_function("demo", run, argv)
 
 
 if __name__ == "__main__":

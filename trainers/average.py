@@ -36,7 +36,7 @@ class MovingAverage:
         pairs = [(average, value) for average, value in zip(averages, values, strict=True)]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         share = 1.0 - self._decay if self._updates else 1.0
-        torch._foreach_lerp_([average for average, _ in floats], [value for _, value in floats], share)
+        torch._foreach_lerp_([average for average, _ in floats], [value for _, value in floats], share)  # pyright: ignore[reportPrivateImportUsage]
         for average, value in pairs:
             if not average.is_floating_point():
                 average.copy_(value)

@@ -1,5 +1,7 @@
 """Loss and accuracy on every image exactly once, over any number of processes."""
 
+from typing import cast
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -32,9 +34,9 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, label: 
             with accelerator.autocast():
                 logits = model(batch.pixels)
             sums += _sums(logits, batch.labels)
-    sums = accelerator.reduce(sums)
+    total = cast(torch.Tensor, accelerator.reduce(sums))
     model.train(training)
-    loss, top1, top5, images = sums.tolist()  # waits for the device, once
+    loss, top1, top5, images = total.tolist()  # waits for the device, once
     return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "images": int(images)}
 
 

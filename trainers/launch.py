@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import KwargsHandler
 
 __all__ = ["Device", "Precision", "autocast_type", "model_type", "start"]
 
@@ -30,7 +31,7 @@ def start(device: Device, precision: Precision) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     AcceleratorState._reset_state()  # a second command of one process may ask for another precision
     mixed = precision if precision in _MIXED else "no"
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     return Accelerator(cpu=use_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
 
 

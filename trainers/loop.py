@@ -3,14 +3,14 @@
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dalikd.kd.normalize import Normalized
@@ -33,8 +33,15 @@ class Interrupted(Exception):
 class Method(Protocol):
     """What is trained, and what it is fed: all that differs between one method and another."""
 
-    task: nn.Module  # inputs -> named scalar terms, "loss" among them; holds everything that is trained
-    student: Normalized  # the net inside the task that is evaluated and published
+    @property
+    def task(self) -> nn.Module:
+        """Inputs -> named scalar terms, "loss" among them; holds everything that is trained."""
+        ...
+
+    @property
+    def student(self) -> Normalized:
+        """The net inside the task that is evaluated and published."""
+        ...
 
     def inputs(self, batch: Batch) -> Sequence[Any]:
         """What the task's forward takes for a batch. Called without gradient, and free of host syncs."""
@@ -156,7 +163,7 @@ class Loop:
         try:
             self._run_steps()
         except BadFileError:
-            self.save()
+            self.save(every_process=True)  # the others may never learn why they wait, so the one that knows saves
             raise
         finally:
             for number, handler in previous.items():
@@ -264,9 +271,9 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ the state
 
-    def save(self) -> None:
+    def save(self, every_process: bool = False) -> None:
         """Write the state and the student's weights. At a step's end the state is the same on every process."""
-        if not (self.accelerator.is_main_process or self.accelerator.num_processes == 1):
+        if not (self.accelerator.is_main_process or every_process):
             return
         save_state(self.folder.state_file, self.state_dict())
         self._save_weights("last")
@@ -335,7 +342,7 @@ class Loop:
         if self.accelerator.is_main_process:
             save_weights(self.folder.path / name / "student.safetensors", self.method.student.model)
             if self.average is not None:
-                save_weights(self.folder.path / name / "ema.safetensors", self.average.module.model)
+                save_weights(self.folder.path / name / "ema.safetensors", self.average.module.get_submodule("model"))
 
 
 class _Clock:
@@ -362,7 +369,7 @@ class _Clock:
         return self._started - started, self._waited - waited
 
 
-def _parameter_groups(task: nn.Module, no_decay_norms: bool) -> list[dict[str, Any]] | list[Tensor]:
+def _parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     if not no_decay_norms:
         return parameters

@@ -109,7 +109,8 @@ def measure(
                 )
                 outputs = seen.logits, seen.augmented_logits
             else:  # this process has nothing left of the last batch, but takes part in the exchange
-                outputs = (torch.zeros(0, num_classes, dtype=_logits_type(teacher), device=accelerator.device),) * 2
+                nothing = torch.zeros(0, num_classes, dtype=_logits_type(teacher), device=accelerator.device)
+                outputs = nothing, nothing
             metric.update(*gather_rows(accelerator, *_padded(outputs, loader, accelerator), batch.total))
             bar.update(batch.total)
             if index % _READ_EVERY == 0 and not bar.disable:

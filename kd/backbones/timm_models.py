@@ -91,5 +91,5 @@ def _with_stage_features(timm_class: type) -> type:
 
 
 def _blank(timm_class: type) -> nn.Module:
-    subclass = _with_stage_features(timm_class)
+    subclass: Any = _with_stage_features(timm_class)
     return subclass.__new__(subclass)

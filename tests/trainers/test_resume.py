@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,6 @@ def _run(command: Any, *arguments: str, kill_at: int | None = None, monkeypatch:
 # ----------------------------------------------------------------------------------------- in every setting
 
 SETTINGS = {
-    "plain": ["--augmentation", "identity"],
     "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip", "1", "--accumulation", "2"],
     "adamw": ["--augmentation", "cutmix", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"],
     "dropout": ["--augmentation", "mixup", "--model_args.dropout", "0.5"],
@@ -156,10 +156,17 @@ def test_sigterm_saves_says_so_and_ends_with_an_error(tree, tmp_path, monkeypatc
 # ---------------------------------------------------------------------------------------- what may be resumed
 
 
+@pytest.fixture(scope="module")
+def finished_once(tree, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train.main([*_arguments(tree, "--epochs", "1"), "--output", str(folder)])
+    return folder
+
+
 @pytest.fixture
-def finished(tree, tmp_path, monkeypatch) -> Path:
-    _run(train, *_arguments(tree, "--epochs", "1"), "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
-    return tmp_path / "run"
+def finished(finished_once, tmp_path) -> Path:
+    """A run folder, for a test to resume or to spoil."""
+    return shutil.copytree(finished_once, tmp_path / "run")
 
 
 def test_a_finished_run_gives_its_results_again(finished, monkeypatch, capsys):

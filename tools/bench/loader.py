@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
-from dalikd.tools.cli import guarded
+from dalikd.tools.cli import run_function
 from dalikd.trainers.tracking import versions, write_json
 
 
@@ -106,9 +105,15 @@ def _timed(function: Callable[[int], Any], index: int) -> float:
 def _random_pictures(count: int = 50_000) -> Source:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return Source(
-        name="random", split="train", classes=("0", "1"), labels=np.arange(count) % 2, mean=(0.5,) * 3, std=(0.25,) * 3,
-        image_size=32, arrays=pixels,
-    )  # fmt: skip
+        name="random",
+        split="train",
+        classes=("0", "1"),
+        labels=np.arange(count) % 2,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        image_size=32,
+        arrays=pixels,
+    )
 
 
 def _torchvision_loader(source: Source, view: View, batch_size: int, workers: int):
@@ -167,8 +172,7 @@ def _print(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with guarded("bench"):
-        auto_cli(run, args=argv, prog="python -m dalikd.tools.bench.loader", exit_on_error=False, as_positional=False)
+    run_function("bench loader", run, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""What the commands print and write when all goes well."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dalikd.kd.backbones import create_model
+from dalikd.kd.checkpoints import load_weights
+from dalikd.trainers.augmentation import AUGMENTATIONS
+
+
+def test_train_then_evaluate_gives_the_same_figures(command, training, options, tmp_path):
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    trained = command("train", *training, "--augmentation", "mixup", "--label_smoothing", 0.1, "--output", run)
+    assert (trained.code, trained.err) == (0, "")
+    assert trained.out.splitlines()[0].startswith("last epoch (2): top1 ")
+    assert trained.out.splitlines()[-1] == f"run folder: {run}"
+
+    results = json.loads((run / "results.json").read_text())
+    assert results["command"] == "train"
+    assert (results["finished"], results["steps"], results["epochs"], results["seed"]) == (True, 12, 2.0, 0)
+    assert (results["augmentation"], results["mode"], results["mix_group"]) == ("mixup", "per_sample", 8)
+    assert (results["data"]["train_images"], results["data"]["val_images"]) == (99, 30)
+    assert set(results["fingerprint"]) == {"train", "val"}
+    assert results["processes"] == 1
+    assert set(results["last"]) == {"epoch", "train", "val"}
+    assert set(results["last"]["train"]) == {"loss", "top1"}
+    assert yaml.safe_load((run / "config.yaml").read_text())["label_smoothing"] == 0.1
+
+    weights = run / "last" / "student.safetensors"
+    assert load_file(weights).keys() == create_model("small", 3).state_dict().keys()
+    evaluated = command("evaluate", *options, "--weights", weights, "--json", report)
+    assert evaluated.code == 0
+    found = json.loads(report.read_text())
+    for key, value in results["last"]["val"].items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key
+    assert found["fingerprint"] == results["fingerprint"]["val"]
+    figures = f"top1 {100 * found['top1']:.2f} %, top5 100.00 %, loss {found['loss']:.4f}"
+    assert evaluated.out == f"{figures} on 30 images\nwritten: {report}\n"
+
+
+def test_distill_streams_the_metric(command, training, teacher, weights, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--augmentation", "cutmixpick_teacher", "--mode", "per_batch", "--loss.lw_mix", "[1, 0.5, 1]"]
+    ended = command("distill", *training, *teacher, *arguments, "--epochs", 8, "--output", run)
+    assert (ended.code, ended.err) == (0, "")
+    last = json.loads((run / "results.json").read_text())["last"]
+    assert set(last["train"]) == {"loss", "ce", "kd", "ce_mix", "kd_mix", "top1"}
+    assert last["windows"] == 8 * 6 * 16 * 2 // 640
+    assert last["t_stddev"] > 0
+    assert last["t_entropy"] > 0
+    assert f"T. stddev while training: {last['t_stddev']:.6f}" in ended.out
+    student = create_model("small", 3)
+    load_weights(student, run / "last" / "student.safetensors")
+    assert not torch.equal(student.fc.weight, torch.load(weights)["fc.weight"])
+
+
+def test_student_weights_may_be_given(command, options, weights, tmp_path):
+    """One tiny step: the net starts from them."""
+    step = ["--batch_size", 96, "--mix_group", 8, "--epochs", 1, "--optimizer.lr", 1e-9]
+    assert command("train", *options, *step, "--weights", weights, "--output", tmp_path / "run").code == 0
+    found = load_file(tmp_path / "run" / "last" / "student.safetensors")
+    torch.testing.assert_close(found["conv.weight"], torch.load(weights)["conv.weight"], rtol=0, atol=1e-6)
+
+
+def test_the_default_folder_names_the_run(command, training, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = command("train", *training)
+    assert ended.code == 0
+    assert (tmp_path / "runs" / "train-imagefolder-small" / "results.json").exists()
+    assert ended.out.endswith("run folder: runs/train-imagefolder-small\n")
+
+
+def test_measure_prints_a_table_and_writes_it(command, options, teacher, tmp_path):
+    path = tmp_path / "new" / "measure.json"
+    ended = command(
+        "measure",
+        *options,
+        *teacher,
+        "--batch_size",
+        32,
+        "--mix_group",
+        8,
+        "--epochs",
+        2,
+        "--window",
+        32,
+        "--json",
+        path,
+    )
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[0] == "| augmentation | T. stddev | std. error | entropy | windows |"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:11]]
+    assert {row[0] for row in rows} == set(AUGMENTATIONS)
+    assert [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)
+    settings = "2 epoch(s) of 99 images, per_sample, mix group 8"
+    assert lines[11] == f"T. stddev over windows of 32 teacher outputs, {settings}; lower is better."
+    assert "student that scores candidates: small, weights: fresh, from the seed" in lines
+    assert lines[-1] == f"written: {path}"
+    report = json.loads(path.read_text())
+    assert [result["augmentation"] for result in report["results"]] == list(AUGMENTATIONS)
+    assert {result["windows"] for result in report["results"]} == {2 * 2 * 99 // 32}
+    assert report["config"]["window"] == 32
+    assert {"mode", "mix_group", "seed", "teacher", "data", "fingerprint", "versions"} <= set(report)
+
+
+def test_batch_sizes_measure_the_same(command, options, teacher):
+    """In float64, an augmentation of each kind: the table is the same to the last digit."""
+    names = ["crop_flip", "cutout", "mixup", "cutmixpick_student", "cutmixpick_teacher"]
+    common = ["--mix_group", 32, "--epochs", 1, "--window", 32, "--precision", "fp64", "--augmentation", *names]
+    tables = [command("measure", *options, *teacher, "--batch_size", size, *common).out for size in (32, 64)]
+    assert tables[0] == tables[1]
+    assert [name for name in names if name not in tables[0]] == []

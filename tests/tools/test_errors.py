@@ -1,0 +1,298 @@
+"""Every mistake of a user is one line on stderr, exit code 2, and no run folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dalikd.kd.backbones import create_model
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def refused(command: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must fail, and returns its one line."""
+
+    def call(name: str, *arguments: object, output: object = "run") -> str:
+        there = [] if name in ("measure", "evaluate") else ["--output", output]
+        ended = command(name, *arguments, *there)
+        assert ended.code == 2, ended
+        assert ended.out == ""
+        assert ended.err.startswith(f"dalikd {name}: error: ")
+        assert ended.err.count("\n") == 1
+        assert ended.err.endswith("\n")
+        assert list((tmp_path / "here").iterdir()) == []
+        return ended.err
+
+    return call
+
+
+def _spoil(root: Path, kind: str) -> Path:
+    if kind == "empty class":
+        (root / "train" / "aaa").mkdir()
+    elif kind == "other classes":
+        (root / "val" / "class1").rename(root / "val" / "dog")
+    elif kind == "no validation":
+        shutil.rmtree(root / "val")
+    elif kind == "no classes":
+        shutil.rmtree(root / "train")
+        (root / "train").mkdir()
+        Image.new("RGB", (32, 32)).save(root / "train" / "loose.jpg")
+    return root
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("empty class", ["aaa"]),
+        ("other classes", ["class1", "dog"]),
+        ("no validation", ["val", "--data.val_split"]),
+        ("no classes", ["train"]),
+    ],
+)
+def test_data_that_are_not_as_they_should_be(refused, own_tree, data_options, kind, words):
+    error = refused("train", *data_options(_spoil(own_tree, kind)), "--model", "small", "--batch_size", 16)
+    assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("name", ["train", "distill", "measure", "evaluate"])
+def test_a_missing_folder(refused, data_options, teacher, weights, name):
+    more = {"measure": teacher, "distill": teacher, "evaluate": ["--weights", weights]}.get(name, [])
+    error = refused(name, *data_options(Path("/nowhere/at/all")), "--model", "small", *more)
+    assert "/nowhere/at/all" in error
+    assert "--data.root" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch_size", 128], ["--batch_size 128 is larger than the data set (99 images)"]),
+        (["--batch_size", 64, "--mix_group", 24], ["--batch_size 64", "not a multiple of --mix_group 24", "use"]),
+        (["--batch_size", 64, "--accumulation", 3], ["--batch_size 64", "--accumulation 3", "multiple of 3"]),
+        (["--data.limit", 2], ["--data.limit 2", "from 3 to 99"]),
+        (["--data.limit", 1000], ["--data.limit 1000", "from 3 to 99"]),
+        (["--data.val_resize", 16], ["--data.val_resize 16 is smaller than the image size 32"]),
+        (["--data.padding", 32], ["--data.padding 32 must lie between 1 and 31"]),
+        (["--data.name", "imagefoldr"], ["data.name", "imagefoldr", "'imagefolder'"]),
+        (["--seed", -1], ["--seed -1"]),
+    ],
+)
+def test_sizes_that_do_not_fit(refused, options, arguments, words):
+    error = refused("train", *options, *arguments)
+    assert [word for word in words if word not in error] == []
+
+
+# ----------------------------------------------------------------------------------------------- nets, options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "resnte20"], ['unknown model "resnte20"', "resnet20", "timm:"]),
+        (["--model", "timm:resnte18"], ["resnte18", "resnet18"]),
+        (["--model_args.depth", 3], ["small has no option depth"]),
+        (["--augmentation", "mixpu"], ['--augmentation "mixpu"', "mixup"]),
+        (["--augmentation", "cutmixpick_teacher"], ["cutmixpick_teacher picks images for distillation", "cutmix"]),
+        (["--weights", "nowhere.pt"], ["nowhere.pt"]),
+        (["--weights", "pretrained"], ["small has no pretrained weights"]),
+        (["--epoch", 3], ["--epoch"]),
+        (["--epochs", "three"], ["epochs", "three"]),
+        (["--optimizer", "torch.optim.Nope"], ["Nope"]),
+        (["--optimizer.lr", -1], ["Invalid learning rate: -1"]),
+        (["--schedule.name", "step"], ["schedule.name", "step", "multistep"]),
+        (["--precision", "fp16"], ["--precision fp16 needs a GPU"]),
+        (["--resume", "nowhere"], ["--resume nowhere", "config.yaml"]),
+    ],
+)
+def test_options_that_mean_nothing(refused, options, arguments, words):
+    error = refused("train", *options, "--batch_size", 16, "--mix_group", 8, *arguments)
+    assert [word for word in words if word not in error] == []
+
+
+def test_no_model(refused, tree, data_options):
+    assert "--model resnet20" in refused("train", *data_options(tree), "--batch_size", 16, "--mix_group", 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--loss", "dalikd.kd.losses.Nope"], ["Nope"]),
+        (["--loss.temperature", 0], ["temperature is 0", "above 0"]),
+        (["--loss.temprature", 1], ["temprature"]),
+        (["--loss.lw_mix", "[1, 2]"], ["lw_mix"]),
+        (["--teacher.name", "resnte8"], ["teacher resnte8", "did you mean resnet8"]),
+        (["--teacher.weights", "nowhere.pt"], ["nowhere.pt"]),
+    ],
+)
+def test_what_distilling_needs(refused, training, teacher, arguments, words):
+    error = refused("distill", *training, *teacher, *arguments)
+    assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("name", ["distill", "measure"])
+def test_a_teacher_must_have_a_name_and_weights(refused, training, tmp_path, name):
+    assert "--teacher.name" in refused(name, *training)
+    assert "--teacher.weights" in refused(name, *training, "--teacher.name", "small")
+    torch.save(create_model("small", 10).state_dict(), tmp_path / "ten.pt")
+    error = refused(name, *training, "--teacher.name", "small", "--teacher.weights", tmp_path / "ten.pt")
+    assert "teacher small" in error
+    assert "the weights have 10 classes, the model 3" in error
+
+
+def test_evaluate_needs_weights(refused, options, tree, data_options, weights):
+    assert "--weights" in refused("evaluate", *options)
+    assert "--model" in refused("evaluate", *data_options(tree), "--weights", weights)
+
+
+def test_weights_of_another_net(refused, training, options, weights, tmp_path):
+    error = refused("train", *training, "--model", "resnet8", "--weights", weights)
+    assert str(weights) in error
+    assert "missing keys" in error
+    (tmp_path / "note.pt").write_text("no weights at all")
+    assert "note.pt is damaged or not a checkpoint" in refused("evaluate", *options, "--weights", tmp_path / "note.pt")
+
+
+def test_what_measuring_needs(refused, training, teacher, tree, data_options):
+    assert "--window 63" in refused("measure", *training, *teacher, "--augmentation", "flip", "--window", 63)
+    assert 'unknown --augmentation "flop"' in refused("measure", *training, *teacher, "--augmentation", "flop", "mixup")
+    bare = [*data_options(tree), "--batch_size", 16, "--mix_group", 8, *teacher]
+    assert "cutmixpick_student is scored by a student: name its architecture with --model" in refused("measure", *bare)
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu(refused, training, monkeypatch):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) != "/dev/nvidia0" and exists(path))
+    assert "--device cuda: this machine has no CUDA device; use --device cpu" in refused(
+        "train", *training, "--device", "cuda"
+    )
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_torch_cannot_see(refused, training, monkeypatch, device):
+    exists = Path.exists
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0" or exists(path))
+    error = refused("train", *training, "--device", device)
+    assert "cannot see" in error
+    assert "--device cpu" in error
+
+
+def test_places_that_cannot_be_written(refused, training, options, teacher, weights, tmp_path):
+    """Found before the work, not after it."""
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "below"
+    assert f"--output: {place}" in refused("train", *training, output=place)
+    assert f"--json: {place}" in refused("measure", *training, *teacher, "--augmentation", "flip", "--json", place)
+    assert f"--json: {place}" in refused("evaluate", *options, "--weights", weights, "--json", place)
+
+
+def test_a_folder_that_is_taken(command, training, tmp_path):
+    run = tmp_path / "run"
+    assert command("train", *training, "--output", run).code == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended = command("train", *training, "--output", run)
+    assert ended.code == 2
+    assert f"--resume {run}" in ended.err
+    assert "--overwrite true" in ended.err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert command("train", *training, "--output", run, "--overwrite", "true").code == 0
+
+
+# ---------------------------------------------------------------------------------- a picture that is broken
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "results.json").read_text())
+    del results["versions"]
+    return results
+
+
+def _same_end(folder: Path, other: Path) -> None:
+    assert _results(folder) == _results(other)
+    ours, theirs = (load_file(path / "last" / "student.safetensors") for path in (folder, other))
+    assert all(torch.equal(value, ours[key]) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
+    command, own_tree, data_options, tmp_path, split
+):
+    """A truncated file: of the training split in the middle of the first epoch, or the last one to be validated."""
+    training = [*data_options(own_tree), "--model", "small", "--batch_size", 16, "--mix_group", 8, "--epochs", 2]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert command("train", *training, "--output", whole).code == 0
+
+    source = open_source("imagefolder", own_tree, split)
+    row = int(Sampler(99, 16).order(0)[16 * 3 + 5]) if split == "train" else 29
+    picture = Path(source.path(row))
+    content = picture.read_bytes()
+    picture.write_bytes(content[: len(content) // 2])
+    ended = command("train", *training, "--output", broken)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith(f"dalikd train: error: cannot decode {picture} (")
+    assert "--data.bad_files replace" in ended.err
+    saved = torch.load(broken / "last" / "trainer.pt", weights_only=True)
+    assert saved["step"] == (3 if split == "train" else 6)
+
+    again = command("train", "--resume", broken)
+    assert (again.code, again.err) == (2, ended.err)
+    picture.write_bytes(content)
+    assert command("train", "--resume", broken).code == 0
+    _same_end(broken, whole)
+
+
+def test_a_broken_picture_can_be_replaced(command, own_tree, data_options, tmp_path):
+    training = [*data_options(own_tree), "--model", "small", "--batch_size", 16, "--mix_group", 8, "--epochs", 2]
+    picture = own_tree / "train" / "class1" / "004.jpg"
+    picture.write_bytes(picture.read_bytes()[:200])
+    ended = command("train", *training, "--data.bad_files", "replace", "--output", tmp_path / "run")
+    assert ended.code == 0
+    assert ended.out.count("cannot decode") == 1
+    assert str(picture) in ended.out
+    assert _results(tmp_path / "run")["replaced_files"] == [str(picture)]
+
+
+def test_a_diverged_run_says_so(command, training, tmp_path):
+    ended = command("train", *training, "--optimizer.lr", "1e12", "--output", tmp_path / "run")
+    assert ended.code == 2
+    assert "training has diverged; lower --optimizer.lr" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+# -------------------------------------------------------------------------------------- in a process of its own
+
+
+def test_nothing_else_is_printed(tmp_path):
+    """What a terminal shows: no traceback, no warning of a library."""
+    command = [sys.executable, "-m", "dalikd.tools.train", "--data.root", "nowhere", "--device", "cpu"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("dalikd train: error: ")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,62 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from dalikd.tools.main import COMMANDS, main
+
+
+def _call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dalikd", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
+def test_help_lists_the_commands(monkeypatch, capsys, arguments):
+    code, out, err = _call(monkeypatch, capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: dalikd COMMAND")
+    for name, text in COMMANDS.items():
+        assert f"  {name} " in out
+        assert text in out
+
+
+def test_an_unknown_command_is_one_line(monkeypatch, capsys):
+    code, out, err = _call(monkeypatch, capsys, "distil")
+    assert (code, out) == (2, "")
+    assert err == f"dalikd: error: unknown command distil; there are {', '.join(COMMANDS)}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_in_both_ways(monkeypatch, capsys, name):
+    code, out, _ = _call(monkeypatch, capsys, name, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: dalikd {name}")
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    monkeypatch.delitem(sys.modules, f"dalikd.tools.{name}", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"dalikd.tools.{name}", run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, name):
+    code, _, err = _call(monkeypatch, capsys, name, "--no-such-option", "1")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith(f"dalikd {name}: error: ")
+
+
+def test_commands_are_files():
+    """No file is named as a module of the standard library, which would shadow it for scripts beside it."""
+    folder = Path(main.__code__.co_filename).parent
+    files = {path.stem for path in folder.glob("*.py")}
+    assert set(COMMANDS) <= files
+    assert not files & set(sys.stdlib_module_names)
