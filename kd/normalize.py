@@ -36,4 +36,4 @@ class Normalized(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, in the parameters' dtype and the pixels' memory format."""
-        return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)  # one pass: 3.5 times as fast on a CPU
+        return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)  # one pass
