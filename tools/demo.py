@@ -12,7 +12,7 @@ from dalikd.tools.measure import measure
 from dalikd.tools.report import next_steps, ranking_table
 from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
-from dalikd.trainers.launch import Device
+from dalikd.trainers.launch import Device, Precision
 from dalikd.trainers.tracking import RunFolder, write_json
 
 STUDENTS = ["identity", "cutout", "autoaugment", "mixup", "cutmix", "cutmixpick_teacher"]
@@ -23,6 +23,7 @@ def run(
     augmentation: list[str] = STUDENTS,
     limit: int | None = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train a teacher on handwritten digits, measure all nine augmentations, distil students with several, rank them.
@@ -30,8 +31,9 @@ def run(
     Args:
         output: folder of everything that is written.
         augmentation: those a student is distilled with, at least three.
-        limit: use only so many training images: quicker, and less telling.
+        limit: use only so many training images, at least 320: quicker, and less telling.
         device: auto takes the GPU where there is one.
+        precision: fp32, tf32, bf16, fp16 or fp64.
         overwrite: replace an earlier demo in the folder.
     """
     if len(augmentation_names(augmentation)) < 3:
@@ -42,7 +44,8 @@ def run(
             f"{folder} holds a demo: name another folder with --output, or replace it with --overwrite true"
         )
     RunFolder(folder / "teacher", writes=False).check_new(overwrite)
-    common = ["--config", str(Path(configs.__file__).with_name("demo.yaml")), "--device", device]
+    common = ["--config", str(Path(configs.__file__).with_name("demo.yaml"))]
+    common += ["--device", device, "--precision", precision]
     common += [] if limit is None else ["--data.limit", str(limit)]
     weights = ["--teacher.weights", str(folder / "teacher/last/student.safetensors")]
     redo = ["--overwrite", str(overwrite).lower()]
@@ -52,6 +55,8 @@ def run(
     print("\n2. how good each augmentation is, by the teacher alone", flush=True)
     measured = measure(*parse("measure", [*common, *weights, "--json", str(folder / "measure.json")]))
     stddev = {result["augmentation"]: result["stddev"] for result in measured["results"]}
+    if None in stddev.values():
+        raise ValueError(f"--limit {limit} fills less than two windows of teacher outputs: give at least 320")
     points = []
     for number, name in enumerate(augmentation_names(augmentation), start=1):
         print(f"\n3.{number} a student with {name}", flush=True)
