@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,10 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         FileNotFoundError: no such config file.
     """
     parser = build_parser(command)
-    config = _parse_pieces(parser, _expand(command, list(argv)))
+    pieces = _expand(command, list(argv))
+    if _names_other_optimizer([word for piece in pieces if piece.path is None for word in piece.words]):
+        parser.set_defaults({"optimizer": None})  # its own defaults, not SGD's learning rate and weight decay
+    config = _parse_pieces(parser, pieces)
     del config["config"]
     plain = yaml.safe_load(parser.dump(config))
     for name in ("resume", "overwrite"):  # said of one call: a later one that reads this config must say them itself
@@ -118,6 +122,12 @@ def build_parser(command: str) -> ArgumentParser:
     names = {field.name for field in fields(options)}
     parser.set_defaults({name: value for name, value in _DEFAULTS.items() if name in names})
     return parser
+
+
+def _names_other_optimizer(words: list[str]) -> bool:
+    named = [after for word, after in pairwise(words) if word == "--optimizer"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--optimizer=")]
+    return any(name not in ("SGD", "torch.optim.SGD") for name in named)
 
 
 def _as_options(command: str, namespace: Any) -> Any:

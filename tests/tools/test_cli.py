@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch.optim import SGD, AdamW
 
@@ -306,3 +307,13 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(AssertionError), guarded("train"):
         raise AssertionError
+
+
+def test_another_optimizer_has_its_own_defaults():
+    built = parse("train", ["--optimizer", "AdamW"])[0].optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert built.defaults["lr"] == AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
+    assert built.defaults["weight_decay"] == AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults["weight_decay"]
+    named = parse("train", ["--optimizer", "SGD", "--optimizer.lr", "0.2"])[0].optimizer(
+        [torch.nn.Parameter(torch.zeros(1))]
+    )
+    assert (named.defaults["lr"], named.defaults["momentum"]) == (0.2, 0.9)
