@@ -99,8 +99,9 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """
     parser = build_parser(command)
     pieces = _expand(command, list(argv))
-    if _names_other_optimizer([word for piece in pieces if piece.path is None for word in piece.words]):
-        parser.set_defaults({"optimizer": None})  # its own defaults, not SGD's learning rate and weight decay
+    optimizer = _named_optimizer([word for piece in pieces if piece.path is None for word in piece.words])
+    if optimizer not in (None, "SGD", "torch.optim.SGD"):  # its own defaults, not SGD's learning rate and weight decay
+        parser.set_defaults({"optimizer": {"class_path": optimizer}})
     config = _parse_pieces(parser, pieces)
     del config["config"]
     plain = yaml.safe_load(parser.dump(config))
@@ -124,10 +125,10 @@ def build_parser(command: str) -> ArgumentParser:
     return parser
 
 
-def _names_other_optimizer(words: list[str]) -> bool:
+def _named_optimizer(words: list[str]) -> str | None:
     named = [after for word, after in pairwise(words) if word == "--optimizer"]
     named += [word.partition("=")[2] for word in words if word.startswith("--optimizer=")]
-    return any(name not in ("SGD", "torch.optim.SGD") for name in named)
+    return named[-1] if named else None
 
 
 def _as_options(command: str, namespace: Any) -> Any:

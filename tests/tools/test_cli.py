@@ -313,6 +313,10 @@ def test_another_optimizer_has_its_own_defaults():
     built = parse("train", ["--optimizer", "AdamW"])[0].optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert built.defaults["lr"] == AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
     assert built.defaults["weight_decay"] == AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults["weight_decay"]
+    before = parse("train", ["--optimizer.lr", "0.02", "--optimizer", "AdamW"])[0].optimizer(
+        [torch.nn.Parameter(torch.zeros(1))]
+    )
+    assert (before.defaults["lr"], before.defaults["weight_decay"]) == (0.02, built.defaults["weight_decay"])
     named = parse("train", ["--optimizer", "SGD", "--optimizer.lr", "0.2"])[0].optimizer(
         [torch.nn.Parameter(torch.zeros(1))]
     )
