@@ -136,9 +136,7 @@ class Loader:
                 plan, images, augmented = self._engine.fetch()
                 break
             except RuntimeError as error:
-                if "in pipeline" not in str(
-                    error
-                ):  # DALI's errors name the pipeline; out of memory and others go on up
+                if "in pipeline" not in str(error):  # not DALI's: out of memory and others go on up
                     raise
                 self._handle_bad_files(error)
         batch = self._batch(plan, images, augmented)

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
-from dalikd.trainers.schedules import ScheduleConfig, learning_rate_factor
+from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
 __all__ = ["Interrupted", "Loop", "Method"]
@@ -139,11 +139,8 @@ class Loop:
             group["lr"] = rate * factor
 
     def _rate_factor(self) -> float:
-        schedule, scale = self.options.schedule, self.options.epoch_factor
-        stretched = ScheduleConfig(
-            schedule.name, [scale * epoch for epoch in schedule.milestones], schedule.gamma, schedule.warmup_epochs,
-            schedule.final,
-        )  # fmt: skip
+        schedule, factor = self.options.schedule, self.options.epoch_factor
+        stretched = replace(schedule, milestones=[factor * epoch for epoch in schedule.milestones])
         return learning_rate_factor(stretched, self.progress.step, self.steps_per_epoch, self.total_steps)
 
     # ------------------------------------------------------------------------------------------- the run
