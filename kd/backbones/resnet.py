@@ -9,6 +9,8 @@ The "x4" nets have four times the channels in every stage and twice in the stem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalikd.kd.backbones.layers import initialise_convolutions, projection
+
 __all__ = ["ResNet"]
 
 
@@ -31,7 +33,7 @@ class ResNet(nn.Module):
         self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
         self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
-        _initialise(self)
+        initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
@@ -54,7 +56,7 @@ class _BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = _projection(in_channels, channels, stride)
+        self.downsample = projection(in_channels, channels, stride)
 
     def forward(self, features: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(features)))
@@ -62,21 +64,6 @@ class _BasicBlock(nn.Module):
         return F.relu(residual + self.downsample(features))
 
 
-def _projection(in_channels: int, channels: int, stride: int) -> nn.Module:
-    if stride == 1 and in_channels == channels:
-        return nn.Identity()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(channels),
-    )
-
-
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     rest = (_BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1))
     return nn.Sequential(_BasicBlock(in_channels, channels, stride), *rest)
-
-
-def _initialise(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -7,6 +7,8 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalikd.kd.backbones.layers import initialise_convolutions, projection
+
 __all__ = ["BottleneckResNet"]
 
 _EXPANSION = 4  # output channels of a block over those of its 3x3 convolution
@@ -29,7 +31,7 @@ class BottleneckResNet(nn.Module):
         self.layer3 = _stage(512, 256, blocks[2], stride=2)
         self.layer4 = _stage(1024, 512, blocks[3], stride=2)
         self.linear = nn.Linear(2048, num_classes)
-        _initialise(self)
+        initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
@@ -56,7 +58,7 @@ class _Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut = _projection(in_channels, out_channels, stride)
+        self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, features: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(features)))
@@ -65,21 +67,6 @@ class _Bottleneck(nn.Module):
         return F.relu(residual + self.shortcut(features))
 
 
-def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
-
-
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     rest = (_Bottleneck(channels * _EXPANSION, channels, stride=1) for _ in range(blocks - 1))
     return nn.Sequential(_Bottleneck(in_channels, channels, stride), *rest)
-
-
-def _initialise(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
