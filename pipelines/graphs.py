@@ -29,7 +29,12 @@ _WARP_FILL = 128  # grey, as in the published policies
 
 def input_names(view: View, augmented: AugmentedView) -> tuple[str, ...]:
     """The graph's inputs in order: `source` (encoded paths or arrays), then the draws by name."""
-    base = {"center_crop": (), "pad_crop": ("crop", "flip"), "random_resized_crop": ("tries", "offsets", "flip")}
+    base = {
+        "center_crop": (),
+        "square": (),
+        "pad_crop": ("crop", "flip"),
+        "random_resized_crop": ("tries", "offsets", "flip"),
+    }
     more = {
         "none": (),
         "flip": ("augmented_flip",),
@@ -49,6 +54,7 @@ def build_graph(
     threads: int,
     device_id: int | None,
     prefetch: int = 2,
+    hw_decoder_load: float | None = None,
 ) -> Pipeline:
     """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
 
@@ -61,6 +67,7 @@ def build_graph(
         threads: DALI's CPU threads.
         device_id: the CUDA device, or None for a graph that runs on the CPU.
         prefetch: batches made ahead.
+        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
 
     Returns:
         a built pipeline with one output, or two with an augmented view: uint8 [H, W, 3] pixels for each sample.
@@ -71,6 +78,7 @@ def build_graph(
             view,
             augmented,
             reader,
+            {} if hw_decoder_load is None or device_id is None else {"hw_decoder_load": hw_decoder_load},
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -95,9 +103,9 @@ def _quiet_build():
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(callback, view: View, augmented: AugmentedView, reader: Reader):
+def _graph(callback, view: View, augmented: AugmentedView, reader: Reader, decoder: dict[str, Any]):
     draws = _inputs(callback, input_names(view, augmented))
-    pixels = _VIEWS[view.crop](_READERS[reader](draws["source"]), view, draws)
+    pixels = _VIEWS[view.crop](_READERS[reader](draws["source"], decoder), view, draws)
     return _AUGMENTED[augmented](pixels, view, draws)
 
 
@@ -114,8 +122,8 @@ class _Encoded:
     """Encoded files. Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where
     the bare decoder of DALI 2.4 may crash the process."""
 
-    def __init__(self, paths) -> None:
-        self.bytes = fn.io.file.read(paths, dont_use_mmap=True)
+    def __init__(self, paths, decoder: dict[str, Any]) -> None:
+        self.bytes, self.decoder = fn.io.file.read(paths, dont_use_mmap=True), decoder
         shape = fn.peek_image_shape(self.bytes, adjust_orientation=False, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
 
@@ -134,13 +142,14 @@ class _Encoded:
             # the fused hardware path interpolates chroma otherwise than libjpeg-turbo does
             jpeg_fancy_upsampling=True,
             device="mixed" if on_gpu else "cpu",
+            **self.decoder,
         )
 
 
 class _Pixels:
     """Arrays that were decoded before."""
 
-    def __init__(self, pixels) -> None:
+    def __init__(self, pixels, decoder: dict[str, Any]) -> None:  # noqa: ARG002 - all readers have one form
         shape = fn.shapes(pixels, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
         on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
@@ -229,8 +238,12 @@ def _resize_renormalised(pixels, sides, new_sides, view: View):
     return fn.cast(colors / weights, dtype=types.UINT8)
 
 
+def _square(source, view: View, draws):  # noqa: ARG001 - all views have one form
+    return _resize_and_crop(source, view.size, view, _resize)
+
+
 def _pad_crop(source, view: View, draws):
-    pixels = _resize_and_crop(source, view.size, view, _resize)
+    pixels = _square(source, view, draws)
     return fn.flip(_pad_and_crop(pixels, view, draws["crop"]), horizontal=draws["flip"])
 
 
@@ -253,7 +266,12 @@ def _reflect(pixels, axis: int, padding: int, size: int):
     return fn.cat(before, pixels, after, axis=axis)
 
 
-_VIEWS = {"random_resized_crop": _random_resized_crop, "pad_crop": _pad_crop, "center_crop": _center_crop}
+_VIEWS = {
+    "random_resized_crop": _random_resized_crop,
+    "pad_crop": _pad_crop,
+    "center_crop": _center_crop,
+    "square": _square,
+}
 
 
 def _filter(view: View) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """Batches on the device, from images on disk or in memory; resumable at any batch."""
 
-import ctypes
-import gc
 import os
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +11,12 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
-from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec
+from dalikd.pipelines.augment import DrawSpec
 from dalikd.pipelines.doctor import find_bad_files
-from dalikd.pipelines.resident import ResidentViews
-from dalikd.pipelines.sampler import Microbatch, Sampler
+from dalikd.pipelines.engines import DaliEngine, DaliOptions, Engine, GatherEngine, Pixels, Plan, Work, can_gather
+from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.resident import Resident
+from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 
 __all__ = ["BadFileError", "Batch", "Loader"]
@@ -40,6 +39,7 @@ class Batch:
         epoch: of this batch.
         start: position of the first row in the epoch's order.
         total: rows of this microbatch over all processes.
+        extras: what the loader was told to attach, each [B, ...].
     """
 
     images: Tensor
@@ -50,6 +50,7 @@ class Batch:
     epoch: int
     start: int
     total: int
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,13 +66,6 @@ class Batch:
         return None if self.augmented is None else self.augmented.permute(0, 3, 1, 2)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    micro: Microbatch
-    rows: np.ndarray  # after replacing quarantined ones
-    draws: Draws
-
-
 class Loader:
     """Yields `Batch`es for ever over the sampler's steps; iterating stops at the end of the current epoch.
 
@@ -82,8 +76,13 @@ class Loader:
         device: where batches go. On "cuda" pictures are decoded by DALI's mixed backend, else on the CPU.
         threads: DALI's CPU threads; default: the cores this process may use.
         prefetch: batches made ahead.
+        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
         bad_files: at a picture that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
             data set, for the rest of the run, and say so once.
+        resident: the decoded pictures of the source, where they are kept on the device.
+        buffers: 0: every batch owns its memory. n: batches on a GPU lie in n sets of fixed buffers used in turn, and
+            each holds until n - 1 further ones have been taken; nothing is allocated in a step.
+        attach: plan -> arrays [B, ...] by name that go along with the batch, as its `extras`.
 
     Attributes:
         position: microbatches consumed since the start of training.
@@ -100,7 +99,11 @@ class Loader:
         device: str | torch.device = "cpu",
         threads: int | None = None,
         prefetch: int = 2,
+        hw_decoder_load: float | None = None,
         bad_files: Literal["stop", "replace"] = "stop",
+        resident: Resident | None = None,
+        buffers: int = 0,
+        attach: Callable[[Plan], dict[str, np.ndarray]] | None = None,
     ) -> None:
         assert len(source) == sampler.size
         _check_groups(sampler, spec)
@@ -109,11 +112,11 @@ class Loader:
         self.bad_files = bad_files
         self.position = 0
         self.wait_seconds = 0.0
-        self.replaced: dict[int, int] = {}
-        if _can_gather(source, spec):
-            self._engine: _Gather | _Dali = _Gather(self)
-        else:
-            self._engine = _Dali(self, threads or _cores(), prefetch)
+        self.replaced: dict[int, int] = dict(resident.replaced) if resident is not None else {}
+        self._attach = attach
+        self._hand = HandOver(self.device, buffers)
+        work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
+        self._engine = _engine(work, DaliOptions(threads or _cores(), prefetch, hw_decoder_load), resident)
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -131,15 +134,16 @@ class Loader:
             BadFileError: a picture cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
         """
         started = time.perf_counter()
+        self._hand.advance()
         while True:
             try:
-                plan, images, augmented = self._engine.fetch()
+                pixels = self._engine.fetch(self.position)
                 break
             except RuntimeError as error:
                 if "in pipeline" not in str(error):  # not DALI's: out of memory and others go on up
                     raise
                 self._handle_bad_files(error)
-        batch = self._batch(plan, images, augmented)
+        batch = self._batch(pixels)
         self.position += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
@@ -172,13 +176,13 @@ class Loader:
         """Free the pipeline's threads and memory. The loader can be used again."""
         self._engine.close()
 
-    def plan(self, index: int) -> _Plan:
+    def plan(self, index: int) -> Plan:
         """Rows and draws of microbatch number `index`: a pure function of it."""
         micro = self.sampler[index]
         rows = micro.rows
         if self.replaced:
             rows = np.array([self.replaced.get(int(row), int(row)) for row in rows])
-        return _Plan(micro, rows, self.spec.draw(micro))
+        return Plan(micro, rows, self.spec.draw(micro))
 
     def feed(self, index: int) -> tuple[Any, ...]:
         """All that Python does for microbatch number `index`: its plan, as inputs of the views. For benchmarks."""
@@ -189,29 +193,27 @@ class Loader:
         # world size and accumulation do not matter to what a step holds: the trainer keeps the position in steps
         return {"fingerprint": self.source.fingerprint, "seed": sampler.seed, "batch_size": sampler.batch_size}
 
-    def _batch(self, plan: _Plan, images: Tensor, augmented: Tensor | None) -> Batch:
-        micro, valid = plan.micro, plan.micro.valid
-        labels = self.source.labels[plan.rows]
-        mix = tuple(
-            MixDraws(self._send(run.partner)[:valid], self._send(run.lam)[:valid], self._send(run.center)[:valid])
-            for run in plan.draws.mix
-        )
+    def _batch(self, pixels: Pixels) -> Batch:
+        plan, valid = pixels.plan, pixels.plan.micro.valid
+        arrays = {"labels": self.source.labels[plan.rows], "ids": plan.rows}
+        for run, draws in enumerate(plan.draws.mix):
+            arrays |= {f"partner{run}": draws.partner, f"lam{run}": draws.lam, f"center{run}": draws.center}
+        extras = {} if self._attach is None else self._attach(plan)
+        sent = {name: tensor[:valid] for name, tensor in self._hand.arrays({**arrays, **extras}).items()}
         return Batch(
-            images[:valid],
-            None if augmented is None else augmented[:valid],
-            self._send(labels)[:valid],
-            self._send(plan.rows)[:valid],
-            mix,
-            micro.epoch,
-            micro.start,
-            micro.total,
+            pixels.images[:valid],
+            None if pixels.augmented is None else pixels.augmented[:valid],
+            sent["labels"],
+            sent["ids"],
+            tuple(
+                MixDraws(sent[f"partner{run}"], sent[f"lam{run}"], sent[f"center{run}"])
+                for run in range(len(plan.draws.mix))
+            ),
+            plan.micro.epoch,
+            plan.micro.start,
+            plan.micro.total,
+            {name: sent[name] for name in extras},
         )
-
-    def _send(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _handle_bad_files(self, error: RuntimeError) -> None:
         """After a failed decode: name the pictures, then stop or replace them and start again at the same batch."""
@@ -241,95 +243,13 @@ class Loader:
         raise BadFileError("no picture of the data set can be decoded")
 
 
-class _Gather:
-    """Arrays in memory, gathered by torch."""
-
-    def __init__(self, loader: Loader) -> None:
-        assert loader.source.arrays is not None
-        self._loader = loader
-        self._views = ResidentViews(loader.source.arrays, loader.spec.view, loader.device)
-
-    def fetch(self) -> tuple[_Plan, Tensor, Tensor | None]:
-        loader = self._loader
-        plan = loader.plan(loader.position)
-        rows, draws = self.feed(plan)
-        images, augmented = self._views(rows, draws)
-        return plan, images, augmented
-
-    def feed(self, plan: _Plan) -> tuple[Any, ...]:
-        """A plan as tensors on the device."""
-        draws = {name: self._loader._send(value) for name, value in plan.draws.views.items()}
-        return self._loader._send(plan.rows), draws
-
-    def close(self) -> None:
-        """Nothing runs ahead."""
-
-
-class _Dali:
-    """A DALI pipeline fed by the sampler, built at the loader's position when first needed."""
-
-    def __init__(self, loader: Loader, threads: int, prefetch: int) -> None:
-        from dalikd.pipelines.graphs import input_names
-
-        self._loader, self._threads, self._prefetch = loader, threads, prefetch
-        self._names = input_names(loader.spec.view, loader.spec.augmented)[1:]
-        self._graph: Any = None
-        self._first = 0
-        self._plans: deque[_Plan] = deque()
-
-    def fetch(self) -> tuple[_Plan, Tensor, Tensor | None]:
-        if self._graph is None:
-            self._build()
-        outputs = [self._to_torch(output) for output in self._run()]
-        return self._plans.popleft(), outputs[0], outputs[1] if len(outputs) > 1 else None
-
-    def close(self) -> None:
-        if self._graph is None:
-            return
-        self._graph = None
-        self._plans.clear()
-        gc.collect()
-        with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # DALI's freed buffers stay in glibc's arenas
-        if with_trim is not None:
-            with_trim(0)
-
-    def _build(self) -> None:
-        from dalikd.pipelines.graphs import build_graph
-
-        loader = self._loader
-        self._first = loader.position
-        self._graph = build_graph(
-            self._inputs,
-            loader.spec.view,
-            loader.spec.augmented,
-            reader="files" if loader.source.files is not None else "arrays",
-            batch_size=loader.sampler.microbatch,
-            threads=self._threads,
-            device_id=(loader.device.index or 0) if loader.device.type == "cuda" else None,
-            prefetch=self._prefetch,
-        )
-
-    def _inputs(self, info: Any) -> tuple[Any, ...]:
-        plan = self._loader.plan(self._first + info.iteration)
-        self._plans.append(plan)
-        return self.feed(plan)
-
-    def feed(self, plan: _Plan) -> tuple[Any, ...]:
-        """A plan as the graph's inputs."""
-        source = self._loader.source
-        pictures = source.files.encoded(plan.rows) if source.files is not None else list(source.arrays[plan.rows])  # type: ignore[index]
-        return (pictures, *(np.ascontiguousarray(plan.draws.views[name]) for name in self._names))
-
-    def _run(self):
-        if self._loader.device.type != "cuda":
-            return self._graph.run()
-        # without a stream run() would wait for the device
-        return self._graph.run(torch.cuda.current_stream(self._loader.device))
-
-    def _to_torch(self, output: Any) -> Tensor:
-        tensor = torch.from_dlpack(output.as_tensor())
-        # on the device: one copy, so that DALI's buffer goes back to its pool in stream order, whoever keeps the batch
-        return tensor.clone() if tensor.is_cuda else tensor
+def _engine(work: Work, options: DaliOptions, resident: Resident | None) -> Engine:
+    if not can_gather(work.source, work.spec, resident):
+        return DaliEngine(work, options)
+    if resident is None:
+        assert work.source.arrays is not None
+        resident = Resident.from_arrays(work.source.arrays, work.device)
+    return GatherEngine(work, resident)
 
 
 def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:
@@ -339,15 +259,6 @@ def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:
             f"microbatches of {sampler.microbatch} images are not a multiple of the mix group {spec.mix_group}: "
             "give the Sampler group=spec.mix_group and a batch size that fits"
         )
-
-
-def _can_gather(source: Source, spec: DrawSpec) -> bool:
-    """Whether nothing has to be resized or warped, so that a gather makes the views of arrays in memory."""
-    view = spec.view
-    if source.arrays is None or source.arrays.shape[1:3] != (view.size, view.size):
-        return False
-    resizes = view.crop == "random_resized_crop" or (view.crop == "center_crop" and view.resize != view.size)
-    return not resizes and spec.augmented not in AUGMENTED_VIEWS_IN_DALI
 
 
 def _cores() -> int:

@@ -1,5 +1,8 @@
 """Data sets held in memory: crops and flips as one gather on the device, equal bit for bit to the DALI graph's."""
 
+from dataclasses import dataclass, field
+from typing import Self
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,21 +10,82 @@ from torch.nn import functional
 
 from dalikd.pipelines.augment import View
 
-__all__ = ["ResidentViews", "crop_and_flip"]
+__all__ = ["Resident", "ResidentViews", "check_fits", "crop_and_flip"]
+
+_PACKED_ROWS = 4096  # packed at once: bounds the scratch memory
+_LARGEST_SHARE = 0.8  # of the free memory; nets and activations need the rest
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """The decoded pictures of a split, on the device.
+
+    Attributes:
+        pixels: int32 [N, S, S], a word holds red, green, blue and nothing.
+        replaced: row that could not be decoded -> row whose picture is in its place.
+    """
+
+    pixels: Tensor
+    replaced: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, count: int, size: int, device: torch.device, replaced: dict[int, int] | None = None) -> Self:
+        """Room for `count` pictures of `size` x `size`.
+
+        Raises:
+            ValueError: the device has not enough memory.
+        """
+        check_fits(count, size, device)
+        return cls(torch.empty(count, size, size, dtype=torch.int32, device=device), replaced or {})
+
+    @classmethod
+    def from_arrays(cls, arrays: np.ndarray, device: torch.device) -> Self:
+        """Take over pictures uint8 [N, S, S, 3]."""
+        resident = cls.empty(len(arrays), arrays.shape[1], device)
+        for start in range(0, len(arrays), _PACKED_ROWS):
+            part = np.ascontiguousarray(arrays[start : start + _PACKED_ROWS])
+            resident.put(slice(start, start + len(part)), torch.from_numpy(part).to(device))
+        return resident
+
+    def put(self, rows: slice | Tensor, images: Tensor) -> None:
+        """Store pictures uint8 [B, S, S, 3] on the device."""
+        self.pixels[rows] = _pack(images)
+
+
+def check_fits(count: int, size: int, device: torch.device) -> None:
+    """Check that the pictures fit into the device's memory.
+
+    Raises:
+        ValueError: they take more than 80 % of what is free.
+    """
+    needed, free = 4 * count * size * size, _free_bytes(device)
+    if needed > _LARGEST_SHARE * free:
+        raise ValueError(
+            f"{count} pictures of {size} x {size} pixels need {needed / 2**30:.1f} GiB to stay in memory, of which "
+            f"{device.type} has {free / 2**30:.1f} GiB free (at most {100 * _LARGEST_SHARE:.0f} % of it is taken): "
+            "leave out --data.resident true, or use a smaller --data.image_size or --data.limit"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 class ResidentViews:
     """Makes the views of pictures that lie decoded on the device.
 
     Args:
-        arrays: uint8 [N, side, side, 3], with side equal to `view.size`.
+        resident: pictures whose side is `view.size`.
         view: pad_crop or center_crop.
-        device: where the pictures are kept and gathered.
     """
 
-    def __init__(self, arrays: np.ndarray, view: View, device: torch.device) -> None:
-        assert arrays.shape[1:] == (view.size, view.size, 3), arrays.shape
-        self._pixels = _pack(torch.from_numpy(np.ascontiguousarray(arrays)).to(device))
+    def __init__(self, resident: Resident, view: View) -> None:
+        assert resident.pixels.shape[1:] == (view.size, view.size), resident.pixels.shape
+        self._pixels = resident.pixels
         self._view = view
 
     def __call__(self, rows: Tensor, draws: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

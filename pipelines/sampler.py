@@ -6,13 +6,16 @@ training is one number: the microbatches that this process has consumed.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dalikd.pipelines.draws import permutation
 
 __all__ = ["Microbatch", "Sampler"]
+
+
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Sampler:
         rank: this process.
         accumulation: microbatches a step and process.
         group: microbatches must be whole multiples of so many rows (the mix group); 1 for no such rule.
+        repeat: after so many epochs the orders, and the draws made for them, come again; None for never.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -61,10 +65,12 @@ class Sampler:
         rank: int = 0,
         accumulation: int = 1,
         group: int = 1,
+        repeat: int | None = None,
     ) -> None:
         _check_sizes(size, batch_size, world, accumulation, group, drop_last)
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.shuffle, self.world, self.rank, self.accumulation = shuffle, world, rank, accumulation
+        self.drop_last, self.repeat = drop_last, repeat
         self.microbatch = batch_size // (world * accumulation)
         self.steps_per_epoch = size // batch_size if drop_last else -(-size // batch_size)
         self._orders: dict[int, Future[np.ndarray]] = {}
@@ -79,15 +85,23 @@ class Sampler:
         """The row at each position of an epoch, int64 [size]; the next epoch's is prepared in a thread."""
         if not self.shuffle:
             epoch = 0
-        for wanted in (epoch, epoch + 1) if self.shuffle else (0,):
-            if wanted not in self._orders:
-                self._orders[wanted] = self._thread.submit(self._make_order, wanted)
-        for old in [key for key in self._orders if key < epoch]:
+        wanted = (epoch, self._folded(epoch + 1)) if self.shuffle else (0,)
+        for number in wanted:
+            if number not in self._orders:
+                self._orders[number] = self._thread.submit(self._make_order, number)
+        for old in [number for number in self._orders if number not in wanted]:
             del self._orders[old]
         return self._orders[epoch].result()
 
     def __getitem__(self, index: int) -> Microbatch:
         """This process's microbatch number `index` since the start of training."""
+        place = self.place(index)
+        order = self.order(place.epoch)
+        rows = order[place.start : place.start + place.valid] if place.valid else order[:1]
+        return replace(place, rows=rows)
+
+    def place(self, index: int) -> Microbatch:
+        """Where microbatch number `index` lies, without its rows."""
         epoch, within = divmod(index, self.microbatches_per_epoch)
         step, part = divmod(within, self.accumulation)
         first = step * self.batch_size + part * self.world * self.microbatch
@@ -95,9 +109,10 @@ class Sampler:
         stop = min(start + self.microbatch, self.size)
         valid = max(stop - start, 0)
         total = max(min(first + self.world * self.microbatch, self.size) - first, 0)
-        order = self.order(epoch)
-        rows = order[start:stop] if valid else order[:1]
-        return Microbatch(index, epoch, start, rows, valid, total)
+        return Microbatch(index, self._folded(epoch), start, _NO_ROWS, valid, total)
+
+    def _folded(self, epoch: int) -> int:
+        return epoch if self.repeat is None else epoch % self.repeat
 
     def _make_order(self, epoch: int) -> np.ndarray:
         return permutation(self.seed, epoch, self.size) if self.shuffle else np.arange(self.size)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.loader import BadFileError, Batch, Loader, _Dali
+from dalikd.pipelines.engines import DaliEngine
+from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
 
@@ -381,6 +382,7 @@ def test_an_error_that_no_file_explains_is_passed_on(copy_tree, monkeypatch):
 BAD_HEADERS = """
 import sys
 from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.engines import DaliEngine
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
@@ -426,7 +428,8 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     view = View(224 if crop == "random_resized_crop" else 32, crop)
     spec = DrawSpec(view, 7, "crop_flip", "derangement", runs=1)
     loader = _loader(source, spec, 256)
-    engine = _Dali(loader, 1, 2)
+    engine = loader._engine
+    assert isinstance(engine, DaliEngine)
     engine._inputs(SimpleNamespace(iteration=0))  # orders are made
     times = []
     for iteration in range(30):
@@ -436,3 +439,22 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     cost = float(np.median(times)) / 256 * 1e6
     print(f"{crop}: {cost:.1f} us a sample")
     assert cost < 20
+
+
+# --------------------------------------------------------------------------------------------- what goes along
+
+
+def test_attached_arrays_travel_with_their_rows(source):
+    loader = _loader(source, attach=lambda plan: {"twice": 2 * plan.rows, "place": np.full((len(plan.rows), 3), 7)})
+    for _ in range(3):
+        batch = loader.next()
+        assert torch.equal(batch.extras["twice"], 2 * batch.ids)
+        assert batch.extras["place"].shape == (8, 3)
+    assert _loader(source).next().extras == {}
+
+
+def test_attached_arrays_of_a_short_batch_are_short(source):
+    sampler = Sampler(len(source), 64, shuffle=False, drop_last=False, world=2, rank=1)
+    loader = Loader(source, sampler, EVALUATION, threads=1, attach=lambda plan: {"rows": plan.rows})
+    sizes = [len(batch.extras["rows"]) for batch in loader]
+    assert sizes == [32, 32, 32, 32, 12]

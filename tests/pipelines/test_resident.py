@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.loader import Batch, Loader, _can_gather, _Dali, _Gather
-from dalikd.pipelines.resident import ResidentViews, crop_and_flip
+from dalikd.pipelines.engines import DaliEngine, DaliOptions, GatherEngine, Work, can_gather
+from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.resident import Resident, ResidentViews, crop_and_flip
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
 
@@ -24,10 +26,11 @@ def in_memory(on_disk: Source) -> Source:
     return replace(on_disk, files=None, arrays=np.stack(pictures))
 
 
-def _batches(source: Source, spec: DrawSpec, engine: type[_Dali] | type[_Gather]) -> list[Batch]:
+def _batches(source: Source, spec: DrawSpec, engine: type[DaliEngine] | type[GatherEngine]) -> list[Batch]:
     loader = Loader(source, Sampler(len(source), 50, seed=4), spec, threads=1)
-    if engine is _Dali:
-        loader._engine = _Dali(loader, 1, 2)
+    if engine is DaliEngine:
+        cpu = torch.device("cpu")
+        loader._engine = DaliEngine(Work(source, spec, 50, cpu, loader.plan, HandOver(cpu)), DaliOptions(1))
     assert type(loader._engine) is engine
     batches = [loader.next() for _ in range(3)]
     loader.close()
@@ -39,8 +42,8 @@ def _batches(source: Source, spec: DrawSpec, engine: type[_Dali] | type[_Gather]
 @pytest.mark.parametrize("crop", ["pad_crop", "center_crop"])
 def test_the_gather_is_bit_equal_to_the_graph(on_disk, in_memory, crop, augmented, border):
     spec = DrawSpec(View(32, crop, resize=32, padding=5, border=border), 4, augmented)
-    gathered = _batches(in_memory, spec, _Gather)
-    for other in (_batches(in_memory, spec, _Dali), _batches(on_disk, spec, _Dali)):
+    gathered = _batches(in_memory, spec, GatherEngine)
+    for other in (_batches(in_memory, spec, DaliEngine), _batches(on_disk, spec, DaliEngine)):
         for one, two in zip(gathered, other, strict=True):
             assert torch.equal(one.ids, two.ids)
             assert torch.equal(one.images, two.images)
@@ -53,16 +56,16 @@ def test_the_gather_is_bit_equal_to_the_graph(on_disk, in_memory, crop, augmente
 
 def test_what_has_to_be_resized_or_warped_goes_through_dali(in_memory):
     plain = View(32, "center_crop", resize=32)
-    assert _can_gather(in_memory, DrawSpec(plain))
+    assert can_gather(in_memory, DrawSpec(plain))
     for view in (replace(plain, resize=36), View(28, "pad_crop"), View(32, "random_resized_crop")):
-        assert not _can_gather(in_memory, DrawSpec(view)), view
-    assert not _can_gather(in_memory, DrawSpec(plain, augmented="autoaugment"))
+        assert not can_gather(in_memory, DrawSpec(view)), view
+    assert not can_gather(in_memory, DrawSpec(plain, augmented="autoaugment"))
 
 
 def test_a_resized_evaluation_of_arrays_is_that_of_the_files(on_disk, in_memory):
     """Arrays have their size, but the view enlarges before it crops."""
     spec = DrawSpec(View(32, "center_crop", resize=36), 4)
-    for one, two in zip(_batches(in_memory, spec, _Dali), _batches(on_disk, spec, _Dali), strict=True):
+    for one, two in zip(_batches(in_memory, spec, DaliEngine), _batches(on_disk, spec, DaliEngine), strict=True):
         assert torch.equal(one.images, two.images)
 
 
@@ -82,7 +85,7 @@ def test_crop_and_flip_is_padding_cutting_and_mirroring(border, mode):
 def test_views_own_their_pixels():
     """Writing into a batch leaves the data set as it was."""
     arrays = np.full((4, 8, 8, 3), 7, np.uint8)
-    views = ResidentViews(arrays, View(8, "center_crop", resize=8), torch.device("cpu"))
+    views = ResidentViews(Resident.from_arrays(arrays, torch.device("cpu")), View(8, "center_crop", resize=8))
     images, _ = views(torch.tensor([1, 2]), {})
     images.zero_()
     assert (views(torch.tensor([1, 2]), {})[0] == 7).all()

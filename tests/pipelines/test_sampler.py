@@ -113,3 +113,32 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(arguments, message):
 
 def test_a_batch_larger_than_the_data_set_is_fine_where_the_last_batch_is_kept():
     assert len(Sampler(7, 100, drop_last=False)[0].rows) == 7
+
+
+# ---------------------------------------------------------------------------------------------- place and repeat
+
+
+def test_a_place_is_a_microbatch_without_rows():
+    sampler = Sampler(100, 16, 3, drop_last=False, world=2, rank=1)
+    for index in range(20):
+        micro, place = sampler[index], sampler.place(index)
+        assert len(place.rows) == 0
+        assert (place.index, place.epoch, place.start, place.valid, place.total) == (
+            micro.index, micro.epoch, micro.start, micro.valid, micro.total,
+        )  # fmt: skip
+
+
+def test_repeated_epochs_have_the_same_rows_and_epoch_number():
+    sampler, forever = Sampler(40, 8, 3, repeat=2), Sampler(40, 8, 3)
+    for index in range(5 * 5):
+        epoch = index // 5
+        micro = sampler[index]
+        assert micro.epoch == epoch % 2
+        assert micro.index == index
+        assert np.array_equal(micro.rows, forever[(epoch % 2) * 5 + index % 5].rows)
+
+
+def test_one_repeated_epoch_keeps_one_order():
+    sampler = Sampler(40, 8, 3, repeat=1)
+    assert np.array_equal(sampler[0].rows, sampler[5].rows)
+    assert list(sampler._orders) == [0]

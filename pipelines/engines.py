@@ -1,0 +1,190 @@
+"""What makes the pixels of a batch: a gather over pictures in memory, or a DALI graph."""
+
+import ctypes
+import gc
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec
+from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.resident import Resident, ResidentViews
+from dalikd.pipelines.sampler import Microbatch
+from dalikd.pipelines.sources import Source
+
+__all__ = ["DaliEngine", "DaliOptions", "Engine", "GatherEngine", "Pixels", "Plan", "Work", "can_gather"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a microbatch holds: its place, its rows after replacing quarantined ones, its draws."""
+
+    micro: Microbatch
+    rows: np.ndarray
+    draws: Draws
+
+
+class Pixels(NamedTuple):
+    """What an engine has made: `images` and, with an augmented view, `augmented`, uint8 [B, S, S, 3]."""
+
+    plan: Plan
+    images: Tensor
+    augmented: Tensor | None
+
+
+@dataclass(frozen=True)
+class DaliOptions:
+    """How DALI works.
+
+    Attributes:
+        threads: CPU threads.
+        prefetch: batches made ahead.
+        hw_decoder_load: share of the pictures that the GPU's JPEG engine decodes; None for DALI's own.
+    """
+
+    threads: int
+    prefetch: int = 2
+    hw_decoder_load: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine works on.
+
+    Attributes:
+        source: the pictures.
+        spec: views and draws.
+        microbatch: the largest batch.
+        device: where pixels are wanted.
+        plan: microbatch number -> its plan.
+        hand: brings tensors to the device.
+    """
+
+    source: Source
+    spec: DrawSpec
+    microbatch: int
+    device: torch.device
+    plan: Callable[[int], Plan]
+    hand: HandOver
+
+
+class Engine(Protocol):
+    """Makes pixels, microbatch after microbatch."""
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of microbatch number `position`: the one after the last, or any after `close`."""
+        ...
+
+    def feed(self, plan: Plan) -> tuple[Any, ...]:
+        """All that Python does for a plan: the inputs of its views."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory; the next `fetch` starts anew."""
+        ...
+
+
+def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None) -> bool:
+    """Whether nothing has to be resized or warped, so that a gather makes the views of pictures in memory."""
+    view = spec.view
+    if resident is None and (source.arrays is None or source.arrays.shape[1:3] != (view.size, view.size)):
+        return False
+    resizes = view.crop == "random_resized_crop" or (view.crop == "center_crop" and view.resize != view.size)
+    return not resizes and spec.augmented not in AUGMENTED_VIEWS_IN_DALI
+
+
+class GatherEngine:
+    """Pictures in the device's memory, gathered by torch."""
+
+    def __init__(self, work: Work, resident: Resident) -> None:
+        self._work = work
+        self._views = ResidentViews(resident, work.spec.view)
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of a microbatch."""
+        plan = self._work.plan(position)
+        rows, draws = self.feed(plan)
+        return Pixels(plan, *self._views(rows, draws))
+
+    def feed(self, plan: Plan) -> tuple[Any, ...]:
+        """A plan as tensors on the device."""
+        sent = self._work.hand.arrays({"rows": plan.rows, **plan.draws.views}, "views")
+        return sent.pop("rows"), sent
+
+    def close(self) -> None:
+        """Nothing runs ahead."""
+
+
+class DaliEngine:
+    """A DALI pipeline fed by the sampler, built when first needed."""
+
+    def __init__(self, work: Work, options: DaliOptions) -> None:
+        from dalikd.pipelines.graphs import input_names
+
+        self._work, self._options = work, options
+        self._names = input_names(work.spec.view, work.spec.augmented)[1:]
+        self._graph: Any = None
+        self._first = 0
+        self._plans: deque[Plan] = deque()
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of a microbatch; the pipeline is built at the first one."""
+        if self._graph is None:
+            self._build(position)
+        outputs = self._run()
+        tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        pixels = [
+            self._work.hand.pixels(name, tensor) for name, tensor in zip(("images", "augmented"), tensors, strict=False)
+        ]
+        return Pixels(self._plans.popleft(), pixels[0], pixels[1] if len(pixels) > 1 else None)
+
+    def close(self) -> None:
+        """Free the pipeline."""
+        if self._graph is None:
+            return
+        self._graph = None
+        self._plans.clear()
+        gc.collect()
+        with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # DALI's freed buffers stay in glibc's arenas
+        if with_trim is not None:
+            with_trim(0)
+
+    def feed(self, plan: Plan) -> tuple[Any, ...]:
+        """A plan as the graph's inputs."""
+        return (self._pictures(plan), *(np.ascontiguousarray(plan.draws.views[name]) for name in self._names))
+
+    def _pictures(self, plan: Plan) -> list[np.ndarray]:
+        source = self._work.source
+        return source.files.encoded(plan.rows) if source.files is not None else list(source.arrays[plan.rows])  # type: ignore[index]
+
+    def _build(self, position: int) -> None:
+        from dalikd.pipelines.graphs import build_graph
+
+        work, self._first = self._work, position
+        self._graph = build_graph(
+            self._inputs,
+            work.spec.view,
+            work.spec.augmented,
+            reader="files" if work.source.files is not None else "arrays",
+            batch_size=work.microbatch,
+            device_id=(work.device.index or 0) if work.device.type == "cuda" else None,
+            threads=self._options.threads,
+            prefetch=self._options.prefetch,
+            hw_decoder_load=self._options.hw_decoder_load,
+        )
+
+    def _inputs(self, info: Any) -> tuple[Any, ...]:
+        plan = self._work.plan(self._first + info.iteration)
+        self._plans.append(plan)
+        return self.feed(plan)
+
+    def _run(self):
+        if self._work.device.type != "cuda":
+            return self._graph.run()
+        # without a stream run() would wait for the device
+        return self._graph.run(torch.cuda.current_stream(self._work.device))
