@@ -36,6 +36,7 @@ setup(
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
         "pillow>=10",
+        "psutil>=5.9",
         "pyyaml>=6",
         "setuptools",
     ],

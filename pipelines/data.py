@@ -34,6 +34,9 @@ class DataConfig:
             pixels, 8/7 of it above (256 for 224).
         threads: DALI's CPU threads for each process; default: the cores it may use.
         prefetch: batches made ahead.
+        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes, 0 to 1; default: DALI's own.
+        resident: decode every picture once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
+            (evaluation too, unless it resizes). CIFAR is always kept so.
         bad_files: at a picture that cannot be decoded stop, or replace it by the next one and go on.
     """
 
@@ -52,6 +55,8 @@ class DataConfig:
     val_resize: int | None = None
     threads: int | None = None
     prefetch: int = 2
+    hw_decoder_load: float | None = None
+    resident: bool = False
     bad_files: Literal["stop", "replace"] = "stop"
 
 

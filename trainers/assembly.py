@@ -9,7 +9,9 @@ from accelerate import Accelerator
 
 from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, training_view
+from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
@@ -18,7 +20,15 @@ from dalikd.trainers.models import build_model
 from dalikd.trainers.options import RunOptions, TrainingOptions
 from dalikd.trainers.tracking import RunFolder
 
-__all__ = ["TrainingData", "build_student", "make_loader", "open_training_data", "run_training", "validation_loader"]
+__all__ = [
+    "TrainingData",
+    "build_student",
+    "make_loader",
+    "open_training_data",
+    "resident_pictures",
+    "run_training",
+    "validation_loader",
+]
 
 _LARGEST_EVALUATION_BATCH = 256  # a process
 
@@ -54,7 +64,15 @@ def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> Tr
         accumulation=options.accumulation,
         group=options.mix_group,
     )
-    loader = make_loader(train, sampler, augmenter.draw_spec, options.data, accelerator)
+    loader = make_loader(
+        train,
+        sampler,
+        augmenter.draw_spec,
+        options.data,
+        accelerator,
+        resident=resident_pictures(train, view, options.data, accelerator),
+        buffers=options.accumulation + 1,  # a step holds its microbatches; the next one arrives meanwhile
+    )
     return TrainingData(train, val, view, augmenter, loader, validation_loader(val, options, accelerator))
 
 
@@ -65,20 +83,62 @@ def validation_loader(source: Source, options: RunOptions, accelerator: Accelera
     sampler = Sampler(
         len(source), batch_size, shuffle=False, drop_last=False, world=world, rank=accelerator.process_index
     )
-    return make_loader(source, sampler, DrawSpec(evaluation_view(options.data, source)), options.data, accelerator)
+    view = evaluation_view(options.data, source)
+    resident = resident_pictures(source, view, options.data, accelerator) if can_be_resident(view) else None
+    return make_loader(source, sampler, DrawSpec(view), options.data, accelerator, resident=resident, buffers=2)
 
 
-def make_loader(source: Source, sampler: Sampler, spec: DrawSpec, data: DataConfig, accelerator: Accelerator) -> Loader:
-    """A loader on this process's device, with the data options."""
+def make_loader(
+    source: Source,
+    sampler: Sampler,
+    spec: DrawSpec,
+    data: DataConfig,
+    accelerator: Accelerator,
+    *,
+    resident: Resident | None = None,
+    buffers: int = 0,
+) -> Loader:
+    """A loader on this process's device, with the data options.
+
+    Args:
+        source: the pictures.
+        sampler: their order.
+        spec: views and draws.
+        data: how they are read.
+        accelerator: gives the device.
+        resident: the pictures, where they are kept on the device.
+        buffers: sets of fixed buffers that batches on a GPU take turns in; a batch holds until so many less one have
+            been taken after it. 0 for batches that own their memory.
+    """
     return Loader(
         source,
         sampler,
         spec,
         device=accelerator.device,
-        threads=data.threads,
-        prefetch=data.prefetch,
-        bad_files=data.bad_files,
+        resident=resident,
+        buffers=buffers if accelerator.device.type == "cuda" else 0,
+        **_reading(data),
     )
+
+
+def resident_pictures(source: Source, view: View, data: DataConfig, accelerator: Accelerator) -> Resident | None:
+    """The decoded pictures on the device, if the options ask for it; pictures that are arrays already need none.
+
+    Raises:
+        ValueError: they do not fit into the device's memory, or the view does not start from squares of one size.
+    """
+    if not data.resident or source.arrays is not None:
+        return None
+    return decode_source(source, view, device=accelerator.device, **_reading(data))
+
+
+def _reading(data: DataConfig) -> dict[str, Any]:
+    return {
+        "threads": data.threads,
+        "prefetch": data.prefetch,
+        "hw_decoder_load": data.hw_decoder_load,
+        "bad_files": data.bad_files,
+    }
 
 
 def build_student(options: TrainingOptions, source: Source):
