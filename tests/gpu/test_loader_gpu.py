@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.decode import decode_source
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
@@ -186,8 +187,10 @@ def _checksum(images: Tensor) -> Tensor:
     return (flat * (torch.arange(len(flat), device=flat.device) % 8191 + 1)).sum()
 
 
-def _checksums(source: Source, batches: int, busy: Callable[[], None], after: Callable[[], None]) -> list[int]:
-    loader = _loader(source, PHOTOS, 48)
+def _checksums(
+    source: Source, batches: int, busy: Callable[[], None], after: Callable[[], None], buffers: int = 0
+) -> list[int]:
+    loader = _loader(source, PHOTOS, 48, buffers=buffers)
     sums = []
     for _ in range(batches):
         busy()
@@ -200,9 +203,10 @@ def _checksums(source: Source, batches: int, busy: Callable[[], None], after: Ca
     return torch.stack(sums).tolist()
 
 
-def test_batches_under_load_are_whole(photo_source):
+@pytest.mark.parametrize("buffers", [0, 2])
+def test_batches_under_load_are_whole(photo_source, buffers):
     """Canary for torn batches: the host runs far ahead of a busy stream and drops each batch at once, so that a buffer
-    given back too early would be overwritten before it is read."""
+    given back or filled again too early would be overwritten before it is read."""
     assert photo_source.files is not None
     rows = np.tile(np.arange(len(photo_source)), 20)
     source = replace(photo_source, files=photo_source.files.take(rows), labels=photo_source.labels[rows])
@@ -218,7 +222,30 @@ def test_batches_under_load_are_whole(photo_source):
     quiet = _checksums(source, 20, nothing, torch.cuda.synchronize)
     assert quiet == _checksums(source, 20, nothing, torch.cuda.synchronize), "decoding itself is not reproducible"
     assert len(set(quiet)) == 20
-    assert quiet == _checksums(source, 20, load, nothing)
+    assert quiet == _checksums(source, 20, load, nothing, buffers)
+
+
+def test_fixed_buffers_are_used_in_turn(photo_source):
+    owned, fixed = _loader(photo_source, PHOTOS, 12), _loader(photo_source, PHOTOS, 12, buffers=2)
+    places = []
+    for _ in range(6):
+        one, two = owned.next(), fixed.next()
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(one), _tensors(two), strict=True))
+        places.append([tensor.data_ptr() for tensor in _tensors(two)])
+    assert places[0] == places[2] == places[4]
+    assert places[1] == places[3] == places[5]
+    assert places[0] != places[1]
+
+
+@pytest.mark.parametrize("size", [32, 24])
+def test_resident_pictures_are_those_of_the_files(small_source, size):
+    spec = replace(TRAINING, view=View(size, "pad_crop"))
+    resident = decode_source(small_source, spec.view, device=torch.device("cuda"), threads=2)
+    assert resident.pixels.device.type == "cuda"
+    from_files, gathered = _loader(small_source, spec, 32), _loader(small_source, spec, 32, resident=resident)
+    for _ in range(3):
+        one, two = _tensors(from_files.next()), _tensors(gathered.next())
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_batches_on_another_stream_are_whole(photo_source):
@@ -233,10 +260,11 @@ def test_batches_on_another_stream_are_whole(photo_source):
     assert found.tolist() == sums
 
 
+@pytest.mark.parametrize("buffers", [0, 3])
 @pytest.mark.parametrize("kind", ["files", "gather", "arrays through dali"])
-def test_the_next_batch_does_not_synchronise(small_source, in_memory, no_sync, kind):
+def test_the_next_batch_does_not_synchronise(small_source, in_memory, no_sync, kind, buffers):
     spec = replace(TRAINING, augmented="autoaugment") if kind == "arrays through dali" else TRAINING
-    loader = _loader(small_source if kind == "files" else in_memory, spec, 32)
+    loader = _loader(small_source if kind == "files" else in_memory, spec, 32, buffers=buffers)
     for _ in range(4):
         loader.next()  # warm-up: graphs, pinned buffers and the allocator's first blocks
     torch.cuda.synchronize()
