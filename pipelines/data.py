@@ -17,7 +17,8 @@ class DataConfig:
 
     Args:
         name: the data set: imagefolder (any tree of class folders), imagenet, tinyimagenet (its original layout),
-            cifar10 and cifar100 (the published python files), digits (scikit-learn's, written out as JPEGs).
+            cifar10 and cifar100 (the published python files), digits (scikit-learn's, written out as JPEGs),
+            webdataset and tfrecord (what `dalikd prepare` has written of any of these).
         root: its folder.
         train_split: name of the training split's folder; default: the data set's own.
         val_split: name of the validation split's folder; default: the data set's own.
@@ -40,7 +41,9 @@ class DataConfig:
         bad_files: at a picture that cannot be decoded stop, or replace it by the next one and go on.
     """
 
-    name: Literal["imagefolder", "imagenet", "tinyimagenet", "cifar10", "cifar100", "digits"] = "imagefolder"
+    name: Literal[
+        "imagefolder", "imagenet", "tinyimagenet", "cifar10", "cifar100", "digits", "webdataset", "tfrecord"
+    ] = "imagefolder"
     root: str | None = None
     train_split: str | None = None
     val_split: str | None = None

@@ -43,7 +43,9 @@ def decode_source(source: Source, view: View, *, device: torch.device, **options
     sampler = Sampler(len(source), min(_BATCH, len(source)), shuffle=False, drop_last=False)
     loader = Loader(source, sampler, DrawSpec(square), device=device, **options)
     for batch in loader:
-        resident.put(slice(batch.start, batch.start + len(batch)), batch.images)
+        resident.put(batch.ids, batch.images)  # by row: containers have an order of their own
     loader.close()
+    for row, other in loader.replaced.items():
+        resident.pixels[row] = resident.pixels[other]
     resident.replaced.update(loader.replaced)
     return resident

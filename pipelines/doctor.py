@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +29,19 @@ def find_bad_files(source: Source, rows: Iterable[int]) -> list[BadFile]:
 
     Every file is read by Pillow on the CPU, some milliseconds each. Images in memory are never bad.
     """
-    if source.files is None:
+    if source.arrays is not None:
         return []
-    paths = ((int(row), source.path(row)) for row in rows)
-    return [BadFile(row, path, reason) for row, path in paths if (reason := _why_bad(Path(path))) is not None]
+    rows = [int(row) for row in rows]
+    reasons = (_why_bad(source, row) for row in rows)
+    return [
+        BadFile(row, source.path(row), reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None
+    ]
 
 
-def _why_bad(path: Path) -> str | None:
+def _why_bad(source: Source, row: int) -> str | None:
     try:
-        if path.stat().st_size == 0:
-            return "the file is empty"
-        return _why_undecodable(path)
+        encoded = source.records.read(row) if source.records is not None else Path(source.path(row)).read_bytes()
+        return _why_undecodable(encoded) if encoded else "the file is empty"
     except FileNotFoundError:
         return "the file is missing"
     except Image.DecompressionBombError:
@@ -47,10 +50,10 @@ def _why_bad(path: Path) -> str | None:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _why_undecodable(path: Path) -> str | None:
+def _why_undecodable(encoded: bytes) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on metadata and size are not what is asked for
-        with Image.open(path) as image:
+        with Image.open(BytesIO(encoded)) as image:
             if image.format not in _DALI_FORMATS:
                 return f"the content is {image.format}, which DALI does not decode"
             image.convert("RGB").load()

@@ -5,7 +5,7 @@ import gc
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,10 +14,22 @@ from torch import Tensor
 from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.resident import Resident, ResidentViews
-from dalikd.pipelines.sampler import Microbatch
+from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.sources import Source
 
-__all__ = ["DaliEngine", "DaliOptions", "Engine", "GatherEngine", "Pixels", "Plan", "Work", "can_gather"]
+__all__ = [
+    "DaliEngine",
+    "DaliOptions",
+    "Engine",
+    "GatherEngine",
+    "Pixels",
+    "Plan",
+    "RecordsEngine",
+    "Work",
+    "can_gather",
+]
+
+_READ_AHEAD = 4  # batches that DALI may ask for beyond those that are made ahead
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Work:
         spec: views and draws.
         microbatch: the largest batch.
         device: where pixels are wanted.
-        plan: microbatch number -> its plan.
+        plan: microbatch number -> its plan; its rows may be given where a reader decides which they are.
         hand: brings tensors to the device.
     """
 
@@ -69,7 +81,7 @@ class Work:
     spec: DrawSpec
     microbatch: int
     device: torch.device
-    plan: Callable[[int], Plan]
+    plan: Callable[..., Plan]
     hand: HandOver
 
 
@@ -80,8 +92,16 @@ class Engine(Protocol):
         """The pixels of microbatch number `position`: the one after the last, or any after `close`."""
         ...
 
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch."""
+        ...
+
     def feed(self, plan: Plan) -> tuple[Any, ...]:
         """All that Python does for a plan: the inputs of its views."""
+        ...
+
+    def restart(self) -> None:
+        """Drop what was made ahead, after a failure; `fetch` goes on where it was."""
         ...
 
     def close(self) -> None:
@@ -107,14 +127,21 @@ class GatherEngine:
 
     def fetch(self, position: int) -> Pixels:
         """The pixels of a microbatch."""
-        plan = self._work.plan(position)
+        plan = self.plan(position)
         rows, draws = self.feed(plan)
         return Pixels(plan, *self._views(rows, draws))
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch."""
+        return self._work.plan(position)
 
     def feed(self, plan: Plan) -> tuple[Any, ...]:
         """A plan as tensors on the device."""
         sent = self._work.hand.arrays({"rows": plan.rows, **plan.draws.views}, "views")
         return sent.pop("rows"), sent
+
+    def restart(self) -> None:
+        """Nothing runs ahead."""
 
     def close(self) -> None:
         """Nothing runs ahead."""
@@ -126,6 +153,7 @@ class DaliEngine:
     def __init__(self, work: Work, options: DaliOptions) -> None:
         from dalikd.pipelines.graphs import input_names
 
+        self._reader: Literal["files", "bytes", "arrays"] = "files" if work.source.arrays is None else "arrays"
         self._work, self._options = work, options
         self._names = input_names(work.spec.view, work.spec.augmented)[1:]
         self._graph: Any = None
@@ -142,6 +170,14 @@ class DaliEngine:
             self._work.hand.pixels(name, tensor) for name, tensor in zip(("images", "augmented"), tensors, strict=False)
         ]
         return Pixels(self._plans.popleft(), pixels[0], pixels[1] if len(pixels) > 1 else None)
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch."""
+        return self._work.plan(position)
+
+    def restart(self) -> None:
+        """Free the pipeline."""
+        self.close()
 
     def close(self) -> None:
         """Free the pipeline."""
@@ -170,7 +206,7 @@ class DaliEngine:
             self._inputs,
             work.spec.view,
             work.spec.augmented,
-            reader="files" if work.source.files is not None else "arrays",
+            reader=self._reader,
             batch_size=work.microbatch,
             device_id=(work.device.index or 0) if work.device.type == "cuda" else None,
             threads=self._options.threads,
@@ -179,7 +215,7 @@ class DaliEngine:
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
-        plan = self._work.plan(self._first + info.iteration)
+        plan = self.plan(self._first + info.iteration)
         self._plans.append(plan)
         return self.feed(plan)
 
@@ -188,3 +224,55 @@ class DaliEngine:
             return self._graph.run()
         # without a stream run() would wait for the device
         return self._graph.run(torch.cuda.current_stream(self._work.device))
+
+
+class RecordsEngine(DaliEngine):
+    """A DALI pipeline fed by a reader of containers: the reader says which rows come, and brings their bytes.
+
+    Batches that were read stay until their pixels are out, so that after a failure nothing is read again.
+    """
+
+    def __init__(self, work: Work, options: DaliOptions, sampler: Sampler) -> None:
+        from dalikd.pipelines.streams import Encoded, MicrobatchReader
+
+        assert work.source.records is not None
+        super().__init__(work, options)
+        self._reader = "bytes"
+        self._records = work.source.records
+        self._microbatches = MicrobatchReader(self._records, sampler)
+        self._read: dict[int, Encoded] = {}
+        self._most = options.prefetch + _READ_AHEAD
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of a microbatch."""
+        pixels = super().fetch(position)
+        self._read.pop(position, None)
+        return pixels
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch; it is read for that."""
+        if position not in self._read:
+            self._read[position] = self._microbatches.take(position)
+        if len(self._read) > self._most:
+            del self._read[min(self._read)]
+        return self._work.plan(position, self._read[position].ids)
+
+    def restart(self) -> None:
+        """Free the pipeline, but not what was read for it."""
+        super().close()
+
+    def close(self) -> None:
+        """Free the pipeline and the reader."""
+        super().close()
+        self._read.clear()
+        self._microbatches.close()
+
+    def _pictures(self, plan: Plan) -> list[np.ndarray]:
+        read = self._read[plan.micro.index]
+        if np.array_equal(plan.rows, read.ids):
+            return read.contents
+        pictures = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
+        return [
+            content if row == own else np.frombuffer(self._records.read(row), np.uint8)
+            for row, own, content in pictures
+        ]

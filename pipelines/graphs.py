@@ -22,13 +22,13 @@ from dalikd.pipelines.augment import AugmentedView, View, policy_name, policy_ta
 
 __all__ = ["build_graph", "input_names"]
 
-Reader = Literal["files", "arrays"]
+Reader = Literal["files", "bytes", "arrays"]
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 _WARP_FILL = 128  # grey, as in the published policies
 
 
 def input_names(view: View, augmented: AugmentedView) -> tuple[str, ...]:
-    """The graph's inputs in order: `source` (encoded paths or arrays), then the draws by name."""
+    """The graph's inputs in order: `source` (paths, encoded pictures or arrays), then the draws by name."""
     base = {
         "center_crop": (),
         "square": (),
@@ -62,7 +62,8 @@ def build_graph(
         callback: returns one batch for each of `input_names(view, augmented)`, for ever.
         view: the base view.
         augmented: the augmented view, or "none".
-        reader: "files": the source is file paths as uint8 arrays; "arrays": uint8 [H, W, 3] pixels.
+        reader: the source is "files": paths as uint8 arrays; "bytes": encoded pictures as uint8 arrays; "arrays":
+            uint8 [H, W, 3] pixels.
         batch_size: the largest batch.
         threads: DALI's CPU threads.
         device_id: the CUDA device, or None for a graph that runs on the CPU.
@@ -119,11 +120,11 @@ def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 class _Encoded:
-    """Encoded files. Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where
+    """Encoded pictures. Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where
     the bare decoder of DALI 2.4 may crash the process."""
 
-    def __init__(self, paths, decoder: dict[str, Any]) -> None:
-        self.bytes, self.decoder = fn.io.file.read(paths, dont_use_mmap=True), decoder
+    def __init__(self, encoded, decoder: dict[str, Any]) -> None:
+        self.bytes, self.decoder = encoded, decoder
         shape = fn.peek_image_shape(self.bytes, adjust_orientation=False, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
 
@@ -146,6 +147,10 @@ class _Encoded:
         )
 
 
+def _files(paths, decoder: dict[str, Any]) -> _Encoded:
+    return _Encoded(fn.io.file.read(paths, dont_use_mmap=True), decoder)
+
+
 class _Pixels:
     """Arrays that were decoded before."""
 
@@ -159,7 +164,7 @@ class _Pixels:
         return fn.slice(self.pixels, fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32), axes=[0, 1])
 
 
-_READERS = {"files": _Encoded, "arrays": _Pixels}
+_READERS = {"files": _files, "bytes": _Encoded, "arrays": _Pixels}
 
 
 # ------------------------------------------------------------------------------------------------- views

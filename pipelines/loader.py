@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +13,26 @@ from torch import Tensor
 from dalikd.kd.mixing import MixDraws
 from dalikd.pipelines.augment import DrawSpec
 from dalikd.pipelines.doctor import find_bad_files
-from dalikd.pipelines.engines import DaliEngine, DaliOptions, Engine, GatherEngine, Pixels, Plan, Work, can_gather
+from dalikd.pipelines.engines import (
+    DaliEngine,
+    DaliOptions,
+    Engine,
+    GatherEngine,
+    Pixels,
+    Plan,
+    RecordsEngine,
+    Work,
+    can_gather,
+)
 from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.records import reads_shares
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 
 __all__ = ["BadFileError", "Batch", "Loader"]
+
+_BY_ROW = "by row"  # of orders that the sampler makes
 
 
 class BadFileError(ValueError):
@@ -116,7 +129,7 @@ class Loader:
         self._attach = attach
         self._hand = HandOver(self.device, buffers)
         work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
-        self._engine = _engine(work, DaliOptions(threads or _cores(), prefetch, hw_decoder_load), resident)
+        self._engine = _engine(work, DaliOptions(threads or _cores(), prefetch, hw_decoder_load), resident, sampler)
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -158,11 +171,12 @@ class Loader:
         Raises:
             ValueError: the state belongs to other data, another seed or another batch size.
         """
+        saved = {"order": _BY_ROW, **state}
         for key, value in self._identity().items():
-            if state.get(key) != value:
+            if saved.get(key) != value:
                 raise ValueError(
-                    f"cannot resume the data loader: {key} was {state.get(key)}, now it is {value}; "
-                    "resume with the same data, --seed and --batch_size"
+                    f"cannot resume the data loader: {key} was {saved.get(key)}, now it is {value}; "
+                    "resume with the same data, --seed and --batch_size, from containers also on as many processes"
                 )
         self.replaced = dict(state["replaced"])
         self.seek(state["position"])
@@ -176,9 +190,9 @@ class Loader:
         """Free the pipeline's threads and memory. The loader can be used again."""
         self._engine.close()
 
-    def plan(self, index: int) -> Plan:
-        """Rows and draws of microbatch number `index`: a pure function of it."""
-        micro = self.sampler[index]
+    def plan(self, index: int, rows: np.ndarray | None = None) -> Plan:
+        """Rows and draws of microbatch number `index`: a pure function of it, and of the rows where they are given."""
+        micro = self.sampler[index] if rows is None else replace(self.sampler.place(index), rows=rows)
         rows = micro.rows
         if self.replaced:
             rows = np.array([self.replaced.get(int(row), int(row)) for row in rows])
@@ -186,12 +200,24 @@ class Loader:
 
     def feed(self, index: int) -> tuple[Any, ...]:
         """All that Python does for microbatch number `index`: its plan, as inputs of the views. For benchmarks."""
-        return self._engine.feed(self.plan(index))
+        return self._engine.feed(self._engine.plan(index))
 
     def _identity(self) -> dict[str, Any]:
         sampler = self.sampler
         # world size and accumulation do not matter to what a step holds: the trainer keeps the position in steps
-        return {"fingerprint": self.source.fingerprint, "seed": sampler.seed, "batch_size": sampler.batch_size}
+        return {
+            "fingerprint": self.source.fingerprint,
+            "seed": sampler.seed,
+            "batch_size": sampler.batch_size,
+            "order": self._order(),
+        }
+
+    def _order(self) -> str:
+        """Where the order of rows comes from. In containers each process has its own share to shuffle."""
+        if self.source.records is None or isinstance(self._engine, GatherEngine):
+            return _BY_ROW
+        share = f" in {self.sampler.world} share(s)" if reads_shares(self.sampler) else ""
+        return f"containers {self.source.records.digest}{share}"
 
     def _batch(self, pixels: Pixels) -> Batch:
         plan, valid = pixels.plan, pixels.plan.micro.valid
@@ -217,8 +243,8 @@ class Loader:
 
     def _handle_bad_files(self, error: RuntimeError) -> None:
         """After a failed decode: name the pictures, then stop or replace them and start again at the same batch."""
-        self._engine.close()
-        plan = self.plan(self.position)
+        self._engine.restart()
+        plan = self._engine.plan(self.position)
         bad = find_bad_files(self.source, np.unique(plan.rows))
         if not bad:
             raise BadFileError(
@@ -243,9 +269,9 @@ class Loader:
         raise BadFileError("no picture of the data set can be decoded")
 
 
-def _engine(work: Work, options: DaliOptions, resident: Resident | None) -> Engine:
+def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler: Sampler) -> Engine:
     if not can_gather(work.source, work.spec, resident):
-        return DaliEngine(work, options)
+        return DaliEngine(work, options) if work.source.records is None else RecordsEngine(work, options, sampler)
     if resident is None:
         assert work.source.arrays is not None
         resident = Resident.from_arrays(work.source.arrays, work.device)

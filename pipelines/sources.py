@@ -6,12 +6,14 @@ from difflib import get_close_matches
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
 from dalikd.pipelines.cifar import read_cifar
+from dalikd.pipelines.containers import ContainerFormat
 from dalikd.pipelines.manifest import FileList, list_folders, list_pictures, open_tree
+from dalikd.pipelines.records import Records
 
 __all__ = [
     "SOURCE_NAMES",
@@ -36,7 +38,7 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
-    """The N labelled images of one split, on disk (`files`) or in memory (`arrays`), never both.
+    """The N labelled images of one split: on disk (`files`), in memory (`arrays`) or in containers (`records`).
 
     Attributes:
         name: data set, e.g. "tinyimagenet".
@@ -48,6 +50,7 @@ class Source:
         image_size: the data set's usual side in pixels.
         files: encoded files on disk, or None.
         arrays: uint8 [N, H, W, 3] in memory, or None.
+        records: containers that `dalikd prepare` has written, or None; a row is an image's row in its first source.
     """
 
     name: str
@@ -59,12 +62,12 @@ class Source:
     image_size: int
     files: FileList | None = None
     arrays: np.ndarray | None = None
+    records: Records | None = None
 
     def __post_init__(self) -> None:
-        assert (self.files is None) != (self.arrays is None), "a source has either files or arrays"
-        images = self.files if self.arrays is None else self.arrays
-        assert images is not None
-        assert len(images) == len(self.labels), f"{len(images)} images, {len(self.labels)} labels"
+        held = [images for images in (self.files, self.arrays, self.records) if images is not None]
+        assert len(held) == 1, "a source has either files or arrays, or records"
+        assert len(held[0]) == len(self.labels), f"{len(held[0])} images, {len(self.labels)} labels"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,8 +76,10 @@ class Source:
     def fingerprint(self) -> str:
         """16 hex digits of a SHA-256 over name, split, classes, labels and relative paths (or pixels).
 
-        The same for a data set that has moved to another folder; computed when first asked for.
+        The same for a data set that has moved to another folder, or into containers; computed when first asked for.
         """
+        if self.records is not None:
+            return self.records.description.fingerprint
         digest = sha256(json.dumps([self.name, self.split, self.classes]).encode())
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         if self.files is not None:
@@ -86,7 +91,9 @@ class Source:
         return digest.hexdigest()[:16]
 
     def path(self, row: int) -> str:
-        """Path of an image; for one in memory, a name to print."""
+        """Path of an image; for one in memory or in a container, a name to print."""
+        if self.records is not None:
+            return self.records.name(row)
         return self.files.path(row) if self.files is not None else f"{self.name}/{self.split}[{row}]"
 
     def limit(self, n: int, seed: int = 0) -> "Source":
@@ -95,8 +102,13 @@ class Source:
         With the same seed, a smaller subset is part of every larger one.
 
         Raises:
-            ValueError: `n` is smaller than the number of classes or larger than the source, or `seed` is negative.
+            ValueError: `n` is smaller than the number of classes or larger than the source, `seed` is negative, or
+                the images are in containers.
         """
+        if self.records is not None:
+            raise ValueError(
+                f"--data.limit {n}: containers are read whole; write smaller ones by `dalikd prepare --data.limit {n}`"
+            )
         if not len(self.classes) <= n <= len(self):
             raise ValueError(
                 f"--data.limit {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
@@ -157,9 +169,11 @@ def default_statistics(name: str) -> Statistics:
     """Usual mean, std and side of a data set by its name.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: unknown name; lists the known ones. Or containers, which hold their own.
     """
     _check_name(name)
+    if name not in _STATISTICS:
+        raise ValueError(f"{name} has no statistics of its own: what `dalikd prepare` has written holds them")
     return _STATISTICS[name]
 
 
@@ -279,6 +293,23 @@ def _open_cifar(request: _Request) -> Source:
     return _source(request, data.classes, data.labels, arrays=data.images)
 
 
+def _open_records(request: _Request) -> Source:
+    """What `dalikd prepare` has written. The statistics are those of the data set that it was made from."""
+    folder = _split_folder(request)
+    records = Records(folder, cast(ContainerFormat, request.name))
+    described = records.description
+    return Source(
+        name=described.name,
+        split=described.split,
+        classes=described.classes,
+        labels=records.labels,
+        mean=described.mean,
+        std=described.std,
+        image_size=described.image_size,
+        records=records,
+    )
+
+
 def _open_digits(request: _Request) -> Source:
     from dalikd.pipelines.digits import SPLIT_SIZES, prepare_digits
 
@@ -385,5 +416,7 @@ _OPENERS = {
     "cifar10": _open_cifar,
     "cifar100": _open_cifar,
     "digits": _open_digits,
+    "webdataset": _open_records,
+    "tfrecord": _open_records,
 }
 SOURCE_NAMES = tuple(_OPENERS)

@@ -236,7 +236,7 @@ class TestOpenSource:
         assert small.fingerprint != whole.limit(10, 4).fingerprint
 
     def test_statistics_of_every_data_set(self) -> None:
-        for name in SOURCE_NAMES:
+        for name in set(SOURCE_NAMES) - {"webdataset", "tfrecord"}:
             mean, std, side = default_statistics(name)
             assert all(0.25 < value < 0.55 for value in mean)
             assert all(0.2 < value < 0.4 for value in std)

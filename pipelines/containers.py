@@ -1,0 +1,135 @@
+"""The folder of an image set in containers, as `dalikd prepare` writes it, and what its dataset.json says.
+
+A split is a folder: shards (webdataset tars or TFRecord files) each with its index, `labels.npy` (int64 [N], by id),
+`order.npy` (int64 [N], the id at each storage position) and `dataset.json`, which describes them all. An id is the row
+that the image has in the source it came from.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = [
+    "ARRAYS",
+    "DESCRIPTION",
+    "EXTENSIONS",
+    "PICTURE_EXTENSIONS",
+    "REMEDY",
+    "VERSION",
+    "ContainerFormat",
+    "Description",
+    "Feature",
+    "Shard",
+    "file_sha256",
+]
+
+ContainerFormat = Literal["webdataset", "tfrecord"]
+
+DESCRIPTION = "dataset.json"
+ARRAYS = ("labels.npy", "order.npy")
+VERSION = 1  # of the folder's layout
+REMEDY = "write the folder again with `dalikd prepare`"
+#: Of the containers, by format.
+EXTENSIONS: dict[ContainerFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
+#: Of a picture in a tar, by its content; each sample has one of them.
+PICTURE_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
+
+
+class Feature:
+    """Names in the tf.train.Example of an image."""
+
+    ENCODED = "image/encoded"
+    LABEL = "image/class/label"
+    ID = "image/id"
+    FILENAME = "image/filename"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One container: file `name`, how many `images` and `bytes`, SHA-256 of it and of its index."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index(self) -> str:
+        """Name of the index file."""
+        return Path(self.name).with_suffix(".idx").name
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `dataset.json` says.
+
+    Attributes:
+        version: of the layout.
+        format: of the containers.
+        name: the data set the images came from, e.g. "tinyimagenet".
+        split: its split, e.g. "train".
+        classes: names, index = label.
+        mean: per-channel mean of pixels scaled to 0..1.
+        std: the same for the standard deviation.
+        image_size: the data set's usual side in pixels.
+        fingerprint: of the source; where pictures were resized, with that appended.
+        seed: of the storage order.
+        resize: pictures were resized to this short side in pixels; None: kept byte by byte.
+        arrays: SHA-256 of labels.npy and order.npy.
+        shards: the containers in storage order.
+    """
+
+    version: int
+    format: ContainerFormat
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    fingerprint: str
+    seed: int
+    resize: int | None
+    arrays: dict[str, str]
+    shards: tuple[Shard, ...]
+
+    @property
+    def images(self) -> int:
+        """Images of all shards."""
+        return sum(shard.images for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def write(self, folder: Path) -> None:
+        """Write dataset.json into a folder."""
+        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Description":
+        """Read dataset.json.
+
+        Raises:
+            ValueError: it is damaged, or of another version.
+        """
+        path = folder / DESCRIPTION
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise ValueError(f"{path} has version {content['version']}, this dalikd reads {VERSION}: {REMEDY}")
+            shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+            tuples: dict[str, Any] = {name: tuple(content.pop(name)) for name in ("classes", "mean", "std")}
+            return cls(**content, **tuples, shards=shards)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,345 @@
+"""Writes a source into containers that DALI reads in one sweep: webdataset tars or TFRecord files.
+
+The images are shuffled once, so that any stretch of a shard is a fair sample; each keeps its row in the source as its
+id. Encoded files go in byte by byte, arrays as PNG. All is written beside the target folder, then moved there whole.
+"""
+
+import hashlib
+import io
+import shutil
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dalikd.pipelines.containers import (
+    ARRAYS,
+    DESCRIPTION,
+    EXTENSIONS,
+    VERSION,
+    ContainerFormat,
+    Description,
+    Feature,
+    Shard,
+    file_sha256,
+)
+from dalikd.pipelines.doctor import find_bad_files
+from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.manifest import build_once
+from dalikd.pipelines.sources import Source
+from dalikd.pipelines.tfrecord import encode_example, frame
+
+__all__ = ["WriteOptions", "check_target", "write_records"]
+
+_CHUNK = 256  # images that are read ahead
+_MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
+_USUAL_SHARD = 1000  # images
+_MOST_NAMED = 5
+_SAMPLED = 200  # files whose sizes stand for all of them
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "jp2"),
+    (b"\xff\x4f\xff\x51", "jp2"),
+    *((b"P%d" % kind, "ppm") for kind in range(1, 7)),
+)
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How containers are written.
+
+    Args:
+        format: webdataset tars, or TFRecord files.
+        seed: of the storage order.
+        shard_images: images a shard, at most; None: 1000, or as many as make 256 shards.
+        resize: pictures whose short side is longer are resized to it, and stored as JPEG of quality 95; None: no.
+        check: decode every picture first, and name those that cannot be.
+        overwrite: replace what an earlier call has written.
+        threads: that read, decode and encode.
+    """
+
+    format: ContainerFormat = "webdataset"
+    seed: int = 0
+    shard_images: int | None = None
+    resize: int | None = None
+    check: bool = False
+    overwrite: bool = False
+    threads: int = 8
+
+    def __post_init__(self) -> None:
+        if self.format not in EXTENSIONS:
+            raise ValueError(f"--format {self.format} is unknown: say {' or '.join(EXTENSIONS)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} is negative: say 0 or more")
+        for option in ("shard_images", "resize", "threads"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"--{option} {value}: say 1 or more")
+
+
+def write_records(source: Source, folder: Path, options: WriteOptions) -> Description:
+    """Write one split into a folder of its own.
+
+    Args:
+        source: images in files or in memory.
+        folder: must be empty or missing, unless it may be overwritten.
+        options: how.
+
+    Raises:
+        ValueError: an image is not as it should be.
+        FileExistsError: the folder holds something.
+        OSError: a file cannot be read, or the disk is too small.
+    """
+    check_target(source, folder, options)
+    target = folder if not folder.exists() else folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
+    with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
+        if options.check:
+            _check_pictures(source, pool)
+        build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
+    if target != folder:
+        shutil.rmtree(folder)
+        target.rename(folder)
+    return Description.read(folder)
+
+
+def check_target(source: Source, folder: Path, options: WriteOptions) -> None:
+    """Check that `write_records` may write there, and that there is room.
+
+    Raises:
+        FileExistsError: the folder holds something that may not be replaced.
+        OSError: the disk is too small.
+    """
+    assert source.records is None, "containers are made of files or arrays"
+    _check_folder(folder, options.overwrite)
+    _check_space(source, folder, options.resize)
+
+
+def _write_split(source: Source, folder: Path, prefix: str, options: WriteOptions, pool: ThreadPoolExecutor) -> None:
+    order = permutation(options.seed, 0, len(source))
+    count = -(-len(source) // (options.shard_images or max(_USUAL_SHARD, -(-len(source) // _MOST_SHARDS))))
+    samples = _samples(source, order, options.resize, pool)
+    shards = tuple(
+        _write_shard(folder / f"{prefix}-{number:05d}{EXTENSIONS[options.format]}", options.format, samples, images)
+        for number, images in enumerate(len(part) for part in np.array_split(order, count))
+    )
+    for name, array in zip(ARRAYS, (source.labels, order), strict=True):
+        np.save(folder / name, array.astype("<i8"))
+    resized = "" if options.resize is None else f"-short{options.resize}"
+    Description(
+        version=VERSION,
+        format=options.format,
+        name=source.name,
+        split=source.split,
+        classes=source.classes,
+        mean=source.mean,
+        std=source.std,
+        image_size=source.image_size,
+        fingerprint=source.fingerprint + resized,
+        seed=options.seed,
+        resize=options.resize,
+        arrays={name: file_sha256(folder / name) for name in ARRAYS},
+        shards=shards,
+    ).write(folder)
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+class _Sample(NamedTuple):
+    """An image: its `id`, `label`, `encoded` bytes, their `extension`, and the `name` that it had."""
+
+    id: int
+    label: int
+    encoded: bytes
+    extension: str
+    name: str
+
+
+def _write_shard(path: Path, format: ContainerFormat, samples: Iterator[_Sample], images: int) -> Shard:
+    """Take so many samples and write them and their index."""
+    layout, offset, lines, digest = _LAYOUTS[format], 0, [], hashlib.sha256()
+    with path.open("xb") as file:
+        for _ in range(images):
+            content, line = layout.pack(next(samples), offset)
+            offset += file.write(content)
+            digest.update(content)
+            lines.append(line)
+        offset += file.write(layout.end)
+        digest.update(layout.end)
+    index = path.with_suffix(".idx")
+    index.write_text(layout.heading.format(images) + "".join(f"{line}\n" for line in lines), encoding="ascii")
+    return Shard(path.name, images, offset, digest.hexdigest(), file_sha256(index))
+
+
+def _pack_members(sample: _Sample, offset: int) -> tuple[bytes, str]:
+    """A sample as tar members, and its line in the index: extension, offset, size and name of each."""
+    contents = {
+        sample.extension: sample.encoded,
+        "cls": str(sample.label).encode(),
+        "id": struct.pack("<q", sample.id),
+    }
+    members, line = [], []
+    for extension, content in contents.items():
+        header = tarfile.TarInfo(f"{sample.id:09d}.{extension}")
+        header.size = len(content)
+        padding = -len(content) % tarfile.BLOCKSIZE
+        line.append(f"{extension} {offset + tarfile.BLOCKSIZE} {len(content)} {header.name}")
+        members += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(padding)]
+        offset += tarfile.BLOCKSIZE + len(content) + padding
+    return b"".join(members), " ".join(line)
+
+
+def _pack_example(sample: _Sample, offset: int) -> tuple[bytes, str]:
+    """A sample as a TFRecord, and its line in the index: offset and size."""
+    features: dict[str, bytes | int] = {
+        Feature.ENCODED: sample.encoded,
+        Feature.LABEL: sample.label,
+        Feature.ID: sample.id,
+        Feature.FILENAME: sample.name.encode("utf-8", "surrogateescape"),
+    }
+    record = frame(encode_example(features))
+    return record, f"{offset} {len(record)}"
+
+
+class _Layout(NamedTuple):
+    """How a container is laid out: a sample's content and index line, what ends it, the index's heading."""
+
+    pack: Callable[[_Sample, int], tuple[bytes, str]]
+    end: bytes
+    heading: str
+
+
+_LAYOUTS: dict[str, _Layout] = {
+    "webdataset": _Layout(_pack_members, bytes(2 * tarfile.BLOCKSIZE), "v1.2 {}\n"),
+    "tfrecord": _Layout(_pack_example, b"", ""),
+}
+
+
+# ----------------------------------------------------------------------------------------------- samples
+
+
+def _samples(source: Source, order: np.ndarray, short_side: int | None, pool: ThreadPoolExecutor) -> Iterator[_Sample]:
+    """The images in storage order, read by the pool."""
+    with tqdm(total=len(order), desc=f"writing {source.split}", unit=" images", delay=1, disable=None) as bar:
+        for start in range(0, len(order), _CHUNK):
+            rows = order[start : start + _CHUNK].tolist()
+            for sample in pool.map(lambda row: _sample(source, row, short_side), rows):
+                yield sample
+                bar.update()
+
+
+def _sample(source: Source, row: int, short_side: int | None) -> _Sample:
+    path = source.path(row)
+    if source.arrays is not None:
+        encoded = _encode(Image.fromarray(source.arrays[row]), "PNG")
+    else:
+        encoded = Path(path).read_bytes()
+    extension = _extension(encoded, path)
+    if short_side is not None:
+        encoded = _resized(encoded, short_side, path)
+        extension = _extension(encoded, path)
+    name = path if source.files is None else path[len(source.files.root) :].lstrip("/")
+    return _Sample(row, int(source.labels[row]), encoded, extension, name)
+
+
+def _extension(encoded: bytes, path: str) -> str:
+    """By the first bytes, whatever the file is called.
+
+    Raises:
+        ValueError: DALI could not decode it.
+    """
+    for signature, extension in _SIGNATURES:
+        if encoded.startswith(signature):
+            return extension
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "webp"
+    reason = "has none of the formats that DALI decodes" if encoded else "is empty"
+    raise ValueError(f"{path} {reason}: repair or remove it (--check true names all such files before writing)")
+
+
+def _resized(encoded: bytes, short_side: int, path: str) -> bytes:
+    """A JPEG whose short side is `short_side`, the long one floored; as it is, if it is not larger than that."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        width, height = image.size
+        short = min(width, height)
+        if short <= short_side:
+            return encoded
+        size = (short_side * width // short, short_side * height // short)
+        return _encode(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95)
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be decoded ({reason}): repair or remove it") from error
+
+
+def _encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name another --output")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} is not empty: name another --output, or replace it with --overwrite true")
+    if not (folder / DESCRIPTION).is_file():
+        raise FileExistsError(f"{folder} holds something else than an image set ({DESCRIPTION}): name another --output")
+
+
+def _check_space(source: Source, folder: Path, resize: int | None) -> None:
+    """Estimate the bytes from some files' sizes; arrays are larger than their PNGs, a JPEG has below 1 byte a pixel."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if source.arrays is not None:
+        needed = source.arrays.nbytes
+    else:
+        rows = np.linspace(0, len(source) - 1, min(_SAMPLED, len(source)), dtype=np.int64)
+        needed = sum(Path(source.path(int(row))).stat().st_size for row in rows) * len(source) // len(rows)
+    if resize is not None:
+        needed = min(needed, 2 * resize * resize * len(source))
+    needed += 4 * tarfile.BLOCKSIZE * len(source)
+    if needed > free:
+        raise OSError(
+            f"{source.split} takes about {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: "
+            "name another --output, or make pictures smaller with --resize"
+        )
+
+
+def _check_pictures(source: Source, pool: ThreadPoolExecutor) -> None:
+    """Decode everything.
+
+    Raises:
+        ValueError: names the first pictures that cannot be decoded, and says how many there are.
+    """
+    chunks = [range(first, min(first + _CHUNK, len(source))) for first in range(0, len(source), _CHUNK)]
+    found = tqdm(
+        pool.map(lambda rows: find_bad_files(source, rows), chunks),
+        f"checking {source.split}",
+        total=len(chunks),
+        unit=f" x {_CHUNK} images",
+        delay=1,
+        disable=None,
+    )
+    bad = [item for items in found for item in items]
+    if bad:
+        names = ", ".join(f"{item.path} ({item.reason})" for item in bad[:_MOST_NAMED])
+        more = f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
+        raise ValueError(f"cannot decode {names}{more}: repair or remove them")

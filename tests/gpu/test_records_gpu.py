@@ -1,0 +1,44 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.convert import WriteOptions, write_records
+from dalikd.pipelines.engines import DaliEngine
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import open_source
+
+pytestmark = pytest.mark.gpu
+
+SPEC = DrawSpec(View(32, "random_resized_crop"), 7, "crop_flip")
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "tfrecord"])
+def test_the_mixed_decoder_gives_the_same_pixels_from_containers(small_images: Path, tmp_path: Path, kind):
+    """The same rows with the same draws as from files, without the host waiting for the device."""
+    files = open_source("imagefolder", small_images, "train", split=".")
+    write_records(files, tmp_path / "train", WriteOptions(kind, shard_images=70))
+    records = open_source(kind, tmp_path, "train")
+    loader = Loader(records, Sampler(300, 60, seed=7), SPEC, device="cuda", threads=2)
+    loader.next()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = [loader.next() for _ in range(8)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {batch.images.device.type for batch in batches} == {"cuda"}
+    plans = [loader.plan(position, batch.ids.cpu().numpy()) for position, batch in enumerate(batches, start=1)]
+    engine = Loader(files, Sampler(300, 60, seed=7), SPEC, device="cuda", threads=2)._engine
+    assert type(engine) is DaliEngine
+    for position, (batch, plan) in enumerate(zip(batches, plans, strict=True), start=1):
+        engine.close()
+        engine._work = replace(engine._work, plan=lambda _, plan=plan: plan)
+        expected = engine.fetch(position)
+        assert torch.equal(batch.images, expected.images)
+        assert expected.augmented is not None
+        assert batch.augmented is not None
+        assert torch.equal(batch.augmented, expected.augmented)
+        assert batch.labels.tolist() == files.labels[plan.rows].tolist()

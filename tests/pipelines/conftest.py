@@ -1,0 +1,33 @@
+"""An image set in containers of both formats."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dalikd.pipelines.containers import ContainerFormat
+from dalikd.pipelines.convert import WriteOptions, write_records
+from dalikd.pipelines.sources import Source, open_source
+
+FORMATS: tuple[ContainerFormat, ...] = ("webdataset", "tfrecord")
+
+
+class Written(NamedTuple):
+    """Containers, and what they were made of: `source`, the split's `folder`, its `format`."""
+
+    source: Source
+    folder: Path
+    format: ContainerFormat
+
+    def open(self) -> Source:
+        """The same images, from the containers."""
+        return open_source(self.format, self.folder.parent, "train")
+
+
+@pytest.fixture(scope="session", params=FORMATS)
+def written(small_images: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Written:
+    """The 300 small images in five shards of sixty; read only."""
+    folder = tmp_path_factory.mktemp(request.param) / "train"
+    source = open_source("imagefolder", small_images, "train", split=".")
+    write_records(source, folder, WriteOptions(request.param, seed=4, shard_images=70, threads=1))
+    return Written(source, folder, request.param)
