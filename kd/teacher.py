@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dalikd.kd.folding import fold_batch_norms
 from dalikd.kd.mixing import Mixed
+from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 
 __all__ = [
@@ -31,12 +33,22 @@ class Teacher:
         model: takes pixels [B, 3, H, W], gives logits. It is frozen and moved to `device`.
         device: where it runs.
         autocast: compute type of mixed precision, or None for the parameters' own.
+        fold_bn: fold batch norms into convolutions; the model is then nobody else's to save or train.
+
+    Attributes:
+        folded: how many batch norms were folded.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device | str = "cpu", autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+        *,
+        fold_bn: bool = False,
     ) -> None:
         self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+        self.folded = fold_batch_norms(model.model if isinstance(model, Normalized) else model) if fold_bn else 0
         self._device_type = torch.device(device).type
         self._autocast = autocast
 
@@ -77,6 +89,7 @@ class Look(NamedTuple):
     augmented_logits: Tensor  # [B, C]
     partner: Tensor  # int64 [B], row of the batch mixed into each
     lam: Tensor  # [B], share of the image itself
+    picks: Tensor | None = None  # int64 [B], where candidates were picked: their places in the pool
 
 
 def look(
@@ -113,12 +126,12 @@ def look(
     student_logits = _given(student)(candidates.images) if criterion.needs_student else None
     if not criterion.needs_teacher:
         picks = _pick(criterion, PoolOutputs(None, student_logits, None), batch, group)
-        return look(teacher, pixels, _take(candidates, picks))
+        return look(teacher, pixels, _take(candidates, picks))._replace(picks=picks)
     every = teacher(_join(pixels, candidates.images))
     logits, pool = every[:batch], every[batch:]
     picks = _pick(criterion, PoolOutputs(pool, student_logits, logits), batch, group)
     picked = _take(candidates, picks)
-    return Look(logits, picked.images, pool[picks], picked.partner, picked.lam)
+    return Look(logits, picked.images, pool[picks], picked.partner, picked.lam, picks)
 
 
 @contextmanager

@@ -1,27 +1,35 @@
 """Joins the parts of a run: data, augmentation, loaders, run folder. All is checked before a folder is touched."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
+from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, training_view
 from dalikd.pipelines.decode import can_be_resident, decode_source
+from dalikd.pipelines.engines import Plan
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.cached import CachedLooks, open_cached
+from dalikd.trainers.distill import Distillation
+from dalikd.trainers.launch import model_type
 from dalikd.trainers.loop import Loop, Method
-from dalikd.trainers.models import build_model
-from dalikd.trainers.options import RunOptions, TrainingOptions
+from dalikd.trainers.models import build_model, open_teacher
+from dalikd.trainers.options import DistillOptions, RunOptions, TrainingOptions
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [
     "TrainingData",
+    "build_distillation",
     "build_student",
     "make_loader",
     "open_training_data",
@@ -43,6 +51,7 @@ class TrainingData:
     augmenter: Augmenter
     loader: Loader
     val_loader: Loader
+    cached: CachedLooks | None = None
 
 
 def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> TrainingData:
@@ -55,6 +64,9 @@ def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> Tr
     train, val = open_sources(options.data, options.seed)
     view = training_view(options.data, train)
     augmenter = Augmenter(options.augmentation, options, train, view, options.seed)
+    cached = None
+    if isinstance(options, DistillOptions):
+        cached = open_cached(options, train, view, augmenter, accelerator.device)
     sampler = Sampler(
         len(train),
         options.batch_size,
@@ -63,6 +75,7 @@ def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> Tr
         rank=accelerator.process_index,
         accumulation=options.accumulation,
         group=options.mix_group,
+        repeat=cached.cache.layout.epochs if cached else None,
     )
     loader = make_loader(
         train,
@@ -72,8 +85,9 @@ def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> Tr
         accelerator,
         resident=resident_pictures(train, view, options.data, accelerator),
         buffers=options.accumulation + 1,  # a step holds its microbatches; the next one arrives meanwhile
+        attach=cached.attach if cached else None,
     )
-    return TrainingData(train, val, view, augmenter, loader, validation_loader(val, options, accelerator))
+    return TrainingData(train, val, view, augmenter, loader, validation_loader(val, options, accelerator), cached)
 
 
 def validation_loader(source: Source, options: RunOptions, accelerator: Accelerator) -> Loader:
@@ -97,6 +111,7 @@ def make_loader(
     *,
     resident: Resident | None = None,
     buffers: int = 0,
+    attach: Callable[[Plan], dict[str, np.ndarray]] | None = None,
 ) -> Loader:
     """A loader on this process's device, with the data options.
 
@@ -109,6 +124,7 @@ def make_loader(
         resident: the pictures, where they are kept on the device.
         buffers: sets of fixed buffers that batches on a GPU take turns in; a batch holds until so many less one have
             been taken after it. 0 for batches that own their memory.
+        attach: plan -> arrays that go along with the batch.
     """
     return Loader(
         source,
@@ -117,6 +133,7 @@ def make_loader(
         device=accelerator.device,
         resident=resident,
         buffers=buffers if accelerator.device.type == "cuda" else 0,
+        attach=attach,
         **_reading(data),
     )
 
@@ -153,6 +170,34 @@ def build_student(options: TrainingOptions, source: Source):
     return build_model(options.model, source, weights=options.weights, args=options.model_args)
 
 
+def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tuple[Distillation, TrainingData]:
+    """Open the data, build both nets and join them.
+
+    Raises:
+        ValueError, OSError: the data, the nets or the sizes are not as they should be.
+    """
+    data = open_training_data(options, accelerator)
+    teacher: Teacher | CachedLooks
+    if data.cached is not None:
+        teacher = data.cached
+    else:
+        seen_in_training = data.val_loader.spec.view
+        teacher = open_teacher(options.teacher, data.train, seen_in_training, accelerator.device, options.precision)
+    student = build_student(options, data.train).to(model_type(options.precision))
+    method = Distillation(
+        student,
+        teacher,
+        options.loss,
+        data.augmenter,
+        accelerator,
+        len(data.train.classes),
+        joint_forward=options.joint_forward,
+        metric=options.metric,
+        compile_mode=options.compile,
+    )
+    return method, data
+
+
 def run_training(
     method: Method,
     data: TrainingData,
@@ -186,6 +231,9 @@ def run_training(
         "data": {**asdict(options.data), "train_images": len(data.train), "val_images": len(data.val)},
         "fingerprint": {"train": data.train.fingerprint, "val": data.val.fingerprint},
     }
+    if data.cached is not None:
+        header["teacher_cache"] = data.cached.describe(round(options.epochs * options.epoch_factor))
+        accelerator.print(header["teacher_cache"]["summary"], flush=True)
     loop = Loop(method, data.loader, data.val_loader, options, accelerator, folder, header)
     if options.resume is not None:
         loop.load()

@@ -138,15 +138,24 @@ class Augmenter:
         """Whether an augmented image shows two samples."""
         return self.augmentation.partner != "none"
 
+    @property
+    def makes_candidates(self) -> bool:
+        """Whether there are images beside the originals (not so for identity)."""
+        return self._mix is not None or self.augmentation.view != "none"
+
     def candidates(self, batch: Batch) -> Mixed | None:
         """runs * B augmented images, run after run; None where the originals are the candidates (identity)."""
+        return self.mix(batch.pixels, batch.augmented_pixels, batch.mix)
+
+    def mix(self, pixels: Tensor, augmented: Tensor | None, draws: Sequence[MixDraws]) -> Mixed | None:
+        """The same of a batch's tensors: originals and augmented view [B, 3, S, S], and the draws of each run."""
         if self._mix is not None:
-            runs = [self._mix(batch.pixels, draws) for draws in batch.mix]
+            runs = [self._mix(pixels, of_run) for of_run in draws]
             return runs[0] if len(runs) == 1 else Mixed(*(torch.cat(parts) for parts in zip(*runs, strict=True)))
-        if batch.augmented_pixels is None:
+        if augmented is None:
             return None
-        own = torch.arange(len(batch), device=batch.images.device)
-        return Mixed(batch.augmented_pixels, own, torch.ones(len(batch), device=own.device))
+        own = torch.arange(len(pixels), device=pixels.device)
+        return Mixed(augmented, own, torch.ones(len(pixels), device=own.device))
 
 
 def _check_options(options: MixOptions) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import DistillationLoss, MixedOutputs
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.teacher import Look, Teacher, batch_statistics, look
+from dalikd.kd.teacher import Look, Teacher, batch_statistics
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.cached import CachedLooks
+from dalikd.trainers.looking import CompileMode, Looker
 
 __all__ = ["Distillation", "DistillationTask", "gather_rows", "score_groups"]
 
@@ -66,19 +68,20 @@ class Distillation:
 
     Args:
         student: takes pixels.
-        teacher: frozen.
+        teacher: frozen; or what a cache holds of one.
         loss: of the outputs.
         augmenter: makes the candidates.
         accelerator: processes that share each step.
         num_classes: of both nets.
         joint_forward: one student forward over originals and augmented images.
         metric: whether to stream T. stddev.
+        compile_mode: of the look; the task is the loop's to compile.
     """
 
     def __init__(
         self,
         student: Normalized,
-        teacher: Teacher,
+        teacher: Teacher | CachedLooks,
         loss: DistillationLoss,
         augmenter: Augmenter,
         accelerator: Accelerator,
@@ -86,24 +89,21 @@ class Distillation:
         *,
         joint_forward: bool = False,
         metric: bool = True,
+        compile_mode: CompileMode = "off",
     ) -> None:
         self.student, self.teacher = student, teacher
         self.task = DistillationTask(student, loss, joint_forward)
         self._augmenter, self._accelerator = augmenter, accelerator
+        self._look = (
+            teacher if isinstance(teacher, CachedLooks) else Looker(teacher, augmenter, self._score, compile_mode)
+        )
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
 
     def inputs(self, batch: Batch) -> Sequence[Any]:
         """What the task takes: pixels, labels and what the teacher said."""
-        seen = look(
-            self.teacher,
-            batch.pixels,
-            candidates := self._augmenter.candidates(batch),
-            criterion=self._augmenter.criterion,
-            group=self._augmenter.group,
-            student=self._score,
-        )
+        seen = self._look(batch)
         self._measure(seen, batch)
-        augmented = None if candidates is None else seen.augmented
+        augmented = seen.augmented if self._augmenter.makes_candidates else None
         partner_labels = batch.labels[seen.partner]
         return batch.pixels, batch.labels, seen.logits, augmented, seen.augmented_logits, partner_labels, seen.lam
 

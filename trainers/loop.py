@@ -18,6 +18,7 @@ from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.schedules import learning_rate_factor
@@ -81,6 +82,9 @@ class Loop:
         accelerator: devices and processes.
         folder: where the run is written.
         header: what results.json says of the run besides the figures.
+
+    Raises:
+        ValueError: something is to be compiled and there is no compiler.
     """
 
     def __init__(
@@ -101,6 +105,10 @@ class Loop:
         optimizer = options.optimizer(_parameter_groups(task, options.no_decay_norms))
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        check_compiler(options.compile)
+        if options.compile != "off":
+            # in place, so that weights keep their names; traced in the first step, inside DDP, which cuts it at buckets
+            task.compile(mode=options.compile)
         self.average = MovingAverage(method.student, options.ema) if options.ema else None
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
@@ -113,6 +121,9 @@ class Loop:
     def step(self) -> None:
         """One optimizer step. Nothing in here waits for the device."""
         batches = [self.loader.next() for _ in range(self.options.accumulation)]
+        if self.options.compile != "off":
+            # CUDA graphs may now overwrite the last step's outputs. Not between microbatches, whose gradients add up.
+            torch.compiler.cudagraph_mark_step_begin()
         self._set_learning_rate()
         # whatever a net draws (dropout) is a function of the step too
         torch.manual_seed(_step_seed(self.options.seed, self.progress.step, self.accelerator.process_index))
@@ -168,6 +179,8 @@ class Loop:
             self.loader.close()
             self.val_loader.close()
             self.folder.close()
+            if self.options.compile != "off":
+                torch.compiler.reset()  # what many runs of one process leave behind would pass torch's limit
         results = self._results(finished=True)
         self.folder.results(results)
         return results
@@ -255,6 +268,7 @@ class Loop:
             "best": progress.best,
             "best_is": "the epoch with the highest top1 on the validation split itself; compare runs by last",
             "evaluated": "ema" if self.average is not None else "model",
+            "compile": self.options.compile,
             "replaced_files": [self.loader.source.path(row) for row in self.loader.replaced],
             **self.header,
             "processes": self.accelerator.num_processes,

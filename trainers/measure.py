@@ -11,21 +11,22 @@ from torch.nn import functional
 
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.teacher import Teacher, look
+from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.assembly import make_loader
+from dalikd.trainers.assembly import make_loader, resident_pictures
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.distill import gather_rows
-from dalikd.trainers.launch import autocast_type, model_type
-from dalikd.trainers.models import build_model, build_teacher
+from dalikd.trainers.launch import model_type
+from dalikd.trainers.looking import CompileMode, Looker
+from dalikd.trainers.models import build_model, open_teacher
 from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
 from dalikd.trainers.tracking import versions
 
-__all__ = ["measure", "measure_all", "results_table"]
+__all__ = ["build_scorer", "measure", "measure_all", "results_table"]
 
 _READ_EVERY = 20  # batches between two readings of the running value
 
@@ -43,27 +44,38 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     _check_sizes(options)
     source = open_split(options.data, "train", options.seed)
     view = training_view(options.data, source)
-    kept_in = model_type(options.precision)
-    net = build_teacher(options.teacher, source, evaluation_view(options.data, source)).to(kept_in)
-    teacher = Teacher(net, accelerator.device, autocast_type(options.precision))
+    seen_in_training = evaluation_view(options.data, source)
+    teacher = open_teacher(options.teacher, source, seen_in_training, accelerator.device, options.precision)
     augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
-    student = _build_student(options, source, augmenters)
+    student = build_scorer(options, source, augmenters)
     sampler = Sampler(
         len(source), options.batch_size, options.seed, drop_last=False, world=accelerator.num_processes,
         rank=accelerator.process_index, group=options.mix_group,
     )  # fmt: skip
+    resident = resident_pictures(source, view, options.data, accelerator)
     results = []
     for augmenter in augmenters:
-        loader = make_loader(source, sampler, augmenter.draw_spec, options.data, accelerator)
+        loader = make_loader(
+            source, sampler, augmenter.draw_spec, options.data, accelerator, resident=resident, buffers=2
+        )
         results.append(
             measure(
-                augmenter, loader, teacher, accelerator, epochs=options.epochs, window=options.window, student=student
+                augmenter,
+                loader,
+                teacher,
+                accelerator,
+                epochs=options.epochs,
+                window=options.window,
+                student=student,
+                compile_mode=options.compile,
             )
         )
         loader.close()
+        if options.compile != "off":
+            torch.compiler.reset()  # each augmentation is compiled anew: together they would pass torch's limit
     return {
         "results": results,
-        **_header(options, source, accelerator, fresh=student is not None and not options.weights),
+        **_header(options, source, accelerator, teacher.folded, fresh=student is not None and not options.weights),
     }
 
 
@@ -77,6 +89,7 @@ def measure(
     epochs: int,
     window: int,
     student: Normalized | None = None,
+    compile_mode: CompileMode = "off",
 ) -> dict[str, Any]:
     """Measure one augmentation over whole epochs; windows run on across them.
 
@@ -88,25 +101,21 @@ def measure(
         epochs: passes over the data.
         window: teacher outputs in a window (originals and augmented together).
         student: scores candidates, in eval mode; for augmentations that need it.
+        compile_mode: of the look.
 
     Returns:
         "augmentation", "stddev", "stderr", "entropy", "windows", "images" (originals) and the rest of GoodnessResult.
     """
     num_classes = len(loader.source.classes)
     metric = TeacherStddev(num_classes, window, accelerator.device)
-    score = _scorer(student, accelerator)
+    look = Looker(teacher, augmenter, _scorer(student, accelerator), compile_mode)
     bar = progress(accelerator, augmenter.name, total=epochs * len(loader.source), unit="image", leave=False)
     with bar:
         for index, batch in enumerate(_batches(loader, epochs), start=1):
+            if compile_mode != "off":
+                torch.compiler.cudagraph_mark_step_begin()  # the last batch's look may be overwritten
             if len(batch):
-                seen = look(
-                    teacher,
-                    batch.pixels,
-                    augmenter.candidates(batch),
-                    criterion=augmenter.criterion,
-                    group=augmenter.group,
-                    student=score,
-                )
+                seen = look(batch)
                 outputs = seen.logits, seen.augmented_logits
             else:  # this process has nothing left of the last batch, but takes part in the exchange
                 nothing = torch.zeros(0, num_classes, dtype=_logits_type(teacher), device=accelerator.device)
@@ -142,8 +151,15 @@ def _check_sizes(options: MeasureOptions) -> None:
         raise ValueError(f"--window {options.window}: give a positive even number (published: 640)")
 
 
-def _build_student(options: MeasureOptions, source: Source, augmenters: list[Augmenter]) -> Normalized | None:
-    """The net that scores candidates, in eval mode; fresh from the seed unless weights are given, as published."""
+def build_scorer(options: MeasureOptions, source: Source, augmenters: list[Augmenter]) -> Normalized | None:
+    """The net that scores candidates, in eval mode; fresh from the seed unless weights are given, as published.
+
+    Returns:
+        None where no augmentation needs one.
+
+    Raises:
+        ValueError: one is needed and not named, or its weights do not fit.
+    """
     needing = [augmenter.name for augmenter in augmenters if augmenter.criterion and augmenter.criterion.needs_student]
     if not needing:
         return None
@@ -156,7 +172,9 @@ def _build_student(options: MeasureOptions, source: Source, augmenters: list[Aug
     return student.to(model_type(options.precision)).requires_grad_(False)
 
 
-def _header(options: MeasureOptions, source: Source, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
+def _header(
+    options: MeasureOptions, source: Source, accelerator: Accelerator, folded: int, fresh: bool
+) -> dict[str, Any]:
     return {
         "mode": options.mode,
         "mix_group": options.mix_group,
@@ -164,7 +182,8 @@ def _header(options: MeasureOptions, source: Source, accelerator: Accelerator, f
         "epochs": options.epochs,
         "seed": options.seed,
         "precision": options.precision,
-        "teacher": asdict(options.teacher),
+        "compile": options.compile,
+        "teacher": {**asdict(options.teacher), "folded_norms": folded},
         "student": options.model,
         "student_weights": "fresh, from the seed" if fresh else options.weights,
         "data": {**asdict(options.data), "images": len(source)},

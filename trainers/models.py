@@ -3,14 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.timm_models import input_statistics
 from dalikd.kd.checkpoints import load_weights
 from dalikd.kd.normalize import Normalized
+from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.sources import Source
+from dalikd.trainers.launch import Precision, autocast_type, model_type
 
-__all__ = ["TeacherConfig", "build_model", "build_teacher"]
+__all__ = ["TeacherConfig", "build_model", "build_teacher", "open_teacher"]
 
 
 @dataclass
@@ -21,11 +25,16 @@ class TeacherConfig:
         name: its architecture, such as resnet56, wrn_40_2 or timm:resnet34.
         weights: its weights file (.pt, .pth, .th, .safetensors), or "pretrained" for timm's own.
         args: options of the architecture.
+        fold_bn: fold its batch norms into its convolutions: faster, the same outputs up to rounding.
+        cache: a folder that dalikd cache has written for the same data, seed and augmentation: distilling then reads
+            the teacher's outputs there and needs no teacher; name and weights may be left out.
     """
 
     name: str | None = None
     weights: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
+    fold_bn: bool = True
+    cache: str | None = None
 
 
 def build_model(
@@ -63,6 +72,8 @@ def build_teacher(config: TeacherConfig, source: Source, view: View | None = Non
     Raises:
         ValueError: no name or no weights given, or they do not fit the data set.
     """
+    if config.cache is not None:
+        raise ValueError("--teacher.cache is read by dalikd distill alone: name a teacher with --teacher.name instead")
     if config.name is None:
         raise ValueError("no teacher given: name its architecture with --teacher.name, e.g. --teacher.name resnet56")
     if config.weights is None:
@@ -79,6 +90,25 @@ def build_teacher(config: TeacherConfig, source: Source, view: View | None = Non
     if config.weights == "pretrained" and view is not None:
         _warn_of_other_view(teacher, view)
     return teacher
+
+
+def open_teacher(
+    config: TeacherConfig, source: Source, view: View | None, device: torch.device, precision: Precision
+) -> Teacher:
+    """Build the teacher as a run uses it: frozen, on its device, in its precision, batch norms folded if wanted.
+
+    Args:
+        config: of the teacher.
+        source: the data set it is asked about.
+        view: what it will see, compared with what pretrained weights were made for.
+        device: where it runs.
+        precision: of the run.
+
+    Raises:
+        ValueError: as for `build_teacher`.
+    """
+    net = build_teacher(config, source, view).to(model_type(precision))
+    return Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn)
 
 
 def _check_pretrained(name: str, classes: int) -> None:

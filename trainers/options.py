@@ -8,13 +8,23 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dalikd.kd.losses import KD, DistillationLoss
+from dalikd.kd.teacher_cache import Storage
 from dalikd.pipelines.data import DataConfig
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.launch import Device, Precision
+from dalikd.trainers.looking import CompileMode
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.schedules import ScheduleConfig
 
-__all__ = ["DistillOptions", "EvaluateOptions", "MeasureOptions", "RunOptions", "TrainOptions", "TrainingOptions"]
+__all__ = [
+    "CacheOptions",
+    "DistillOptions",
+    "EvaluateOptions",
+    "MeasureOptions",
+    "RunOptions",
+    "TrainOptions",
+    "TrainingOptions",
+]
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -49,6 +59,9 @@ class RunOptions:
             value = getattr(self.data, name)
             if value is not None and value < 1:
                 raise ValueError(f"--data.{name} {value}: give at least 1")
+        load = self.data.hw_decoder_load
+        if load is not None and not 0 <= load <= 1:
+            raise ValueError(f"--data.hw_decoder_load {load}: give a share from 0 to 1")
 
 
 @dataclass
@@ -62,6 +75,7 @@ class TrainingOptions(RunOptions, MixOptions):
         augmentation: identity, flip, crop_flip, cutout, autoaugment, mixup, cutmix, cutmixpick_student or
             cutmixpick_teacher, on top of the training view.
         optimizer: its class path, with its options as --optimizer.lr and so on; SGD, AdamW or any other.
+            --optimizer.fused true updates all weights in one kernel, where the class can.
         schedule: the learning rate over time.
         epochs: passes over the training data.
         epoch_factor: multiplies epochs and milestones (prolonged training).
@@ -70,6 +84,8 @@ class TrainingOptions(RunOptions, MixOptions):
         no_decay_norms: no weight decay for biases and normalisation.
         ema: decay of an exponential moving average of the weights, such as 0.999, which is evaluated then; 0: none.
         sync_bn: batch statistics over all processes (GPU only).
+        compile: torch.compile's mode for teacher and task. The first steps then take minutes; losses are the same up to
+            rounding, except that dropout draws otherwise.
         output: the run folder; default: runs/COMMAND-DATA-MODEL.
         resume: go on with this run folder; its config.yaml is read first.
         overwrite: replace a run that lies in the run folder.
@@ -91,6 +107,7 @@ class TrainingOptions(RunOptions, MixOptions):
     no_decay_norms: bool = False
     ema: float = 0.0
     sync_bn: bool = False
+    compile: CompileMode = "off"
     output: str | None = None
     resume: str | None = None
     overwrite: bool = False
@@ -141,6 +158,7 @@ class MeasureOptions(RunOptions, MixOptions):
             student).
         epochs: passes over the training data; published: 10.
         window: teacher outputs in a window; published: 640.
+        compile: torch.compile's mode for the teacher; the first batches of each augmentation then take minutes.
         json: file the results are written to.
     """
 
@@ -151,7 +169,44 @@ class MeasureOptions(RunOptions, MixOptions):
     weights: str | None = None
     epochs: int = 10
     window: int = 640
+    compile: CompileMode = "off"
     json: str | None = None
+
+
+@dataclass
+class CacheOptions(RunOptions, MixOptions):
+    """Write down what the teacher says of every image in every epoch; `dalikd distill --teacher.cache` reads it.
+
+    Called again it goes on where it stopped, or adds epochs. A run may read it with any batch size and any number of
+    processes, for as many epochs as it likes: after the last one written they come again.
+
+    Args:
+        augmentation: as for distill; not cutmixpick_student, whose picks depend on the student.
+        teacher: the net that is asked.
+        epochs: passes over the training data.
+        output: folder of the cache.
+        storage: float32; float16; or topk (the k largest logits, and the probability that all others share equally:
+            exact at temperature 1 for those k, an approximation at any other).
+        k: logits of an image that topk keeps.
+        compile: torch.compile's mode for the teacher; the first batches then take minutes.
+        verify: instead of writing, ask the teacher again about a share of this cache and compare; the options are those
+            it was made with, unless others are given.
+        share: of the mix groups of each epoch that are verified, at least one.
+        tolerance: largest difference of logits that passes (topk: of probabilities, as the k-th class may change
+            places); default: 0.001, and 0.05 for float16, whose steps are 0.03 at logits of 32 to 64. Other machines
+            and other batch sizes round otherwise.
+    """
+
+    augmentation: str = "identity"
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    epochs: int = 1
+    output: str | None = None
+    storage: Storage = "float32"
+    k: int = 16
+    compile: CompileMode = "off"
+    verify: str | None = None
+    share: float = 0.01
+    tolerance: float | None = None
 
 
 @dataclass

@@ -25,7 +25,8 @@ class Meter:
     def add(self, terms: dict[str, torch.Tensor]) -> None:
         """Add one observation of each term."""
         for name, value in terms.items():
-            value = value.detach().double()
+            # a copy even of float64: a CUDA graph overwrites its outputs in the next step
+            value = value.detach().to(torch.float64, copy=True)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
 

@@ -16,10 +16,9 @@ def _random_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            for values, low, high in (
-                (norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2), (norm.weight, 0.5, 1.5), (norm.bias, -0.3, 0.3),
-            ):  # fmt: skip
-                if values is not None:
+            ranges = {"running_mean": (-0.5, 0.5), "running_var": (0.5, 2), "weight": (0.5, 1.5), "bias": (-0.3, 0.3)}
+            for name, (low, high) in ranges.items():
+                if (values := getattr(norm, name)) is not None:
                     values.data.uniform_(low, high, generator=generator)
     return model
 
@@ -94,7 +93,8 @@ def test_the_rest_of_the_state_keeps_its_names():
     gone = {key for key in before - after if "bn" in key or "downsample.1" in key}
     assert before - after == gone
     assert len(gone) == 5 * 21
-    assert after - before == {key.replace("weight", "bias") for key in before if key.endswith(("conv1.weight", "conv2.weight", "downsample.0.weight"))}  # fmt: skip
+    convolutions = [key for key in before if key.endswith(("conv1.weight", "conv2.weight", "downsample.0.weight"))]
+    assert after - before == {key.replace("weight", "bias") for key in convolutions}
 
 
 def test_folding_twice_finds_nothing_more():
@@ -260,7 +260,10 @@ def _many_conditions(net: _Small, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("join", "reason"),
-    [(_reads_values, r"RuntimeError: .*len"), (_many_conditions, "ValueError: more than 64 paths lead through forward")],
+    [
+        (_reads_values, r"RuntimeError: .*len"),
+        (_many_conditions, "ValueError: more than 64 paths lead through forward"),
+    ],
 )
 def test_a_net_that_cannot_be_traced_warns_and_stays(join, reason):
     net = _random_norms(_Small(join)).double().eval()

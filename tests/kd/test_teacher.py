@@ -231,6 +231,23 @@ def test_the_teacher_has_no_gradient(pixels):
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_teacher_folds_its_batch_norms_on_request(pixels, wrapped):
+    torch.manual_seed(4)
+    net = _net().double()
+    net[1].running_mean.uniform_(-1, 1)
+    net[1].running_var.uniform_(0.5, 2)
+    model = Normalized(net, HALF, HALF).double() if wrapped else net
+    rows = pixels.double() if wrapped else pixels.double() / 255
+    plain = Teacher(model)
+    assert plain.folded == 0
+    expected = plain(rows)
+    folded = Teacher(model, fold_bn=True)
+    assert folded.folded == 1
+    assert isinstance(net[1], nn.Identity)
+    torch.testing.assert_close(folded(rows), expected, rtol=0, atol=1e-12)
+
+
 def test_mixed_precision_still_gives_float32(pixels):
     net = Normalized(_net(), HALF, HALF)
     exact, mixed = Teacher(net), Teacher(net, autocast=torch.bfloat16)

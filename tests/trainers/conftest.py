@@ -23,7 +23,7 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.distill import Distillation
-from dalikd.trainers.launch import start
+from dalikd.trainers.launch import Precision, autocast_type, start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import DistillOptions, TrainingOptions, TrainOptions
 from dalikd.trainers.supervised import Supervised
@@ -116,10 +116,11 @@ def loop(
     whole = Sampler(len(val), world * 16, shuffle=False, drop_last=False, world=world, rank=rank)
     same = DrawSpec(View(val.image_size, "center_crop", resize=val.image_size))
     if isinstance(options, DistillOptions):
-        seen_by = Teacher(teacher or net(1), accelerator.device)
+        autocast = autocast_type(accelerator.mixed_precision)
+        seen_by = Teacher(teacher or net(1), accelerator.device, autocast, fold_bn=options.teacher.fold_bn)
         method: Any = Distillation(
             student, seen_by, options.loss, augmenter, accelerator, len(train.classes), metric=options.metric,
-            joint_forward=options.joint_forward,
+            joint_forward=options.joint_forward, compile_mode=options.compile,
         )  # fmt: skip
     else:
         method = Supervised(student, augmenter)
@@ -155,16 +156,16 @@ def make_source() -> Callable[..., Source]:
 def make_loop(tmp_path: Path, accelerator: Accelerator) -> Callable[..., Loop]:
     """Loops on the CPU, each in a folder of its own."""
 
-    def make(name: str = "run", **parts: Any) -> Loop:
-        return loop(tmp_path / name, accelerator, **parts)
+    def make(name: str = "run", on: Accelerator = accelerator, **parts: Any) -> Loop:
+        return loop(tmp_path / name, on, **parts)
 
     return make
 
 
 @pytest.fixture
 def make_cuda_loop(tmp_path: Path) -> Callable[..., Loop]:
-    def make(**parts: Any) -> Loop:
-        return loop(tmp_path / "run", start("cuda", "fp32"), **parts)
+    def make(name: str = "run", precision: Precision = "fp32", **parts: Any) -> Loop:
+        return loop(tmp_path / name, start("cuda", precision), **parts)
 
     return make
 

@@ -127,9 +127,38 @@ def test_the_report_says_what_the_results_depend_on(data, weights, accelerator):
     assert (report["epochs"], report["seed"], report["precision"]) == (1, 0, "fp32")
     assert (report["student"], report["student_weights"]) == ("resnet8", "fresh, from the seed")
     assert report["teacher"]["weights"] == weights
+    assert (report["teacher"]["fold_bn"], report["teacher"]["folded_norms"], report["compile"]) == (True, 9, "off")
     assert (report["data"]["images"], report["processes"]) == (70, 1)
     assert {"torch", "nvidia-dali-cuda120", "date", "device"} <= set(report["versions"])
     assert len(report["fingerprint"]) == 16
+
+
+def test_folding_changes_no_figure(data, weights, accelerator):
+    options = _options(replace(data, limit=70), weights, augmentation=["cutmix"], precision="fp64")
+    folded = measure_all(options, accelerator)
+    options.teacher.fold_bn = False
+    plain = measure_all(options, accelerator)
+    assert plain["teacher"]["folded_norms"] == 0
+    for key in ("stddev", "entropy"):
+        assert folded["results"][0][key] == pytest.approx(plain["results"][0][key], rel=1e-10)
+
+
+@pytest.mark.slow
+def test_compiling_changes_no_figure(data, make_net, tmp_path, accelerator):
+    """70 images in batches of 64: the last one is short."""
+    torch.save(make_net(1).model.state_dict(), tmp_path / "small.pt")
+    options = MeasureOptions(
+        data=replace(data, limit=70), teacher=TeacherConfig("small", str(tmp_path / "small.pt")), model="small",
+        augmentation=["cutmixpick_student", "flip"], window=32, epochs=2, precision="fp64",
+    )  # fmt: skip
+    plain = measure_all(options, accelerator)
+    options.compile = "default"
+    compiled = measure_all(options, accelerator)
+    assert compiled["compile"] == "default"
+    for found, expected in zip(compiled["results"], plain["results"], strict=True):
+        assert found["augmentation"] == expected["augmentation"]
+        for key in ("stddev", "entropy", "per_class"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-8), key
 
 
 def test_students_come_from_the_seed_or_a_file(data, weights, accelerator):

@@ -6,7 +6,7 @@ import torch
 
 from dalikd.kd.backbones import create_model
 from dalikd.pipelines.augment import View
-from dalikd.trainers.models import TeacherConfig, build_model, build_teacher
+from dalikd.trainers.models import TeacherConfig, build_model, build_teacher, open_teacher
 
 
 @pytest.fixture
@@ -71,6 +71,32 @@ def test_a_teacher_of_other_classes_is_refused(make_source, weights):
         build_teacher(TeacherConfig("resnet8", weights), make_source())
     with pytest.raises(FileNotFoundError, match=r"there is no weights file nowhere.pt"):
         build_teacher(TeacherConfig("resnet8", "nowhere.pt"), make_source())
+
+
+@pytest.mark.parametrize(
+    ("precision", "kept_in", "answers_in"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("fp64", torch.float64, torch.float64),
+        ("bf16", torch.float32, torch.float32),
+    ],
+)
+def test_an_opened_teacher_is_frozen_and_folded_in_the_runs_precision(
+    make_source, weights, precision, kept_in, answers_in
+):
+    config, source = TeacherConfig("resnet8", weights), make_source(classes=10)
+    teacher = open_teacher(config, source, None, torch.device("cpu"), precision)
+    plain = open_teacher(replace(config, fold_bn=False), source, None, torch.device("cpu"), precision)
+    assert (teacher.folded, plain.folded) == (9, 0)
+    assert {values.dtype for values in teacher.model.parameters()} == {kept_in}
+    assert not teacher.model.training
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    assert teacher(pixels).dtype == answers_in
+    tolerance = {"fp32": 1e-5, "fp64": 1e-12, "bf16": 0.1}[precision]
+    torch.testing.assert_close(teacher(pixels), plain(pixels), rtol=0, atol=tolerance)
+    if precision == "bf16":
+        exact = open_teacher(config, source, None, torch.device("cpu"), "fp32")
+        assert not torch.equal(teacher(pixels), exact(pixels))
 
 
 # ------------------------------------------------------------------------- how pretrained weights want to see

@@ -19,6 +19,17 @@ def test_a_meter_averages_on_the_device(no_sync):
     assert meter.means() == {}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_meter_keeps_no_tensor_of_the_step(dtype):
+    """A replayed CUDA graph writes the next step's terms into the same memory."""
+    meter, loss = Meter(), torch.tensor(1.0, dtype=dtype)
+    for value in (1.0, 5.0):
+        loss.fill_(value)
+        meter.add({"loss": loss})
+    loss.fill_(100.0)
+    assert meter.means() == {"loss": 3.0}
+
+
 def test_a_meter_resumes():
     meter, other = Meter(), Meter()
     meter.add({"loss": torch.full((), 0.1)})

@@ -1,0 +1,94 @@
+"""Compiled runs agree with eager ones on a GPU, CUDA graphs included."""
+
+import json
+
+import pytest
+import torch
+
+from dalikd.kd.backbones import create_model
+from dalikd.tools import distill, measure
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+MODES = ["default", "reduce-overhead"]  # the second one replays CUDA graphs
+# float32 by the same library in eager and compiled code: rounding, grown over 20 steps
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a resnet8 whose batch norms do something."""
+    torch.manual_seed(0)
+    net = create_model("resnet8", 10)
+    net.train()
+    for _ in range(5):
+        net(torch.randn(64, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "resnet8.pt"
+    torch.save(net.state_dict(), path)
+    return str(path)
+
+
+def _common(weights):
+    return [
+        *("--data.name", "digits", "--data.image_size", "32", "--data.limit", "330", "--device", DEVICE),
+        *("--batch_size", "64", "--mix_group", "16", "--teacher.name", "resnet8", "--teacher.weights", weights),
+        *("--model", "resnet8"),
+    ]
+
+
+def _distil(folder, weights, augmentation, mode, *options):
+    torch.compiler.reset()
+    arguments = [
+        *_common(weights), *("--augmentation", augmentation, "--compile", mode, "--output", str(folder)),
+        *("--epochs", "4", "--log_every", "1", "--optimizer.lr", "0.02", "--schedule.name", "constant"), *options,
+    ]  # fmt: skip
+    distill.main(arguments)
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    return [entry["train"]["loss"] for entry in entries if "lr" in entry], results
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("augmentation", "options"),
+    [
+        ("cutmixpick_teacher", []),
+        ("cutmixpick_student", []),
+        ("identity", []),
+        ("mixup", ["--accumulation", "2", "--ema", "0.9", "--clip", "1", "--optimizer.fused", "true"]),
+    ],
+)
+def test_compiled_distillation_gives_the_same_losses(weights, tmp_path, augmentation, options, mode):
+    eager, expected = _distil(tmp_path / "eager", weights, augmentation, "off", *options)
+    losses, found = _distil(tmp_path / "compiled", weights, augmentation, mode, *options)
+    assert len(losses) == len(eager) == 20
+    assert losses == pytest.approx(eager, rel=TOLERANCE)
+    assert eager[-1] < eager[0]
+    assert found["last"]["val"]["loss"] == pytest.approx(expected["last"]["val"]["loss"], rel=10 * TOLERANCE)
+    # means over steps: a term that a CUDA graph overwrote in the next step would show here
+    assert found["last"]["train"]["loss"] == pytest.approx(sum(losses[-5:]) / 5, rel=1e-6)
+    assert found["last"]["t_entropy"] == pytest.approx(expected["last"]["t_entropy"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_compiles_too(weights, tmp_path, mode):
+    eager, _ = _distil(tmp_path / "eager", weights, "cutmix", "off", "--precision", "bf16")
+    losses, _ = _distil(tmp_path / "compiled", weights, "cutmix", mode, "--precision", "bf16")
+    assert losses == pytest.approx(eager, rel=5e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_measuring_gives_the_same_figures(weights, tmp_path, mode):
+    """330 images in batches of 64: the last one is short."""
+    found = {}
+    for chosen in ("off", mode):
+        file = tmp_path / f"{chosen}.json"
+        names = ["--augmentation", "cutmixpick_teacher", "cutmixpick_student", "autoaugment"]
+        passes = ["--epochs", "2", "--window", "64", "--compile", chosen, "--json", str(file)]
+        measure.main([*_common(weights), *names, *passes])
+        found[chosen] = json.loads(file.read_text())["results"]
+    for compiled, eager in zip(found[mode], found["off"], strict=True):
+        assert compiled["windows"] == eager["windows"] == 20
+        for key in ("stddev", "entropy"):
+            assert compiled[key] == pytest.approx(eager[key], rel=TOLERANCE), (compiled["augmentation"], key)

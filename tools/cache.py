@@ -1,0 +1,48 @@
+"""`dalikd cache`: write down what the teacher says, for later runs of `dalikd distill --teacher.cache`; verify it."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dalikd.tools.cli import run_command
+from dalikd.trainers.cache import Comparison, fill_cache, verify_cache
+from dalikd.trainers.launch import start
+from dalikd.trainers.options import CacheOptions
+
+
+def cache(options: CacheOptions, config: dict[str, Any]) -> Path:
+    """Fill a cache, or verify one; a cache that differs from its teacher ends the process with exit code 1."""
+    accelerator = start(options.device, options.precision)
+    if options.verify is None:
+        folder = fill_cache(options, accelerator, config).folder
+        accelerator.print(f"finished; read it with: dalikd distill --teacher.cache {folder}")
+        return folder
+    found = verify_cache(options, accelerator)
+    print(_report(options.verify, found))
+    if not found.passes:
+        sys.exit(1)
+    return Path(options.verify)
+
+
+def _report(folder: str, found: Comparison) -> str:
+    judged = "probabilities" if found.storage == "topk" else "logits"
+    figures = "; ".join(
+        f"|difference| of {name}: max {largest:.3g}, mean {mean:.3g}"
+        for name, (largest, mean) in (("logits", found.logits), ("probabilities", found.probabilities))
+    )
+    verdict = "agrees with" if found.passes else "DIFFERS from"
+    return (
+        f"{found.rows} images of the teacher cache {folder} ({found.storage})\n{figures}\n"
+        f"other picks now: {found.picks}\n"
+        f"the cache {verdict} its teacher (tolerance {found.tolerance:g} of {judged}, 1 % of the picks)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    run_command("cache", cache, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The look of a step: augmentation, teacher and choice joined into one function of a batch, compiled on request."""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dalikd.kd.mixing import MixDraws
+from dalikd.kd.teacher import Look, Teacher, look
+from dalikd.pipelines.loader import Batch
+from dalikd.trainers.augmentation import Augmenter
+
+__all__ = ["CompileMode", "Looker", "check_compiler"]
+
+CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+class Looker:
+    """Lets the teacher look at batches and at what an augmentation makes of them.
+
+    Compiled, all of it is one region: mixing, normalising, the teacher, entropy, choice and gathering, so that pixel
+    work fuses into the teacher's first kernels. Where a student scores the candidates only the teacher's forward is
+    compiled: the student's statistics switch between two looks. A short last batch is compiled once more, by itself.
+    In the modes with CUDA graphs the result lives until the next `torch.compiler.cudagraph_mark_step_begin()`, which
+    the caller calls once a step.
+
+    Args:
+        teacher: frozen.
+        augmenter: makes the candidates.
+        student: pixels of the pool -> logits, without gradient; for criteria that need it.
+        compile_mode: of torch.compile, or off.
+
+    Raises:
+        ValueError: something is to be compiled and there is no compiler.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        augmenter: Augmenter,
+        student: Callable[[Tensor], Tensor] | None = None,
+        compile_mode: CompileMode = "off",
+    ) -> None:
+        check_compiler(compile_mode)
+        self._augmenter, self._student = augmenter, student
+        self._teacher: Callable[[Tensor], Tensor] = teacher
+        self._look = self._look_at
+        if compile_mode == "off":
+            return
+        if augmenter.criterion is not None and augmenter.criterion.needs_student:
+            self._teacher = torch.compile(teacher.__call__, mode=compile_mode, dynamic=False)
+        else:
+            self._look = torch.compile(self._look_at, mode=compile_mode, dynamic=False)
+
+    @torch.no_grad()  # not inference_mode: the task's backward reads the result
+    def __call__(self, batch: Batch) -> Look:
+        """What the teacher saw and said of a batch, on the batch's device."""
+        return self._look(batch.pixels, batch.augmented_pixels, batch.mix)
+
+    def _look_at(self, pixels: Tensor, augmented: Tensor | None, draws: tuple[MixDraws, ...]) -> Look:
+        return look(
+            self._teacher,
+            pixels,
+            self._augmenter.mix(pixels, augmented, draws),
+            criterion=self._augmenter.criterion,
+            group=self._augmenter.group,
+            student=self._student,
+        )
+
+
+def check_compiler(mode: CompileMode) -> None:
+    """Refuse to compile where nothing can: torch turns every region into C++, or into kernels with a stub in C.
+
+    Raises:
+        ValueError: no compiler is installed.
+    """
+    named = [os.environ[variable] for variable in ("CXX", "CC") if os.environ.get(variable)]
+    if mode != "off" and not any(shutil.which(name) for name in (*named, "g++", "gcc", "clang++", "clang")):
+        raise ValueError(f"--compile {mode} needs a C++ compiler and there is none: install g++, or use --compile off")
