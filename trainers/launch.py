@@ -1,5 +1,6 @@
 """Start of every command: device, precision and processes, checked before any work."""
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 
 
 def start(device: Device, precision: Precision) -> Accelerator:
@@ -27,6 +29,8 @@ def start(device: Device, precision: Precision) -> Accelerator:
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "fp16" and use_cpu:
         raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    if use_cpu:
+        _keep_freed_memory()
     if precision in ("fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     AcceleratorState._reset_state()  # a second command of one process may ask for another precision
@@ -43,6 +47,15 @@ def autocast_type(precision: Precision) -> torch.dtype | None:
 def model_type(precision: Precision) -> torch.dtype:
     """The type parameters are kept in."""
     return torch.float64 if precision == "fp64" else torch.float32
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed. Batches and activations come and go by the hundred megabytes; given back to the
+    system each time, every page of them costs a fault when it comes again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}:
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, 1 << 30)
 
 
 def _check_environment(device: Device, precision: Precision) -> None:
