@@ -31,7 +31,8 @@ class View:
         size: side of the result in pixels.
         crop: random_resized_crop (window of random area and aspect ratio, resized; then a random flip), pad_crop
             (resize the short side to `size`, crop the centre, pad, crop at random, flip at random), center_crop
-            (evaluation: resize the short side to `resize`, crop the centre), or square (what pad_crop starts from).
+            (evaluation: resize the short side to `resize`, crop the centre). Parts of these: square (what pad_crop
+            starts from), window (random_resized_crop before its resize and flip), whole (the picture as it is).
         resize: short side before the centre crop; only for center_crop.
         padding: pixels on each side; for pad_crop and the crop_flip augmentation.
         border: what the padding holds.
@@ -41,7 +42,7 @@ class View:
     """
 
     size: int
-    crop: Literal["random_resized_crop", "pad_crop", "center_crop", "square"]
+    crop: Literal["random_resized_crop", "pad_crop", "center_crop", "square", "window", "whole"]
     resize: int = 0
     padding: int = 4
     border: Literal["zero", "reflect"] = "zero"
@@ -114,7 +115,7 @@ class DrawSpec:
         return {**counts[self.augmented], **{Stream.MIX + run: 3 for run in range(self.runs)}}
 
     def _base_draws(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        if self.view.crop in ("center_crop", "square"):
+        if self.view.crop in ("center_crop", "square", "whole"):
             return {}
         if self.view.crop == "pad_crop":
             numbers = uniforms(self.seed, epoch, rows, {Stream.BASE_VIEW: 3})[Stream.BASE_VIEW]

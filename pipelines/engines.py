@@ -4,18 +4,19 @@ import ctypes
 import gc
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec
+from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, AugmentedView, Draws, DrawSpec
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.windows import WindowViews
 
 __all__ = [
     "DaliEngine",
@@ -155,7 +156,13 @@ class DaliEngine:
 
         self._reader: Literal["files", "bytes", "arrays"] = "files" if work.source.arrays is None else "arrays"
         self._work, self._options = work, options
-        self._names = input_names(work.spec.view, work.spec.augmented)[1:]
+        self._view = work.spec.view
+        self._augmented: AugmentedView = work.spec.augmented
+        self._windows: WindowViews | None = None
+        if self._view.crop == "random_resized_crop" and work.device.type == "cpu":
+            self._windows = WindowViews(work.spec, work.microbatch, options.threads)
+            self._view, self._augmented = replace(self._view, crop="window"), "none"
+        self._names = input_names(self._view, self._augmented)[1:]
         self._graph: Any = None
         self._first = 0
         self._plans: deque[Plan] = deque()
@@ -165,6 +172,10 @@ class DaliEngine:
         if self._graph is None:
             self._build(position)
         outputs = self._run()
+        if self._windows is not None:
+            plan, (windows,) = self._plans.popleft(), outputs
+            views = self._windows((np.asarray(windows[slot]) for slot in range(len(windows))), plan.draws.views)
+            return Pixels(plan, *views)
         tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         pixels = [
             self._work.hand.pixels(name, tensor) for name, tensor in zip(("images", "augmented"), tensors, strict=False)
@@ -185,6 +196,8 @@ class DaliEngine:
             return
         self._graph = None
         self._plans.clear()
+        if self._windows is not None:
+            self._windows.close()
         gc.collect()
         with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # DALI's freed buffers stay in glibc's arenas
         if with_trim is not None:
@@ -204,8 +217,8 @@ class DaliEngine:
         work, self._first = self._work, position
         self._graph = build_graph(
             self._inputs,
-            work.spec.view,
-            work.spec.augmented,
+            self._view,
+            self._augmented,
             reader=self._reader,
             batch_size=work.microbatch,
             device_id=(work.device.index or 0) if work.device.type == "cuda" else None,

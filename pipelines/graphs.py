@@ -32,6 +32,8 @@ def input_names(view: View, augmented: AugmentedView) -> tuple[str, ...]:
     base = {
         "center_crop": (),
         "square": (),
+        "whole": (),
+        "window": ("tries", "offsets"),
         "pad_crop": ("crop", "flip"),
         "random_resized_crop": ("tries", "offsets", "flip"),
     }
@@ -158,7 +160,8 @@ class _Pixels:
         shape = fn.shapes(pixels, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
         on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
-        self.pixels = pixels.gpu() if on_gpu else pixels
+        named = fn.reshape(pixels, layout="HWC")
+        self.pixels = named.gpu() if on_gpu else named
 
     def window(self, start, shape):
         return fn.slice(self.pixels, fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32), axes=[0, 1])
@@ -171,9 +174,16 @@ _READERS = {"files": _files, "bytes": _Encoded, "arrays": _Pixels}
 
 
 def _random_resized_crop(source, view: View, draws):
-    start, shape = _crop_window(source.height, source.width, draws["tries"], draws["offsets"], view.ratio)
-    pixels = fn.resize(source.window(start, shape), size=[view.size, view.size], **_filter(view))
+    pixels = fn.resize(_window(source, view, draws), size=[view.size, view.size], **_filter(view))
     return fn.flip(pixels, horizontal=draws["flip"])
+
+
+def _window(source, view: View, draws):
+    return source.window(*_crop_window(source.height, source.width, draws["tries"], draws["offsets"], view.ratio))
+
+
+def _whole(source, view: View, draws):  # noqa: ARG001 - all views have one form
+    return source.window(fn.stack(source.height * 0.0, source.width * 0.0), fn.stack(source.height, source.width))
 
 
 def _crop_window(height, width, tries, offsets, ratio: tuple[float, float]):
@@ -209,8 +219,7 @@ def _resize_and_crop(source, short_side: int, view: View, resize):
     height, width = (fn.cast(side, dtype=types.INT32) for side in (source.height, source.width))
     short = math.min(height, width)
     new_height, new_width = (short_side * height) // short, (short_side * width) // short
-    pixels = source.window(fn.stack(source.height * 0.0, source.width * 0.0), fn.stack(source.height, source.width))
-    pixels = resize(pixels, (height, width), (new_height, new_width), view)
+    pixels = resize(_whole(source, view, {}), (height, width), (new_height, new_width), view)
     start = fn.stack(_half_to_even(new_height - view.size), _half_to_even(new_width - view.size))
     return fn.slice(pixels, start=start, shape=[view.size, view.size], axes=[0, 1])
 
@@ -276,6 +285,8 @@ _VIEWS = {
     "pad_crop": _pad_crop,
     "center_crop": _center_crop,
     "square": _square,
+    "window": _window,
+    "whole": _whole,
 }
 
 
