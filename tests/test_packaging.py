@@ -77,7 +77,8 @@ def test_dalikd_is_importable_in_a_spawned_child() -> None:
 
 def test_every_command_has_its_file() -> None:
     commands = resolve_name("dalikd.tools.main:COMMANDS")
-    assert [name for name in commands if not (_ROOT / "tools" / f"{name}.py").is_file()] == []
+    places = {name: (_ROOT / "tools" / f"{name}.py", _ROOT / "tools" / name / "__main__.py") for name in commands}
+    assert [name for name, paths in places.items() if not any(path.is_file() for path in paths)] == []
 
 
 def test_no_tool_is_named_like_a_module_of_the_standard_library() -> None:

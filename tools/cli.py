@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 
+from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
+from dalikd.tools.bench.training import ScalingOptions, StepOptions
 from dalikd.trainers.loop import Interrupted
-from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
 
 __all__ = ["OPTIONS", "build_parser", "guarded", "parse", "run_command", "run_function"]
 
@@ -27,7 +29,19 @@ OPTIONS: dict[str, type] = {
     "train": TrainOptions,
     "distill": DistillOptions,
     "measure": MeasureOptions,
+    "cache": CacheOptions,
     "evaluate": EvaluateOptions,
+    "bench step": StepOptions,
+    "bench scaling": ScalingOptions,
+    "bench teacher": TeacherOptions,
+    "bench published": PublishedOptions,
+}
+# benchmarks of a command: from a config they take its section too, and leave its run folder alone
+_BENCHMARKS_OF = {
+    "bench step": "distill",
+    "bench scaling": "distill",
+    "bench teacher": "measure",
+    "bench published": "distill",
 }
 _DEFAULTS = {
     "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}},
@@ -105,7 +119,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     config = _parse_pieces(parser, pieces)
     del config["config"]
     plain = yaml.safe_load(parser.dump(config))
-    for name in ("resume", "overwrite"):  # said of one call: a later one that reads this config must say them itself
+    for name in ("resume", "overwrite", "verify"):  # of one call: later ones that read this config say them themselves
         plain.pop(name, None)
     return _as_options(command, parser.instantiate(config)), plain
 
@@ -120,7 +134,7 @@ def build_parser(command: str) -> ArgumentParser:
         "--config", action=ActionConfigFile, help="YAML file of options; may be repeated, later ones win"
     )
     parser.add_class_arguments(options)
-    names = {field.name for field in fields(options)}
+    names = _names(command)
     parser.set_defaults({name: value for name, value in _DEFAULTS.items() if name in names})
     return parser
 
@@ -132,8 +146,12 @@ def _named_optimizer(words: list[str]) -> str | None:
 
 
 def _as_options(command: str, namespace: Any) -> Any:
-    names = [field.name for field in fields(OPTIONS[command])]
-    return OPTIONS[command](**{name: namespace[name] for name in names})
+    return OPTIONS[command](**{name: namespace[name] for name in _names(command)})
+
+
+def _names(command: str) -> set[str]:
+    """The options of a command."""
+    return {field.name for field in fields(OPTIONS[command]) if field.init}
 
 
 def _parse_pieces(parser: ArgumentParser, pieces: list[_Piece]) -> Any:
@@ -158,9 +176,9 @@ def _culprit(parser: ArgumentParser, pieces: list[_Piece]) -> str:
 
 
 def _expand(command: str, argv: list[str]) -> list[_Piece]:
-    """Replace each `--config FILE` by its content for this command; put a resumed run's config in front."""
-    can_resume = "resume" in {field.name for field in fields(OPTIONS[command])}
-    several = {f"--{name}" for name in _LISTS} if command == "measure" else set()
+    """Replace each `--config FILE` by its content for this command; that of a folder gone on with in front."""
+    of_folders = {"--resume", "--verify"} & {f"--{name}" for name in _names(command)}
+    several = {f"--{name}" for name in _LISTS} if _takes_lists(command) else set()
     expanded: list[_Piece] = []
     resumed: list[_Piece] = []
     words = deque(_split_equals(argv))
@@ -168,10 +186,10 @@ def _expand(command: str, argv: list[str]) -> list[_Piece]:
         option = words.popleft()
         if option == "--config":
             expanded += _read_config(command, _value(option, words))
-        elif option == "--resume" and can_resume:
+        elif option in of_folders:
             folder = _value(option, words)
-            resumed = _read_config(command, str(_run_config(folder)))
-            expanded.append(_Piece(["--resume", folder, "--output", folder]))
+            resumed = _read_config(command, str(_folder_config(option, folder)))
+            expanded.append(_Piece([option, folder, "--output", folder]))
         elif option in several:
             expanded.append(_Piece([option, json.dumps(_values(option, words))]))
         else:
@@ -180,7 +198,7 @@ def _expand(command: str, argv: list[str]) -> list[_Piece]:
 
 
 def _split_equals(argv: list[str]) -> list[str]:
-    special = ("--config=", "--resume=", *(f"--{name}=" for name in _LISTS))
+    special = ("--config=", "--resume=", "--verify=", *(f"--{name}=" for name in _LISTS))
     pieces = (argument.split("=", 1) if argument.startswith(special) else [argument] for argument in argv)
     return [piece for split in pieces for piece in split]
 
@@ -200,10 +218,10 @@ def _values(option: str, words: deque[str]) -> list[str]:
     return values
 
 
-def _run_config(folder: str) -> Path:
-    path = Path(folder) / "config.yaml"
+def _folder_config(option: str, folder: str) -> Path:
+    path, kind = Path(folder) / "config.yaml", "run" if option == "--resume" else "teacher cache"
     if not path.exists():
-        raise FileNotFoundError(f"--resume {folder}: there is no run ({path} is missing); name a run folder")
+        raise FileNotFoundError(f"{option} {folder}: there is no {kind} ({path} is missing); name a {kind} folder")
     return path
 
 
@@ -219,18 +237,29 @@ def _read_config(command: str, name: str) -> list[_Piece]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold options as `name: value` lines")
     sections = {key: content.pop(key) or {} for key in OPTIONS if key in content}
-    _check_keys(path, content, {field.name for options in OPTIONS.values() for field in fields(options)})
+    _check_keys(path, content, {name for known in OPTIONS for name in _names(known)})
     for section, values in sections.items():
         if not isinstance(values, dict):
             raise ValueError(f"{path}: {section} must hold options as `name: value` lines")
-        _check_keys(path, values, {field.name for field in fields(OPTIONS[section])}, f"{section}.")
-    own = {field.name for field in fields(OPTIONS[command])}
-    layers = [{key: value for key, value in content.items() if key in own}, sections.get(command, {})]
+        _check_keys(path, values, _names(section), f"{section}.")
+    layers = [_known(command, content), sections.get(command, {})]
+    if command in _BENCHMARKS_OF:
+        layers.insert(1, _known(command, sections.get(_BENCHMARKS_OF[command], {})))
     return [_config_piece(command, path, layer) for layer in layers if layer]
 
 
+def _known(command: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Those options of several commands that one takes."""
+    names = _names(command) - ({"output"} if command in _BENCHMARKS_OF else set())
+    return {key: value for key, value in content.items() if key.split(".")[0] in names}
+
+
+def _takes_lists(command: str) -> bool:
+    return _BENCHMARKS_OF.get(command, command) == "measure"
+
+
 def _config_piece(command: str, path: Path, layer: dict[str, Any]) -> _Piece:
-    if command == "measure":
+    if _takes_lists(command):
         layer = layer | {key: [layer[key]] for key in _LISTS if isinstance(layer.get(key), str)}
     return _Piece(["--config", yaml.safe_dump(layer, default_flow_style=True, width=1 << 30)], path)
 

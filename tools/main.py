@@ -7,11 +7,14 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "the whole job on handwritten digits, in minutes: start here",
+    "prepare": "write a data set into webdataset tars or TFRecords, which are read in one sweep",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
     "measure": "measure how good augmentations are for distillation (T. stddev)",
     "correlate": "correlate T. stddev with students' test loss, and plot",
+    "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
+    "bench": "measure speed: loader, training step, teacher, several processes",
 }
 
 

@@ -11,9 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalikd.kd.backbones import create_model, factory
-from dalikd.tools import distill, evaluate, measure, train
+from dalikd.tools import cache, distill, evaluate, measure, train
 
-COMMANDS = {"train": train.main, "distill": distill.main, "measure": measure.main, "evaluate": evaluate.main}
+COMMANDS = {
+    "train": train.main,
+    "distill": distill.main,
+    "measure": measure.main,
+    "cache": cache.main,
+    "evaluate": evaluate.main,
+}
 
 
 class SmallNet(nn.Module):

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
 from dalikd.tools.cli import OPTIONS, build_parser, guarded, parse
-from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
 
 RUN = {"config", "print_config", "help", "batch_size", "seed", "device", "precision"}
 DATA = {
@@ -19,24 +19,34 @@ DATA = {
         for name in (
             *("name", "root", "train_split", "val_split", "image_size", "limit", "val_limit", "download", "crop"),
             *("padding", "border", "interpolation", "val_resize", "threads", "prefetch", "bad_files"),
+            *("hw_decoder_load", "resident"),
         )
     ),
 }
 MIX = {"mode", "mix_group", "alpha", "cutout_side", "mix_n_run"}
 MODEL = {"model", "model_args", "weights"}
-TEACHER = {"teacher", "teacher.name", "teacher.weights", "teacher.args"}
+TEACHER = {"teacher", "teacher.name", "teacher.weights", "teacher.args", "teacher.fold_bn", "teacher.cache"}
 TRAINING = {
     *("augmentation", "optimizer", "optimizer.help", "epochs", "epoch_factor", "accumulation", "clip"),
     *("no_decay_norms", "ema", "sync_bn", "output", "resume", "overwrite", "log_every", "eval_every"),
-    *("checkpoint_every", "schedule", "schedule.name", "schedule.milestones", "schedule.gamma"),
+    *("compile", "checkpoint_every", "schedule", "schedule.name", "schedule.milestones", "schedule.gamma"),
     *("schedule.warmup_epochs", "schedule.final"),
 }
+CACHE = {"augmentation", "epochs", "output", "storage", "k", "compile", "verify", "share", "tolerance"}
+DISTILL = RUN | DATA | MIX | MODEL | TRAINING | TEACHER | {"loss", "loss.help", "joint_forward", "metric"}
+STEP = DISTILL - {"resume", "overwrite", "log_every", "eval_every", "checkpoint_every"} | {"steps", "rounds", "warmup"}
+MEASURE = RUN | DATA | MIX | MODEL | TEACHER | {"augmentation", "window", "compile"}
 # every option of every command: adding or removing one is a decision
 GOLDEN = {
     "train": RUN | DATA | MIX | MODEL | TRAINING | {"label_smoothing"},
-    "distill": RUN | DATA | MIX | MODEL | TRAINING | TEACHER | {"loss", "loss.help", "joint_forward", "metric"},
-    "measure": RUN | DATA | MIX | MODEL | TEACHER | {"augmentation", "epochs", "window", "json"},
+    "distill": DISTILL,
+    "measure": MEASURE | {"epochs", "json"},
+    "cache": RUN | DATA | MIX | TEACHER | CACHE,
     "evaluate": RUN | DATA | MODEL | {"json"},
+    "bench step": STEP,
+    "bench scaling": STEP | {"processes"},
+    "bench teacher": MEASURE | {"images", "rounds", "output"},
+    "bench published": STEP - {"augmentation"},
 }
 
 
@@ -89,7 +99,13 @@ def test_help_of_the_classes_lists_their_options(capsys):
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [("train", TrainOptions), ("distill", DistillOptions), ("measure", MeasureOptions), ("evaluate", EvaluateOptions)],
+    [
+        ("train", TrainOptions),
+        ("distill", DistillOptions),
+        ("measure", MeasureOptions),
+        ("cache", CacheOptions),
+        ("evaluate", EvaluateOptions),
+    ],
 )
 def test_a_bare_command_line_gives_the_defaults(command, expected):
     options, _ = parse(command, [])
@@ -124,6 +140,11 @@ def test_an_optimizer_is_named_by_its_class(make_parameter):
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.003, 0.02)
     sgd = parse("train", ["--optimizer.lr", "0.5"])[0].optimizer([make_parameter()])
     assert (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.5, 0.9)
+
+
+def test_an_optimizer_can_be_fused(make_parameter):
+    assert parse("train", ["--optimizer.fused", "true"])[0].optimizer([make_parameter()]).defaults["fused"] is True
+    assert parse("train", [])[0].optimizer([make_parameter()]).defaults["fused"] is None
 
 
 def test_nested_values_and_lists_are_read():

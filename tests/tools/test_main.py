@@ -58,5 +58,6 @@ def test_commands_are_files():
     """No file is named as a module of the standard library, which would shadow it for scripts beside it."""
     folder = Path(main.__code__.co_filename).parent
     files = {path.stem for path in folder.glob("*.py")}
-    assert set(COMMANDS) <= files
+    packages = {path.parent.name for path in folder.glob("*/__main__.py")}
+    assert set(COMMANDS) <= files | packages
     assert not files & set(sys.stdlib_module_names)

@@ -1,178 +1,173 @@
-"""Loader throughput against a torchvision DataLoader that does the same work, on the same machine in the same run.
+"""`dalikd bench loader`: decode and augment, images a second, dalikd against other loaders that do the same work.
 
-    python -m dalikd.tools.bench.loader --root PHOTOS          photos in class folders, 224-pixel training views
-    python -m dalikd.tools.bench.loader --arrays true          32-pixel pictures in memory (random pixels)
+    dalikd bench loader --data.root PHOTOS --data.train_split .       photos in class folders, 224-pixel training views
+    dalikd bench loader --data.name tinyimagenet --data.root ROOT     64-pixel pictures
+    dalikd bench loader --random 50000 --data.image_size 32           random pixels in memory
 
-Both sides end in normalised float32 batches. Rounds alternate, so that a noisy neighbour hits both; the median is
-printed with the range. Warm-up rounds are left out; files come from a warm page cache.
+Rounds alternate between the loaders, so that a noisy neighbour hits all. Before its turn a loader waits until all
+processes rest; what it has made in advance is taken off before the clock starts.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
-from dalikd.tools.cli import run_function
-from dalikd.trainers.tracking import versions, write_json
+from dalikd.pipelines.data import DataConfig, training_view
+from dalikd.tools.bench.comparison import Clock, Comparison, compare
+from dalikd.tools.bench.dispatch import Planned
+from dalikd.tools.bench.feeding import measure_orders
+from dalikd.tools.bench.machine import cores, device_slug, environment
+from dalikd.tools.bench.options import RESULTS, check_names, check_rounds, run_options
+from dalikd.tools.bench.record import Record, check_output, markdown, write
+from dalikd.tools.bench.sides import Job, runnable
+from dalikd.tools.bench.startup import measure_startup
+from dalikd.tools.bench.stores import STORES, open_pictures, own_store
+from dalikd.tools.bench.sweep import measure_sweep
+from dalikd.trainers.augmentation import augmentation_names
+from dalikd.trainers.launch import Device, start
+
+__all__ = ["LoaderOptions", "main", "plan", "run"]
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def run(
-    root: str | None = None,
-    arrays: bool = False,
-    batch_size: int = 0,
-    workers: int = 2,
-    threads: int = 2,
-    rounds: int = 5,
-    images: int = 0,
-    json: Path | None = None,
-) -> dict[str, Any]:
-    """Measure images per second of the loader and of a torchvision DataLoader, alternately.
+@dataclass
+class LoaderOptions:
+    """Measure images a second of dalikd's loader and of others, from the encoded picture to the normalised batch.
 
     Args:
-        root: class folders of photos.
-        arrays: measure 32-pixel pictures in memory instead.
-        batch_size: default 50 for photos, 512 for arrays.
-        workers: of the DataLoader.
-        threads: of DALI.
-        rounds: counted rounds, after one of warm-up.
-        images: in a round; default 500 for photos, 40,000 for arrays.
-        json: file for the results.
+        data: the pictures, of which the training split is read; threads, prefetch and hw_decoder_load are dalikd's.
+        random: measure so many pictures of random pixels in memory instead; --data.image_size is their side.
+        backends: dalikd (decodes on the CPU), dalikd-mixed (on the GPU), torchvision-pil, torchvision-io and timm;
+            default: all that run here.
+        augmentations: names as for `dalikd distill`, or all; augmented images come beside those of the base view.
+        sources: where the same pictures are read from: files, resident (decoded, in memory), webdataset, tfrecord, or
+            all; default: what the data set is. The others are made in a temporary folder.
+        cache: files lie in the page cache (warm), are dropped from it before each measurement (cold), or both.
+        batch_size: default: 64 for views above 96 pixels, else 512.
+        workers: processes of the other loaders; default: as many as dalikd has threads.
+        rounds: that count, after one of warm-up.
+        seconds: length of a measurement.
+        images: of a measurement, in place of seconds.
+        precision: of the normalised batch.
+        device: where batches end; auto takes the GPU where there is one.
+        sweep: try dalikd's threads, prefetch and, on a GPU, hw_decoder_load; print the best as config lines.
+        startup: make a tree of so many files in a temporary folder; measure scan, opening and the first batch.
+        orders: measure the sampler for data sets of so many images: time and memory.
+        output: folder of the results, or a path that ends in .json.
     """
-    if arrays == (root is not None):
-        raise ValueError("give either --root PHOTOS or --arrays true")
-    size, batch_size, images = (
-        (32, batch_size or 512, images or 40_000) if arrays else (224, batch_size or 50, images or 500)
-    )
-    source = _random_pictures() if arrays else open_source("imagefolder", root, "train", split=".")
-    view = View(size, "pad_crop" if arrays else "random_resized_crop")
-    loader = Loader(source, Sampler(len(source), batch_size), DrawSpec(view), threads=threads)
-    normalize = Normalized(torch.nn.Identity(), source.mean, source.std).normalize
-    sides: dict[str, Iterator[Any]] = {
-        "dalikd": (normalize(loader.next().pixels) for _ in iter(int, 1)),
-        "torchvision": _endless(_torchvision_loader(source, view, batch_size, workers)),
-    }
-    rates = _alternate(sides, rounds, -(-images // batch_size), batch_size)
-    report = {
-        "what": f"{size}-pixel training views, normalised float32, batch {batch_size}",
-        "images_per_second": rates,
-        "ratio": statistics.median(rates["dalikd"]) / statistics.median(rates["torchvision"]),
-        "python_side_us_per_image": _python_side(loader),
-        "threads": threads,
-        "workers": workers,
-        **versions(torch.device("cpu")),
-    }
-    _print(report)
-    if json is not None:
-        write_json(json, report)
-    return report
+
+    data: DataConfig = field(default_factory=DataConfig)
+    random: int | None = None
+    backends: list[str] = field(default_factory=lambda: ["all"])
+    augmentations: list[str] = field(default_factory=lambda: ["identity"])
+    sources: list[str] | None = None
+    cache: Literal["warm", "cold", "both"] = "warm"
+    batch_size: int | None = None
+    workers: int | None = None
+    rounds: int = 5
+    seconds: float = 3.0
+    images: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Device = "auto"
+    sweep: bool = False
+    startup: int | None = None
+    orders: list[int] | None = None
+    output: Path = RESULTS
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be measured with."""
+        check_rounds(self.rounds)
+        numbers = {name: getattr(self, name) for name in ("random", "batch_size", "seconds", "images", "startup")}
+        numbers |= {f"data.{name}": getattr(self.data, name) for name in ("threads", "prefetch", "image_size")}
+        numbers |= {"orders": min(self.orders or [1])}
+        for name, value in numbers.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value}: give a number above 0")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: give 0 (the main process alone) or more")
+        if (self.sweep, self.startup is not None, self.orders is not None).count(True) > 1:
+            raise ValueError("--sweep, --startup and --orders measure different things: give one of them at a time")
 
 
-def _alternate(sides: dict[str, Iterator[Any]], rounds: int, batches: int, batch_size: int) -> dict[str, list[float]]:
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, batches_of in sides.items():
-            started = time.perf_counter()
-            for _ in range(batches):
-                next(batches_of)
-            if number:  # the first round warms up
-                rates[name].append(batches * batch_size / (time.perf_counter() - started))
-    return rates
+def run(options: LoaderOptions) -> Record:
+    """Measure, print the table, write the results.
+
+    Raises:
+        ValueError, OSError: options that do not fit this machine or the data.
+    """
+    check_output(options.output)
+    device = start(options.device, "fp32").device
+    header = {"environment": environment(device), "device": device_slug(device), "config": _plain(asdict(options))}
+    record = _measure(options, device, header)
+    print(markdown(record))
+    for path in write(record, options.output):
+        print(f"written: {path}")
+    return record
 
 
-def _python_side(loader: Loader, batch_size: int = 256, repetitions: int = 40) -> float:
-    """Microseconds an image that sampler, draws and the feeding callback take, at a batch of 256: the median."""
-    sampler = Sampler(len(loader.source), min(batch_size, len(loader.source)))
-    own = Loader(loader.source, sampler, loader.spec)
-    sampler.order(0)
-    return statistics.median(_timed(own.feed, index) for index in range(repetitions)) / sampler.batch_size * 1e6
-
-
-def _timed(function: Callable[[int], Any], index: int) -> float:
-    started = time.perf_counter()
-    function(index)
-    return time.perf_counter() - started
-
-
-def _random_pictures(count: int = 50_000) -> Source:
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return Source(
-        name="random",
-        split="train",
-        classes=("0", "1"),
-        labels=np.arange(count) % 2,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        image_size=32,
-        arrays=pixels,
-    )
-
-
-def _torchvision_loader(source: Source, view: View, batch_size: int, workers: int):
-    from torchvision import transforms
-
-    crop = (
-        transforms.RandomCrop(view.size, padding=view.padding)
-        if view.crop == "pad_crop"
-        else transforms.RandomResizedCrop(view.size)
-    )
-    steps = [
-        crop,
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(source.mean, source.std),
+def plan(root: Path) -> list[Planned]:
+    """What `dalikd bench all` runs of this benchmark."""
+    photos = ("--data.root", str(root), "--data.train_split", ".")
+    return [
+        Planned(photos),
+        Planned((*photos, "--backends", "dalikd", "--augmentations", "all")),
+        Planned((*photos, "--backends", "dalikd", "--sources", "files", "webdataset", "tfrecord")),
+        Planned((*photos, "--sweep", "true")),
+        Planned((*photos, "--startup", "1281167")),
+        Planned(("--random", "50000", "--data.image_size", "32")),
+        Planned(("--orders", "1281167", "14000000")),
+        Planned((*photos, "--backends", "dalikd", "dalikd-mixed", "--augmentations", "all"), gpus=1),
     ]
-    pictures = _Pictures(source, transforms.Compose(steps))
-    return torch.utils.data.DataLoader(
-        pictures, batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+
+
+def _measure(options: LoaderOptions, device: torch.device, header: dict[str, Any]) -> Record:
+    names = runnable(options.backends, device)
+    if options.orders is not None:
+        return measure_orders(options.orders, options.rounds, header)
+    clock = Clock(options.rounds, options.seconds, options.images)
+    job = _job(options, device)
+    if options.startup is not None:
+        return measure_startup(options.startup, job, options.rounds, header)
+    if options.sweep:
+        return measure_sweep(names, job, clock, header)
+    comparison = Comparison(
+        tuple(names),
+        tuple(augmentation_names(options.augmentations)),
+        tuple(check_names("--sources", options.sources or [own_store(job.source)], STORES)),
+        ("warm", "cold") if options.cache == "both" else (options.cache,),
+    )
+    return compare(comparison, job, clock, header)
+
+
+def _job(options: LoaderOptions, device: torch.device) -> Job:
+    pictures = open_pictures(options.data, options.random)
+    view = training_view(options.data, pictures)
+    threads = options.data.threads or cores()
+    return Job(
+        source=pictures,
+        view=view,
+        augmentation="identity",
+        batch_size=options.batch_size or (64 if view.size > 96 else 512),
+        device=device,
+        dtype=_TYPES[options.precision],
+        threads=threads,
+        workers=threads if options.workers is None else options.workers,
+        prefetch=options.data.prefetch,
+        hw_decoder_load=options.data.hw_decoder_load,
     )
 
 
-class _Pictures(torch.utils.data.Dataset):
-    def __init__(self, source: Source, transform: Callable[[Any], torch.Tensor]) -> None:
-        self._source, self._transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        from PIL import Image
-
-        source = self._source
-        if source.arrays is not None:
-            picture = Image.fromarray(source.arrays[row])
-        else:
-            with Image.open(source.path(row)) as file:
-                picture = file.convert("RGB")
-        return self._transform(picture), int(source.labels[row])
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
-
-
-def _print(report: dict[str, Any]) -> None:
-    print(report["what"])
-    for name, rates in report["images_per_second"].items():
-        median, low, high = statistics.median(rates), min(rates), max(rates)
-        print(f"  {name:<12}{median:10.0f} images/s   ({low:.0f} to {high:.0f}, {len(rates)} rounds)")
-    print(
-        f"  ratio {report['ratio']:.2f}; Python side of the loader {report['python_side_us_per_image']:.1f} µs an image"
-    )
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_function("bench loader", run, argv)
+    run_options("loader", LoaderOptions, run, argv, lists=("backends", "augmentations", "sources", "orders"))
 
 
 if __name__ == "__main__":

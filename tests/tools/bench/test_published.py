@@ -1,0 +1,287 @@
+import json
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalikd.kd.losses import KD
+from dalikd.kd.teacher import Teacher
+from dalikd.tools.bench import published as bench
+from dalikd.tools.bench.habits import RUNGS, HabitLoop, Habits, HostMeters, Input, host_cutmix
+from dalikd.tools.cli import parse
+from dalikd.trainers.assembly import open_training_data
+from dalikd.trainers.launch import start
+from dalikd.trainers.loop import Loop
+
+BATCH = 16
+NAMES = [*RUNGS, "dalikd distill's step"]
+SAME_LOSSES = NAMES[2:]  # those that mix by the draws of the batch
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the tensors whose value the host reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def arguments(training, teacher, tmp_path):
+    training = training[: training.index("--epochs")]
+    return [*map(str, [*training, *teacher]), "--metric", "false", "--output", str(tmp_path / "out")]
+
+
+@pytest.fixture
+def ladder(arguments):
+    """Every rung, with the loader they share."""
+    options, _ = parse("bench published", arguments)
+    accelerator = start("cpu", "fp32")
+    data = open_training_data(options, accelerator)
+    nets = bench._build_nets(options, data, accelerator.device)
+    yield bench.open_ladder(options, data, nets, accelerator), data.loader
+    data.loader.close()
+
+
+def test_each_rung_gives_up_one_habit():
+    rungs = [asdict(habits) for habits in RUNGS.values()]
+    assert all(rungs[0].values())
+    assert not any(rungs[-1].values())
+    for lower, upper in pairwise(rungs):
+        changed = [name for name in lower if lower[name] != upper[name]]
+        assert len(changed) == 1
+        assert not upper[changed[0]]
+
+
+# ----------------------------------------------------------------------------------------------- the loop
+
+
+def test_every_rung_asks_the_teacher_about_as_many_images_as_it_should(ladder):
+    rungs, _ = ladder
+    thrice, twice = [BATCH, 2 * BATCH, BATCH], [BATCH, 2 * BATCH]
+    expected = [thrice, thrice, thrice, twice, *[[3 * BATCH]] * 5]
+    assert list(rungs) == NAMES
+    assert [bench._count_teacher(rung) for rung in rungs.values()] == expected
+
+
+def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
+    rungs, loader = ladder
+    losses = {name: _losses(rungs[name], loader) for name in SAME_LOSSES}
+    reference = losses.pop("dalikd distill's step")
+    assert reference[0] > 0
+    assert len(set(reference)) == 5  # they train
+    for name, values in losses.items():
+        assert values == pytest.approx(reference, abs=1e-4), name
+
+
+def _losses(rung, loader):
+    loader.seek(0)
+    losses = []
+    for _ in range(5):
+        terms = rung.step()
+        loop = getattr(rung.step, "__self__", None)
+        if isinstance(loop, Loop):
+            terms = loop.meter.means()
+            loop.meter.reset()
+        losses.append(float(torch.as_tensor(terms["loss"]).detach()))
+    return losses
+
+
+def test_the_lower_two_rungs_train(ladder):
+    rungs, _ = ladder
+    for name in NAMES[:2]:
+        net = rungs[name].step.__self__._student
+        before = [parameter.clone() for parameter in net.parameters()]
+        rungs[name].step()
+        assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)), name
+
+
+def test_only_the_lower_two_rungs_wait_for_the_device(ladder):
+    rungs, _ = ladder
+    waits = {}
+    for name, rung in rungs.items():
+        rung.step()
+        with CountWaits() as mode:
+            rung.step()
+        waits[name] = mode.count
+    # four terms of the loss, and at least one look at each of two orders
+    assert [count >= 6 for count in waits.values()] == [True] * 2 + [False] * 7
+    assert [count == 0 for count in waits.values()] == [False] * 2 + [True] * 7
+
+
+def test_the_published_step_has_the_losses_of_an_independent_computation():
+    torch.manual_seed(3)
+    student, teacher = torch.nn.Linear(3 * 8 * 8, 4), torch.nn.Linear(3 * 8 * 8, 4)
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    asked = []
+    frozen = Teacher(torch.nn.Sequential(torch.nn.Flatten(), teacher))
+    frozen.model.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].clone()))
+    augmenter: Any = SimpleNamespace(runs=2)
+    loss = KD(ce_weight=0.1, kd_weight=0.9, temperature=4.0)
+    trained = torch.nn.Sequential(torch.nn.Flatten(), student)
+    loop = HabitLoop(
+        Habits(), lambda: Input(images, labels), trained, frozen, loss, partial(SGD, lr=0.5), augmenter, seed=7
+    )
+    weight, bias = student.weight.detach().clone(), student.bias.detach().clone()
+    torch.manual_seed(11)
+    terms = loop.step()
+
+    originals, pool, again = asked
+    assert torch.equal(originals, images)
+    torch.manual_seed(11)
+    random = np.random.default_rng(7)
+    assert torch.equal(pool, torch.cat([_cutmix_by_pixels(images, random) for _ in range(2)]))
+    probabilities = (pool.flatten(1) @ teacher.weight.T + teacher.bias).double().softmax(1)
+    order = (-(probabilities * probabilities.log()).sum(1)).argsort()
+    assert torch.equal(again, pool[order[-6:].sort().values])
+
+    def divergence(seen):
+        target = ((seen.flatten(1) @ teacher.weight.T + teacher.bias).double() / 4).softmax(1)
+        own = ((seen.flatten(1) @ weight.T + bias).double() / 4).softmax(1)
+        return 16 * (target * (target / own).log()).sum(1).mean()
+
+    plain = (images.flatten(1) @ weight.T + bias).double().softmax(1)
+    expected = {"ce": -plain[range(6), labels].log().mean(), "kd": divergence(images), "kd_mix": divergence(again)}
+    expected["loss"] = 0.1 * expected["ce"] + 0.9 * (expected["kd"] + expected["kd_mix"])
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-5
+    )
+
+
+def _cutmix_by_pixels(images, random):
+    """Pastes one box of the partner into every image, a pixel at a time."""
+    count, _, height, width = images.shape
+    share = (1 - random.beta(1, 1)) ** 0.5
+    tall, middle_y = int(height * share), int(random.integers(height))
+    wide, middle_x = int(width * share), int(random.integers(width))
+    partner = torch.randperm(count)
+    while any(int(partner[index]) == index for index in range(count)):
+        partner = torch.randperm(count)
+    mixed = images.clone()
+    for y in range(middle_y - tall // 2, middle_y + tall // 2):
+        for x in range(middle_x - wide // 2, middle_x + wide // 2):
+            if 0 <= y < height and 0 <= x < width:
+                mixed[:, :, y, x] = images[partner, :, y, x]
+    return mixed
+
+
+def test_cutmix_on_the_host_tells_what_it_mixed():
+    torch.manual_seed(0)
+    random = np.random.default_rng(1)
+    images = torch.arange(1.0, 7.0)[:, None, None, None].expand(6, 3, 10, 12)
+    for _ in range(20):
+        mixed = host_cutmix(images, random)
+        assert not (mixed.partner == torch.arange(6)).any()
+        own = (mixed.images == images).float().mean((1, 2, 3))
+        torch.testing.assert_close(own, mixed.lam)
+        assert ((mixed.images == images) | (mixed.images == images[mixed.partner])).all()
+
+
+def test_the_hosts_meters_add_up():
+    meters = HostMeters()
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])
+    for term in (1.0, 2.0):
+        meters.add({"loss": torch.tensor(term)}, logits, torch.tensor([0, 4, 5, 5]))
+    assert meters.count == 8
+    assert meters.sums["loss"] == 4 * 1.0 + 4 * 2.0
+    assert meters.sums["top1"] == 2 * 2
+    assert meters.sums["top5"] == 2 * 3
+
+
+# ------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_ceiling_is_that_of_the_operations(arguments):
+    costs = bench.Costs(teacher=10, student=5)
+    assert costs.of_step(4) == 50
+    assert costs.reuse_ceiling == 50 / 40
+    options, _ = parse("bench published", arguments)
+    data = open_training_data(options, start("cpu", "fp32"))
+    counted = bench._costs(bench._build_nets(options, data, torch.device("cpu")), 32, torch.device("cpu"))
+    convolution, linear = 2 * 8 * (3 * 3 * 3) * 15 * 15, 2 * 8 * 3
+    assert counted.teacher == convolution + linear
+    assert counted.student == 2 * convolution + 3 * linear  # pixels need no gradient
+
+
+def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "settle", lambda: None)
+    bench.main([*arguments, "--steps", "1", "--metric", "true"])
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert path.with_suffix(".md").is_file()
+    assert path.with_suffix(".png").is_file()
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    rows = record["rows"]
+    assert [row["loop"] for row in rows] == [*NAMES, "T. stddev streamed too"]
+    assert [row["teacher images an original"] for row in rows] == [4, 4, 4, *[3] * 7]
+    assert [row["teacher calls a step"] for row in rows] == [3, 3, 3, 2, *[1] * 6]
+    rates = [row["images/s"]["values"] for row in rows]
+    assert all(len(values) == 5 and min(values) > 0 for values in rates)
+    for number, row in enumerate(rows):
+        if number:
+            assert row["to the published"]["values"] == _by_round(rates[number], rates[0])
+            assert row["to the rung before"]["values"] == _by_round(rates[number], rates[number - 1])
+    assert rows[0]["to the published"] is rows[0]["to the rung before"] is None
+    assert "(4 T + 2 S) / (3 T + 2 S)" in record["notes"][1]
+
+
+def _by_round(ours, theirs):
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
+
+
+def test_batch_norms_that_stay_make_no_rung(arguments):
+    options, _ = parse("bench published", [*arguments, "--teacher.fold_bn", "false", "--compile", "default"])
+    accelerator = start("cpu", "fp32")
+    data = open_training_data(options, accelerator)
+    rungs = bench.open_ladder(options, data, bench._build_nets(options, data, accelerator.device), accelerator)
+    assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
+    assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
+
+
+def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
+    path = tmp_path / "run.yaml"
+    content = {"model": "small", "augmentation": "cutmix", "output": "runs/x", "distill": {"batch_size": 128}}
+    path.write_text(yaml.safe_dump(content))
+    options, _ = parse("bench published", ["--config", str(path), "--steps", "3"])
+    assert (options.augmentation, options.batch_size, options.steps) == ("cutmixpick_teacher", 128, 3)
+    assert str(options.folder) == "runs/bench"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ema", "0.9"], "--ema 0.9: the published loop has no such thing"),
+        (["--clip", "1"], "give --clip null"),
+        (["--accumulation", "2"], "--accumulation 2"),
+        (["--rounds", "2"], "--rounds 2: give at least 5"),
+        (["--precision", "fp16"], "--precision fp16"),
+        (["--model", "timm:test_resnet"], "normalise by different means"),
+        (["--augmentation", "cutmix"], "augmentation"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*arguments, *more])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_plan_is_made_of_options_that_exist(tmp_path):
+    for planned in bench.plan(tmp_path):
+        options, _ = parse("bench published", planned.arguments)
+        assert options.data.root == str(tmp_path)
