@@ -31,6 +31,7 @@ def start(device: Device, precision: Precision) -> Accelerator:
         raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
     if use_cpu:
         _keep_freed_memory()
+    torch.backends.cudnn.benchmark = not use_cpu  # the shapes stay the same: a search for the fastest kernels pays
     if precision in ("fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     AcceleratorState._reset_state()  # a second command of one process may ask for another precision

@@ -101,7 +101,8 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
     record = Record(
         benchmark="published",
         title=f"dalikd against the published CutMixPick loop: {options.teacher.name} to {options.model}, "
-        f"{data.view.size} pixels, batch {options.batch_size}, {options.precision}",
+        f"{data.view.size} pixels, batch {options.batch_size}, {options.precision}"
+        + (", resident" if options.data.resident else ""),
         environment=before,
         device=device_slug(accelerator.device),
         config=config,
@@ -312,8 +313,9 @@ def _spread(found: Mapping[str, Any]) -> str:
 
 def _variant(options: PublishedOptions, data: TrainingData) -> str:
     names = (str(name).replace(":", "-").replace("_", "-") for name in (options.teacher.name, options.model))
-    compiled = () if options.compile == "off" else (options.compile,)
-    return "-".join((*names, str(data.view.size), options.precision, *compiled))
+    settings = {options.compile: options.compile != "off", "resident": options.data.resident}
+    added = (name for name, given in settings.items() if given)
+    return "-".join((*names, str(data.view.size), options.precision, *added))
 
 
 def _check(options: PublishedOptions) -> None:

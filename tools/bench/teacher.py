@@ -84,7 +84,7 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
     record = Record(
         benchmark="teacher",
         title=f"dalikd measure against its teacher alone: {options.teacher.name}, {view.size} pixels, "
-        f"batch {options.batch_size}, {options.precision}",
+        f"batch {options.batch_size}, {options.precision}" + (", resident" if options.data.resident else ""),
         environment=before,
         device=device_slug(accelerator.device),
         config=config,
@@ -241,7 +241,8 @@ def _notes(rows: Sequence[Mapping[str, Any]], images: int) -> list[str]:
 
 def _variant(options: TeacherOptions, size: int) -> str:
     name = str(options.teacher.name).replace(":", "-").replace("_", "-")
-    return f"{name}-{size}-{options.precision}" + ("" if options.compile == "off" else f"-{options.compile}")
+    settings = {options.compile: options.compile != "off", "resident": options.data.resident}
+    return "-".join((name, str(size), options.precision, *(name for name, given in settings.items() if given)))
 
 
 def _check_processes(accelerator: Accelerator) -> None:
