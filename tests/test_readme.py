@@ -46,6 +46,8 @@ def _commands() -> list[tuple[str, list[str]]]:
 
 
 def _command(words: list[str]) -> tuple[str, list[str]] | None:
+    if words[:2] == ["dalikd", "bench"]:
+        return f"bench {words[2]}", words[3:]
     if words[:1] == ["dalikd"]:
         return words[1], words[2:]
     if words[:1] in (["accelerate"], ["torchrun"]) or words[:2] == ["python", "-m"]:
@@ -89,10 +91,10 @@ def test_the_two_commands_are_there_and_are_those_of_ci() -> None:
 @pytest.mark.parametrize(("command", "arguments"), _commands(), ids=lambda part: part if isinstance(part, str) else "")
 def test_command_lines_parse(command: str, arguments: list[str], workplace: Path) -> None:
     if command not in OPTIONS:
-        assert find_spec(f"dalikd.tools.{command}") is not None
+        assert find_spec(f"dalikd.tools.{command.replace(' ', '.')}") is not None
         return
-    if "--resume" in arguments:  # its config is read
-        folder = workplace / arguments[arguments.index("--resume") + 1]
+    for option in {"--resume", "--verify"} & set(arguments):  # a config in this folder is read
+        folder = workplace / arguments[arguments.index(option) + 1]
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(
             yaml.safe_dump(parse(command, ["--config", "my.yaml"])[1]), encoding="utf-8"
@@ -102,7 +104,7 @@ def test_command_lines_parse(command: str, arguments: list[str], workplace: Path
 
 
 def test_every_command_is_shown() -> None:
-    assert {name for name, _ in _commands()} >= set(COMMANDS)
+    assert {name.split(" ")[0] for name, _ in _commands()} >= set(COMMANDS)
 
 
 @pytest.mark.slow

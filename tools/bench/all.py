@@ -23,7 +23,8 @@ def run(root: Path, output: Path = RESULTS, only: list[str] | None = None, dry: 
     A command that needs more GPUs than there are is named and not run. One that fails does not stop the others.
 
     Args:
-        root: class folders of photos.
+        root: class folders of photos; on a GPU at least 512 of them, better more than the page cache holds (copy them
+            with python -m dalikd.tools.bench.images).
         output: folder of all that is written.
         only: benchmarks to run; default: every one.
         dry: list the commands and run nothing.

@@ -22,6 +22,7 @@ __all__ = [
     "is_summary",
     "load",
     "markdown",
+    "number",
     "ratio",
     "summary",
     "table",
@@ -221,13 +222,13 @@ def _cell(cell: Any) -> str:
     if cell is None:
         return ""
     if is_summary(cell):
-        return f"{_number(cell['median'])} ({_number(cell['low'])} to {_number(cell['high'])})"
+        return f"{number(cell['median'])} ({number(cell['low'])} to {number(cell['high'])})"
     if isinstance(cell, int | float) and not isinstance(cell, bool):
-        return _number(cell)
+        return number(cell)
     return str(cell).replace("|", "\\|")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three or four digits that mean something; whole numbers stay whole."""
     if isinstance(value, int) or abs(value) >= 100:
         return f"{value:,.0f}"

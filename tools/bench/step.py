@@ -211,16 +211,24 @@ def cached(source: Source, sample: int = 500) -> str:
 
 
 def plan(root: Path) -> list[Planned]:
-    """What `dalikd bench all` runs: nets of ImageNet's size on photos, small ones where there is no GPU."""
-    data = ("--data.root", str(root), "--data.train_split", ".", "--data.val_split", ".", "--data.image_size", "224")
+    """What `dalikd bench all` runs: nets of ImageNet's size on photos, and of CIFAR's on pictures kept in memory."""
+    data = ("--data.root", str(root), "--data.train_split", ".", "--data.val_split", ".", "--data.image_size")
+    on_gpu = ("--precision", "bf16", "--device", "cuda")
     small = ("--teacher.name", "timm:resnet18", "--model", "timm:resnet10t", "--batch_size", "16", "--mix_group", "16")
-    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", "--batch_size", "192")
-    picks = ("--augmentation", "cutmixpick_teacher", "--precision", "bf16", "--device", "cuda")
+    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", "--batch_size", "384", *on_gpu)
+    wide = ("--teacher.name", "wrn_40_2", "--model", "wrn_16_2", "--batch_size", "512", "--data.resident", "true")
+    picks = ("--augmentation", "cutmixpick_teacher")
+    plain = ("--loss.lw_mix", "[1, 0, 0]")  # each image once: Hinton's distillation
     compiled = ("--compile", "max-autotune-no-cudagraphs")
     return [
-        Planned((*data, *small, "--device", "cpu", "--steps", "4", "--warmup", "2")),
-        Planned((*data, *large, *picks), gpus=1),
-        Planned((*data, *large, *picks, *compiled), gpus=1),
+        Planned((*data, "224", *small, "--device", "cpu", "--steps", "4", "--warmup", "2")),
+        Planned((*data, "224", *large, *picks), gpus=1),
+        Planned((*data, "224", *large, *picks, *compiled), gpus=1),
+        Planned((*data, "224", *large, *plain, *compiled), gpus=1),
+        *(
+            Planned((*data, side, *wide, *on_gpu, *picks, "--compile", "reduce-overhead"), gpus=1)
+            for side in ("32", "64")
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""README's benchmark tables, made out of docs/benchmarks/*.json.
+"""README's benchmark table, made out of docs/benchmarks/*.json.
 
 python -m dalikd.tools.bench.tables                   rewrites what stands between the two marks
 python -m dalikd.tools.bench.tables --check true      fails where it is not up to date
@@ -7,7 +7,7 @@ python -m dalikd.tools.bench.tables --check true      fails where it is not up t
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalikd.tools.bench.record import Record, load, table
+from dalikd.tools.bench.record import Record, is_summary, load, number, table
 from dalikd.tools.cli import run_function
 
 __all__ = ["main", "render", "run"]
@@ -51,20 +51,31 @@ def newest(folder: Path) -> dict[Path, Record]:
 
 
 def render(records: dict[Path, Record], root: Path) -> str:
-    """The tables, each with its title, its machine and a link to all that was written.
+    """A table of one line for each record: what was measured, the medians of what its plot shows, where and when.
 
     Args:
         records: by file.
         root: folder that links start from.
     """
-    parts = []
-    for path, record in records.items():
-        environment = record.environment
-        link = path.with_suffix(".md").absolute().relative_to(root.absolute()).as_posix()
-        where = f"{environment['cpu']}, {environment['cores_available']} cores"
-        where = where if environment["device"].startswith("CPU") else f"{environment['device']}, {where}"
-        parts.append(f"**{record.title}** ([{environment['date']}]({link}); {where})\n\n{table(record.rows)}")
-    return "\n\n".join(parts)
+    return table([_line(path, record, root) for path, record in records.items()]) if records else ""
+
+
+def _line(path: Path, record: Record, root: Path) -> dict[str, str]:
+    environment = record.environment
+    link = path.with_suffix(".md").absolute().relative_to(root.absolute()).as_posix()
+    where = f"{environment['cpu']}, {environment['cores_available']} cores"
+    where = where if environment["device"].startswith("CPU") else f"{environment['device']}, {where}"
+    return {
+        "what": f"[{record.title}]({link})",
+        "medians": f"{'; '.join(_medians(record))} {record.plotted}",
+        "where, when": f"{where}, {environment['date']}",
+    }
+
+
+def _medians(record: Record) -> list[str]:
+    shown = [row for row in record.rows if is_summary(row.get(record.plotted))]
+    names = [", ".join(str(row[label]) for label in record.labels) for row in shown]
+    return [f"{name}: {number(row[record.plotted]['median'])}" for name, row in zip(names, shown, strict=True)]
 
 
 def _time(record: Record) -> str:

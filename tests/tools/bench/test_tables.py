@@ -30,7 +30,9 @@ def _write(folder, date, rate, **changes):
         config={},
         warm_up="",
         page_cache="",
-        rows=[{"loader": "dalikd", "images/s": summary([rate])}],
+        rows=[{"loader": "dalikd", "images/s": summary([rate])}, {"loader": "other", "images/s": summary([rate / 3])}],
+        labels=("loader",),
+        plotted="images/s",
     )
     write(record, folder)
 
@@ -54,11 +56,16 @@ def _run(place, **options):
 
 def test_the_newest_of_each_stands_between_the_marks(place):
     text = _run(place)
-    assert text.startswith("# x\n\nbefore\n\n<!-- benchmarks -->\n\n**The loader of photos**")
+    assert text.startswith("# x\n\nbefore\n\n<!-- benchmarks -->\n\n| what | medians | where, when |\n")
     assert text.endswith("<!-- /benchmarks -->\n\nafter\n")
-    assert re.findall(r"^\| dalikd \| (\d+)", text, re.MULTILINE) == ["200", "400", "300"]
-    link = "([2031-02-01](docs/benchmarks/2031-02-01-loader-photos-cpu.md); Some CPU, 2 cores)"
-    assert link in text
+    assert re.findall(r"dalikd: (\d+); other: ([\d.]+) images/s \|", text) == [
+        ("200", "66.7"),
+        ("400", "133"),
+        ("300", "100"),
+    ]
+    line = "| [The loader of photos](docs/benchmarks/2031-02-01-loader-photos-cpu.md) | dalikd: 200; "
+    assert line in text
+    assert "| Some CPU, 2 cores, 2031-02-01 |" in text
     assert (place / "docs/benchmarks/2031-02-01-loader-photos-cpu.md").exists()
 
 
