@@ -1,7 +1,7 @@
 """RandomResizedCrop on the CPU: DALI decodes the windows, torch resizes them.
 
-DALI's resize takes longer than its decoder there (1.25 against 0.95 ms of CPU a photo); torch's vectorised resize of
-uint8 takes a fifth of that, and treats borders as Pillow does. On a GPU DALI does it all.
+DALI's resize takes longer than its decoder there. torch's vectorised resize of uint8 is several times as fast, and
+treats borders as Pillow does (docs/log.md has the numbers). On a GPU DALI does it all.
 """
 
 from collections.abc import Iterable, Mapping

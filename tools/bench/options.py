@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-__all__ = ["LEAST_ROUNDS", "RESULTS", "check_names", "check_rounds", "listed", "run_options"]
+__all__ = ["LEAST_ROUNDS", "RESULTS", "check_alone", "check_names", "check_rounds", "listed", "run_options"]
 
 LEAST_ROUNDS = 5
 RESULTS = Path("runs/bench")  #: where benchmarks write unless told otherwise
@@ -76,6 +76,16 @@ def check_names(option: str, names: Sequence[str], known: Collection[str]) -> li
             hint = f"did you mean {close[0]}? " if close else ""
             raise ValueError(f"{option} {name} is unknown: {hint}there are {', '.join(known)}")
     return list(dict.fromkeys(wanted))
+
+
+def check_alone(benchmark: str, processes: int) -> None:
+    """Some benchmarks are of one process.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if processes > 1:
+        raise ValueError(f"bench {benchmark} measures one process: start it without a launcher")
 
 
 def check_rounds(rounds: int) -> None:

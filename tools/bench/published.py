@@ -25,10 +25,10 @@ from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.habits import RUNGS, HabitLoop, Habits, Input
 from dalikd.tools.bench.machine import cores, device_slug, environment, settle, synchronize
-from dalikd.tools.bench.options import check_rounds
+from dalikd.tools.bench.options import check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.rounds import training_loop
-from dalikd.tools.bench.sides import Job, cannot, pil_batches
+from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
 from dalikd.tools.bench.teacher_options import PublishedOptions, teacher_net
 from dalikd.tools.cli import run_command
 from dalikd.trainers.assembly import TrainingData, build_student, open_training_data
@@ -84,7 +84,7 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
     _check(options)
     check_output(options.folder)
     accelerator = start(options.device, options.precision)
-    _check_processes(accelerator)
+    check_alone("published", accelerator.num_processes)
     data = open_training_data(options, accelerator)
     nets = _build_nets(options, data, accelerator.device)
     before = environment(accelerator.device)
@@ -196,18 +196,13 @@ def _pil_batches(options: PublishedOptions, data: TrainingData, like: Tensor) ->
     job = Job(data.train, data.view, "identity", options.batch_size, like.device, workers=workers, images=images)
     if reason := cannot("torchvision-pil", job):
         raise ValueError(f"--data.name {options.data.name}: the published loop's DataLoader {reason}; name a folder")
-    batches = _endless(pil_batches(job))
+    batches = endless(pil_batches(job))
 
     def following() -> Input:
         images, labels = next(batches)
         return Input(images.to(like), labels.to(like.device))
 
     return following, ahead
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _ahead(options: PublishedOptions) -> int:
@@ -329,11 +324,6 @@ def _check(options: PublishedOptions) -> None:
             )
     if options.precision == "fp16":
         raise ValueError("--precision fp16: the ladder scales no losses; give fp32, tf32, bf16 or fp64")
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    if accelerator.num_processes > 1:
-        raise ValueError("bench published measures one process: start it without a launcher")
 
 
 def plan(root: Path) -> list[Planned]:

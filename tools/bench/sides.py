@@ -23,7 +23,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.options import check_names
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions
 
-__all__ = ["BACKENDS", "Job", "Side", "cannot", "open_side", "pil_batches", "runnable"]
+__all__ = ["BACKENDS", "Job", "Side", "cannot", "endless", "open_side", "pil_batches", "runnable"]
 
 _PUBLISHED_GROUP = 64
 _FETCHED_AHEAD = 2  # batches a DataLoader's worker makes in advance: torch's own default
@@ -114,7 +114,7 @@ class _DataLoader:
     def __init__(self, job: Job, batches: Any) -> None:
         self._device, self._dtype = job.device, job.dtype
         self.ahead = max(1, job.workers * _FETCHED_AHEAD) + 1
-        self._batches: Iterator[Any] | None = _endless(batches)
+        self._batches: Iterator[Any] | None = endless(batches)
 
     def next(self) -> tuple[Tensor, ...]:
         assert self._batches is not None
@@ -342,7 +342,8 @@ def _order(job: Job) -> np.ndarray:
     return np.concatenate([random.permutation(len(job.source)) for _ in range(epochs)])
 
 
-def _endless(batches: Any) -> Iterator[Any]:
+def endless(batches: Any) -> Iterator[Any]:
+    """Batches of a DataLoader, epoch after epoch."""
     while True:
         yield from batches
 

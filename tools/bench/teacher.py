@@ -30,7 +30,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import device_slug, environment, settle, synchronize
-from dalikd.tools.bench.options import check_rounds
+from dalikd.tools.bench.options import check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
@@ -68,7 +68,7 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
     check_output(options.folder)
     check_compiler(options.compile)
     accelerator = start(options.device, options.precision)
-    _check_processes(accelerator)
+    check_alone("teacher", accelerator.num_processes)
     names = augmentation_names(options.augmentation)
     source = _open_images(options)
     view = training_view(options.data, source)
@@ -243,11 +243,6 @@ def _variant(options: TeacherOptions, size: int) -> str:
     name = str(options.teacher.name).replace(":", "-").replace("_", "-")
     settings = {options.compile: options.compile != "off", "resident": options.data.resident}
     return "-".join((name, str(size), options.precision, *(name for name, given in settings.items() if given)))
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    if accelerator.num_processes > 1:
-        raise ValueError("bench teacher measures one process: start it without a launcher")
 
 
 def plan(root: Path) -> list[Planned]:

@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dalikd.tools.bench.options import check_names, check_rounds, listed, run_options
+from dalikd.tools.bench.options import check_alone, check_names, check_rounds, listed, run_options
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,9 @@ def test_mistakes_are_one_line(capsys, words, message):
     assert error.startswith("dalikd bench some: error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_one_process_is_asked_for_by_name():
+    check_alone("teacher", 1)
+    with pytest.raises(ValueError, match="bench teacher measures one process: start it without a launcher"):
+        check_alone("teacher", 2)
