@@ -8,118 +8,81 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from dalikd.pipelines.manifest import build_once
+from dalikd.pipelines.published import PublishedSet
+from dalikd.pipelines.request import Found, Request
 
-__all__ = ["CifarSplit", "read_cifar"]
+__all__ = ["CIFAR", "find_cifar"]
 
-
-class CifarSplit(NamedTuple):
-    """`images` uint8 [N, 32, 32, 3] (RGB), `labels` int64 [N], `classes` in the data set's own order."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where one of the two data sets keeps what."""
-
-    title: str
-    folder: str
-    splits: dict[str, tuple[str, ...]]
-    meta: str
-    labels_key: str
-    classes_key: str
-
-    @property
-    def files(self) -> list[str]:
-        return [name for names in self.splits.values() for name in names] + [self.meta]
-
-
-_LAYOUTS = {
-    "cifar10": _Layout(
+#: The two data sets by name.
+CIFAR = {
+    "cifar10": PublishedSet(
+        name="cifar10",
         title="CIFAR10",
-        folder="cifar-10-batches-py",
-        splits={"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
-        meta="batches.meta",
-        labels_key="labels",
-        classes_key="label_names",
+        splits={
+            "train": {
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            },
+            "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+        },
+        common={"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
+        archive="cifar-10-batches-py",
     ),
-    "cifar100": _Layout(
+    "cifar100": PublishedSet(
+        name="cifar100",
         title="CIFAR100",
-        folder="cifar-100-python",
-        splits={"train": ("train",), "test": ("test",)},
-        meta="meta",
-        labels_key="fine_labels",
-        classes_key="fine_label_names",
+        splits={
+            "train": {"train": "16019d7e3df5f24257cddd939b257f8d"},
+            "test": {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        },
+        common={"meta": "7973b15100ade9c7d40fb424638fde48"},
+        archive="cifar-100-python",
     ),
 }
 
 
-def read_cifar(name: str, root: Path, split: str, *, download: bool = False) -> CifarSplit:
-    """Read one split into memory.
+@dataclass(frozen=True)
+class _Keys:
+    """What the two call their labels and class names."""
 
-    Args:
-        name: "cifar10" or "cifar100" (its 100 fine classes).
-        root: the folder of the published files, or the folder above it.
-        split: "train" or "test".
-        download: fetch the data set where it is missing.
+    labels: str
+    classes: str
+
+
+_KEYS = {
+    "cifar10": _Keys(labels="labels", classes="label_names"),
+    "cifar100": _Keys(labels="fine_labels", classes="fine_label_names"),
+}
+
+
+def find_cifar(request: Request) -> Found:
+    """Read one split into memory; CIFAR-100 with its 100 fine classes.
 
     Raises:
-        ValueError: another split, or a file that is not in the published format.
-        FileNotFoundError: files are missing and `download` is off.
-        FileExistsError: files are missing from a folder that is there already and `download` is on.
+        ValueError: another split than train or test, or a file that is not in the published format.
+        FileNotFoundError: files are missing, and none are to be downloaded.
+        FileExistsError: files are missing from a folder that is there already, and are to be downloaded.
+        ConnectionError: the download failed.
     """
-    layout = _LAYOUTS[name]
-    if split not in layout.splits:
-        raise ValueError(f"{name} has no split {split!r}: say train or test")
-    folder = _locate(name, layout, root, download)
-    classes = _read_classes(folder / layout.meta, layout.classes_key)
-    parts = [_read_batch(folder / file, layout.labels_key, len(classes)) for file in layout.splits[split]]
+    published, keys = CIFAR[request.name], _KEYS[request.name]
+    if request.split not in published.splits:
+        raise ValueError(f"{request.name} has no split {request.split!r}: say train or test")
+    folder = published.locate(request, [request.split])
+    (meta,) = published.common
+    classes = _read_classes(folder / meta, keys.classes)
+    files = published.splits[request.split]
+    parts = [_read_batch(folder / file, keys.labels, len(classes)) for file in files]
     rows = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
     # A row holds 1024 red, 1024 green, then 1024 blue values.
     images = np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return CifarSplit(images, labels, classes)
-
-
-def _locate(name: str, layout: _Layout, root: Path, download: bool) -> Path:
-    folder = root if (root / layout.meta).is_file() or root.name == layout.folder else root / layout.folder
-    missing = _missing(layout, folder)
-    if missing and download:
-        _download(layout, folder)
-        missing = _missing(layout, folder)
-    if missing:
-        raise FileNotFoundError(
-            f"{name}: {folder} lacks {', '.join(missing)}: put the published Python version there, "
-            f"give the folder that holds {layout.folder} as --data.root, or say --data.download true"
-        )
-    return folder
-
-
-def _missing(layout: _Layout, folder: Path) -> list[str]:
-    return [name for name in layout.files if not (folder / name).is_file()]
-
-
-def _download(layout: _Layout, folder: Path) -> None:
-    """Fetch with torchvision, which checks the files' MD5, and move the folder into place whole."""
-
-    def fetch(made: Path) -> None:
-        from torchvision import datasets
-
-        getattr(datasets, layout.title)(made.parent, download=True)
-
-    try:
-        build_once(folder, fetch)
-    except FileExistsError:
-        missing = ", ".join(_missing(layout, folder))
-        if missing:  # else another process has just put it there
-            raise FileExistsError(f"{folder} is incomplete (no {missing}): remove it to download it again") from None
+    return Found(classes, labels, arrays=images).keep(request.choose(classes, request.name))
 
 
 def _read_classes(path: Path, key: str) -> tuple[str, ...]:

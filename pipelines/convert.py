@@ -36,7 +36,7 @@ from dalikd.pipelines.manifest import build_once
 from dalikd.pipelines.sources import Source
 from dalikd.pipelines.tfrecord import encode_example, frame
 
-__all__ = ["WriteOptions", "check_target", "write_records"]
+__all__ = ["WriteOptions", "check_pictures", "check_target", "write_records"]
 
 _CHUNK = 256  # images that are read ahead
 _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
@@ -106,7 +106,7 @@ def write_records(source: Source, folder: Path, options: WriteOptions) -> Descri
     shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
     with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
         if options.check:
-            _check_pictures(source, pool)
+            check_pictures(source, pool)
         build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
     if target != folder:
         shutil.rmtree(folder)
@@ -323,8 +323,8 @@ def _check_space(source: Source, folder: Path, resize: int | None) -> None:
         )
 
 
-def _check_pictures(source: Source, pool: ThreadPoolExecutor) -> None:
-    """Decode everything.
+def check_pictures(source: Source, pool: ThreadPoolExecutor) -> None:
+    """Decode everything; pictures in memory are decoded already.
 
     Raises:
         ValueError: names the first pictures that cannot be decoded, and says how many there are.

@@ -16,16 +16,21 @@ class DataConfig:
     """Which images, and how they are read.
 
     Args:
-        name: the data set: imagefolder (any tree of class folders), imagenet, tinyimagenet (its original layout),
-            cifar10 and cifar100 (the published python files), digits (scikit-learn's, written out as JPEGs),
-            webdataset and tfrecord (what `dalikd prepare` has written of any of these).
+        name: the data set: imagefolder (any tree of class folders), imagenet, imagenet100 (a hundred classes of an
+            ImageNet tree), tinyimagenet (its original layout), cifar10 and cifar100 (the published python files), svhn
+            and stl10 (the published files), digits (scikit-learn's, written out as JPEGs), webdataset and tfrecord
+            (what `dalikd prepare` has written of any of these).
         root: its folder.
-        train_split: name of the training split's folder; default: the data set's own.
-        val_split: name of the validation split's folder; default: the data set's own.
+        train_split: name of the training split, or of its folder; svhn also has extra and train+extra. Default: the
+            data set's own.
+        val_split: name of the validation split, or of its folder; default: the data set's own.
+        classes: text file of the classes to keep, one a line, # before remarks; labels follow the data set's order, not
+            the file's. Default: all; for imagenet100 a hundred chosen by class_seed.
+        class_seed: of that choice; default: 0. It has nothing to do with the seed of training.
         image_size: side of the training pictures in pixels; default: the data set's own (imagefolder: 224).
         limit: use only so many training pictures; seeded, class shares kept.
         val_limit: use only so many validation pictures; seeded, class shares kept.
-        download: let torchvision download CIFAR into the root if it is not there.
+        download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
         crop: how training pictures are cut: random_resized_crop, pad_crop (pad, crop, flip), or auto: pad_crop up to
             96 pixels, random_resized_crop above.
         padding: pixels added on each side before cropping; default: 4 at 32, 8 at 64, 28 at 224, an eighth else.
@@ -37,16 +42,28 @@ class DataConfig:
         prefetch: batches made ahead.
         hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes, 0 to 1; default: DALI's own.
         resident: decode every picture once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
-            (evaluation too, unless it resizes). CIFAR is always kept so.
+            (evaluation too, unless it resizes). CIFAR, SVHN and STL-10 are always kept so.
         bad_files: at a picture that cannot be decoded stop, or replace it by the next one and go on.
     """
 
     name: Literal[
-        "imagefolder", "imagenet", "tinyimagenet", "cifar10", "cifar100", "digits", "webdataset", "tfrecord"
+        "imagefolder",
+        "imagenet",
+        "imagenet100",
+        "tinyimagenet",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "stl10",
+        "digits",
+        "webdataset",
+        "tfrecord",
     ] = "imagefolder"
     root: str | None = None
     train_split: str | None = None
     val_split: str | None = None
+    classes: str | None = None
+    class_seed: int | None = None
     image_size: int | None = None
     limit: int | None = None
     val_limit: int | None = None
@@ -80,7 +97,17 @@ def open_split(config: DataConfig, role: Literal["train", "val"], seed: int) -> 
     """Open one split, limited as the options say."""
     train = role == "train"
     split, limit = (config.train_split, config.limit) if train else (config.val_split, config.val_limit)
-    return open_source(config.name, config.root, role, split=split, limit=limit, seed=seed, download=config.download)
+    return open_source(
+        config.name,
+        config.root,
+        role,
+        split=split,
+        limit=limit,
+        seed=seed,
+        download=config.download,
+        classes=config.classes,
+        class_seed=config.class_seed,
+    )
 
 
 def training_view(config: DataConfig, source: Source) -> View:

@@ -147,18 +147,23 @@ def scan(folder: Path, classes: Sequence[str]) -> Tree:
     return Tree(files, np.concatenate([empty, *labels]), directories)
 
 
-def open_tree(folder: Path, classes: Sequence[str], *, remember_above: int = _REMEMBER_ABOVE) -> Tree:
+def open_tree(
+    folder: Path, classes: Sequence[str], *, part: bool = False, remember_above: int = _REMEMBER_ABOVE
+) -> Tree:
     """As `scan`, read from the cache where the folders have not changed since the last scan.
 
     Args:
         folder: resolved folder that holds the class folders.
         classes: their names, index = label.
+        part: they are some of the class folders; remembered apart, so that runs on all and on some do not take turns in
+            scanning.
         remember_above: a tree of more files than this is written to the cache.
 
     A manifest holds as long as the classes and the mtime_ns of every folder are the same: one stat a folder.
     A damaged manifest, or a cache folder that cannot be written, costs a warning and a scan.
     """
-    tree = _load(folder, classes)
+    target = manifest_folder(folder, classes if part else None)
+    tree = _load(target, folder, classes)
     if tree is not None:
         return tree
     started_ns = time.time_ns()
@@ -166,13 +171,14 @@ def open_tree(folder: Path, classes: Sequence[str], *, remember_above: int = _RE
     # A folder changed within the clock's grain before the scan could change again and keep its mtime.
     settled = max(tree.directories.values()) < started_ns - _SETTLED_NS
     if settled and len(tree.files) > remember_above:
-        _save(folder, classes, tree)
+        _save(target, folder, classes, tree)
     return tree
 
 
-def manifest_folder(folder: Path) -> Path:
-    """Where the manifest of `folder` lies."""
-    return cache_folder() / "manifests" / sha256(os.fsencode(folder)).hexdigest()[:16]
+def manifest_folder(folder: Path, part: Sequence[str] | None = None) -> Path:
+    """Where the manifest of `folder`, or of some classes of it, lies."""
+    key = b"\0".join(map(os.fsencode, (folder, *(part or ()))))
+    return cache_folder() / "manifests" / sha256(key).hexdigest()[:16]
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
@@ -234,9 +240,8 @@ def _list_directory(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(pictures), sorted(folders)
 
 
-def _save(folder: Path, classes: Sequence[str], tree: Tree) -> None:
+def _save(target: Path, folder: Path, classes: Sequence[str], tree: Tree) -> None:
     """Write the arrays under a name made of their content, then the JSON that names them: safe with several writers."""
-    target = manifest_folder(folder)
     arrays = {"paths": tree.files.buffer, "offsets": tree.files.offsets, "labels": tree.labels}
     checksum = _checksum(arrays.values())
     note = {
@@ -278,9 +283,8 @@ def _remove_outdated(target: Path, checksum: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _load(folder: Path, classes: Sequence[str]) -> Tree | None:
+def _load(target: Path, folder: Path, classes: Sequence[str]) -> Tree | None:
     """The remembered tree; None where there is none or the folders have changed."""
-    target = manifest_folder(folder)
     if not (target / "manifest.json").is_file():
         return None
     try:

@@ -1,6 +1,7 @@
-"""`dalikd prepare`: an image set into webdataset tars or TFRecord files, which are read in one sweep."""
+"""`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in one sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,10 +9,13 @@ from typing import Literal
 from jsonargparse import auto_cli
 
 from dalikd.pipelines.containers import DESCRIPTION
-from dalikd.pipelines.convert import WriteOptions, check_target, write_records
+from dalikd.pipelines.convert import WriteOptions, check_pictures, check_target, write_records
 from dalikd.pipelines.data import DataConfig, open_split
+from dalikd.pipelines.inspection import PUBLISHED, check_count, remedy, verify_files
+from dalikd.pipelines.published import Finding
 from dalikd.pipelines.records import Records
-from dalikd.pipelines.sources import check_same_classes
+from dalikd.pipelines.request import Role
+from dalikd.pipelines.sources import Source, check_same_classes
 from dalikd.tools.cli import guarded
 
 
@@ -22,17 +26,25 @@ class SourceConfig:
     Args:
         name: the data set.
         root: its folder.
-        train_split: name of the training split's folder; default: the data set's own.
-        val_split: name of the validation split's folder; default: the data set's own.
+        train_split: name of the training split, or of its folder; svhn also has extra and train+extra. Default: the
+            data set's own.
+        val_split: name of the validation split, or of its folder; default: the data set's own.
+        classes: text file of the classes to keep, one a line; default: all, and for imagenet100 a hundred chosen by
+            class_seed.
+        class_seed: of that choice; default: 0.
         limit: take only so many training pictures; seeded, class shares kept.
         val_limit: take only so many validation pictures; seeded, class shares kept.
-        download: let torchvision download CIFAR into the root if it is not there.
+        download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
     """
 
-    name: Literal["imagefolder", "imagenet", "tinyimagenet", "cifar10", "cifar100", "digits"] = "imagefolder"
+    name: Literal[
+        "imagefolder", "imagenet", "imagenet100", "tinyimagenet", "cifar10", "cifar100", "svhn", "stl10", "digits"
+    ] = "imagefolder"
     root: str | None = None
     train_split: str | None = None
     val_split: str | None = None
+    classes: str | None = None
+    class_seed: int | None = None
     limit: int | None = None
     val_limit: int | None = None
     download: bool = False
@@ -40,7 +52,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PrepareOptions(WriteOptions):
-    """Write a data set into containers, shuffled, indexed and with checksums; or verify what was written.
+    """Download a data set, check it, or write it into containers: shuffled, indexed, with checksums.
+
+    Without --output nothing is written but what --data.download fetches: --data.download true and --check true compare
+    published files with their MD5, and count the pictures of Tiny-ImageNet and ImageNet.
 
     Args:
         data: the data set.
@@ -56,16 +71,17 @@ class PrepareOptions(WriteOptions):
 
 
 def prepare(options: PrepareOptions) -> None:
-    """Write the splits that are asked for, and say how to train from them; or verify."""
+    """Get, check and write the splits that are asked for, and say how to train from them; or verify."""
     if options.verify is not None:
         return verify(options.verify)
+    if options.output is None and not (options.check or options.data.download):
+        raise ValueError(
+            "--output FOLDER says where to write; or look at the data set with --check true, "
+            "fetch it with --data.download true, verify what was written with --verify FOLDER"
+        )
+    sources = look(options) if options.check or options.output is None else open_splits(options)
     if options.output is None:
-        raise ValueError("--output FOLDER says where to write; or verify what was written with --verify FOLDER")
-    roles = ("train", "val") if options.split == "both" else (options.split,)
-    config = DataConfig(**vars(options.data))
-    sources = {role: open_split(config, role, options.seed) for role in roles}
-    if len(sources) == 2:
-        check_same_classes(*sources.values())
+        return None
     for role, source in sources.items():
         check_target(source, options.output / role, options)
     for role, source in sources.items():
@@ -75,6 +91,70 @@ def prepare(options: PrepareOptions) -> None:
             f"{len(written.shards)} files, {written.bytes / 1e6:.1f} MB"
         )
     print(f"read it with --data.name {options.format} --data.root {options.output}")
+
+
+def open_splits(options: PrepareOptions) -> dict[Role, Source]:
+    """The splits that are asked for, downloaded if that is asked for too."""
+    config = DataConfig(**vars(options.data))
+    sources: dict[Role, Source] = {role: open_split(config, role, options.seed) for role in _roles(options)}
+    if len(sources) == 2:
+        check_same_classes(*sources.values())
+    return sources
+
+
+def look(options: PrepareOptions) -> dict[Role, Source]:
+    """Open the splits and compare the data set with what is published, line by line.
+
+    Raises:
+        ValueError: something is not as published, or a picture cannot be decoded.
+    """
+    data = options.data
+    sources = open_splits(options) if data.download else None  # else a missing file would be an error, not a line
+    if data.name in PUBLISHED:
+        _report(data, verify_files(data.name, _root(data), [_split(data, role) for role in _roles(options)]))
+    sources = open_splits(options) if sources is None else sources
+    limits, part = {"train": data.limit, "val": data.val_limit}, data.classes is not None
+    whole = ((_split(data, role), source) for role, source in sources.items() if limits[role] is None)
+    _report(data, (check_count(source, split, part=part) for split, source in whole))
+    if options.check and options.output is None:  # else they are decoded before they are written
+        with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
+            for source in sources.values():
+                check_pictures(source, pool)
+    return sources
+
+
+def _report(data: SourceConfig, findings: Iterable[Finding]) -> None:
+    """Print them as they come.
+
+    Raises:
+        ValueError: not all are as published.
+    """
+    listed = []
+    for finding in findings:
+        print(finding, flush=True)
+        listed.append(finding)
+    bad = [finding for finding in listed if finding.state != "whole"]
+    if bad:
+        first, more = f"{bad[0].place} is {bad[0].state}", f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{data.name} is not as published ({first}{more}): {remedy(data.name, data.root)}")
+
+
+def _roles(options: PrepareOptions) -> tuple[Role, ...]:
+    return ("train", "val") if options.split == "both" else (options.split,)
+
+
+def _split(data: SourceConfig, role: Role) -> str:
+    """What the split is called where its files or pictures are counted; folders may have other names."""
+    if data.name not in PUBLISHED:
+        return role
+    named = data.train_split if role == "train" else data.val_split
+    return named or {"train": "train", "val": "test"}[role]
+
+
+def _root(data: SourceConfig) -> Path:
+    if data.root is None:
+        raise ValueError(f"{data.name} needs a folder: say --data.root FOLDER")
+    return Path(data.root).expanduser().resolve()
 
 
 def verify(folder: Path) -> None:

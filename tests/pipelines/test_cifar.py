@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalikd.pipelines.cifar import read_cifar
+from dalikd.pipelines.cifar import CIFAR, find_cifar
+from dalikd.pipelines.request import Found, Request
 from dalikd.pipelines.sources import open_source
 
 CLASSES_10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -62,24 +63,34 @@ def write_cifar100(folder: Path) -> Path:
     return folder
 
 
+def read(name: str, root: Path, split: str) -> Found:
+    return find_cifar(Request(name, root, "train", split))
+
+
+def pixels(found: Found) -> np.ndarray:
+    assert found.arrays is not None
+    return found.arrays
+
+
 @pytest.mark.parametrize("dumps", [dumps_python2, dumps_python3, pickle.dumps])
 @pytest.mark.parametrize("parent", [True, False])
 def test_cifar10(tmp_path: Path, dumps, parent: bool) -> None:
     folder = write_cifar10(tmp_path / "cifar-10-batches-py", dumps)
-    data = read_cifar("cifar10", tmp_path if parent else folder, "train")
-    assert data.images.shape == (20, 32, 32, 3)
-    assert data.images.dtype == np.uint8
-    assert data.images.flags.c_contiguous
+    data = read("cifar10", tmp_path if parent else folder, "train")
+    images = pixels(data)
+    assert images.shape == (20, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert images.flags.c_contiguous
     assert data.classes == tuple(CLASSES_10)
     assert data.labels.dtype == np.int64
     assert data.labels.tolist() == [(first + row) % 10 for first in range(1, 6) for row in range(4)]
     row = np.asarray(batch(2)[b"data"])[1]  # the sixth image
-    assert data.images[5, 7, 9].tolist() == [row[7 * 32 + 9], row[1024 + 7 * 32 + 9], row[2048 + 7 * 32 + 9]]
-    assert len(read_cifar("cifar10", folder, "test").labels) == 3
+    assert images[5, 7, 9].tolist() == [row[7 * 32 + 9], row[1024 + 7 * 32 + 9], row[2048 + 7 * 32 + 9]]
+    assert len(read("cifar10", folder, "test").labels) == 3
 
 
 def test_folder_of_another_name(tmp_path: Path) -> None:
-    assert len(read_cifar("cifar10", write_cifar10(tmp_path / "mine"), "test").labels) == 3
+    assert len(read("cifar10", write_cifar10(tmp_path / "mine"), "test").labels) == 3
 
 
 def test_column_order_and_str_keys(tmp_path: Path) -> None:
@@ -88,7 +99,7 @@ def test_column_order_and_str_keys(tmp_path: Path) -> None:
     fortran = {"data": np.asfortranarray(entry[b"data"]), "labels": entry[b"labels"]}
     (folder / "test_batch").write_bytes(pickle.dumps(fortran, protocol=2))
     expected = np.asarray(entry[b"data"]).reshape(3, 3, 32, 32).transpose(0, 2, 3, 1)
-    assert np.array_equal(read_cifar("cifar10", folder, "test").images, expected)
+    assert np.array_equal(pixels(read("cifar10", folder, "test")), expected)
 
 
 def test_cifar100_has_fine_labels(tmp_path: Path) -> None:
@@ -139,7 +150,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, place: str, protocol: int
     entry = {"value": {b"data": attack}, "key": {attack: 1}, "state": [batch(1), attack]}[place]
     (folder / "test_batch").write_bytes(pickle.dumps(entry, protocol=protocol))
     with pytest.raises(ValueError, match=r"test_batch is not a file of the published data set: it asks for \w+\.mkdir"):
-        read_cifar("cifar10", folder, "test")
+        read("cifar10", folder, "test")
     assert not trace.exists()
     if place != "key":  # None is no key
         pickle.loads((folder / "test_batch").read_bytes())
@@ -160,7 +171,7 @@ def test_only_four_names_are_known(tmp_path: Path, content: bytes) -> None:
     folder = write_cifar10(tmp_path / "c")
     (folder / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match="it asks for"):
-        read_cifar("cifar10", folder, "test")
+        read("cifar10", folder, "test")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +197,7 @@ def test_damaged_batch(tmp_path: Path, entry: object, message: str) -> None:
     folder = write_cifar10(tmp_path / "c")
     (folder / "test_batch").write_bytes(entry if isinstance(entry, bytes) else dumps_python3(entry))
     with pytest.raises(ValueError, match=message) as caught:
-        read_cifar("cifar10", folder, "test")
+        read("cifar10", folder, "test")
     assert str(folder / "test_batch") in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -196,7 +207,7 @@ def test_damaged_class_names(tmp_path: Path, names: object) -> None:
     folder = write_cifar10(tmp_path / "c")
     (folder / "batches.meta").write_bytes(dumps_python3({b"label_names": names}))
     with pytest.raises(ValueError, match=r"batches\.meta: label_names is not a list of names"):
-        read_cifar("cifar10", folder, "test")
+        read("cifar10", folder, "test")
 
 
 def test_unknown_split(tmp_path: Path) -> None:
@@ -210,7 +221,7 @@ def test_missing_says_where_to_put_it(tmp_path: Path) -> None:
         open_source("cifar10", tmp_path, "train")
     folder = write_cifar10(tmp_path / "cifar-10-batches-py")
     (folder / "data_batch_4").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks data_batch_4: put the published Python version there"):
+    with pytest.raises(FileNotFoundError, match="lacks data_batch_4: put the published files there"):
         open_source("cifar10", tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: .*--data\.download true to fetch it"):
         open_source("cifar10", tmp_path / "nowhere", "train")
@@ -259,3 +270,31 @@ def test_download_does_not_touch_an_incomplete_folder(tmp_path: Path, fake_downl
     with pytest.raises(FileExistsError, match=r"cifar-10-batches-py is incomplete \(no test_batch\): remove it"):
         open_source("cifar10", tmp_path, "train", download=True)
     assert fake_download.roots == []
+
+
+def test_some_classes(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "classes.txt").write_text("dog\ncat # small\n")
+    whole = open_source("cifar10", tmp_path, "train")
+    source = open_source("cifar10", tmp_path, "train", classes=tmp_path / "classes.txt")
+    assert source.classes == ("cat", "dog")  # the data set's order
+    rows = [row for row, label in enumerate(whole.labels) if label in (3, 5)]
+    assert source.labels.tolist() == [{3: 0, 5: 1}[int(whole.labels[row])] for row in rows]
+    assert source.arrays is not None
+    assert whole.arrays is not None
+    assert np.array_equal(source.arrays, whole.arrays[rows])
+    assert source.fingerprint != whole.fingerprint
+    (tmp_path / "classes.txt").write_text("dog\nlion\n")
+    with pytest.raises(ValueError, match=r"1 of 2 classes are not in cifar10: lion; it has airplane, .* more$"):
+        open_source("cifar10", tmp_path, "train", classes=tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_files_and_checksums_are_torchvision_s(name: str) -> None:
+    from torchvision import datasets
+
+    theirs = getattr(datasets, CIFAR[name].title)
+    assert CIFAR[name].archive == theirs.base_folder
+    assert list(CIFAR[name].splits["train"].items()) == [tuple(entry) for entry in theirs.train_list]
+    assert list(CIFAR[name].splits["test"].items()) == [tuple(entry) for entry in theirs.test_list]
+    assert CIFAR[name].common == {theirs.meta["filename"]: theirs.meta["md5"]}

@@ -5,6 +5,8 @@ import pytest
 
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
+from dalikd.pipelines.facts import default_statistics
+from dalikd.pipelines.policies import policy_name
 from dalikd.pipelines.sources import Source
 
 
@@ -71,6 +73,26 @@ def test_evaluation_view(config, size, expected):
     assert evaluation_view(config, _source(size)) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "crop", "padding", "resize", "policy"),
+    [
+        ("cifar10", "pad_crop", 4, 32, "cifar10"),
+        ("cifar100", "pad_crop", 4, 32, "cifar10"),
+        ("svhn", "pad_crop", 4, 32, "cifar10"),
+        ("tinyimagenet", "pad_crop", 8, 64, "imagenet"),
+        ("stl10", "pad_crop", 12, 96, "imagenet"),
+        ("imagenet", "random_resized_crop", 28, 256, "imagenet"),
+        ("imagenet100", "random_resized_crop", 28, 256, "imagenet"),
+    ],
+)
+def test_published_settings_of_each_data_set(name, crop, padding, resize, policy):
+    size = default_statistics(name).image_size
+    config = DataConfig(name=name)
+    assert training_view(config, _source(size)) == View(size, crop, padding=padding)
+    assert evaluation_view(config, _source(size)) == View(size, "center_crop", resize=resize)
+    assert policy_name(size) == policy
+
+
 def test_options_out_of_range_are_refused_by_name():
     with pytest.raises(ValueError, match=r"--data\.val_resize 200 is smaller than the image size 224"):
         evaluation_view(DataConfig(val_resize=200), _source(224))
@@ -86,6 +108,20 @@ def test_open_sources_takes_each_split_with_its_own_limit(tree):
     again, _ = open_sources(DataConfig(root=str(tree), limit=30), seed=1)
     other, _ = open_sources(DataConfig(root=str(tree), limit=30), seed=2)
     assert again.fingerprint == train.fingerprint != other.fingerprint
+
+
+def test_some_classes_in_both_splits(tree, tmp_path):
+    (tmp_path / "two.txt").write_text("cat\nant\n")
+    train, val = open_sources(DataConfig(root=str(tree), classes=str(tmp_path / "two.txt"), limit=20), seed=0)
+    assert train.classes == val.classes == ("ant", "cat")
+    assert (len(train), len(val)) == (20, 200)
+
+
+def test_a_class_seed_is_for_imagenet100_alone(tree):
+    with pytest.raises(ValueError, match=r"--data\.class_seed 3 chooses the classes of imagenet100"):
+        open_sources(DataConfig(root=str(tree), class_seed=3), seed=0)
+    with pytest.raises(ValueError, match="has 3 class folders of which 100 are to be chosen"):
+        open_sources(DataConfig(name="imagenet100", root=str(tree), class_seed=3), seed=0)
 
 
 def test_open_split_by_another_name(tree):

@@ -192,6 +192,16 @@ class TestOpenTree:
         forbid_scanning(monkeypatch)
         assert len(open_small(tree).files) == 6
 
+    def test_a_part_has_a_manifest_of_its_own(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = open_small(tree)
+        parts = [open_tree(tree, [name], part=True, remember_above=1) for name in ("cat", "dog")]
+        places = {manifest_folder(tree), manifest_folder(tree, ["cat"]), manifest_folder(tree, ["dog"])}
+        assert len({path for path in places if (path / "manifest.json").is_file()}) == 3
+        forbid_scanning(monkeypatch)
+        again = [open_tree(tree, [name], part=True, remember_above=1) for name in ("cat", "dog")]
+        assert [paths(tree) for tree in again] == [paths(tree) for tree in parts]
+        assert sorted(paths(again[0]) + paths(again[1])) == sorted(paths(open_small(tree))) == sorted(paths(whole))
+
     @pytest.mark.parametrize("name", ["paths", "offsets", "labels"])
     @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
     def test_damaged_array(self, tree: Path, name: str, damage: str) -> None:

@@ -1,6 +1,4 @@
 import copy
-import os
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -9,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalikd.pipelines import manifest
-from dalikd.pipelines.manifest import FileList, manifest_folder
+from dalikd.pipelines.manifest import FileList
 from dalikd.pipelines.sources import (
-    SOURCE_NAMES,
     Source,
     check_same_classes,
     default_statistics,
@@ -55,167 +51,16 @@ def make_source(labels: list[int], names: list[str] | None = None, **changes: ob
     return replace(source, **changes)
 
 
-class TestImageFolder:
-    def test_train_and_val(self, pets: Path) -> None:
-        train, val = open_source("imagefolder", pets, "train"), open_source("imagefolder", str(pets), "val")
-        assert train.classes == val.classes == ("cat", "dog")
-        assert [train.path(row) for row in range(3)] == [
-            str(pets / "train" / n) for n in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg")
-        ]
-        assert train.labels.tolist() == [0, 0, 1]
-        assert (train.name, train.split, train.image_size) == ("imagefolder", "train", 224)
-        assert (val.split, len(val), val.arrays) == ("val", 2, None)
-        assert train.mean == (0.485, 0.456, 0.406)
-        assert open_source("imagenet", pets, "val").name == "imagenet"
-
-    def test_explicit_split(self, pets: Path) -> None:
-        (pets / "val").rename(pets / "test")
-        source = open_source("imagefolder", pets, "val", split="test")
-        assert (source.split, len(source)) == ("test", 2)
-        assert len(open_source("imagefolder", pets / "train", "train", split=".")) == 3
-
-    def test_missing_split_names_the_folders(self, pets: Path) -> None:
-        (pets / "val").rename(pets / "test")
-        with pytest.raises(
-            FileNotFoundError, match=r"no folder 'val'; it has test, train: say --data\.val_split test$"
-        ):
-            open_source("imagefolder", pets, "val")
-        with pytest.raises(FileNotFoundError, match=r"no folder 'fit'; .*: say --data\.train_split train$"):
-            open_source("imagefolder", pets, "train", split="fit")
-
-    def test_missing_split_without_a_likely_one(self, tmp_path: Path) -> None:
-        root = touch(tmp_path / "root", *(f"class{label}/a.jpg" for label in range(7)))
-        with pytest.raises(
-            FileNotFoundError,
-            match=r"it has class0, .*, class4 and 2 more: name one with --data\.val_split, or say --data\.val_split \.",
-        ):
-            open_source("imagefolder", root, "val")
-        with pytest.raises(FileNotFoundError, match=r"no folder 'train'; it has no folders at all: check --data\.root"):
-            open_source("imagefolder", root / "class0", "train")
-
-    def test_root(self, pets: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"imagenet needs a folder: say --data\.root FOLDER"):
-            open_source("imagenet", None, "train")
-        with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --data\.root$"):
-            open_source("imagefolder", tmp_path / "nowhere", "train")
-        with pytest.raises(NotADirectoryError, match=r"1\.jpg is not a folder: check --data\.root"):
-            open_source("imagefolder", pets / "train" / "dog" / "1.jpg", "train")
-
-    def test_home_and_links_are_resolved(self, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path))
-        (tmp_path / "link").symlink_to(pets)
-        assert open_source("imagefolder", "~/link", "train").path(0) == str(pets / "train/cat/1.jpg")
-
-    def test_empty_class_and_no_classes(self, pets: Path) -> None:
-        (pets / "train" / "bird").mkdir()
-        with pytest.raises(ValueError, match="train/bird has no picture"):
-            open_source("imagefolder", pets, "train")
-        touch(pets, "flat/1.jpg")
-        with pytest.raises(ValueError, match=r"flat has no class folders: put pictures in .*flat/<class>/"):
-            open_source("imagefolder", pets, "train", split="flat")
-
-    def test_large_trees_are_remembered(self, pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for path in [pets / "train", *(pets / "train").iterdir()]:
-            os.utime(path, (1_000_000_000, 1_000_000_000))
-        monkeypatch.setitem(manifest.open_tree.__kwdefaults__, "remember_above", 2)
-        first = open_source("imagefolder", pets, "train")
-        assert (manifest_folder(pets / "train") / "manifest.json").is_file()
-        monkeypatch.setattr(manifest, "scan", None)
-        second = open_source("imagefolder", pets, "train")
-        assert second.fingerprint == first.fingerprint
-        assert pickle.loads(pickle.dumps(second)).fingerprint == first.fingerprint
-
-
-class TestTinyImageNet:
-    LINES = ("val_0.JPEG\tn02\t0\t0\t9\t9", "val_1.JPEG\tn01\t1\t2\t3\t4", "val_2.JPEG\tn02\t0\t0\t1\t1")
-
-    @pytest.fixture
-    def root(self, tmp_path: Path) -> Path:
-        root = touch(
-            tmp_path / "tiny",
-            *(f"train/{wnid}/images/{wnid}_{number}.JPEG" for wnid in ("n02", "n01") for number in range(2)),
-            "train/n01/n01_boxes.txt",
-            *(f"val/images/val_{number}.JPEG" for number in range(3)),
-            "test/images/test_0.JPEG",
-            "words.txt",
-        )
-        (root / "wnids.txt").write_text("n02\nn01\n")
-        self.annotate(root, *self.LINES)
-        return root
-
-    def annotate(self, root: Path, *lines: str) -> None:
-        (root / "val" / "val_annotations.txt").write_text("".join(f"{line}\n" for line in lines))
-
-    def test_published_layout(self, root: Path) -> None:
-        train, val = open_source("tinyimagenet", root, "train"), open_source("tinyimagenet", root, "val")
-        assert train.classes == val.classes == ("n01", "n02")
-        assert train.labels.tolist() == [0, 0, 1, 1]
-        assert train.path(2) == str(root / "train/n02/images/n02_0.JPEG")
-        assert val.labels.tolist() == [1, 0, 1]
-        assert [val.path(row) for row in range(3)] == [str(root / f"val/images/val_{row}.JPEG") for row in range(3)]
-        assert val.labels.dtype == np.int64
-        assert (train.image_size, train.mean) == (64, (0.485, 0.456, 0.406))
-        check_same_classes(train, val)
-
-    @pytest.mark.parametrize("leftover", [True, False])
-    @pytest.mark.parametrize("below", ["", "images/"])
-    def test_converted_to_class_folders(self, root: Path, leftover: bool, below: str) -> None:
-        for path in (root / "val" / "images").iterdir():
-            path.unlink()
-        if not leftover:
-            (root / "val" / "images").rmdir()
-            (root / "val" / "val_annotations.txt").unlink()
-        touch(root / "val", f"n01/{below}val_1.JPEG", f"n02/{below}val_0.JPEG", f"n02/{below}val_2.JPEG")
-        val = open_source("tinyimagenet", root, "val")
-        assert val.classes == ("n01", "n02")
-        assert val.labels.tolist() == [0, 1, 1]
-
-    def test_converted_with_other_classes(self, root: Path) -> None:
-        touch(root / "val", "n01/a.JPEG", "n03/a.JPEG")
-        with pytest.raises(ValueError, match=r"train has 2 classes, val 2; only in train: n02; only in val: n03"):
-            open_source("tinyimagenet", root, "val")
-
-    def test_label_without_class(self, root: Path) -> None:
-        self.annotate(root, *self.LINES[:1], "val_1.JPEG\tn09\t0\t0\t1\t1")
-        with pytest.raises(ValueError, match=r"val/val_annotations\.txt line 2: class 'n09' has no folder in train"):
-            open_source("tinyimagenet", root, "val")
-
-    @pytest.mark.parametrize("name", ["val_7.JPEG", "val_0.JPEG", "../val_0.JPEG"])
-    def test_picture_missing_or_listed_twice(self, root: Path, name: str) -> None:
-        self.annotate(root, *self.LINES, f"{name}\tn01\t0\t0\t1\t1")
-        with pytest.raises(FileNotFoundError, match=rf"line 4: '{name}' is not in .*val/images, or listed twice"):
-            open_source("tinyimagenet", root, "val")
-
-    def test_malformed_line_and_empty_list(self, root: Path) -> None:
-        self.annotate(root, *self.LINES, "val_2.JPEG n01")
-        with pytest.raises(ValueError, match=r"line 4: 'val_2\.JPEG n01' is not 'picture <tab> class <tab> box'"):
-            open_source("tinyimagenet", root, "val")
-        self.annotate(root)
-        with pytest.raises(ValueError, match=r"val_annotations\.txt lists no picture"):
-            open_source("tinyimagenet", root, "val")
-
-    def test_half_unpacked(self, root: Path) -> None:
-        (root / "val" / "images").rename(root / "elsewhere")
-        with pytest.raises(FileNotFoundError, match=r"val_annotations\.txt is there, but .*val/images is not"):
-            open_source("tinyimagenet", root, "val")
-        (root / "train").rename(root / "gone")
-        with pytest.raises(FileNotFoundError, match="train is missing; its folders are the classes of val"):
-            open_source("tinyimagenet", root, "val")
-        with pytest.raises(FileNotFoundError, match="has no folder 'train'"):
-            open_source("tinyimagenet", root, "train")
-
-    def test_test_split_has_no_labels(self, root: Path) -> None:
-        with pytest.raises(ValueError, match=r"published test split has no labels\): say --data\.val_split val"):
-            open_source("tinyimagenet", root, "val", split="test")
-
-
 class TestOpenSource:
     def test_unknown_name(self) -> None:
         with pytest.raises(
-            ValueError, match=r"'cifar11' is unknown: did you mean cifar10.* say one of imagefolder, imagenet, tiny"
+            ValueError,
+            match=r"'cifar11' is unknown: did you mean cifar10.* say one of imagefolder, imagenet, imagenet100, tiny",
         ):
             open_source("cifar11", None, "train")
         with pytest.raises(ValueError, match="data set 'mnist' is unknown: say one of"):
+            open_source("mnist", None, "train")
+        with pytest.raises(ValueError, match="'mnist' has no statistics of its own: say one of imagefolder, "):
             default_statistics("mnist")
 
     def test_unknown_role(self, pets: Path) -> None:
@@ -224,9 +69,16 @@ class TestOpenSource:
 
     def test_download_of_what_cannot_be(self, pets: Path) -> None:
         with pytest.raises(
-            ValueError, match=r"imagenet cannot be downloaded by --data\.download; only cifar10, cifar100 can"
+            ValueError,
+            match=r"imagenet cannot be downloaded by --data\.download; only cifar10, cifar100, svhn, stl10 can; "
+            r"to get it, register at https://image-net\.org, .* /.*/pets/train/<wnid>/",
         ):
             open_source("imagenet", pets, "train", download=True)
+        with pytest.raises(ValueError, match=r"tinyimagenet cannot .*; to get it, fetch http://cs231n\.stanford\.edu/"):
+            open_source("tinyimagenet", None, "train", download=True)
+        for name in ("imagefolder", "digits", "tfrecord"):
+            with pytest.raises(ValueError, match=f"{name} cannot be downloaded .* can$"):
+                open_source(name, pets, "train", download=True)
 
     def test_limit_and_seed_are_passed_on(self, tmp_path: Path) -> None:
         root = touch(tmp_path / "root", *(f"train/{label}/{number}.jpg" for label in "ab" for number in range(50)))
@@ -235,12 +87,35 @@ class TestOpenSource:
         assert small.fingerprint == whole.limit(10, 3).fingerprint
         assert small.fingerprint != whole.limit(10, 4).fingerprint
 
-    def test_statistics_of_every_data_set(self) -> None:
-        for name in set(SOURCE_NAMES) - {"webdataset", "tfrecord"}:
-            mean, std, side = default_statistics(name)
-            assert all(0.25 < value < 0.55 for value in mean)
-            assert all(0.2 < value < 0.4 for value in std)
-            assert side in (32, 64, 224)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"name": "webdataset", "classes": "c.txt"},
+                "containers are read whole; choose classes when they are written",
+            ),
+            (
+                {"name": "imagefolder", "class_seed": 1},
+                r"--data\.class_seed 1 chooses the classes of imagenet100 where",
+            ),
+            (
+                {"name": "imagenet100", "class_seed": 0, "classes": "c.txt"},
+                r"--data\.classes names none: leave it out$",
+            ),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, pets: Path, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            open_source(options.pop("name"), pets, "train", **options)
+
+    def test_class_lists_lie_where_the_shell_says(
+        self, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "list.txt").write_text("dog\ncat\n")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        for path in ("list.txt", "~/list.txt"):
+            assert open_source("imagefolder", pets, "train", classes=path).classes == ("cat", "dog")
 
 
 class TestFingerprint:

@@ -1,10 +1,19 @@
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
+from dalikd.pipelines import inspection, stl10
 from dalikd.pipelines.data import DataConfig, open_sources
+from dalikd.pipelines.facts import FACTS
+from dalikd.pipelines.inspection import PUBLISHED
+from dalikd.pipelines.published import PublishedSet
+from dalikd.pipelines.stl10 import STL10
 from dalikd.tools import prepare
 
 
@@ -92,11 +101,15 @@ def test_both_targets_are_looked_at_before_anything_is_written(call, tree, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--output FOLDER says where to write; or verify"),
+        ([], "--output FOLDER says where to write; or look at the data set with --check true, fetch it with"),
         (["--output", "out"], "imagefolder needs a folder: say --data.root FOLDER"),
         (["--verify", "."], r"--verify .: there is no dataset.json in it"),
         (["--output", "out", "--format", "zip"], "zip"),
         (["--output", "out", "--data.name", "webdataset"], "webdataset"),
+        (["--check", "true", "--data.name", "svhn"], "svhn needs a folder: say --data.root FOLDER"),
+        (["--check", "true", "--data.name", "cifar10", "--data.root", "no"], "cifar10 is not as published ("),
+        (["--data.download", "true", "--data.name", "imagenet"], "imagenet cannot be downloaded by --data.download; "),
+        (["--data.download", "true", "--data.name", "tinyimagenet"], "fetch http://cs231n.stanford.edu/tiny-imagenet"),
         (["--output", "out", "--threads", "0"], "--threads 0: say 1 or more"),
     ],
 )
@@ -115,6 +128,123 @@ def test_other_classes_in_the_other_split(call, own_tree, tmp_path):
     assert code == 2
     assert "only in train: class2; only in val: another" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_looks_at_class_folders(call, own_tree):
+    assert call("--data.root", own_tree, "--check", "true")[:2] == (
+        0,
+        "imagefolder train: whole (3 classes, 99 pictures)\nimagefolder val: whole (3 classes, 30 pictures)\n",
+    )
+    damaged = own_tree / "val/class1/001.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    code, _, error = call("--data.root", own_tree, "--check", "true")
+    assert code == 2
+    assert f"cannot decode {damaged} (" in error
+    assert call("--data.root", own_tree, "--check", "true", "--split", "train")[0] == 0
+
+
+def test_looks_at_tinyimagenet_and_says_what_is_missing(call, own_tree):
+    code, out, error = call("--data.name", "tinyimagenet", "--data.root", own_tree, "--check", "true")
+    assert code == 2
+    assert out.splitlines() == [
+        "tinyimagenet train: different (3 classes, 99 pictures; 200 classes are published; 100,000 pictures are "
+        "published; a class has 500 pictures, but class0 33, class1 33, class2 33)",
+        "tinyimagenet val: different (3 classes, 30 pictures; 200 classes are published; 10,000 pictures are "
+        "published; a class has 50 pictures, but class0 10, class1 10, class2 10)",
+    ]
+    assert error.startswith(
+        "dalikd prepare: error: tinyimagenet is not as published (tinyimagenet train is different, and 1 more): fetch "
+    )
+    assert error.count("\n") == 1
+
+
+def test_a_part_is_not_counted(call, own_tree):
+    limits = ["--data.limit", 9, "--data.val_limit", 9]
+    code, out, _ = call("--data.name", "tinyimagenet", "--data.root", own_tree, "--check", "true", *limits)
+    assert (code, out) == (0, "")
+
+
+def test_another_data_set_is_not_written(call, own_tree, tmp_path):
+    arguments = ["--data.name", "tinyimagenet", "--data.root", own_tree, "--check", "true"]
+    code, _, error = call(*arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert "not as published" in error
+    assert not (tmp_path / "out").exists()
+    assert call(*arguments[:4], "--output", tmp_path / "out")[0] == 0  # without --check
+
+
+@pytest.fixture
+def small_stl10(monkeypatch: pytest.MonkeyPatch) -> PublishedSet:
+    """STL-10 with ten pictures a split, whose checksums are known; torchvision's download writes them."""
+    labels, pictures = bytes(range(1, 11)), bytes(10 * 27648)
+    content = {"train_X.bin": pictures, "train_y.bin": labels, "test_X.bin": pictures, "test_y.bin": labels}
+    sums = {name: hashlib.md5(data).hexdigest() for name, data in content.items()}
+    splits = {split: {name: md5 for name, md5 in sums.items() if name.startswith(split)} for split in STL10.splits}
+    published = replace(STL10, splits=splits)
+
+    def download(root: Path, *, download: bool) -> None:
+        assert download
+        for name, data in content.items():
+            (root / "stl10_binary" / name).write_bytes(data)
+
+    monkeypatch.setattr(stl10, "STL10", published)
+    monkeypatch.setitem(PUBLISHED, "stl10", published)
+    monkeypatch.setattr(datasets, "STL10", download)
+    facts = {"stl10": replace(FACTS["stl10"], images={"train": 10, "test": 10})}
+    monkeypatch.setattr(inspection, "FACTS", facts)
+    return published
+
+
+def test_downloads_and_verifies(call, small_stl10, tmp_path):
+    arguments = ["--data.name", "stl10", "--data.root", tmp_path / "data"]
+    code, out, error = call(*arguments, "--check", "true")
+    assert code == 2
+    assert out.splitlines() == [f"{tmp_path}/data/stl10_binary/{name}: missing" for name in small_stl10.files]
+    assert "train_X.bin is missing, and 3 more): remove the folder stl10_binary if it is there, and say" in error
+    assert not (tmp_path / "data").exists()
+    code, out, _ = call(*arguments, "--data.download", "true")
+    expected = [f"{tmp_path}/data/stl10_binary/{name}: whole" for name in small_stl10.files]
+    expected += [f"stl10 {split}: whole (10 classes, 10 pictures)" for split in ("train", "test")]
+    assert (code, out.splitlines()) == (0, expected)
+    assert call(*arguments, "--check", "true")[:2] == (code, out)
+
+
+def test_a_damaged_file_is_named(call, small_stl10, tmp_path):
+    arguments = ["--data.name", "stl10", "--data.root", tmp_path]
+    assert call(*arguments, "--data.download", "true")[0] == 0
+    path = tmp_path / "stl10_binary/test_X.bin"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    for output in ([], ["--output", tmp_path / "out"]):
+        code, out, error = call(*arguments, "--check", "true", *output)
+        assert code == 2
+        assert out.splitlines()[2].startswith(f"{path}: damaged (its MD5 is ")
+        assert out.count(": whole\n") == 3
+        assert f"({path} is damaged): remove" in error
+    assert not (tmp_path / "out").exists()
+    assert list(small_stl10.files)[2] == "test_X.bin"
+
+
+def test_writes_pictures_in_memory_after_the_check(call, small_stl10, tmp_path):  # noqa: ARG001
+    arguments = ["--data.name", "stl10", "--data.root", tmp_path / "data", "--data.download", "true", "--check", "true"]
+    code, out, _ = call(*arguments, "--output", tmp_path / "out")
+    assert code == 0
+    assert "out/val: 10 images of 10 classes in 1 files" in out
+    train, val = open_sources(DataConfig(name="webdataset", root=str(tmp_path / "out")), 0)
+    assert (train.name, train.split, val.name, val.split) == ("stl10", "train", "stl10", "test")
+
+
+def test_some_classes_go_into_containers(call, tree, tmp_path):
+    (tmp_path / "two.txt").write_text("class2\nclass0\n")
+    arguments = ["--data.root", tree, "--data.classes", tmp_path / "two.txt"]
+    assert call(*arguments, "--output", tmp_path / "out")[0] == 0
+    train, val = open_sources(DataConfig(name="webdataset", root=str(tmp_path / "out")), 0)
+    assert train.classes == val.classes == ("class0", "class2")
+    assert (len(train), len(val)) == (66, 20)
+    code, out, _ = call(*arguments, "--check", "true")
+    assert (code, out.count("whole (2 classes, ")) == (0, 2)
+    config = DataConfig(name="webdataset", root=str(tmp_path / "out"), classes=str(tmp_path / "two.txt"))
+    with pytest.raises(ValueError, match="containers are read whole; choose classes when they are written"):
+        open_sources(config, 0)
 
 
 def test_help_explains_every_option(capsys):

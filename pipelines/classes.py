@@ -1,0 +1,109 @@
+"""Which classes of a data set are used: all, those of a list, or a seeded choice; and whether two splits agree."""
+
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+__all__ = ["check_equal_classes", "draw_classes", "keep_listed", "read_class_list", "shorten"]
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Class names of a text file, one a line, in its order. A # at the start or after a space begins a remark.
+
+    Raises:
+        ValueError: a name is listed twice, fewer than two names are left, or it is no text.
+        FileNotFoundError: there is no such file.
+    """
+    lines: dict[str, int] = {}
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        name = re.sub(r"(^|\s)#.*", "", line).strip()
+        if name in lines:
+            raise ValueError(f"--data.classes {path} line {number}: {name} is listed in line {lines[name]} already")
+        if name:
+            lines[name] = number
+    if len(lines) < 2:
+        raise ValueError(f"--data.classes {path} lists {len(lines)} classes: name two or more, one a line")
+    return tuple(lines)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"--data.classes {path} is no file: name a text file of class names, one a line")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data.classes {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def keep_listed(present: Sequence[str], path: Path, where: str) -> tuple[str, ...]:
+    """The classes that a file lists, in the order of `present`, whatever their order in the file.
+
+    Args:
+        present: all classes of the data set, index = label.
+        path: of the file.
+        where: what has those classes, for messages.
+
+    Raises:
+        ValueError: as for `read_class_list`, or a listed class is not there.
+    """
+    listed = read_class_list(path)
+    missing = sorted(set(listed) - set(present))
+    if missing:
+        raise ValueError(
+            f"--data.classes {path}: {len(missing)} of {len(listed)} classes are not in {where}: {shorten(missing)}; "
+            f"it has {shorten(present)}"
+        )
+    return tuple(name for name in present if name in set(listed))
+
+
+def draw_classes(present: Sequence[str], count: int, seed: int, where: str) -> tuple[str, ...]:
+    """A seeded choice of `count` classes, in the order of `present`.
+
+    Those with the smallest SHA-256 of "seed/name". So the choice depends on the names and the seed alone, is the same
+    on every machine and for every split, and hardly changes when a class is added.
+
+    Raises:
+        ValueError: fewer than `count` classes are there.
+    """
+    if len(present) < count:
+        raise ValueError(
+            f"{where} has {len(present)} class folders of which {count} are to be chosen: give a tree with {count} or "
+            "more, or name the classes with --data.classes FILE"
+        )
+    chosen = set(sorted(present, key=lambda name: sha256(f"{seed}/{name}".encode()).digest())[:count])
+    return tuple(name for name in present if name in chosen)
+
+
+def check_equal_classes(name: str, one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:
+    """Check that a label means the same in two splits.
+
+    Args:
+        name: the data set's, for the message.
+        one: a split's name, and its classes in the order of their labels.
+        other: the same of another split.
+
+    Raises:
+        ValueError: the class lists differ; names the first differences.
+    """
+    (split, classes), (other_split, other_classes) = one, other
+    if tuple(classes) == tuple(other_classes):
+        return
+    differences = [
+        f"only in {where}: {shorten(missing)}"
+        for where, names, others in ((split, classes, other_classes), (other_split, other_classes, classes))
+        if (missing := [name for name in names if name not in set(others)])
+    ]
+    if not differences:
+        label = next(i for i, pair in enumerate(zip(classes, other_classes, strict=False)) if pair[0] != pair[1])
+        differences = [f"label {label} is {classes[label]} and {other_classes[label]}"]
+    raise ValueError(
+        f"{name}: {split} has {len(classes)} classes, {other_split} {len(other_classes)}; "
+        f"{'; '.join(differences)}: both must have the same class folders"
+    )
+
+
+def shorten(names: Sequence[str], count: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
