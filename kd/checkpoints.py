@@ -1,5 +1,6 @@
 """Weights made elsewhere."""
 
+import json
 import pickle
 import re
 from collections.abc import Iterable
@@ -7,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "read_state_dict"]
+from dalikd.kd.known_weights import check_sha256, identify
+from dalikd.kd.normalize import Normalisation
+
+__all__ = ["NORMALISATION_KEY", "load_weights", "read_normalisation", "read_state_dict"]
+
+#: where the metadata of a safetensors file hold the normalisation, as JSON with the lists "mean" and "std"
+NORMALISATION_KEY = "normalisation"
 
 # where trainers keep the state_dict, in the order in which they are looked for: averaged weights last
 _CONTAINERS = ("model", "net", "state_dict", "weight", "model_state_dict", "state_dict_ema", "model_ema")
@@ -19,7 +26,7 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 _SHOWN_KEYS = 4
 
 
-def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, sha256: str | None = None) -> None:
     """Loads the weights of a file into a model; the model is untouched if they do not fit.
 
     Batch norms' `num_batches_tracked` may be absent, as in files older than torch 0.4.1.
@@ -28,37 +35,89 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> 
         model: a net whose keys the file uses, possibly with the prefixes that `read_state_dict` removes.
         path: a file that `read_state_dict` can read.
         strict: whether every key must be in both; if not, at least one must.
+        sha256: checksum that the file must have, or its leading digits.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the
-            shapes are not those of the model.
+            shapes are not those of the model. It says what the file is, where that is known.
     """
-    weights = read_state_dict(path)
+    weights = read_state_dict(path, sha256=sha256)
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    _check_keys(weights, expected, path, strict)
-    _check_shapes(weights, expected, path, _last_linear_layer(model))
+    try:
+        _check_keys(weights, expected, path, strict)
+        _check_shapes(weights, expected, path, _last_linear_layer(model))
+    except ValueError as error:
+        known = identify(path)
+        raise ValueError(f"{error}; the file is {known}" if known else str(error)) from None
     model.load_state_dict(weights, strict=False)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_normalisation(path: str | Path) -> Normalisation | None:
+    """How the images were normalised that a file's weights were trained on; None where the file does not say.
+
+    Published files that are known say it by their content, those that this project writes in their metadata.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`.
+    """
+    path = _existing(path)
+    known = identify(path)
+    if known is not None:
+        return known.normalisation
+    if path.suffix != ".safetensors":
+        return None
+    text = _read_metadata(path).get(NORMALISATION_KEY)
+    return None if text is None else _parse_normalisation(text, path)
+
+
+def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU; no code in the file is run.
 
     Reads safetensors (by their suffix) and torch files that hold a state_dict, plain or under one of the usual names
     ("model", "net", "state_dict", "weight", ...; of several the first in this order, averaged weights last).
     The prefixes "module." and "_orig_mod." are removed where every key has them.
 
+    Args:
+        path: the file.
+        sha256: checksum that it must have, or its leading digits; it is read only if it has.
+
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
-        ValueError: the file is damaged, not a checkpoint, needs unsafe unpickling, or holds no state_dict.
+        ValueError: the file is damaged, has another checksum, is not a checkpoint, needs unsafe unpickling, or holds
+            no state_dict.
     """
+    path = _existing(path)
+    if sha256 is not None:
+        check_sha256(path, sha256)
+    identify(path)  # a known file's name with another content is an error
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
+    return _strip_prefixes(_find_state_dict(content, path))
+
+
+def _existing(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the weights file in it")
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-    return _strip_prefixes(_find_state_dict(content, path))
+    return path
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
+
+
+def _parse_normalisation(text: str, path: Path) -> Normalisation:
+    try:
+        content = json.loads(text)
+        return Normalisation(tuple(map(float, content["mean"])), tuple(map(float, content["std"])))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path}: its metadata "{NORMALISATION_KEY}" has no lists "mean" and "std"') from error
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -1,11 +1,19 @@
 """Pixels in, logits out: each net with its own mean and standard deviation."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Normalized"]
+__all__ = ["Normalisation", "Normalized"]
+
+
+class Normalisation(NamedTuple):
+    """How a net's images are normalised: a number a channel, of pixels scaled to 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Normalized(nn.Module):
@@ -18,6 +26,7 @@ class Normalized(nn.Module):
 
     Attributes:
         model: the net alone. Its state_dict is what is saved and published.
+        normalisation: mean and std.
     """
 
     scale: Tensor
@@ -26,6 +35,7 @@ class Normalized(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
+        self.normalisation = Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
         means, stds = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         self.register_buffer("scale", (1 / (255 * stds)).float(), persistent=False)
         self.register_buffer("shift", (-means / stds).float(), persistent=False)

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from dalikd.kd.backbones.mobilenetv2 import MobileNetV2
 from dalikd.kd.backbones.resnet import ResNet
 from dalikd.kd.backbones.resnet_bottleneck import BottleneckResNet
 from dalikd.kd.backbones.resnet_option_a import OptionAResNet
+from dalikd.kd.backbones.shufflenet_v1 import ShuffleNetV1
+from dalikd.kd.backbones.shufflenet_v2 import ShuffleNetV2
 from dalikd.kd.backbones.timm_models import create_timm_model
 from dalikd.kd.backbones.vgg import VGG
 from dalikd.kd.backbones.wrn import WideResNet
@@ -46,6 +49,11 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
     "ResNet50": partial(BottleneckResNet, (3, 4, 6, 3)),
+    "MobileNetV2": MobileNetV2,
+    "MobileNetV2_0_25": partial(MobileNetV2, width=0.25),
+    "ShuffleV1": ShuffleNetV1,
+    "ShuffleV2": ShuffleNetV2,
+    "ShuffleV2_0_3": partial(ShuffleNetV2, size=0.3),
 }
 
 
@@ -54,14 +62,15 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
     `model(images)` gives logits [B, num_classes] of normalised images [B, 3, H, W], H and W >= 32 unless a timm
     model asks for more. `model.forward_features_and_logits(images)` gives a list of stage features, the last one
-    pooled to [B, D], and the logits. The keys of the state_dict are the published ones.
+    pooled to [B, D], and the logits. `model.stage_modules()` lists the modules that give those of the stages, the stem
+    left out. The keys of the state_dict are the published ones.
 
     Args:
-        name: a net for small images, such as "resnet20", "wrn_40_2", "vgg13", "resnet20_option_a" or "ResNet50",
-            or any timm model as "timm:NAME".
+        name: a net for small images, such as "resnet20", "wrn_40_2", "vgg13", "resnet20_option_a", "ResNet50",
+            "MobileNetV2" or "ShuffleV2", or any timm model as "timm:NAME".
         num_classes: length of the logits.
-        **kwargs: options of the net, such as `dropout` of the wide ones; of `timm.create_model` for a timm model.
-            Nothing is downloaded unless they say `pretrained=True`.
+        **kwargs: options of the net, such as `dropout` of the wide ones, `width` of MobileNetV2 and `size` of
+            ShuffleV2; of `timm.create_model` for a timm model. Nothing is downloaded unless they say `pretrained=True`.
 
     Raises:
         ValueError: the name is unknown, the net has no such option, or `num_classes` is not positive.

@@ -1,8 +1,8 @@
-"""What the residual nets with projection shortcuts share."""
+"""What several nets share."""
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["initialise_convolutions", "projection"]
+__all__ = ["initialise_convolutions", "projection", "shuffle_channels"]
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -20,3 +20,13 @@ def initialise_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def shuffle_channels(features: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of [B, C, H, W]: the first of each group, then the second of each, and so on.
+
+    The result is channels_last in memory, as what a convolution of a channels_last net gives: one copy, and the next
+    convolution needs none.
+    """
+    pixels = features.permute(0, 2, 3, 1)
+    return pixels.unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)

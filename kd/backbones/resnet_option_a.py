@@ -34,6 +34,10 @@ class OptionAResNet(nn.Module):
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
         return self.forward_features_and_logits(images)[1]
 
+    def stage_modules(self) -> list[nn.Module]:
+        """The stages, whose outputs are their features, shallow to deep."""
+        return [self.layer1, self.layer2, self.layer3]
+
     def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
         stem = F.relu(self.bn1(self.conv1(images)))

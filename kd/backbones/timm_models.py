@@ -9,6 +9,7 @@ from torch import Tensor, nn
 __all__ = ["create_timm_model", "input_statistics"]
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_STEMS = ("act1", "bn1", "conv_stem", "norm0", "stem")  # how timm names the first features, if they are no stage's
 
 
 def create_timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
@@ -76,6 +77,14 @@ class _StageFeatures:
         # or several classifiers in between. In training mode dropout in the head therefore draws twice.
         pooled = self.forward_head(final, pre_logits=True)
         return [*intermediates, pooled], self.forward_head(final)
+
+    def stage_modules(self: Any) -> list[nn.Module]:
+        """Modules whose outputs are the features of the stages, shallow to deep; none if timm does not name them."""
+        named = [entry["module"] for entry in getattr(self, "feature_info", [])]
+        modules = dict(self.named_modules())
+        if not all(name in modules for name in named):
+            return []
+        return [modules[name] for name in named if name.rpartition(".")[2] not in _STEMS]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time and cannot be found by name: pickle and deepcopy start from timm's class.

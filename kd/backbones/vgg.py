@@ -30,6 +30,7 @@ class VGG(nn.Module):
         self.block2 = _block(_WIDTHS[1], _WIDTHS[2], convolutions[2])
         self.block3 = _block(_WIDTHS[2], _WIDTHS[3], convolutions[3])
         self.block4 = _block(_WIDTHS[3], _WIDTHS[4], convolutions[4])
+        self.activations = nn.ModuleList(nn.ReLU() for _ in _WIDTHS)  # of each block's last layer
         self.classifier = nn.Linear(_WIDTHS[4], num_classes)
         _initialise(self)
 
@@ -37,14 +38,19 @@ class VGG(nn.Module):
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
         return self.forward_features_and_logits(images)[1]
 
+    def stage_modules(self) -> list[nn.Module]:
+        """Modules whose outputs are the features of the blocks but the first, which is the stem; shallow to deep."""
+        return list(self.activations)[1:]
+
     def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of each of the five blocks (after ReLU, before pooling), then the pooled [B, D]; and the logits."""
-        block0 = F.relu(self.block0(images))
-        block1 = F.relu(self.block1(F.max_pool2d(block0, 2)))
-        block2 = F.relu(self.block2(F.max_pool2d(block1, 2)))
-        block3 = F.relu(self.block3(F.max_pool2d(block2, 2)))
+        relu = self.activations
+        block0 = relu[0](self.block0(images))
+        block1 = relu[1](self.block1(F.max_pool2d(block0, 2)))
+        block2 = relu[2](self.block2(F.max_pool2d(block1, 2)))
+        block3 = relu[3](self.block3(F.max_pool2d(block2, 2)))
         block4_input = F.max_pool2d(block3, 2) if images.shape[2] >= 64 else block3
-        block4 = F.relu(self.block4(block4_input))
+        block4 = relu[4](self.block4(block4_input))
         pooled = block4.mean(dim=(2, 3))
         return [block0, block1, block2, block3, block4, pooled], self.classifier(pooled)
 

@@ -37,6 +37,10 @@ class WideResNet(nn.Module):
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
         return self.forward_features_and_logits(images)[1]
 
+    def stage_modules(self) -> list[nn.Module]:
+        """The stages, whose outputs are their features, shallow to deep."""
+        return [self.block1, self.block2, self.block3]
+
     def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of the stem and of each stage, then the pooled [B, D]; and the logits.
 

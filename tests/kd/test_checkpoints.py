@@ -1,12 +1,16 @@
 import argparse
 import collections
+import hashlib
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dalikd.kd.checkpoints import load_weights, read_state_dict
+from dalikd.kd import known_weights
+from dalikd.kd.checkpoints import load_weights, read_normalisation, read_state_dict
+from dalikd.kd.known_weights import KnownWeights
+from dalikd.kd.normalize import Normalisation
 
 
 def make_model(num_classes=10):
@@ -220,3 +224,69 @@ def test_other_features_of_the_last_layer_are_a_matter_of_shape_not_of_classes(s
     state["head.weight"] = torch.ones(12, 8)
     torch.save(state, tmp_path / "w.pth")
     assert "head.weight [12, 8] instead of [10, 4]" in error_of(load_weights, make_model(), tmp_path / "w.pth")
+
+
+# ------------------------------------------------------------------------------------------------- known files
+
+
+@pytest.fixture
+def published(source, tmp_path, monkeypatch):
+    """The path of a file that is on the list of known ones."""
+    path = tmp_path / "net-1.pt"
+    torch.save({"state_dict": source.state_dict()}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    normalisation = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    entry = KnownWeights(path.name, digest[:8], "net1", "CIFAR-10", normalisation, 90.0, "https://example.org")
+    monkeypatch.setattr(known_weights, "KNOWN", (entry,))
+    return path
+
+
+def test_a_known_file_that_is_damaged_is_not_opened(published):
+    published.write_bytes(published.read_bytes()[:-200])
+    assert "is a damaged download: " in error_of(read_state_dict, published)
+    assert "is a damaged download: " in error_of(load_weights, make_model(), published)
+
+
+def test_errors_of_a_known_file_say_what_it_is(published):
+    known = "; the file is net1, trained on CIFAR-10 (https://example.org)"
+    message = error_of(load_weights, make_model(100), published)
+    assert message == f"{published}: the weights have 10 classes, the model 100{known}"
+    message = error_of(load_weights, nn.Sequential(nn.Linear(2, 3)), published)
+    assert "is not of this model" in message
+    assert message.endswith(known)
+
+
+def test_a_checksum_is_checked_before_the_file_is_opened(source, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(source.state_dict(), path)
+    model = make_model()
+    load_weights(model, path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    assert_same(model, source)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"w\.pth is damaged or another file: its SHA-256 is "):
+        load_weights(model, path, sha256="0" * 64)
+
+
+def test_the_normalisation_comes_from_the_list_or_from_the_files_metadata(published, source, tmp_path):
+    assert read_normalisation(published) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path, {"normalisation": '{"mean": [0.1, 0.2, 0.7], "std": [0.3, 0.2, 1]}'})
+    assert read_normalisation(str(path)) == ((0.1, 0.2, 0.7), (0.3, 0.2, 1.0))
+    save_file(source.state_dict(), path)
+    assert read_normalisation(path) is None
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert read_normalisation(tmp_path / "w.pth") is None
+
+
+@pytest.mark.parametrize("text", ["", "1", '{"mean": [0.5]}', '{"mean": 1, "std": 2}', '{"mean": ["x"], "std": [1]}'])
+def test_a_normalisation_that_is_none_is_named(text, source, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path, {"normalisation": text})
+    assert 'its metadata "normalisation" has no lists "mean" and "std"' in error_of(read_normalisation, path)
+
+
+def test_a_normalisation_is_asked_of_files_only(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        read_normalisation(tmp_path / "absent.pth")
+    (tmp_path / "w.safetensors").write_bytes(b"hello")
+    assert "is damaged or not a safetensors file" in error_of(read_normalisation, tmp_path / "w.safetensors")

@@ -53,6 +53,9 @@ COUNTS = {
     "vgg8": (5, 0),
     "vgg13": (10, 0),
     "ResNet50": (1 + 16 * 3 + 4, 0),
+    "MobileNetV2": (1 + 17 * 3 + 1, 0),  # stem, three in each of 17 blocks, the last convolution
+    "ShuffleV1": (1 + 16 * 3, 0),  # the shuffle stands between a norm and the next convolution
+    "ShuffleV2": (1 + 3 * 5 + 13 * 3 + 1, 0),
     "timm:resnet18": (1 + 8 * 2 + 3, 0),
     "timm:resnet50": (1 + 16 * 3 + 4, 0),
 }

@@ -12,7 +12,9 @@ from dalikd.kd.backbones import create_model
 PUBLISHED = json.loads((Path(__file__).parents[2] / "data" / "backbones.json").read_text())
 WITH_VALUES = [name for name, entry in PUBLISHED.items() if "logits" in entry]
 OPTION_A = [f"resnet{depth}_option_a" for depth in (20, 32, 44, 56, 110)]
-ONE_PER_FAMILY = ["resnet8", "resnet8x4", "resnet20_option_a", "wrn_16_2", "vgg8", "ResNet50"]
+HE_NORMAL = ["resnet8", "resnet8x4", "resnet20_option_a", "wrn_16_2", "vgg8", "ResNet50", "MobileNetV2"]
+TORCH_DEFAULT = ["ShuffleV1", "ShuffleV2"]
+ONE_PER_FAMILY = [*HE_NORMAL, *TORCH_DEFAULT]
 
 
 def meta_model(name, num_classes=100):
@@ -67,7 +69,7 @@ def test_one_forward_in_training_mode_updates_each_batch_norm_once(name, fill, i
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *OPTION_A])
-@pytest.mark.parametrize("side", [33, 48, 64])
+@pytest.mark.parametrize("side", [33, 48, 64, 224])
 def test_any_side_gives_a_row_of_logits_an_image(name, side):
     features, logits = meta_model(name, 7).forward_features_and_logits(torch.empty(3, 3, side, side, device="meta"))
     assert logits.shape == (3, 7)
@@ -77,8 +79,7 @@ def test_any_side_gives_a_row_of_logits_an_image(name, side):
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_images_need_not_be_square_and_pooled_is_what_the_last_layer_sees(name, fill):
     model = fill(create_model(name, 5), 1.0)
-    last_layer = list(model.children())[-1]
-    assert isinstance(last_layer, torch.nn.Linear)
+    last_layer = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
         features, logits = model.forward_features_and_logits(torch.randn(2, 3, 33, 40).double())
         torch.testing.assert_close(last_layer(features[-1]), logits, rtol=0, atol=0)
@@ -92,7 +93,7 @@ def test_every_parameter_is_trained(name):
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize("name", HE_NORMAL)
 def test_convolutions_start_with_the_scale_of_their_paper(name):
     torch.manual_seed(0)
     model = create_model(name, 10)
@@ -104,12 +105,39 @@ def test_convolutions_start_with_the_scale_of_their_paper(name):
             assert module.bias is None or not module.bias.any()
 
 
+@pytest.mark.parametrize("name", TORCH_DEFAULT)
+def test_convolutions_start_with_torchs_default_where_published_code_sets_nothing(name):
+    torch.manual_seed(0)
+    for key, module in create_model(name, 10).named_modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 4000:
+            fan_in = module.weight[0].numel()  # of one group
+            bound = fan_in**-0.5
+            assert 0.98 * bound < module.weight.abs().max().item() <= bound, key
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03), key
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", *TORCH_DEFAULT])
+def test_channels_last_stays_from_stage_to_stage(name):
+    model = create_model(name, 10).eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        features, _ = model.forward_features_and_logits(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features[:-1])
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", *TORCH_DEFAULT])
+def test_a_compiler_sees_one_graph(name):
+    model = create_model(name, 10).eval()
+    found = torch._dynamo.explain(model.forward_features_and_logits)(torch.randn(2, 3, 32, 32))
+    torch.compiler.reset()
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
 def test_unknown_name_lists_close_ones_and_says_how_to_name_timm_models():
     with pytest.raises(ValueError, match=r'unknown model "resnet21": did you mean .*resnet20.*\? .*"timm:NAME"'):
         create_model("resnet21", 10)
     with pytest.raises(ValueError, match="did you mean wrn_40_2"):
         create_model("WRN-40-2", 10)
-    with pytest.raises(ValueError, match=r"there are resnet8, .*ResNet50\. timm"):
+    with pytest.raises(ValueError, match=r"there are resnet8, .*ResNet50, .*ShuffleV2_0_3\. timm"):
         create_model("qqq", 10)
 
 

@@ -1,0 +1,90 @@
+"""ShuffleNet (the first) for small images: ShuffleV1.
+
+Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices", CVPR 2018,
+arXiv:1707.01083, table 1, three groups; with a 1x1 stem that keeps the resolution, as in Tian et al., "Contrastive
+Representation Distillation", ICLR 2020, arXiv:1910.10699.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalikd.kd.backbones.layers import shuffle_channels
+
+__all__ = ["ShuffleNetV1"]
+
+_STEM_CHANNELS = 24
+_WIDTHS = (240, 480, 960)
+_BLOCKS = (4, 8, 4)
+_GROUPS = 3
+
+
+class ShuffleNetV1(nn.Module):
+    """A ShuffleNet with three groups and three stages of 240, 480 and 960 channels.
+
+    Args:
+        num_classes: length of the logits.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, _STEM_CHANNELS, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS)
+        self.layer1 = _stage(_STEM_CHANNELS, _WIDTHS[0], _BLOCKS[0], first_groups=1)  # too few channels for groups
+        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], _BLOCKS[1], first_groups=_GROUPS)
+        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], _BLOCKS[2], first_groups=_GROUPS)
+        self.linear = nn.Linear(_WIDTHS[2], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
+        return self.forward_features_and_logits(images)[1]
+
+    def stage_modules(self) -> list[nn.Module]:
+        """The stages, whose outputs are their features, shallow to deep."""
+        return [self.layer1, self.layer2, self.layer3]
+
+    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
+        stem = F.relu(self.bn1(self.conv1(images)))
+        stage1 = self.layer1(stem)
+        stage2 = self.layer2(stage1)
+        stage3 = self.layer3(stage2)
+        pooled = stage3.mean(dim=(2, 3))
+        return [stem, stage1, stage2, stage3, pooled], self.linear(pooled)
+
+
+class _Block(nn.Module):
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; at stride 2 the pooled input is appended instead of added.
+
+    Args:
+        in_channels: of the input.
+        channels: of the output; at stride 2 with the input's.
+        stride: 1 or 2.
+        first_groups: of the first convolution.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, first_groups: int) -> None:
+        super().__init__()
+        self.appends = stride == 2
+        self.groups = first_groups
+        new_channels = channels - in_channels if self.appends else channels
+        hidden = new_channels // 4
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=first_groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, new_channels, 1, groups=_GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(new_channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(features)))
+        residual = F.relu(self.bn2(self.conv2(shuffle_channels(residual, self.groups))))
+        residual = self.bn3(self.conv3(residual))
+        if self.appends:
+            return F.relu(torch.cat((residual, F.avg_pool2d(features, 3, stride=2, padding=1)), dim=1))
+        return F.relu(residual + features)
+
+
+def _stage(in_channels: int, channels: int, blocks: int, first_groups: int) -> nn.Sequential:
+    rest = (_Block(channels, channels, 1, _GROUPS) for _ in range(blocks - 1))
+    return nn.Sequential(_Block(in_channels, channels, 2, first_groups), *rest)

@@ -1,0 +1,139 @@
+"""Published weight files that were looked at: their checksums, their nets, and how their images were normalised.
+
+A file is known by its content, whatever it is called. The list holds only what was verified: the checksum by a copy of
+the file or by the digits that its publisher put into its name, the net by its published code, the normalisation by the
+published training script or log. Other files work as well; what they need is said by hand.
+"""
+
+import hashlib
+import string
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from dalikd.kd.normalize import Normalisation
+
+__all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify"]
+
+_FEWEST_DIGITS = 8  # of a checksum, as in published file names
+
+_IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# not the deviation over all pixels, which a data set gives: the mean of the single images'
+_CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_CIFAR100 = Normalisation((0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
+
+
+@dataclass(frozen=True)
+class KnownWeights:
+    """A published file.
+
+    Args:
+        file: its published name.
+        sha256: hexadecimal digits of its checksum: all 64, or the leading ones in its name.
+        model: its net, as `create_model` names it.
+        data: what it was trained on.
+        normalisation: of the images it was trained on.
+        top1: published accuracy on the test images, in percent.
+        publisher: where it comes from.
+    """
+
+    file: str
+    sha256: str
+    model: str
+    data: str
+    normalisation: Normalisation
+    top1: float
+    publisher: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, trained on {self.data} ({self.publisher})"
+
+
+def _option_a(depth: int, sha256: str, top1: float) -> KnownWeights:
+    publisher = "https://github.com/akamaster/pytorch_resnet_cifar10"
+    file, model = f"resnet{depth}-{sha256[:8]}.th", f"resnet{depth}_option_a"
+    return KnownWeights(file, sha256, model, "CIFAR-10", _IMAGENET, top1, publisher)
+
+
+def _cifar_models(classes: int, model: str, sha256: str, top1: float) -> KnownWeights:
+    publisher = "https://github.com/chenyaofo/pytorch-cifar-models"
+    file, normalisation = f"cifar{classes}_{model}-{sha256}.pt", _CIFAR10 if classes == 10 else _CIFAR100
+    return KnownWeights(file, sha256, model, f"CIFAR-{classes}", normalisation, top1, publisher)
+
+
+def _torchvision(model: str, sha256: str, top1: float) -> KnownWeights:
+    publisher = "https://download.pytorch.org/models"
+    return KnownWeights(f"{model}-{sha256}.pth", sha256, f"timm:{model}", "ImageNet", _IMAGENET, top1, publisher)
+
+
+KNOWN = (
+    _option_a(20, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8", 91.73),
+    _option_a(32, "d509ac18", 92.63),
+    _option_a(44, "014dd654", 93.10),
+    _option_a(56, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367", 93.39),
+    _option_a(110, "1d1ed7c2", 93.68),
+    _cifar_models(10, "resnet20", "4118986f", 92.60),
+    _cifar_models(10, "resnet32", "ef93fc4d", 93.53),
+    _cifar_models(10, "resnet44", "2a3cabcb", 94.01),
+    _cifar_models(10, "resnet56", "187c023a", 94.37),
+    _cifar_models(100, "resnet20", "23dac2f1", 68.83),
+    _cifar_models(100, "resnet32", "84213ce6", 70.16),
+    _cifar_models(100, "resnet44", "ffe32858", 71.63),
+    _cifar_models(100, "resnet56", "f2eff4c8", 72.63),
+    _torchvision("resnet18", "f37072fd", 69.76),
+    _torchvision("resnet34", "b627a593", 73.31),
+    _torchvision("resnet50", "0676ba61", 76.13),
+    _torchvision("resnet101", "63fe2227", 77.37),
+    _torchvision("resnet152", "394f9c45", 78.31),
+    _torchvision("wide_resnet50_2", "95faca4d", 78.47),
+)
+
+
+def identify(path: str | Path) -> KnownWeights | None:
+    """The known file that a file is, by its content; None for any other.
+
+    Raises:
+        ValueError: it has the name of a known file and another content.
+    """
+    path = Path(path)
+    digest = file_sha256(path)
+    for known in KNOWN:
+        if digest.startswith(known.sha256):
+            return known
+        if path.name == known.file:
+            raise ValueError(
+                f"{path} is a damaged download: its SHA-256 begins with {digest[:8]}, that of the published file with "
+                f"{known.sha256[:8]}; fetch it again from {known.publisher}, or rename it if it is a file of your own"
+            )
+    return None
+
+
+def check_sha256(path: str | Path, sha256: str) -> None:
+    """Check a file against a checksum.
+
+    Args:
+        path: the file.
+        sha256: hexadecimal digits, all 64 or the leading ones, at least 8.
+
+    Raises:
+        ValueError: it is another or a damaged file, or `sha256` is no checksum.
+    """
+    expected = sha256.strip().lower()
+    if not _FEWEST_DIGITS <= len(expected) <= 64 or not set(expected) <= set(string.hexdigits):
+        raise ValueError(f'"{sha256}" is no SHA-256: give its 64 hexadecimal digits, or at least the first 8')
+    digest = file_sha256(path)
+    if not digest.startswith(expected):
+        raise ValueError(f"{path} is damaged or another file: its SHA-256 is {digest}, not {expected}")
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits. A file that has not changed is read once."""
+    path = Path(path)
+    state = path.stat()
+    return _sha256(path.absolute(), state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, changed: int, inode: int) -> str:  # noqa: ARG001
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
