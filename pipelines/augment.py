@@ -1,8 +1,8 @@
 """What is drawn for a batch: the draws of its views and of its mixing, as arrays.
 
-A *view* turns a stored picture into uint8 pixels of a fixed side. Training sees the base view; a per-image augmentation
-adds an augmented view on top of it. Batch-level mixing (mixup, cutmix, cutout) happens later, on the device, from the
-draws made here.
+A *view* turns a stored picture into uint8 pixels of a fixed side. Training sees the base view; each per-image
+augmentation adds an augmented view on top of it. Batch-level mixing (mixup, cutmix, cutout) happens later, on the
+device, from the draws made here. A batch may have any number of both: none of them changes what another one draws.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,37 @@ from typing import Literal
 
 import numpy as np
 
-from dalikd.pipelines.draws import Stream, crop_windows, derangements, uniforms
+from dalikd.pipelines.draws import Stream, crop_windows, derangements, erasing_boxes, uniforms
+from dalikd.pipelines.policies import (
+    BINS,
+    POLICIES,
+    auto_augment_draws,
+    policy_name,
+    rand_augment_draws,
+    trivial_augment_draws,
+)
 from dalikd.pipelines.sampler import Microbatch
 
-__all__ = ["AUGMENTED_VIEWS_IN_DALI", "AugmentedView", "DrawSpec", "Draws", "MixArrays", "View", "policy_table"]
+__all__ = [
+    "AUGMENTED_VIEWS_IN_DALI",
+    "AugmentedView",
+    "DrawSpec",
+    "Draws",
+    "MixArrays",
+    "MixRun",
+    "Schedule",
+    "View",
+    "ViewRun",
+]
 
-AugmentedView = Literal["none", "flip", "crop_flip", "autoaugment"]
-Partner = Literal["none", "permutation", "derangement"]
+AugmentedView = Literal["flip", "crop_flip", "autoaugment", "randaugment", "trivialaugment"]
+Partner = Literal["none", "permutation", "derangement", "first"]
+Schedule = tuple[tuple[float, float], ...]  # (epoch, value), ascending from epoch 0
 
-#: The augmented views that only DALI can make. Arrays in memory are gathered by torch for every other view.
-AUGMENTED_VIEWS_IN_DALI: frozenset[str] = frozenset({"autoaugment"})
+#: The augmented views that only DALI can make. Arrays in memory are gathered by torch where there is none of them.
+AUGMENTED_VIEWS_IN_DALI: frozenset[str] = POLICIES
+
+_MOST_RUNS = 240  # streams set aside for each use
 
 
 @dataclass(frozen=True)
@@ -52,17 +73,121 @@ class View:
 
 
 @dataclass(frozen=True)
+class ViewRun:
+    """One augmented view of every image.
+
+    Attributes:
+        kind: what is done to the base view.
+        run: which of several independent draws.
+        ops: operations one after the other. It is for randaugment to choose; autoaugment has 2, trivialaugment 1.
+        magnitude: of randaugment's operations, 0 to 30.
+    """
+
+    kind: AugmentedView
+    run: int = 0
+    ops: int = 2
+    magnitude: int = 9
+
+    def __post_init__(self) -> None:
+        _check_run(self.run)
+        if self.kind != "randaugment":  # equal views must compare equal, whatever was said of RandAugment
+            object.__setattr__(self, "ops", 1 if self.kind == "trivialaugment" else 2)
+            object.__setattr__(self, "magnitude", 9)
+        if self.ops < 1:
+            raise ValueError(f"--randaugment_ops {self.ops}: give at least 1 (published: 2)")
+        if not 0 <= self.magnitude < BINS["randaugment"]:
+            raise ValueError(f"--randaugment_magnitude {self.magnitude}: give 0 to 30 (published: 9)")
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        """Where its numbers come from, and how many an image takes."""
+        first, further, count = {
+            "flip": (Stream.AUGMENTED_VIEW, Stream.AUGMENTED_VIEW_RUN, 3),
+            "crop_flip": (Stream.AUGMENTED_VIEW, Stream.AUGMENTED_VIEW_RUN, 3),
+            "autoaugment": (Stream.POLICY, Stream.POLICY_RUN, 5),
+            "randaugment": (Stream.RANDAUGMENT, Stream.RANDAUGMENT, 2 * self.ops),
+            "trivialaugment": (Stream.TRIVIALAUGMENT, Stream.TRIVIALAUGMENT, 3),
+        }[self.kind]
+        return (further + self.run if self.run else int(first)), count
+
+
+@dataclass(frozen=True)
+class MixRun:
+    """One run of a batch-level mixing: what is drawn for it.
+
+    Attributes:
+        partner: whether mixing takes a partner, and whether one may be one's own; first: everyone takes the first
+            image of the mix group.
+        run: which of several independent draws.
+        alpha: lam ~ Beta(alpha, alpha), then floor + (ceiling - floor) x lam.
+        floor: by epoch, each value until the next one's epoch; none: 0.
+        ceiling: the same; none: 1.
+        cells: uniform numbers an image, for masks by patches.
+        box: whether to draw the box of random erasing.
+        box_probability: of a box.
+        box_scale: range of its area as a share of the image's.
+        box_ratio: range of its height / width.
+        layers: how many layers there are to draw one from; 0 to draw none.
+    """
+
+    partner: Partner = "none"
+    run: int = 0
+    alpha: float = 1.0
+    floor: Schedule = ()
+    ceiling: Schedule = ()
+    cells: int = 0
+    box: bool = False
+    box_probability: float = 0.5
+    box_scale: tuple[float, float] = (0.02, 0.33)
+    box_ratio: tuple[float, float] = (0.3, 3.3)
+    layers: int = 0
+
+    def __post_init__(self) -> None:
+        assert min(self.cells, self.layers) >= 0
+        _check_run(self.run)
+        _check_bounds(self)
+        _check_box(self.box_probability, self.box_scale, self.box_ratio)
+
+    @property
+    def streams(self) -> dict[int, int]:
+        """Where its numbers come from, and how many an image takes."""
+        optional = {Stream.CELLS: self.cells, Stream.BOX: 23 * self.box, Stream.LAYER: int(self.layers > 0)}
+        used = {Stream.MIX: 3, **{stream: count for stream, count in optional.items() if count}}
+        return {stream + self.run: count for stream, count in used.items()}
+
+    def bounds(self, epoch: float) -> tuple[float, float]:
+        """The least and the largest lam of an epoch: floor and ceiling."""
+        return _value_at(self.floor, epoch, 0.0), _value_at(self.ceiling, epoch, 1.0)
+
+
+@dataclass(frozen=True)
 class MixArrays:
-    """Draws of one mixing run: partner int64 [B] (row of this batch), lam float32 [B], center float32 [B, 2] (y, x)."""
+    """Draws of one mixing run.
+
+    Attributes:
+        partner: row of this batch, int64 [B].
+        lam: wanted share of the image itself, float32 [B].
+        center: (y, x) in [0, 1), float32 [B, 2].
+        cells: in [0, 1), float32 [B, cells].
+        box: top, left, height and width in pixels, int32 [B, 4]; zeros for no box.
+        layer: 0 to layers - 1, int32 [B].
+    """
 
     partner: np.ndarray
     lam: np.ndarray
     center: np.ndarray
+    cells: np.ndarray | None = None
+    box: np.ndarray | None = None
+    layer: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All draws of a microbatch: named arrays for the views, one MixArrays for each mixing run."""
+    """All draws of a microbatch: named arrays for the views, one MixArrays for each mixing run.
+
+    The base view's names are "crop", "flip", "tries" and "offsets", as it needs them. Augmented view number i has
+    "augmented_crop{i}" and "augmented_flip{i}", or, of a policy, "operation{i}", "magnitude{i}" and "sign{i}".
+    """
 
     views: dict[str, np.ndarray]
     mix: tuple[MixArrays, ...]
@@ -75,22 +200,23 @@ class DrawSpec:
     Attributes:
         view: the base view; its draws are always one for each sample.
         seed: the run's seed.
-        augmented: the per-image augmentation.
-        partner: whether mixing takes a partner, and whether one may be one's own.
-        runs: independent mixing runs (the pool factor of picking); 0 for no mixing.
-        alpha: lam ~ Beta(alpha, alpha).
+        views: the augmented views.
+        mixes: the mixing runs.
         mode: per_sample, or per_batch: one augmentation draw for a whole mix group, as published.
         mix_group: consecutive positions of the epoch's order that share partners and per_batch draws.
     """
 
     view: View
     seed: int = 0
-    augmented: AugmentedView = "none"
-    partner: Partner = "none"
-    runs: int = 0
-    alpha: float = 1.0
+    views: tuple[ViewRun, ...] = ()
+    mixes: tuple[MixRun, ...] = ()
     mode: Literal["per_sample", "per_batch"] = "per_sample"
     mix_group: int = 64
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a microbatch must hold whole mix groups."""
+        return self.mode == "per_batch" or any(run.partner != "none" for run in self.mixes)
 
     def draw(self, micro: Microbatch) -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
@@ -103,16 +229,22 @@ class DrawSpec:
         if not streams:
             return Draws(views, ())
         numbers = {key: value[spread] for key, value in uniforms(self.seed, micro.epoch, addresses, streams).items()}
-        views |= self._augmented_draws(numbers)
-        partners = (self._partners(micro.epoch, groups, run) for run in range(self.runs))
-        mix = tuple(self._mix(numbers[Stream.MIX + run], partner) for run, partner in enumerate(partners))
-        return Draws(views, mix)
+        for index, run in enumerate(self.views):
+            drawn = self._augmented_draws(run, numbers)
+            views |= {f"{name}{index}": array for name, array in drawn.items()}
+        partners = self._all_partners(micro.epoch, groups)
+        mix = (self._mix(run, micro.epoch, numbers, partners[run.partner, run.run]) for run in self.mixes)
+        return Draws(views, tuple(mix))
 
     @cached_property
     def _streams(self) -> dict[int, int]:
-        counts = {"none": {}, "flip": {Stream.AUGMENTED_VIEW: 3}, "crop_flip": {Stream.AUGMENTED_VIEW: 3}}
-        counts["autoaugment"] = {Stream.POLICY: 5}
-        return {**counts[self.augmented], **{Stream.MIX + run: 3 for run in range(self.runs)}}
+        """Numbers an image takes from each stream; where several take from one, as many as the greediest."""
+        wanted = [run.stream for run in self.views]
+        wanted += [item for run in self.mixes for item in run.streams.items()]
+        counts: dict[int, int] = {}
+        for stream, count in wanted:
+            counts[stream] = max(count, counts.get(stream, 0))
+        return counts
 
     def _base_draws(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         if self.view.crop in ("center_crop", "square", "whole"):
@@ -124,39 +256,72 @@ class DrawSpec:
         tries, offsets = crop_windows(numbers[:, :22], self.view.scale, self.view.ratio)
         return {"tries": tries, "offsets": offsets, "flip": _flip(numbers[:, 20:])}
 
-    def _augmented_draws(self, numbers: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
-        if self.augmented == "autoaugment":
-            return _policy_draws(numbers[Stream.POLICY], policy_name(self.view.size))
-        if self.augmented == "none":
-            return {}
-        view = numbers[Stream.AUGMENTED_VIEW]
-        crop = {"augmented_crop": self._crop(view)} if self.augmented == "crop_flip" else {}
-        return {**crop, "augmented_flip": _flip(view)}
+    def _augmented_draws(self, run: ViewRun, numbers: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
+        stream, count = run.stream
+        own = numbers[stream][:, :count]
+        if run.kind == "autoaugment":
+            return auto_augment_draws(own, policy_name(self.view.size))
+        if run.kind == "randaugment":
+            return rand_augment_draws(own, run.magnitude)
+        if run.kind == "trivialaugment":
+            return trivial_augment_draws(own)
+        crop = {"augmented_crop": self._crop(own)} if run.kind == "crop_flip" else {}
+        return {**crop, "augmented_flip": _flip(own)}
 
     def _crop(self, numbers: np.ndarray) -> np.ndarray:
         return np.floor(numbers[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
 
-    def _partners(self, epoch: int, groups: np.ndarray, run: int) -> np.ndarray:
+    def _all_partners(self, epoch: int, groups: np.ndarray) -> dict[tuple[Partner, int], np.ndarray]:
+        """By kind and run, each drawn once."""
+        wanted: set[tuple[Partner, int]] = {(run.partner, run.run) for run in self.mixes}
+        return {(partner, run): self._partners(epoch, groups, partner, run) for partner, run in wanted}
+
+    def _partners(self, epoch: int, groups: np.ndarray, partner: Partner, run: int) -> np.ndarray:
         rows = np.arange(len(groups))
-        if self.partner == "none":
+        if partner == "none":
             return rows
+        if partner == "first":
+            return rows // self.mix_group * self.mix_group
         whole = len(groups) // self.mix_group * self.mix_group
         pieces = []
         for start, stop, size in ((0, whole, self.mix_group), (whole, len(groups), len(groups) - whole)):
             if start == stop:
                 continue
             numbers = groups[start:stop:size]
-            inside = derangements(self.seed, epoch, numbers, size, run, fixed_points=self.partner == "permutation")
+            inside = derangements(self.seed, epoch, numbers, size, run, fixed_points=partner == "permutation")
             pieces.append((inside + (start + size * np.arange(len(numbers)))[:, None]).reshape(-1))
         return np.concatenate(pieces)
 
-    def _mix(self, numbers: np.ndarray, partner: np.ndarray) -> MixArrays:
-        lam = numbers[:, 0]
-        if self.alpha != 1.0:
-            from scipy.special import betaincinv
+    def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixArrays:
+        own = {stream - run.run: numbers[stream][:, :count] for stream, count in run.streams.items()}
+        return MixArrays(
+            partner,
+            _lam(run, epoch, own[Stream.MIX][:, 0]).astype(np.float32),
+            _below_one(own[Stream.MIX][:, 1:3]),
+            _below_one(own[Stream.CELLS]) if run.cells else None,
+            self._boxes(run, own[Stream.BOX]) if run.box else None,
+            np.floor(own[Stream.LAYER][:, 0] * run.layers).astype(np.int32) if run.layers else None,
+        )
 
-            lam = betaincinv(self.alpha, self.alpha, lam)
-        return MixArrays(partner, lam.astype(np.float32), _below_one(numbers[:, 1:3]))
+    def _boxes(self, run: MixRun, numbers: np.ndarray) -> np.ndarray:
+        return erasing_boxes(numbers, self.view.size, run.box_probability, run.box_scale, run.box_ratio)
+
+
+def _lam(run: MixRun, epoch: int, numbers: np.ndarray) -> np.ndarray:
+    lam = numbers
+    if run.alpha != 1.0:
+        from scipy.special import betaincinv
+
+        lam = betaincinv(run.alpha, run.alpha, lam)
+    if not run.floor and not run.ceiling:
+        return lam
+    low, high = run.bounds(epoch)
+    return low + (high - low) * lam
+
+
+def _value_at(schedule: Schedule, epoch: float, usual: float) -> float:
+    """The value of the last entry that is not after the epoch."""
+    return next((value for start, value in reversed(schedule) if start <= epoch), usual)
 
 
 def _flip(numbers: np.ndarray) -> np.ndarray:
@@ -168,39 +333,33 @@ def _below_one(numbers: np.ndarray) -> np.ndarray:
     return np.minimum(numbers.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
 
-def policy_name(size: int) -> Literal["cifar10", "imagenet"]:
-    """The AutoAugment policy for a side: CIFAR-10's at 32 pixels, ImageNet's else (Cubuk et al., CVPR 2019)."""
-    return "cifar10" if size <= 32 else "imagenet"
+def _check_run(run: int) -> None:
+    if not 0 <= run < _MOST_RUNS:
+        raise ValueError(f"run {run} of an augmentation: there is room for runs 0 to {_MOST_RUNS - 1}")
 
 
-def policy_table(name: Literal["cifar10", "imagenet"]) -> tuple[list[str], np.ndarray]:
-    """An AutoAugment policy as a table, from torchvision's published policies.
-
-    Returns:
-        names of the operations, the first one "identity"; and float64 [25, 2, 3]: for each sub-policy and step the
-        operation's index, its probability and its magnitude bin of 0 to 9.
-    """
-    from torchvision.transforms import AutoAugment, AutoAugmentPolicy
-
-    policies = AutoAugment(AutoAugmentPolicy(name)).policies
-    used = sorted({step[0] for policy in policies for step in policy})
-    names = ["identity", *used]
-    table = [[(names.index(op), share, magnitude or 0) for op, share, magnitude in policy] for policy in policies]
-    return names, np.array(table, np.float64)
+def _check_bounds(run: MixRun) -> None:
+    _check_schedule("floor", run.floor)
+    _check_schedule("ceiling", run.ceiling)
+    for epoch, _ in (*run.floor, *run.ceiling):
+        low, high = run.bounds(epoch)
+        if low > high:
+            raise ValueError(f"--floor {low} is above --ceiling {high} from epoch {epoch:g} on: give a floor below it")
 
 
-_TABLES: dict[str, np.ndarray] = {}
+def _check_box(probability: float, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    if not 0 <= probability <= 1:
+        raise ValueError(f"random erasing has probability {probability}: give 0 to 1 (published: 0.5)")
+    if not 0 <= scale[0] <= scale[1] <= 1:
+        raise ValueError(f"random erasing has areas of {scale}: give shares of 0 to 1, the smaller one first")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"random erasing has ratios of {ratio}: give two numbers above 0, the smaller one first")
 
 
-def _policy_draws(numbers: np.ndarray, policy: Literal["cifar10", "imagenet"]) -> dict[str, np.ndarray]:
-    """Two operations each, with bins and signs; an operation that its probability leaves out becomes identity."""
-    if policy not in _TABLES:
-        _TABLES[policy] = policy_table(policy)[1]
-    table = _TABLES[policy]
-    steps = table[np.floor(numbers[:, 0] * len(table)).astype(np.int64)]  # [B, 2, 3]
-    applied = numbers[:, 1:3] < steps[:, :, 1]
-    return {
-        "operation": np.where(applied, steps[:, :, 0], 0).astype(np.int32),
-        "magnitude": steps[:, :, 2].astype(np.int32),
-        "sign": (numbers[:, 3:5] < 0.5).astype(np.int32),
-    }
+def _check_schedule(name: str, schedule: Schedule) -> None:
+    epochs = [epoch for epoch, _ in schedule]
+    if epochs and (epochs[0] != 0 or epochs != sorted(set(epochs))):
+        raise ValueError(f"--{name} has epochs {epochs}: start with epoch 0, and give each once, in ascending order")
+    for epoch, value in schedule:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name} {value} from epoch {epoch:g} on: give a share of 0 to 1")

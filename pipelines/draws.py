@@ -10,7 +10,7 @@ from enum import IntEnum
 
 import numpy as np
 
-__all__ = ["Stream", "crop_windows", "derangements", "permutation", "philox", "uniforms"]
+__all__ = ["Stream", "crop_windows", "derangements", "erasing_boxes", "permutation", "philox", "uniforms"]
 
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -26,8 +26,15 @@ class Stream(IntEnum):
     BASE_VIEW = 1
     AUGMENTED_VIEW = 2
     POLICY = 3
-    MIX = 16  # + run
+    MIX = 16  # + run, below 240
     PARTNER = 256  # + run
+    AUGMENTED_VIEW_RUN = 512  # + run, from 1 on: run 0 is AUGMENTED_VIEW
+    POLICY_RUN = 768  # + run, from 1 on: run 0 is POLICY
+    RANDAUGMENT = 1024  # + run
+    TRIVIALAUGMENT = 1280  # + run
+    CELLS = 1536  # + run
+    BOX = 1792  # + run
+    LAYER = 2048  # + run
 
 
 def philox(counter: Sequence[np.ndarray | np.integer], seed: int) -> np.ndarray:
@@ -148,3 +155,31 @@ def crop_windows(
     low, high = np.log(ratio)
     ratios = np.exp(low + (high - low) * numbers[:, 10:20])
     return np.stack((areas, ratios), -1), numbers[:, 20:22]
+
+
+def erasing_boxes(
+    numbers: np.ndarray, side: int, probability: float, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """Turn uniform numbers into the boxes of random erasing, as torchvision's RandomErasing draws them.
+
+    Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, arXiv 1708.04896. Of ten tries the first counts whose
+    box is smaller than the picture, in both directions.
+
+    Args:
+        numbers: uniform [n, 23]: whether to erase, ten areas, ten aspect ratios, two offsets.
+        side: of the pictures, in pixels.
+        probability: of erasing.
+        scale: range of the area as a share of the picture's.
+        ratio: range of height / width, drawn log-uniformly.
+
+    Returns:
+        top, left, height and width, int32 [n, 4]; zeros where nothing is erased.
+    """
+    tries, offsets = crop_windows(numbers[:, 1:23], scale, ratio)
+    areas, ratios = side * side * tries[:, :, 0], tries[:, :, 1]
+    shapes = np.rint(np.sqrt(np.stack((areas * ratios, areas / ratios), -1)))  # [n, 10, 2] height, width
+    fits = (shapes < side).all(-1)
+    shape = np.take_along_axis(shapes, fits.argmax(-1)[:, None, None], 1)[:, 0]
+    start = np.floor(offsets * (side - shape + 1))
+    erased = (numbers[:, 0] < probability) & fits.any(-1) & (shape > 0).all(-1)
+    return np.where(erased[:, None], np.concatenate((start, shape), 1), 0).astype(np.int32)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, AugmentedView, Draws, DrawSpec
+from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
@@ -43,11 +43,11 @@ class Plan:
 
 
 class Pixels(NamedTuple):
-    """What an engine has made: `images` and, with an augmented view, `augmented`, uint8 [B, S, S, 3]."""
+    """What an engine has made: `images`, and `augmented` for each augmented view, uint8 [B, S, S, 3] each."""
 
     plan: Plan
     images: Tensor
-    augmented: Tensor | None
+    augmented: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,15 @@ class Engine(Protocol):
 
 
 def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None) -> bool:
-    """Whether nothing has to be resized or warped, so that a gather makes the views of pictures in memory."""
+    """Whether nothing has to be resized or warped, so that a gather makes the views of pictures in memory.
+
+    One view that only DALI can make sends all of them through DALI, which decodes or slices once for all.
+    """
     view = spec.view
     if resident is None and (source.arrays is None or source.arrays.shape[1:3] != (view.size, view.size)):
         return False
     resizes = view.crop == "random_resized_crop" or (view.crop == "center_crop" and view.resize != view.size)
-    return not resizes and spec.augmented not in AUGMENTED_VIEWS_IN_DALI
+    return not resizes and not any(run.kind in AUGMENTED_VIEWS_IN_DALI for run in spec.views)
 
 
 class GatherEngine:
@@ -124,7 +127,7 @@ class GatherEngine:
 
     def __init__(self, work: Work, resident: Resident) -> None:
         self._work = work
-        self._views = ResidentViews(resident, work.spec.view)
+        self._views = ResidentViews(resident, work.spec.view, work.spec.views)
 
     def fetch(self, position: int) -> Pixels:
         """The pixels of a microbatch."""
@@ -157,12 +160,12 @@ class DaliEngine:
         self._reader: Literal["files", "bytes", "arrays"] = "files" if work.source.arrays is None else "arrays"
         self._work, self._options = work, options
         self._view = work.spec.view
-        self._augmented: AugmentedView = work.spec.augmented
+        self._views: tuple[ViewRun, ...] = work.spec.views
         self._windows: WindowViews | None = None
         if self._view.crop == "random_resized_crop" and work.device.type == "cpu":
             self._windows = WindowViews(work.spec, work.microbatch, options.threads)
-            self._view, self._augmented = replace(self._view, crop="window"), "none"
-        self._names = input_names(self._view, self._augmented)[1:]
+            self._view, self._views = replace(self._view, crop="window"), ()
+        self._names = input_names(self._view, self._views)[1:]
         self._graph: Any = None
         self._first = 0
         self._plans: deque[Plan] = deque()
@@ -177,10 +180,8 @@ class DaliEngine:
             views = self._windows((np.asarray(windows[slot]) for slot in range(len(windows))), plan.draws.views)
             return Pixels(plan, *views)
         tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        pixels = [
-            self._work.hand.pixels(name, tensor) for name, tensor in zip(("images", "augmented"), tensors, strict=False)
-        ]
-        return Pixels(self._plans.popleft(), pixels[0], pixels[1] if len(pixels) > 1 else None)
+        images, *augmented = (self._work.hand.pixels(f"view{number}", tensor) for number, tensor in enumerate(tensors))
+        return Pixels(self._plans.popleft(), images, tuple(augmented))
 
     def plan(self, position: int) -> Plan:
         """The plan of a microbatch."""
@@ -218,7 +219,7 @@ class DaliEngine:
         self._graph = build_graph(
             self._inputs,
             self._view,
-            self._augmented,
+            self._views,
             reader=self._reader,
             batch_size=work.microbatch,
             device_id=(work.device.index or 0) if work.device.type == "cuda" else None,

@@ -1,4 +1,4 @@
-"""The DALI graphs: read → guarded decode → view → augmented view → uint8 NHWC pixels.
+"""The DALI graphs: read → guarded decode → view → augmented views of it, each a branch → uint8 NHWC pixels.
 
 No DALI random operator stands here: every draw comes in as an input, so that a sample's pixels depend on its row, the
 epoch and the seed alone. `mixed` decode on a GPU, `cpu` otherwise; the rest of a graph follows the pixels.
@@ -18,16 +18,23 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 
-from dalikd.pipelines.augment import AugmentedView, View, policy_name, policy_table
+from dalikd.pipelines.augment import View, ViewRun
 
 __all__ = ["build_graph", "input_names"]
 
 Reader = Literal["files", "bytes", "arrays"]
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
-_WARP_FILL = 128  # grey, as in the published policies
+_POLICY_DRAWS = ("operation", "magnitude", "sign")
+_AUGMENTED_DRAWS = {
+    "flip": ("augmented_flip",),
+    "crop_flip": ("augmented_crop", "augmented_flip"),
+    "autoaugment": _POLICY_DRAWS,
+    "randaugment": _POLICY_DRAWS,
+    "trivialaugment": _POLICY_DRAWS,
+}
 
 
-def input_names(view: View, augmented: AugmentedView) -> tuple[str, ...]:
+def input_names(view: View, views: Sequence[ViewRun] = ()) -> tuple[str, ...]:
     """The graph's inputs in order: `source` (paths, encoded pictures or arrays), then the draws by name."""
     base = {
         "center_crop": (),
@@ -37,19 +44,14 @@ def input_names(view: View, augmented: AugmentedView) -> tuple[str, ...]:
         "pad_crop": ("crop", "flip"),
         "random_resized_crop": ("tries", "offsets", "flip"),
     }
-    more = {
-        "none": (),
-        "flip": ("augmented_flip",),
-        "crop_flip": ("augmented_crop", "augmented_flip"),
-        "autoaugment": ("operation", "magnitude", "sign"),
-    }
-    return ("source", *base[view.crop], *more[augmented])
+    more = (f"{name}{index}" for index, run in enumerate(views) for name in _AUGMENTED_DRAWS[run.kind])
+    return ("source", *base[view.crop], *more)
 
 
 def build_graph(
     callback: Callable[[Any], Sequence[Any]],
     view: View,
-    augmented: AugmentedView,
+    views: Sequence[ViewRun] = (),
     *,
     reader: Reader,
     batch_size: int,
@@ -61,9 +63,9 @@ def build_graph(
     """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
 
     Args:
-        callback: returns one batch for each of `input_names(view, augmented)`, for ever.
+        callback: returns one batch for each of `input_names(view, views)`, for ever.
         view: the base view.
-        augmented: the augmented view, or "none".
+        views: the augmented views.
         reader: the source is "files": paths as uint8 arrays; "bytes": encoded pictures as uint8 arrays; "arrays":
             uint8 [H, W, 3] pixels.
         batch_size: the largest batch.
@@ -73,13 +75,14 @@ def build_graph(
         hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
 
     Returns:
-        a built pipeline with one output, or two with an augmented view: uint8 [H, W, 3] pixels for each sample.
+        a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
+        each sample.
     """
     with _quiet_build():
         graph = _graph(
             callback,
             view,
-            augmented,
+            tuple(views),
             reader,
             {} if hw_decoder_load is None or device_id is None else {"hw_decoder_load": hw_decoder_load},
             batch_size=batch_size,
@@ -106,10 +109,18 @@ def _quiet_build():
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(callback, view: View, augmented: AugmentedView, reader: Reader, decoder: dict[str, Any]):
-    draws = _inputs(callback, input_names(view, augmented))
-    pixels = _VIEWS[view.crop](_READERS[reader](draws["source"], decoder), view, draws)
-    return _AUGMENTED[augmented](pixels, view, draws)
+def _graph(callback, view: View, views: tuple[ViewRun, ...], reader: Reader, decoder: dict[str, Any]):
+    draws = _inputs(callback, input_names(view, views))
+    outputs = [_VIEWS[view.crop](_READERS[reader](draws["source"], decoder), view, draws)]
+    for index, run in enumerate(views):
+        outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
+    return tuple(outputs)
+
+
+@do_not_convert
+def _draws_of(draws: dict[str, Any], index: int, run: ViewRun) -> dict[str, Any]:
+    """The draws of augmented view number `index`, by their names without the number."""
+    return {name: draws[f"{name}{index}"] for name in _AUGMENTED_DRAWS[run.kind]}
 
 
 @do_not_convert  # plain Python, not DALI's conditional dialect
@@ -311,69 +322,25 @@ def _half_to_even(difference):
 # --------------------------------------------------------------------------------------- augmented views
 
 
-def _only_base(pixels, view: View, draws):  # noqa: ARG001
-    return pixels
+def _flipped(pixels, view: View, run: ViewRun, draws):  # noqa: ARG001 - all augmented views have one form
+    return fn.flip(pixels, horizontal=draws["augmented_flip"])
 
 
-def _flipped(pixels, view: View, draws):  # noqa: ARG001
-    return pixels, fn.flip(pixels, horizontal=draws["augmented_flip"])
-
-
-def _crop_flipped(pixels, view: View, draws):
+def _crop_flipped(pixels, view: View, run: ViewRun, draws):  # noqa: ARG001 - all augmented views have one form
     moved = _pad_and_crop(pixels, view, draws["augmented_crop"])
-    return pixels, fn.flip(moved, horizontal=draws["augmented_flip"])
+    return fn.flip(moved, horizontal=draws["augmented_flip"])
 
 
-def _auto_augmented(pixels, view: View, draws):
-    """AutoAugment (Cubuk et al., CVPR 2019): two drawn operations one after the other."""
-    from nvidia.dali.auto_aug.core import signed_bin
-    from nvidia.dali.auto_aug.core._select import select
+def _policy(pixels, view: View, run: ViewRun, draws):
+    from dalikd.pipelines.operations import apply_policy  # here: DALI's modules of operations warn when imported
 
-    names, _ = policy_table(policy_name(view.size))
-    table = _operations()
-    operations = [table[name] for name in names]
-    result = pixels
-    for step in range(2):
-        magnitude = signed_bin(draws["magnitude"][step], random_sign=draws["sign"][step])
-        result = select(
-            operations,
-            draws["operation"][step],
-            data=result,
-            magnitude_bin=magnitude,
-            num_magnitude_bins=10,
-            fill_value=_WARP_FILL,
-            shape=np.array([view.size, view.size]),
-        )
-    return pixels, result
+    return apply_policy(run.kind, pixels, run.ops, view.size, draws)
 
 
 _AUGMENTED = {
-    "none": _only_base,
     "flip": _flipped,
     "crop_flip": _crop_flipped,
-    "autoaugment": _auto_augmented,
+    "autoaugment": _policy,
+    "randaugment": _policy,
+    "trivialaugment": _policy,
 }
-
-
-def _operations() -> dict[str, Any]:
-    """DALI's operations with torchvision's magnitude ranges (ten bins)."""
-    from nvidia.dali.auto_aug import augmentations as dali
-
-    shift = 150 / 331  # of the side
-    return {
-        "identity": dali.identity,
-        "ShearX": dali.shear_x.augmentation((0, 0.3), True),
-        "ShearY": dali.shear_y.augmentation((0, 0.3), True),
-        "TranslateX": dali.translate_x.augmentation((0, shift), True),
-        "TranslateY": dali.translate_y.augmentation((0, shift), True),
-        "Rotate": dali.rotate.augmentation((0, 30), True),
-        "Brightness": dali.brightness.augmentation((0, 0.9), True),
-        "Color": dali.color.augmentation((0, 0.9), True),
-        "Contrast": dali.contrast.augmentation((0, 0.9), True),
-        "Sharpness": dali.sharpness.augmentation((0, 0.9), True),
-        "Posterize": dali.posterize.augmentation((8, 4), False),
-        "Solarize": dali.solarize.augmentation((255, 0), False),
-        "AutoContrast": dali.auto_contrast,
-        "Equalize": dali.equalize,
-        "Invert": dali.invert,
-    }

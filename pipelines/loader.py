@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
-from dalikd.pipelines.augment import DrawSpec
+from dalikd.pipelines.augment import DrawSpec, MixArrays
 from dalikd.pipelines.doctor import find_bad_files
 from dalikd.pipelines.engines import (
     DaliEngine,
@@ -45,10 +45,10 @@ class Batch:
 
     Attributes:
         images: uint8 [B, S, S, 3], the base view.
-        augmented: uint8 [B, S, S, 3], the augmented view, where the augmentation is per image.
+        augmented: uint8 [B, S, S, 3] for each augmented view, in the order of `DrawSpec.views`.
         labels: int64 [B].
         ids: rows of the data set, int64 [B].
-        mix: draws of each mixing run.
+        mix: draws of each mixing run, in the order of `DrawSpec.mixes`.
         epoch: of this batch.
         start: position of the first row in the epoch's order.
         total: rows of this microbatch over all processes.
@@ -56,7 +56,7 @@ class Batch:
     """
 
     images: Tensor
-    augmented: Tensor | None
+    augmented: tuple[Tensor, ...]
     labels: Tensor
     ids: Tensor
     mix: tuple[MixDraws, ...]
@@ -74,9 +74,9 @@ class Batch:
         return self.images.permute(0, 3, 1, 2)
 
     @property
-    def augmented_pixels(self) -> Tensor | None:
-        """The augmented view as [B, 3, S, S], in channels_last memory, without a copy."""
-        return None if self.augmented is None else self.augmented.permute(0, 3, 1, 2)
+    def augmented_pixels(self) -> tuple[Tensor, ...]:
+        """The augmented views as [B, 3, S, S], in channels_last memory, without a copy."""
+        return tuple(view.permute(0, 3, 1, 2) for view in self.augmented)
 
 
 class Loader:
@@ -222,19 +222,17 @@ class Loader:
     def _batch(self, pixels: Pixels) -> Batch:
         plan, valid = pixels.plan, pixels.plan.micro.valid
         arrays = {"labels": self.source.labels[plan.rows], "ids": plan.rows}
-        for run, draws in enumerate(plan.draws.mix):
-            arrays |= {f"partner{run}": draws.partner, f"lam{run}": draws.lam, f"center{run}": draws.center}
+        mixes = [_named(draws) for draws in plan.draws.mix]
+        for index, named in enumerate(mixes):
+            arrays |= {f"{name}{index}": array for name, array in named.items()}
         extras = {} if self._attach is None else self._attach(plan)
         sent = {name: tensor[:valid] for name, tensor in self._hand.arrays({**arrays, **extras}).items()}
         return Batch(
             pixels.images[:valid],
-            None if pixels.augmented is None else pixels.augmented[:valid],
+            tuple(view[:valid] for view in pixels.augmented),
             sent["labels"],
             sent["ids"],
-            tuple(
-                MixDraws(sent[f"partner{run}"], sent[f"lam{run}"], sent[f"center{run}"])
-                for run in range(len(plan.draws.mix))
-            ),
+            tuple(MixDraws(**{name: sent[f"{name}{index}"] for name in named}) for index, named in enumerate(mixes)),
             plan.micro.epoch,
             plan.micro.start,
             plan.micro.total,
@@ -278,9 +276,13 @@ def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler
     return GatherEngine(work, resident)
 
 
+def _named(draws: MixArrays) -> dict[str, np.ndarray]:
+    """The arrays that a mixing run has drawn, by the names of MixDraws."""
+    return {name: array for name, array in vars(draws).items() if array is not None}
+
+
 def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:
-    grouped = spec.partner != "none" or spec.mode == "per_batch"
-    if grouped and sampler.microbatch % spec.mix_group:
+    if spec.grouped and sampler.microbatch % spec.mix_group:
         raise ValueError(
             f"microbatches of {sampler.microbatch} images are not a multiple of the mix group {spec.mix_group}: "
             "give the Sampler group=spec.mix_group and a batch size that fits"

@@ -1,5 +1,6 @@
 """Data sets held in memory: crops and flips as one gather on the device, equal bit for bit to the DALI graph's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.augment import View, ViewRun
 
 __all__ = ["Resident", "ResidentViews", "check_fits", "crop_and_flip"]
 
@@ -81,14 +82,15 @@ class ResidentViews:
     Args:
         resident: pictures whose side is `view.size`.
         view: pad_crop or center_crop.
+        views: flips and crops of it.
     """
 
-    def __init__(self, resident: Resident, view: View) -> None:
+    def __init__(self, resident: Resident, view: View, views: Sequence[ViewRun] = ()) -> None:
         assert resident.pixels.shape[1:] == (view.size, view.size), resident.pixels.shape
         self._pixels = resident.pixels
-        self._view = view
+        self._view, self._count = view, len(views)
 
-    def __call__(self, rows: Tensor, draws: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, rows: Tensor, draws: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather a batch.
 
         Args:
@@ -96,14 +98,15 @@ class ResidentViews:
             draws: the view draws of the batch, as named by `DrawSpec.draw`.
 
         Returns:
-            images and, where the draws hold an augmented view, augmented images: uint8 [B, side, side, 3].
+            images, and augmented images for each augmented view: uint8 [B, side, side, 3] each.
         """
         pixels = self._move(self._pixels, rows, draws["crop"], draws["flip"]) if "flip" in draws else self._pixels[rows]
-        if "augmented_flip" not in draws:
-            return _unpack(pixels), None
         own = torch.arange(len(rows), device=pixels.device)
-        augmented = self._move(pixels, own, draws.get("augmented_crop"), draws["augmented_flip"])
-        return _unpack(pixels), _unpack(augmented)
+        moved = (
+            self._move(pixels, own, draws.get(f"augmented_crop{index}"), draws[f"augmented_flip{index}"])
+            for index in range(self._count)
+        )
+        return _unpack(pixels), tuple(map(_unpack, moved))
 
     def _move(self, pixels: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor) -> Tensor:
         padding = 0 if crop is None else self._view.padding

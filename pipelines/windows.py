@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, DrawSpec, View, ViewRun
 from dalikd.pipelines.resident import crop_and_flip
 
 __all__ = ["WindowViews", "resize_windows"]
@@ -23,19 +23,22 @@ class WindowViews:
     """Makes the views of random_resized_crop out of decoded windows.
 
     Args:
-        spec: a view of random_resized_crop, and the augmented view.
+        spec: a view of random_resized_crop, and the augmented views.
         batch_size: the largest batch.
         threads: that resize.
     """
 
     def __init__(self, spec: DrawSpec, batch_size: int, threads: int) -> None:
         assert spec.view.crop == "random_resized_crop"
-        self._view, self._augmented = spec.view, spec.augmented
+        self._view, self._views = spec.view, spec.views
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dalikd-resize")
         self._threads = threads
-        self._policy = _Policy(spec.view, batch_size, threads) if spec.augmented == "autoaugment" else None
+        in_dali = {index: run for index, run in enumerate(spec.views) if run.kind in AUGMENTED_VIEWS_IN_DALI}
+        self._policies = _Policies(spec.view, in_dali, batch_size, threads) if in_dali else None
 
-    def __call__(self, windows: Iterable[np.ndarray], draws: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, windows: Iterable[np.ndarray], draws: Mapping[str, np.ndarray]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Resize, flip, augment.
 
         Args:
@@ -43,23 +46,26 @@ class WindowViews:
             draws: of the views, as named by `DrawSpec.draw`.
 
         Returns:
-            images and, with an augmented view, augmented images: uint8 [B, S, S, 3].
+            images, and augmented images for each augmented view: uint8 [B, S, S, 3] each.
         """
         images = resize_windows(list(windows), draws["flip"], self._view, self._pool, self._threads)
-        if self._augmented == "none":
-            return images, None
-        if self._policy is not None:
-            return images, self._policy(images, draws)
-        flip = torch.from_numpy(draws["augmented_flip"])
-        if "augmented_crop" not in draws:
-            return images, torch.where(flip[:, None, None, None] > 0, images.flip(2), images)
-        crop, own = torch.from_numpy(draws["augmented_crop"]), torch.arange(len(images))
-        return images, crop_and_flip(images, own, crop, flip, self._view.padding, self._view.border)
+        augmented = {} if self._policies is None else self._policies(images, draws)
+        for index in range(len(self._views)):
+            if index not in augmented:
+                augmented[index] = self._moved(images, draws, index)
+        return images, tuple(augmented[index] for index in range(len(self._views)))
 
     def close(self) -> None:
-        """Free what AutoAugment holds."""
-        if self._policy is not None:
-            self._policy.close()
+        """Free what policies hold."""
+        if self._policies is not None:
+            self._policies.close()
+
+    def _moved(self, images: Tensor, draws: Mapping[str, np.ndarray], index: int) -> Tensor:
+        flip = torch.from_numpy(draws[f"augmented_flip{index}"])
+        if f"augmented_crop{index}" not in draws:
+            return torch.where(flip[:, None, None, None] > 0, images.flip(2), images)
+        crop, own = torch.from_numpy(draws[f"augmented_crop{index}"]), torch.arange(len(images))
+        return crop_and_flip(images, own, crop, flip, self._view.padding, self._view.border)
 
 
 def resize_windows(
@@ -90,34 +96,43 @@ def resize_windows(
     return images
 
 
-class _Policy:
-    """AutoAugment of resized pictures, by a DALI pipeline that is built when first needed."""
+class _Policies:
+    """Policies applied to resized pictures, by one DALI pipeline that is built when first needed.
 
-    def __init__(self, view: View, batch_size: int, threads: int) -> None:
-        self._whole = View(view.size, "whole")
+    Args:
+        view: whose side the pictures have.
+        views: the policies, by their number among the augmented views.
+        batch_size: the largest batch.
+        threads: DALI's.
+    """
+
+    def __init__(self, view: View, views: Mapping[int, ViewRun], batch_size: int, threads: int) -> None:
+        self._whole, self._views = View(view.size, "whole"), views
         self._batch_size, self._threads = batch_size, threads
         self._inputs: tuple[Any, ...] = ()
         self._graph: Any = None
 
-    def __call__(self, images: Tensor, draws: Mapping[str, np.ndarray]) -> Tensor:
-        """Augmented images, uint8 [B, S, S, 3]."""
-        from dalikd.pipelines.graphs import build_graph, input_names
+    def __call__(self, images: Tensor, draws: Mapping[str, np.ndarray]) -> dict[int, Tensor]:
+        """Augmented images, uint8 [B, S, S, 3] each, by the number of the view."""
+        from dalikd.pipelines.graphs import build_graph
 
-        names = input_names(self._whole, "autoaugment")[1:]
+        names = [f"{name}{index}" for index in self._views for name in ("operation", "magnitude", "sign")]
         self._inputs = (list(images.numpy()), *(np.ascontiguousarray(draws[name]) for name in names))
         if self._graph is None:
             self._graph = build_graph(
                 lambda _: self._inputs,
                 self._whole,
-                "autoaugment",
+                tuple(self._views.values()),
                 reader="arrays",
                 batch_size=self._batch_size,
                 threads=self._threads,
                 device_id=None,
                 prefetch=1,  # no batch is asked for before its pictures are there
             )
-        _, augmented = self._graph.run()
-        return torch.from_dlpack(augmented.as_tensor())
+        _, *augmented = self._graph.run()
+        return {
+            index: torch.from_dlpack(output.as_tensor()) for index, output in zip(self._views, augmented, strict=True)
+        }
 
     def close(self) -> None:
         """Free the pipeline."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.decode import decode_source
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
@@ -19,8 +19,10 @@ from dalikd.pipelines.sources import Source, open_source
 
 pytestmark = pytest.mark.gpu
 
-TRAINING = DrawSpec(View(32, "pad_crop"), 7, "crop_flip", "derangement", runs=2, alpha=0.5, mix_group=8)
-PHOTOS = DrawSpec(View(224, "random_resized_crop", padding=28), 7, "crop_flip", "derangement", runs=1, mix_group=12)
+VIEWS = (ViewRun("crop_flip"),)
+MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
+TRAINING = DrawSpec(View(32, "pad_crop"), 7, VIEWS, MIXES, mix_group=8)
+PHOTOS = DrawSpec(View(224, "random_resized_crop", padding=28), 7, VIEWS, (MixRun("derangement"),), mix_group=12)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,8 @@ def _loader(source: Source, spec: DrawSpec, batch_size: int, device: str = "cuda
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    augmented = [] if batch.augmented is None else [batch.augmented]
-    mix = [tensor for draws in batch.mix for tensor in draws]
-    return [batch.images, *augmented, batch.labels, batch.ids, *mix]
+    mix = [tensor for draws in batch.mix for tensor in draws if tensor is not None]
+    return [batch.images, *batch.augmented, batch.labels, batch.ids, *mix]
 
 
 def _mean_differences(one: Tensor, two: Tensor) -> Tensor:
@@ -84,27 +85,53 @@ def test_mixed_decode_shows_what_the_cpu_shows(photo_source, view):
         assert all(tensor.device.type == "cuda" for tensor in _tensors(two))
         assert all(torch.equal(a, b.cpu()) for a, b in zip(_tensors(one)[2:], _tensors(two)[2:], strict=True))
         assert _mean_differences(one.images, two.images).max() < 2
-        assert one.augmented is not None
-        assert two.augmented is not None
-        assert _mean_differences(one.augmented, two.augmented).max() < 2
+        assert _mean_differences(one.augmented[0], two.augmented[0]).max() < 2
 
 
-def test_autoaugment_on_the_gpu_is_that_of_the_cpu(in_memory):
+@pytest.mark.parametrize("kind", ["autoaugment", "randaugment", "trivialaugment"])
+def test_a_policy_on_the_gpu_is_that_of_the_cpu(in_memory, kind):
     """From the same pixels. One level of rounding can become many where a later step equalises or solarises, so the
     bound is on the average over the pictures."""
-    spec = replace(TRAINING, augmented="autoaugment")
+    spec = replace(TRAINING, views=(ViewRun(kind),))
     on_cpu, on_gpu = (_loader(in_memory, spec, 256, device) for device in ("cpu", "cuda"))
     one, two = on_cpu.next(), on_gpu.next()
     assert torch.equal(one.images, two.images.cpu())
-    assert one.augmented is not None
-    assert two.augmented is not None
-    assert _mean_differences(one.augmented, two.augmented).mean() < 2
+    assert _mean_differences(one.augmented[0], two.augmented[0]).mean() < 2
+
+
+@pytest.mark.parametrize("buffers", [0, 2])
+@pytest.mark.parametrize("kind", ["photos", "resident"])
+def test_each_view_is_what_a_loader_with_that_view_alone_brings(photo_source, in_memory, kind, buffers):
+    """One decode and one base view for all; in fixed buffers, too, no view lies over another."""
+    source, spec = (photo_source, PHOTOS) if kind == "photos" else (in_memory, TRAINING)
+    runs = (ViewRun("flip"), ViewRun("crop_flip"), ViewRun("flip", 1))
+    runs += (ViewRun("trivialaugment"), ViewRun("randaugment")) if kind == "photos" else ()
+    together = _loader(source, replace(spec, views=runs), 24, buffers=buffers)
+    alone = [_loader(source, replace(spec, views=(run,)), 24, buffers=buffers) for run in runs]
+    for _ in range(3):
+        batch = together.next()
+        assert len(batch.augmented) == len(runs)
+        for view, loader in zip(batch.augmented, alone, strict=True):
+            other = loader.next()
+            assert torch.equal(batch.images, other.images)
+            assert torch.equal(view, other.augmented[0])
+
+
+def test_all_kinds_of_draws_arrive_on_the_gpu(in_memory):
+    mixes = (MixRun("permutation"), MixRun("first", 1, cells=5, layers=3), MixRun(run=2, box=True))
+    on_cpu, on_gpu = (_loader(in_memory, replace(TRAINING, mixes=mixes), 24, device) for device in ("cpu", "cuda"))
+    for _ in range(3):
+        for one, two in zip(on_cpu.next().mix, on_gpu.next().mix, strict=True):
+            for name in one._fields:
+                expected, found = getattr(one, name), getattr(two, name)
+                assert (expected is None) == (found is None), name
+                assert expected is None or torch.equal(expected, found.cpu()), name
 
 
 @pytest.mark.parametrize("border", ["zero", "reflect"])
-@pytest.mark.parametrize("augmented", ["none", "flip", "crop_flip"])
-def test_the_gather_on_the_gpu_equals_the_cpu(in_memory, augmented, border):
-    spec = replace(TRAINING, view=View(32, "pad_crop", border=border), augmented=augmented)
+@pytest.mark.parametrize("views", [(), ("flip",), ("crop_flip",), ("flip", "crop_flip")])
+def test_the_gather_on_the_gpu_equals_the_cpu(in_memory, views, border):
+    spec = replace(TRAINING, view=View(32, "pad_crop", border=border), views=tuple(map(ViewRun, views)))
     on_cpu, on_gpu = (_loader(in_memory, spec, 64, device) for device in ("cpu", "cuda"))
     for _ in range(3):
         one, two = _tensors(on_cpu.next()), _tensors(on_gpu.next())
@@ -195,8 +222,7 @@ def _checksums(
     for _ in range(batches):
         busy()
         batch = loader.next()
-        assert batch.augmented is not None
-        sums.append(_checksum(batch.images) + _checksum(batch.augmented))
+        sums.append(_checksum(batch.images) + sum(map(_checksum, batch.augmented)))
         del batch
         after()
     loader.close()
@@ -263,7 +289,7 @@ def test_batches_on_another_stream_are_whole(photo_source):
 @pytest.mark.parametrize("buffers", [0, 3])
 @pytest.mark.parametrize("kind", ["files", "gather", "arrays through dali"])
 def test_the_next_batch_does_not_synchronise(small_source, in_memory, no_sync, kind, buffers):
-    spec = replace(TRAINING, augmented="autoaugment") if kind == "arrays through dali" else TRAINING
+    spec = replace(TRAINING, views=(ViewRun("autoaugment"),)) if kind == "arrays through dali" else TRAINING
     loader = _loader(small_source if kind == "files" else in_memory, spec, 32, buffers=buffers)
     for _ in range(4):
         loader.next()  # warm-up: graphs, pinned buffers and the allocator's first blocks

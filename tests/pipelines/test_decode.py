@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dalikd.pipelines import resident as resident_module
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.engines import DaliEngine, GatherEngine
 from dalikd.pipelines.loader import BadFileError, Loader
@@ -27,11 +27,11 @@ def _loader(source: Source, spec: DrawSpec, **options) -> Loader:
 
 @pytest.mark.parametrize("size", [32, 24])  # as stored, and resized
 @pytest.mark.parametrize(
-    ("crop", "augmented"), [("pad_crop", "none"), ("pad_crop", "crop_flip"), ("center_crop", "none")]
+    ("crop", "views"), [("pad_crop", ()), ("pad_crop", (ViewRun("crop_flip"), ViewRun("flip"))), ("center_crop", ())]
 )
-def test_resident_batches_are_those_of_the_files(source, size, crop, augmented):
+def test_resident_batches_are_those_of_the_files(source, size, crop, views):
     view = View(size, crop, resize=size, padding=3)
-    spec = DrawSpec(view, 3, augmented, "derangement", runs=1, mix_group=16)
+    spec = DrawSpec(view, 3, views, (MixRun("derangement"),), mix_group=16)
     from_files = _loader(source, spec)
     resident = _loader(source, spec, resident=decode_source(source, view, device=CPU, threads=1))
     assert isinstance(from_files._engine, DaliEngine)
@@ -42,17 +42,16 @@ def test_resident_batches_are_those_of_the_files(source, size, crop, augmented):
         assert torch.equal(one.labels, two.labels)
         assert torch.equal(one.images, two.images)
         assert torch.equal(one.mix[0].partner, two.mix[0].partner)
-        if augmented != "none":
-            assert one.augmented is not None
-            assert two.augmented is not None
-            assert torch.equal(one.augmented, two.augmented)
+        assert len(one.augmented) == len(two.augmented) == len(views)
+        assert all(map(torch.equal, one.augmented, two.augmented))
     assert resident.state_dict() == from_files.state_dict()  # a run may be resumed either way
 
 
 def test_what_dali_alone_can_augment_is_read_from_the_files(source):
     view = View(32, "pad_crop")
     resident = decode_source(source, view, device=CPU, threads=1)
-    assert isinstance(_loader(source, DrawSpec(view, augmented="autoaugment"), resident=resident)._engine, DaliEngine)
+    spec = DrawSpec(view, views=(ViewRun("flip"), ViewRun("autoaugment")))
+    assert isinstance(_loader(source, spec, resident=resident)._engine, DaliEngine)
 
 
 def test_views_that_cut_windows_are_refused(source):

@@ -1,8 +1,13 @@
+import math
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from torchvision.transforms import RandomErasing
 
-from dalikd.pipelines.draws import Stream, crop_windows, derangements, permutation, philox, uniforms
+from dalikd.pipelines.draws import Stream, crop_windows, derangements, erasing_boxes, permutation, philox, uniforms
 
 # Random123's published known answers for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -169,3 +174,91 @@ def test_crop_windows_lie_in_their_ranges():
     low, high = np.log([3 / 4, 4 / 3])
     assert stats.kstest(np.log(ratios), stats.uniform(low, high - low).cdf).pvalue > 0.01
     assert np.array_equal(offsets, numbers[:, 20:])
+
+
+# ---------------------------------------------------------------------------------------------------- erasing
+
+
+def _published_box(numbers: np.ndarray, side: int, probability: float) -> tuple[int, int, int, int]:
+    """torchvision's RandomErasing, one step after the other, given its random numbers."""
+    if numbers[0] >= probability:
+        return 0, 0, 0, 0
+    low, high = math.log(0.3), math.log(3.3)
+    for share, place in zip(numbers[1:11], numbers[11:21], strict=True):
+        area = side * side * (0.02 + (0.33 - 0.02) * share)
+        ratio = math.exp(low + (high - low) * place)
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if height < side and width < side:
+            return (
+                math.floor(numbers[21] * (side - height + 1)),
+                math.floor(numbers[22] * (side - width + 1)),
+                height,
+                width,
+            )
+    return 0, 0, 0, 0
+
+
+def _boxes(side: int, images: int, probability: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    numbers = uniforms(1, 0, np.arange(images), {Stream.BOX: 23})[Stream.BOX]
+    return erasing_boxes(numbers, side, probability, (0.02, 0.33), (0.3, 3.3)), numbers
+
+
+@pytest.mark.parametrize("side", [32, 64, 224])
+def test_erasing_boxes_are_torchvisions_step_by_step(side):
+    boxes, numbers = _boxes(side, 3000)
+    assert boxes.dtype == np.int32
+    assert [tuple(box) for box in boxes.tolist()] == [_published_box(row, side, 0.5) for row in numbers]
+
+
+def test_erasing_boxes_are_distributed_like_torchvisions():
+    """Against boxes that torchvision draws itself."""
+    torch.manual_seed(0)
+    picture = torch.zeros(1, 32, 32)
+    drawn = [RandomErasing.get_params(picture, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)]
+    published = np.array(drawn)
+    boxes, _ = _boxes(32, 4000, probability=1.0)
+    assert (boxes[:, 2:] > 0).all()
+    for column in range(4):
+        test: Any = stats.ks_2samp(boxes[:, column], published[:, column])
+        assert test.pvalue > 0.01
+    areas, expected = (part[:, 2] * part[:, 3] for part in (boxes, published))
+    test = stats.ks_2samp(areas, expected)
+    assert test.pvalue > 0.01
+
+
+def test_half_of_the_pictures_are_erased_inside_their_borders():
+    boxes, _ = _boxes(32, 20_000)
+    erased = boxes[:, 2] > 0
+    assert stats.binomtest(int(erased.sum()), 20_000).pvalue > 0.001
+    assert (boxes[~erased] == 0).all()
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= 32).all()
+    assert boxes[erased, :2].min() == 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() == 32  # up to both borders
+    assert not _boxes(32, 500, probability=0.0)[0].any()
+
+
+def test_boxes_that_never_fit_and_boxes_without_area_are_none():
+    numbers = uniforms(1, 0, np.arange(200), {Stream.BOX: 23})[Stream.BOX]
+    assert not erasing_boxes(numbers, 32, 1.0, (1.0, 1.0), (1.0, 1.0)).any()  # as large as the picture
+    assert not erasing_boxes(numbers, 32, 1.0, (0.0, 0.0), (0.3, 3.3)).any()
+    assert not erasing_boxes(numbers, 8, 1.0, (0.01, 0.01), (12.0, 12.0)).any()  # 3 x 0 pixels
+
+
+def test_streams_keep_their_numbers():
+    """They are part of every run's identity."""
+    assert {stream.name: int(stream) for stream in Stream} == {
+        "ORDER": 0,
+        "BASE_VIEW": 1,
+        "AUGMENTED_VIEW": 2,
+        "POLICY": 3,
+        "MIX": 16,
+        "PARTNER": 256,
+        "AUGMENTED_VIEW_RUN": 512,
+        "POLICY_RUN": 768,
+        "RANDAUGMENT": 1024,
+        "TRIVIALAUGMENT": 1280,
+        "CELLS": 1536,
+        "BOX": 1792,
+        "LAYER": 2048,
+    }

@@ -12,25 +12,29 @@ import pytest
 from nvidia.dali import backend, fn
 from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import (
     AutoAugment,
     AutoAugmentPolicy,
     CenterCrop,
     InterpolationMode,
+    RandAugment,
     RandomResizedCrop,
     Resize,
+    TrivialAugmentWide,
 )
 from torchvision.transforms import autoaugment as published
 from torchvision.transforms import functional as transforms
 
 from dalikd.pipelines import graphs
-from dalikd.pipelines.augment import DrawSpec, View, policy_table
+from dalikd.pipelines.augment import DrawSpec, View, ViewRun
 from dalikd.pipelines.graphs import build_graph, input_names
+from dalikd.pipelines.policies import POLICIES, RANDOM_OPERATIONS, operation_names, policy_table
 from dalikd.pipelines.sampler import Microbatch
 from dalikd.pipelines.sources import Source, open_source
 
 CROPS = ("random_resized_crop", "pad_crop", "center_crop")
-AUGMENTED = ("none", "flip", "crop_flip", "autoaugment")
+AUGMENTED = ((), ("flip",), ("crop_flip",), ("autoaugment",), ("trivialaugment", "randaugment"))
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +42,20 @@ def source(photos: Path) -> Source:
     return open_source("imagefolder", photos, "train", split=".")
 
 
-def _draw(view: View, augmented: Any, rows: np.ndarray, seed: int = 1) -> dict[str, np.ndarray]:
-    return DrawSpec(view, seed, augmented).draw(Microbatch(0, 0, 0, rows, len(rows), len(rows))).views
+def _draw(view: View, runs: tuple[ViewRun, ...], rows: np.ndarray, seed: int = 1) -> dict[str, np.ndarray]:
+    return DrawSpec(view, seed, runs).draw(Microbatch(0, 0, 0, rows, len(rows), len(rows))).views
 
 
 def _run(
-    view: View, pictures: list[np.ndarray], views: dict[str, np.ndarray], augmented: Any = "none"
+    view: View, pictures: list[np.ndarray], views: dict[str, np.ndarray], runs: tuple[ViewRun, ...] = ()
 ) -> list[np.ndarray]:
     """Outputs of a graph for one batch of paths (uint8 [n]) or pixels (uint8 [H, W, 3])."""
-    names = input_names(view, augmented)[1:]
+    names = input_names(view, runs)[1:]
     batch = (pictures, *(np.ascontiguousarray(views[name]) for name in names))
     graph = build_graph(
         lambda _: batch,
         view,
-        augmented,
+        runs,
         reader="files" if pictures[0].ndim == 1 else "arrays",
         batch_size=len(pictures),
         threads=1,
@@ -62,7 +66,7 @@ def _run(
 
 def _view_of_all(source: Source, view: View, seed: int = 1) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     rows = np.arange(len(source))
-    views = _draw(view, "none", rows, seed)
+    views = _draw(view, (), rows, seed)
     assert source.files is not None
     return _run(view, source.files.encoded(rows), views)[0], views
 
@@ -116,7 +120,7 @@ def _graph_windows(sizes: np.ndarray, tries: np.ndarray, offsets: np.ndarray, ra
 def test_windows_are_those_of_torchvision(scale, ratio):
     random = np.random.default_rng(1)
     sizes = random.integers(1, 2000, (1500, 2)).astype(np.float64)
-    views = _draw(View(224, "random_resized_crop", scale=scale, ratio=ratio), "none", np.arange(1500))
+    views = _draw(View(224, "random_resized_crop", scale=scale, ratio=ratio), (), np.arange(1500))
     found = _graph_windows(sizes, views["tries"], views["offsets"], ratio)
     expected = [
         _published_window(int(width), int(height), tries, pair, ratio)
@@ -129,7 +133,7 @@ def test_the_window_where_no_try_fits_is_torchvisions_own():
     """Areas of 1 to 1.2 times a picture outside the ratio range never fit, whatever torchvision draws."""
     ratio = (3 / 4, 4 / 3)
     sizes = np.array([(200, 800), (601, 150), (100, 199), (1, 900), (900, 1), (333, 101)], np.float64)
-    views = _draw(View(224, "random_resized_crop", scale=(1.0, 1.2)), "none", np.arange(len(sizes)))
+    views = _draw(View(224, "random_resized_crop", scale=(1.0, 1.2)), (), np.arange(len(sizes)))
     found = _graph_windows(sizes, views["tries"], views["offsets"], ratio)
     for window, (height, width) in zip(found, sizes.astype(int).tolist(), strict=True):
         picture = Image.new("L", (width, height))
@@ -275,7 +279,8 @@ def test_no_graph_has_a_random_operator(reader, crop, augmented):
     """Every draw must come in through `ExternalSource`; an operator that draws, by name or by schema, would make a
     picture depend on its slot in the batch. ExternalSource keeps a queue, no random state: it alone may be stateful."""
     view = View(32, crop, resize=32, border="reflect")
-    graph = build_graph(lambda _: (), view, augmented, reader=reader, batch_size=2, threads=1, device_id=None)
+    runs = tuple(map(ViewRun, augmented))
+    graph = build_graph(lambda _: (), view, runs, reader=reader, batch_size=2, threads=1, device_id=None)
     names = _operators(graph)
     assert "ExternalSource" in names
     assert ("io__file__Read" in names) == (reader == "files")
@@ -292,7 +297,7 @@ def _comes_from(node: Any, name: str) -> bool:
 def test_decoding_depends_on_the_peeked_shape(crop):
     """Peeking first makes a header that cannot be parsed an exception; the decoder by itself may crash the process."""
     view = View(32, crop, resize=32)
-    graph: Any = build_graph(lambda _: (), view, "none", reader="files", batch_size=2, threads=1, device_id=None)
+    graph: Any = build_graph(lambda _: (), view, reader="files", batch_size=2, threads=1, device_id=None)
     decoders = [operator for operator in graph._ops if "decoders" in _name(operator)]
     assert [_name(operator) for operator in decoders] == ["decoders__ImageSlice"]
     encoded, start, shape = decoders[0].inputs
@@ -301,35 +306,73 @@ def test_decoding_depends_on_the_peeked_shape(crop):
     assert _comes_from(shape, "PeekImageShape")
 
 
-# ------------------------------------------------------------------------------------------------ autoaugment
+# --------------------------------------------------------------------------------------------- several views
 
 
-def test_autoaugment_of_a_sample_does_not_depend_on_its_batch(small_images):
+def test_each_view_is_what_a_graph_with_that_view_alone_makes(source):
+    """In any order, and twice with different draws."""
+    view, rows = View(64, "random_resized_crop", border="reflect"), np.arange(len(source))
+    kinds = ("trivialaugment", "flip", "crop_flip")
+    runs = (*map(ViewRun, kinds), ViewRun("randaugment", 1, ops=1), ViewRun("trivialaugment", 1))
+    assert source.files is not None
+    pictures = source.files.encoded(rows)
+    base, *together = _run(view, pictures, _draw(view, runs, rows), runs)
+    for run, found in zip(runs, together, strict=True):
+        same_base, alone = _run(view, pictures, _draw(view, (run,), rows), (run,))
+        assert np.array_equal(base, same_base)
+        assert np.array_equal(found, alone), run
+    assert _difference(together[0], together[-1]).mean() > 5
+
+
+def test_the_views_of_one_graph_share_one_decoder():
+    runs = tuple(map(ViewRun, ("flip", "crop_flip", "autoaugment")))
+    view = View(32, "random_resized_crop")
+    graph: Any = build_graph(lambda _: (), view, runs, reader="files", batch_size=2, threads=1, device_id=None)
+    names = [_name(operator) for operator in graph._ops]
+    assert [names.count(name) for name in ("io__file__Read", "decoders__ImageSlice", "Resize")] == [1, 1, 1]
+
+
+def test_inputs_are_named_by_the_number_of_their_view():
+    runs = tuple(map(ViewRun, ("flip", "crop_flip", "trivialaugment", "flip")))
+    assert input_names(View(32, "pad_crop"), runs) == (
+        "source", "crop", "flip", "augmented_flip0", "augmented_crop1", "augmented_flip1",
+        "operation2", "magnitude2", "sign2", "augmented_flip3",
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("kind", sorted(POLICIES))
+def test_a_policy_of_a_sample_does_not_depend_on_its_batch(small_images, kind):
+    runs = (ViewRun(kind),)
     source = open_source("imagefolder", small_images, "train", split=".")
     assert source.files is not None
     view = View(32, "pad_crop")
     rows = np.random.default_rng(0).permutation(len(source))[:128]
-    forward = _run(view, source.files.encoded(rows), _draw(view, "autoaugment", rows), "autoaugment")
-    backward = _run(view, source.files.encoded(rows[::-1]), _draw(view, "autoaugment", rows[::-1]), "autoaugment")
-    part = _run(view, source.files.encoded(rows[40:47]), _draw(view, "autoaugment", rows[40:47]), "autoaugment")
+    forward = _run(view, source.files.encoded(rows), _draw(view, runs, rows), runs)
+    backward = _run(view, source.files.encoded(rows[::-1]), _draw(view, runs, rows[::-1]), runs)
+    part = _run(view, source.files.encoded(rows[40:47]), _draw(view, runs, rows[40:47]), runs)
     for output in (0, 1):
         assert np.array_equal(forward[output], backward[output][::-1])
         assert np.array_equal(forward[output][40:47], part[output])
     assert _difference(*forward).mean() > 10
 
 
-def _apply(size: int, pictures: np.ndarray, steps: list[tuple[str, int, int]]) -> np.ndarray:
+def _apply(size: int, pictures: np.ndarray, steps: list[tuple[str, int, int]], kind: Any = "autoaugment") -> np.ndarray:
     """Each (operation, magnitude bin, sign) on each of the pictures: uint8 [steps, n, size, size, 3]."""
-    names = policy_table("cifar10" if size <= 32 else "imagenet")[0]
+    names = operation_names(kind, size)
+    run = ViewRun(kind)
     columns = np.repeat(
         np.array([(names.index(name), *rest) for name, *rest in steps], np.int32), len(pictures), axis=0
     )
     nothing = np.zeros_like(columns)
     views = {
-        name: np.stack([columns[:, k], nothing[:, k]], 1) for k, name in enumerate(("operation", "magnitude", "sign"))
+        f"{name}0": np.stack([columns[:, k], nothing[:, k]], 1)[:, : run.ops]
+        for k, name in enumerate(("operation", "magnitude", "sign"))
     }
     view = View(size, "center_crop", resize=size)
-    outputs = _run(view, list(pictures) * len(steps), views, "autoaugment")
+    outputs = _run(view, list(pictures) * len(steps), views, (run,))
     return outputs[1].reshape(len(steps), *pictures.shape)
 
 
@@ -344,15 +387,23 @@ def squares(photos: Path) -> dict[int, np.ndarray]:
     return {side: np.stack([np.asarray(CenterCrop(side)(Resize(side)(p))) for p in pictures]) for side in (32, 96)}
 
 
-def _published_operation(picture: np.ndarray, name: str, magnitude: int, sign: int) -> np.ndarray:
+def _published_space(kind: str, side: int) -> dict[str, tuple[Tensor, bool]]:
+    """torchvision's magnitudes of each operation, and whether they have a sign."""
+    if kind == "autoaugment":
+        return AutoAugment(AutoAugmentPolicy.IMAGENET)._augmentation_space(10, (side, side))
+    if kind == "randaugment":
+        return RandAugment()._augmentation_space(31, (side, side))
+    return TrivialAugmentWide()._augmentation_space(31)
+
+
+def _published_operation(kind: str, picture: np.ndarray, name: str, magnitude: int, sign: int) -> np.ndarray:
     """torchvision's operation with bilinear interpolation and grey filling, whole pixels aside.
 
     Translations are by fractions of a pixel (torchvision truncates them), and a shear's sign, fair as it is, means the
     other direction; both keep the top left corner in place.
     """
     side = picture.shape[0]
-    policy = AutoAugmentPolicy.IMAGENET
-    magnitudes, signed = AutoAugment(policy)._augmentation_space(10, (side, side))[name]
+    magnitudes, signed = _published_space(kind, side)[name]
     value = float(magnitudes[magnitude]) if magnitudes.ndim else 0.0
     value = -value if signed and sign else value
     image, options = Image.fromarray(picture), {"interpolation": InterpolationMode.BILINEAR, "fill": [128.0] * 3}
@@ -383,20 +434,23 @@ TOLERANCES = {
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_operations_are_torchvisions(squares, size):
-    names = [name for name in policy_table("cifar10" if size == 32 else "imagenet")[0] if name in TOLERANCES]
-    steps = list(itertools.product(names, (0, 2, 5, 9), (0, 1)))
-    for (name, magnitude, sign), results in zip(steps, _apply(size, squares[size], steps), strict=True):
+@pytest.mark.parametrize(
+    ("kind", "bins"), [("autoaugment", (0, 2, 5, 9)), ("randaugment", (0, 9, 30)), ("trivialaugment", (0, 4, 17, 30))]
+)
+def test_operations_are_torchvisions(squares, size, kind, bins):
+    names = [name for name in operation_names(kind, size) if name in TOLERANCES]
+    steps = list(itertools.product(names, bins, (0, 1)))
+    for (name, magnitude, sign), results in zip(steps, _apply(size, squares[size], steps, kind), strict=True):
         largest, mean = TOLERANCES[name]
         for picture, result in zip(squares[size], results, strict=True):
-            difference = _difference(result, _published_operation(picture, name, magnitude, sign))
+            difference = _difference(result, _published_operation(kind, picture, name, magnitude, sign))
             assert difference[1:-1, 1:-1].max() <= largest, (name, magnitude, sign)
             assert difference.mean() <= mean, (name, magnitude, sign)
 
 
 def test_every_operation_of_the_policies_is_tested():
     used = {name for policy in ("cifar10", "imagenet") for name in policy_table(policy)[0]}
-    assert used == {*TOLERANCES, "identity", "Equalize"}
+    assert used == {*TOLERANCES, "identity", "Equalize"} >= set(RANDOM_OPERATIONS)
 
 
 @pytest.mark.parametrize("size", [32, 96])

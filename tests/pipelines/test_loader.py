@@ -1,5 +1,4 @@
 import hashlib
-import itertools
 import os
 import subprocess
 import sys
@@ -15,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.engines import DaliEngine
+from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.engines import DaliEngine, GatherEngine
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
 
-TRAINING = DrawSpec(View(32, "pad_crop"), 7, "crop_flip", "derangement", runs=2, alpha=0.5, mix_group=8)
+MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
+TRAINING = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), MIXES, mix_group=8)
 EVALUATION = DrawSpec(View(32, "center_crop", resize=32))
 
 
@@ -58,8 +58,8 @@ def _loader(source: Source, spec: DrawSpec = TRAINING, batch_size: int = 8, **op
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    augmented = [] if batch.augmented is None else [batch.augmented]
-    return [batch.images, *augmented, batch.labels, batch.ids, *itertools.chain(*batch.mix)]
+    mix = [part for draws in batch.mix for part in draws if part is not None]
+    return [batch.images, *batch.augmented, batch.labels, batch.ids, *mix]
 
 
 def _equal(one: Batch, two: Batch) -> bool:
@@ -77,7 +77,7 @@ def test_a_batch_holds_pixels_labels_and_ids(source, in_memory, kind):
     assert batch.images.shape == (50, 32, 32, 3)
     assert batch.images.dtype == torch.uint8
     assert batch.labels.dtype == batch.ids.dtype == torch.int64
-    assert batch.augmented is batch.augmented_pixels is None
+    assert batch.augmented == batch.augmented_pixels == ()
     assert batch.mix == ()
     assert (len(batch), batch.epoch, batch.start, batch.total) == (50, 0, 0, 50)
     assert batch.ids.tolist() == loader.sampler.order(0)[:50].tolist()
@@ -91,9 +91,8 @@ def test_pixels_are_channels_last_and_not_copied(source):
     assert batch.pixels.shape == (8, 3, 32, 32)
     assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
     assert batch.pixels.data_ptr() == batch.images.data_ptr()
-    assert batch.augmented is not None
-    assert batch.augmented_pixels is not None
-    assert batch.augmented_pixels.data_ptr() == batch.augmented.data_ptr()
+    (augmented,), (augmented_pixels,) = batch.augmented, batch.augmented_pixels
+    assert augmented_pixels.data_ptr() == augmented.data_ptr()
 
 
 def test_mix_draws_are_those_of_the_spec(source):
@@ -105,6 +104,56 @@ def test_mix_draws_are_those_of_the_spec(source):
         assert np.array_equal(tensors.partner, arrays.partner)
         assert np.array_equal(tensors.lam, arrays.lam)
         assert np.array_equal(tensors.center, arrays.center)
+        assert tensors.cells is tensors.box is tensors.layer is None
+
+
+@pytest.mark.parametrize("buffers", [0, 2])
+def test_each_mixing_run_brings_the_draws_it_asked_for(source, buffers):
+    mixes = (MixRun("permutation"), MixRun("first", 1, cells=5, layers=3), MixRun(run=2, box=True))
+    spec = replace(TRAINING, mixes=mixes)
+    loader = _loader(source, spec, 24, buffers=buffers)
+    for index in range(3):
+        batch, draws = loader.next(), spec.draw(loader.sampler[index])
+        for tensors, arrays in zip(batch.mix, draws.mix, strict=True):
+            for name, array in vars(arrays).items():
+                found = getattr(tensors, name)
+                assert (found is None) == (array is None), name
+                assert array is None or torch.equal(found, torch.from_numpy(array)), name
+    assert [draws.cells is None for draws in batch.mix] == [True, False, True]
+    assert [draws.box is None for draws in batch.mix] == [True, True, False]
+
+
+@pytest.mark.parametrize("buffers", [0, 2])
+@pytest.mark.parametrize("kind", ["files", "arrays", "through dali"])
+def test_each_view_is_what_a_loader_with_that_view_alone_brings(source, in_memory, kind, buffers):
+    runs = (ViewRun("flip"), ViewRun("crop_flip"), ViewRun("flip", 1))
+    runs += (ViewRun("trivialaugment"),) if kind == "through dali" else ()
+    pictures = source if kind == "files" else in_memory
+    together = _loader(pictures, replace(TRAINING, views=runs), 16, buffers=buffers)
+    alone = [_loader(pictures, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
+    assert isinstance(together._engine, GatherEngine) == (kind == "arrays")
+    for _ in range(3):
+        batch = together.next()
+        assert len(batch.augmented) == len(batch.augmented_pixels) == len(runs)
+        for view, loader in zip(batch.augmented, alone, strict=True):
+            other = loader.next()
+            assert torch.equal(batch.images, other.images)
+            assert torch.equal(view, other.augmented[0])
+    assert not torch.equal(batch.augmented[0], batch.augmented[2])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(TRAINING, mixes=(MixRun(), MixRun("first"))),
+        replace(TRAINING, mixes=(MixRun("derangement"),)),
+        replace(TRAINING, mixes=(), mode="per_batch"),
+    ],
+)
+def test_mix_groups_are_whole(source, spec):
+    with pytest.raises(ValueError, match="microbatches of 12 images are not a multiple of the mix group 8"):
+        _loader(source, spec, 12)
+    _loader(source, replace(TRAINING, mixes=(MixRun(cells=3, box=True),)), 12)  # nothing is shared
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
@@ -161,16 +210,14 @@ def test_all_ranks_together_see_the_same_step(source):
     parts = [loader.next() for _ in range(2) for loader in loaders]
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
     assert torch.equal(torch.cat([part.ids[part.mix[1].partner] for part in parts]), whole.ids[whole.mix[1].partner])
-    augmented = [part.augmented for part in parts if part.augmented is not None]
-    assert whole.augmented is not None
-    assert torch.equal(torch.cat(augmented), whole.augmented)
+    assert torch.equal(torch.cat([part.augmented[0] for part in parts]), whole.augmented[0])
 
 
 def test_several_loaders_at_once_do_not_disturb_each_other(source, in_memory):
     makers = [
         lambda: _loader(source, batch_size=16),
         lambda: _loader(source, EVALUATION, 20),
-        lambda: _loader(in_memory, replace(TRAINING, augmented="autoaugment"), 16),
+        lambda: _loader(in_memory, replace(TRAINING, views=(ViewRun("autoaugment"),)), 16),
         lambda: _loader(in_memory, batch_size=24),
     ]
     alone = [[loader.next() for _ in range(4)] for loader in (make() for make in makers)]
@@ -197,7 +244,7 @@ RESUME_AT = [("files", 1), ("files", 5), ("files", 36), ("files", 37), ("files",
 @pytest.mark.parametrize(("kind", "position"), [*RESUME_AT, ("autoaugment", 36)])
 def test_resuming_is_bit_identical(source, in_memory, kind, position):
     """Anywhere, also at the last batch of an epoch (37 batches) and at the first of the next."""
-    spec = replace(TRAINING, augmented="autoaugment") if kind == "autoaugment" else TRAINING
+    spec = replace(TRAINING, views=(ViewRun("autoaugment"),)) if kind == "autoaugment" else TRAINING
     pictures = in_memory if kind == "arrays" else source
     first = _loader(pictures, spec)
     first.seek(position - 1)
@@ -214,19 +261,21 @@ def test_resuming_is_bit_identical(source, in_memory, kind, position):
 
 SAVED_RUN = """
 import sys, hashlib, torch
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
 
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
-spec = DrawSpec(View(32, "pad_crop"), 7, "crop_flip", "derangement", runs=2, alpha=0.5, mix_group=8)
+mixes = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
+spec = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), mixes, mix_group=8)
 loader = Loader(source, Sampler(len(source), 8, seed=7), spec, threads=2, prefetch=1)
 loader.load_state_dict(torch.load(sys.argv[2], weights_only=True))
 digest = hashlib.sha256()
 for _ in range(5):
     batch = loader.next()
-    for tensor in (batch.images, batch.augmented, batch.labels, batch.ids, *batch.mix[0], *batch.mix[1]):
+    tensors = (batch.images, *batch.augmented, batch.labels, batch.ids, *batch.mix[0][:3], *batch.mix[1][:3])
+    for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -332,12 +381,10 @@ def test_with_replace_only_the_bad_samples_change(copy_tree, capfd):
         kept = one.ids == two.ids
         changed += int((~kept).sum())
         assert torch.equal(one.images[kept], two.images[kept])
-        assert one.augmented is not None
-        assert two.augmented is not None
-        assert torch.equal(one.augmented[kept], two.augmented[kept])
+        assert torch.equal(one.augmented[0][kept], two.augmented[0][kept])
         assert torch.equal(torch.from_numpy(loader.source.labels)[two.ids], two.labels)
         for draws, same in zip(one.mix, two.mix, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(draws, same, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(draws[:3], same[:3], strict=True))
     assert changed == 2 * 4  # each in each epoch
     said = capfd.readouterr().out
     for row in spoiled:
@@ -426,7 +473,7 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     """Rows, draws and paths of a batch of 256: about half of that on a quiet machine, where DALI decodes a photo in
     1700 microseconds."""
     view = View(224 if crop == "random_resized_crop" else 32, crop)
-    spec = DrawSpec(view, 7, "crop_flip", "derangement", runs=1)
+    spec = DrawSpec(view, 7, (ViewRun("crop_flip"),), (MixRun("derangement"),))
     loader = _loader(source, spec, 256)
     engine = loader._engine
     assert isinstance(engine, DaliEngine)

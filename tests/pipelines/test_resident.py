@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.augment import AugmentedView, DrawSpec, View, ViewRun
 from dalikd.pipelines.engines import DaliEngine, DaliOptions, GatherEngine, Work, can_gather
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.loader import Batch, Loader
@@ -26,6 +27,10 @@ def in_memory(on_disk: Source) -> Source:
     return replace(on_disk, files=None, arrays=np.stack(pictures))
 
 
+def _runs(*kinds: AugmentedView) -> tuple[ViewRun, ...]:
+    return tuple(ViewRun(kind, run) for run, kind in enumerate(kinds))
+
+
 def _batches(source: Source, spec: DrawSpec, engine: type[DaliEngine] | type[GatherEngine]) -> list[Batch]:
     loader = Loader(source, Sampler(len(source), 50, seed=4), spec, threads=1)
     if engine is DaliEngine:
@@ -38,20 +43,19 @@ def _batches(source: Source, spec: DrawSpec, engine: type[DaliEngine] | type[Gat
 
 
 @pytest.mark.parametrize("border", ["zero", "reflect"])
-@pytest.mark.parametrize("augmented", ["none", "flip", "crop_flip"])
+@pytest.mark.parametrize("views", [(), ("flip",), ("crop_flip",), ("crop_flip", "flip", "crop_flip")])
 @pytest.mark.parametrize("crop", ["pad_crop", "center_crop"])
-def test_the_gather_is_bit_equal_to_the_graph(on_disk, in_memory, crop, augmented, border):
-    spec = DrawSpec(View(32, crop, resize=32, padding=5, border=border), 4, augmented)
+def test_the_gather_is_bit_equal_to_the_graph(on_disk, in_memory, crop, views, border):
+    spec = DrawSpec(View(32, crop, resize=32, padding=5, border=border), 4, _runs(*views))
     gathered = _batches(in_memory, spec, GatherEngine)
     for other in (_batches(in_memory, spec, DaliEngine), _batches(on_disk, spec, DaliEngine)):
         for one, two in zip(gathered, other, strict=True):
             assert torch.equal(one.ids, two.ids)
             assert torch.equal(one.images, two.images)
-            if augmented != "none":
-                assert one.augmented is not None
-                assert two.augmented is not None
-                assert torch.equal(one.augmented, two.augmented)
-                assert not torch.equal(one.images, one.augmented)
+            assert len(one.augmented) == len(two.augmented) == len(views)
+            assert all(map(torch.equal, one.augmented, two.augmented))
+            shown = [one.images, *one.augmented]
+            assert not any(torch.equal(a, b) for a, b in itertools.combinations(shown, 2))
 
 
 def test_what_has_to_be_resized_or_warped_goes_through_dali(in_memory):
@@ -59,7 +63,9 @@ def test_what_has_to_be_resized_or_warped_goes_through_dali(in_memory):
     assert can_gather(in_memory, DrawSpec(plain))
     for view in (replace(plain, resize=36), View(28, "pad_crop"), View(32, "random_resized_crop")):
         assert not can_gather(in_memory, DrawSpec(view)), view
-    assert not can_gather(in_memory, DrawSpec(plain, augmented="autoaugment"))
+    assert can_gather(in_memory, DrawSpec(plain, views=_runs("flip", "crop_flip")))
+    for policy in ("autoaugment", "randaugment", "trivialaugment"):
+        assert not can_gather(in_memory, DrawSpec(plain, views=_runs("flip", policy)))
 
 
 def test_a_resized_evaluation_of_arrays_is_that_of_the_files(on_disk, in_memory):
@@ -86,6 +92,7 @@ def test_views_own_their_pixels():
     """Writing into a batch leaves the data set as it was."""
     arrays = np.full((4, 8, 8, 3), 7, np.uint8)
     views = ResidentViews(Resident.from_arrays(arrays, torch.device("cpu")), View(8, "center_crop", resize=8))
-    images, _ = views(torch.tensor([1, 2]), {})
+    images, augmented = views(torch.tensor([1, 2]), {})
+    assert augmented == ()
     images.zero_()
     assert (views(torch.tensor([1, 2]), {})[0] == 7).all()
