@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalikd.kd.goodness import TeacherStddev
+from dalikd.kd.goodness import GoodnessResult, PickedGroups, TeacherStddev, picked_groups
+from dalikd.kd.picking import pick_rows
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "goodness.json").read_text())
 CLASSES = 100
@@ -239,14 +240,178 @@ def test_unusable_rows_are_refused():
     for shape in [(5, 8), (7,), (5, 7, 1)]:
         with pytest.raises(ValueError, match="give \\[rows, 7\\]"):
             metric.update(torch.zeros(shape))
-    with pytest.raises(ValueError, match="give pairs"):
-        metric.update(torch.zeros(5, 7), torch.zeros(4, 7))
+    with pytest.raises(ValueError, match="augmented logits have shape"):
+        metric.update(torch.zeros(5, 7), torch.zeros(5, 8))
+    with pytest.raises(ValueError, match="do not form mix groups"):
+        metric.update(torch.zeros(5, 7), torch.zeros(4, 7), group=2)
     with pytest.raises(ValueError, match="logits are on meta"):
         metric.update(torch.zeros(5, 7, device="meta"))
     metric.update(torch.zeros(5, 7))
     with pytest.raises(ValueError, match="between rows and pairs"):
         metric.update(torch.zeros(5, 7), torch.zeros(5, 7))
     assert metric.compute().images == 5
+
+
+def with_picks(metric: TeacherStddev, originals: Tensor, picks: Tensor, group: int, keep: int, groups: int = 1):
+    """Feed `groups` mix groups at a time; the last group is shorter where the originals end."""
+    for start in range(0, math.ceil(len(originals) / group), groups):
+        rows, kept = (slice(start * size, (start + groups) * size) for size in (group, keep))
+        metric.update(originals[rows], picks[kept], group)
+    return metric.compute()
+
+
+def test_originals_carry_shares_of_their_groups_picks():
+    originals, picks = torch.randn(2, 60, 5, dtype=torch.float64).unbind()
+    picks = picks[:45]  # groups of 4 originals keep 3
+    p, q = torch.softmax(originals, dim=1), torch.softmax(picks, dim=1)
+    means = []
+    for window in range(10):  # of 6 originals: a group and a half, or half of one and a whole one
+        unit = [p[i] + q[i // 4 * 3 : i // 4 * 3 + 3].sum(dim=0) / 4 for i in range(6 * window, 6 * window + 6)]
+        means.append(torch.stack(unit).sum(dim=0) / (6 * 1.75))
+    per_class = torch.stack(means).std(dim=0)
+    for groups in (1, 2, 5, 15):
+        result = with_picks(TeacherStddev(5, window=12), originals, picks, 4, 3, groups)
+        assert result.per_class == pytest.approx(per_class.tolist(), rel=1e-12)
+        assert (result.windows, result.images) == (10, 105)
+        assert result.entropy == pytest.approx(brute_force(torch.cat((originals, picks)), 1)[1], rel=1e-12)
+
+
+def test_windows_of_whole_groups_are_means_over_rows():
+    originals, picks = torch.randn(40, 5, dtype=torch.float64), torch.randn(100, 5, dtype=torch.float64)
+    result = with_picks(TeacherStddev(5, window=8), originals, picks, 4, 10)
+    rows = torch.cat((originals.reshape(10, 4, 5), picks.reshape(10, 10, 5)), dim=1)
+    expected = torch.softmax(rows, dim=2).mean(dim=1).std(dim=0)
+    assert result.per_class == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+def test_a_short_last_group_carries_its_own_picks():
+    originals, picks = torch.randn(2, 22, 5, dtype=torch.float64).unbind()
+    picks = picks[:9]  # 2 groups of 8 keep 3, the last 6 originals keep ceil(3 * 6 / 8)
+    metric = TeacherStddev(5, window=4)
+    metric.update(originals, picks, 8)
+    p, q = torch.softmax(originals, dim=1), torch.softmax(picks, dim=1)
+    carried = [(3 / 8, q[:3]), (3 / 8, q[3:6]), (3 / 6, q[6:])]
+    means = []
+    for window in range(11):  # two originals each: a group holds whole windows
+        share, kept = carried[window // 4]
+        means.append((p[2 * window : 2 * window + 2].mean(dim=0) + share * kept.mean(dim=0)) / (1 + share))
+    assert metric.compute().per_class == pytest.approx(torch.stack(means).std(dim=0).tolist(), rel=1e-12)
+
+
+def test_a_short_last_group_with_as_many_picks_is_of_pairs():
+    originals, picks = torch.randn(2, 14, 5, dtype=torch.float64).unbind()
+    picks = picks[:13]  # a group of 8 keeps 7, the last 6 originals keep ceil(7 * 6 / 8)
+    metric = TeacherStddev(5, window=2)  # one original each, so that every group is split
+    metric.update(originals, picks, 8)
+    p, q = torch.softmax(originals, dim=1), torch.softmax(picks, dim=1)
+    means = torch.cat(((p[:8] + q[:7].sum(dim=0) / 8) / (1 + 7 / 8), (p[8:] + q[7:]) / 2))
+    assert metric.compute().per_class == pytest.approx(means.std(dim=0).tolist(), rel=1e-12)
+
+
+def test_as_many_picks_as_originals_are_pairs_whatever_the_group():
+    originals, picks = torch.randn(2, 64, 5).unbind()
+    plain, grouped = TeacherStddev(5, window=6), TeacherStddev(5, window=6)
+    plain.update(originals, picks)
+    for start in range(0, 64, 8):
+        grouped.update(originals[start : start + 8], picks[start : start + 8], 4)
+    assert grouped.compute().per_class == pytest.approx(plain.compute().per_class, rel=1e-12)
+
+
+def test_group_sizes_follow_from_the_numbers():
+    assert picked_groups(128, 64, 64) == [PickedGroups(2, 64, 32)]
+    assert picked_groups(80, 40, 64) == [PickedGroups(1, 64, 32), PickedGroups(1, 16, 8)]
+    assert picked_groups(67, 35, 64) == [PickedGroups(1, 64, 33), PickedGroups(1, 3, 2)]
+    assert picked_groups(3, 2, 64) == [PickedGroups(1, 3, 2)]
+    assert picked_groups(64, 200, 64) == [PickedGroups(1, 64, 200)]
+    for group, keep, whole, last in [(7, 3, 4, 5), (64, 1, 1, 63), (64, 63, 2, 2), (5, 12, 3, 1), (4, 4, 2, 3)]:
+        of_last = math.ceil(keep * last / group)
+        blocks = picked_groups(whole * group + last, whole * keep + of_last, group)
+        assert blocks == [PickedGroups(whole, group, keep), PickedGroups(1, last, of_last)]
+    for wrong in [(128, 65, 64), (128, 1, 64), (80, 0, 64), (64, 0, 64), (0, 3, 64), (67, 23, 64)]:
+        with pytest.raises(ValueError, match="do not form mix groups"):
+            picked_groups(*wrong)
+    with pytest.raises(ValueError, match="group is 0"):
+        picked_groups(10, 5, 0)
+
+
+def test_picks_of_pick_rows_form_groups():
+    for batch, group, keep in [(64, 64, 10), (100, 16, 5), (100, 16, 31), (7, 16, 3), (33, 8, 7), (33, 8, 8)]:
+        picks = len(pick_rows(torch.rand(2, batch), group, keep))
+        blocks = picked_groups(batch, picks, group)
+        assert sum(block.groups * block.originals for block in blocks) == batch
+        assert sum(block.groups * block.picks for block in blocks) == picks
+        assert batch < group or blocks[0] == PickedGroups(batch // group, group, keep)
+
+
+def test_resuming_between_groups_with_a_split_window():
+    originals, picks = torch.randn(64, 5), torch.randn(48, 5)
+    whole = with_picks(TeacherStddev(5, window=6), originals, picks, 4, 3)
+    before, after = TeacherStddev(5, window=6), TeacherStddev(5, window=6)
+    with_picks(before, originals[:32], picks[:24], 4, 3)
+    after.load_state_dict(before.state_dict())
+    assert with_picks(after, originals[32:], picks[24:], 4, 3) == whole
+    assert after.originals == 64
+    assert after.windows == whole.windows == 21
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_states_of_version_1_are_read(paired: bool):
+    logits, augmented = torch.randn(2, 77, 7).unbind()
+    pairs = augmented if paired else None
+    whole = feed(TeacherStddev(7, window=20), logits, 7, pairs)
+    before = feed(TeacherStddev(7, window=20), logits[:33], 33, None if pairs is None else pairs[:33])
+    state = before.state_dict()
+    for name in ("version", "originals", "open_units"):
+        del state[name]
+    assert isinstance(state["open_rows"], int)
+    after = TeacherStddev(7, window=20)
+    after.load_state_dict(state)
+    feed(after, logits[33:], 7, None if pairs is None else pairs[33:])
+    assert after.compute().per_class == pytest.approx(whole.compute().per_class, rel=1e-12)
+    assert after.originals == 77
+
+
+def test_states_of_a_later_version_are_refused():
+    with pytest.raises(ValueError, match="version 3"):
+        TeacherStddev(7).load_state_dict(TeacherStddev(7).state_dict() | {"version": 3})
+
+
+def test_the_interval_is_students_t():
+    logits = torch.randn(60, 7)
+    few, many = (feed(TeacherStddev(7, window=window), logits, 60).compute() for window in (10, 2))
+    for result, quantile in ((few, 2.570582), (many, 2.093024)):  # 97.5 % at 5 and at 19 degrees of freedom
+        assert result.stddev is not None
+        assert result.stderr is not None
+        half = quantile * result.stderr
+        assert result.interval() == pytest.approx((max(result.stddev - half, 0), result.stddev + half), rel=1e-6)
+    wide = few.interval(0.99)
+    assert wide is not None
+    assert few.stddev is not None
+    assert few.stderr is not None
+    assert wide[1] - few.stddev == pytest.approx(4.032143 * few.stderr, rel=1e-6)
+    assert feed(TeacherStddev(7, window=30), logits, 60).compute().interval() is None
+    vague = GoodnessResult(0.01, 1.0, windows=5, stderr=0.01, per_class=[0.01], images=50, window=10)
+    assert vague.interval() == pytest.approx((0, 0.01 + 2.776445 * 0.01), rel=1e-6)
+    for confidence in (0, 1, 95):
+        with pytest.raises(ValueError, match=f"confidence is {confidence}"):
+            few.interval(confidence)
+
+
+def test_the_interval_holds_the_expected_value_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(8)
+    results = []
+    for _ in range(150):
+        logits = torch.randn(25 * 4, 6, generator=generator) * 2
+        results.append(feed(TeacherStddev(6, window=4), logits, len(logits)).compute())
+    center = np.mean([result.stddev for result in results])
+    held = [low <= center <= high for low, high in (result.interval(0.8) or (1, 0) for result in results)]
+    assert np.mean(held) == pytest.approx(0.8, abs=0.09)
+
+
+def test_a_jackknife_needs_four_windows():
+    metric = feed(TeacherStddev(7, window=2), torch.randn(7, 7), 7)
+    with pytest.raises(ValueError, match="3 windows are too few"):
+        metric.jackknife()
 
 
 @pytest.mark.parametrize("other", [TeacherStddev(8, window=20), TeacherStddev(7, window=40)])

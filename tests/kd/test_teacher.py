@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dalikd.kd.mixing import MixDraws, Mixed, cutmix
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.picking import entropy
+from dalikd.kd.picking import CRITERIA, entropy, pick_rows
 from dalikd.kd.teacher import (
     STUDENT_ENTROPY,
     TEACHER_ENTROPY,
@@ -16,6 +16,7 @@ from dalikd.kd.teacher import (
     PoolOutputs,
     Teacher,
     batch_statistics,
+    entropies,
     look,
 )
 
@@ -65,8 +66,7 @@ def pixels() -> Tensor:
 
 def _candidates(pixels: Tensor, runs: int = 2) -> Mixed:
     """CutMix within groups of 16; a function of the rows, not of the batch."""
-    pieces = [_run(pixels, run) for run in range(runs)]
-    return Mixed(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+    return Mixed.join([_run(pixels, run) for run in range(runs)])
 
 
 def _run(pixels: Tensor, run: int) -> Mixed:
@@ -81,7 +81,7 @@ def _run(pixels: Tensor, run: int) -> Mixed:
         )
         mixed = cutmix(rows, draws)
         pieces.append(Mixed(mixed.images, mixed.partner + start, mixed.lam))
-    return Mixed(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+    return Mixed.join(pieces)
 
 
 def _brute_force_picks(scores: Tensor, batch: int) -> list[int]:
@@ -158,7 +158,8 @@ def test_the_two_criteria_pick_differently(teacher, student, pixels):
 
 
 def test_a_criterion_may_need_both_nets(teacher, student, pixels):
-    def disagreement(outputs: PoolOutputs) -> Tensor:
+    def disagreement(outputs: PoolOutputs, group: int) -> Tensor:
+        assert group == GROUP
         assert outputs.teacher is not None
         assert outputs.student is not None
         assert outputs.originals is not None
@@ -190,6 +191,59 @@ def test_nothing_depends_on_the_batch_size(teacher, student, pixels, criterion, 
     for name in ("logits", "augmented_logits"):
         parts = torch.cat((getattr(first, name), getattr(second, name)))
         torch.testing.assert_close(parts, getattr(whole, name), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy", "kld", "dissimilarity"])
+@pytest.mark.parametrize("keep", [None, 5, 20])
+def test_every_criterion_says_where_its_picks_stem_from(teacher, student, pixels, name, keep):
+    """Other numbers than there are originals included; the short last group keeps its share, rounded up."""
+    candidates, criterion, batch = _candidates(pixels), CRITERIA[name], len(pixels)
+    counting = Counting(teacher)
+    seen = look(counting, pixels, candidates, criterion=criterion, group=GROUP, keep=keep, student=student)
+    outputs = PoolOutputs(teacher(candidates.images), student(candidates.images), teacher(pixels))
+    scores = criterion.score(outputs, GROUP)
+    picks = pick_rows(scores.reshape(2, batch), GROUP, keep)
+    assert len(picks) == {None: batch, 5: 5 + 5 + 2, 20: 20 + 20 + 8}[keep]
+    assert counting.rows == [batch + (2 * batch if criterion.needs_teacher else len(picks))]
+    assert torch.equal(seen.picks, picks)
+    assert seen.rows.tolist() == [pick % batch for pick in picks.tolist()]
+    torch.testing.assert_close(seen.scores, scores, rtol=0, atol=1e-12)
+    scoring = outputs.teacher if criterion.needs_teacher else outputs.student
+    torch.testing.assert_close(seen.pool_logits, scoring, rtol=0, atol=1e-12)
+    assert torch.equal(seen.augmented, candidates.images[picks])
+    assert torch.equal(seen.partner, candidates.partner[picks])
+    torch.testing.assert_close(seen.augmented_logits, outputs.teacher[picks], rtol=0, atol=1e-12)
+
+
+def test_without_picks_each_row_stems_from_itself(teacher, pixels):
+    for candidates in (None, _candidates(pixels, runs=1)):
+        seen = look(teacher, pixels, candidates)
+        assert seen.rows.tolist() == list(range(len(pixels)))
+        assert seen.picks is seen.scores is seen.pool_logits is seen.hidden is None
+
+
+@pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy", "kld", "dissimilarity"])
+def test_entropies_are_those_of_the_net_that_scores(teacher, student, pixels, name):
+    candidates = _candidates(pixels)
+    seen = look(teacher, pixels, candidates, criterion=CRITERIA[name], group=GROUP, keep=5, student=student)
+    scoring = student if name == "student_entropy" else teacher
+    found = entropies(seen, student(pixels) if name == "student_entropy" else None)
+    torch.testing.assert_close(found.originals, entropy(scoring(pixels)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.candidates, entropy(scoring(candidates.images)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.picks, entropy(scoring(seen.augmented)), rtol=0, atol=1e-12)
+
+
+def test_entropies_of_a_single_run_are_the_teachers(teacher, pixels):
+    candidates = _candidates(pixels, runs=1)
+    found = entropies(look(teacher, pixels, candidates))
+    assert found.picks is found.candidates
+    torch.testing.assert_close(found.candidates, entropy(teacher(candidates.images)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.originals, entropy(teacher(pixels)), rtol=0, atol=1e-12)
+
+
+def test_more_picks_than_the_pool_holds_are_refused(teacher, pixels):
+    with pytest.raises(ValueError, match=f"--n_pick {2 * GROUP + 1} of a pool of {2 * GROUP}"):
+        look(teacher, pixels, _candidates(pixels), criterion=TEACHER_ENTROPY, group=GROUP, keep=2 * GROUP + 1)
 
 
 def test_float_candidates_join_uint8_originals(teacher, pixels):
