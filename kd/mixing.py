@@ -1,4 +1,4 @@
-"""Batch-level augmentation of pixels on the device: mixup, CutMix, Cutout.
+"""Batch-level augmentation of pixels on the device: mixup, CutMix, patch mixing, Cutout, masking, random erasing.
 
 Nothing is drawn here. The draws come in as tensors, one set per image, so that the result depends on the samples
 alone and not on the generator, the batch size or the rank. Images are NCHW (any memory format, which is kept), in
@@ -11,23 +11,72 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MixDraws", "Mixed", "cutmix", "cutout", "mixup"]
+from dalikd.kd.masks import box_mask, cell_mask, even_span, square_span
+
+__all__ = [
+    "HiddenMix",
+    "MixDraws",
+    "Mixed",
+    "cutmix",
+    "cutout",
+    "masking",
+    "mixup",
+    "patchmix",
+    "random_erasing",
+    "same",
+]
 
 
 class MixDraws(NamedTuple):
-    """What chance decided for each image of a batch."""
+    """What chance decided for each image of a batch. The last three are there for the functions that use them."""
 
     partner: Tensor  # int64 [B], row of this batch to mix in
     lam: Tensor  # float32 [B], wanted share of the image itself
     center: Tensor  # float32 [B, 2], (y, x) as fractions of the height and width, in [0, 1)
+    cells: Tensor | None = None  # float32 [B, cells], in [0, 1), one number for each cell of a grid, row by row
+    box: Tensor | None = None  # int32 [B, 4], a box's top, left, height and width in pixels; zeros for none
+    layer: Tensor | None = None  # int32 [B], the stages of a net after which hidden states are mixed; 0: the input
+
+
+class HiddenMix(NamedTuple):
+    """How the hidden states of n augmented images are mixed with those of B originals (kd/manifold.py)."""
+
+    partner: Tensor  # int64 [n], row of the originals
+    lam: Tensor  # float [n], share of the image itself
+    layer: Tensor  # int32 [n], after so many stages; 0: nothing is left to do
 
 
 class Mixed(NamedTuple):
     """Augmented images and what each is made of."""
 
-    images: Tensor  # [B, C, H, W]
-    partner: Tensor  # int64 [B], row of the batch that was mixed in
-    lam: Tensor  # float32 [B], share of the image itself
+    images: Tensor  # [n, C, H, W]
+    partner: Tensor  # int64 [n], row of the batch that was mixed in
+    lam: Tensor  # float32 [n], share of the image itself
+    layer: Tensor | None = None  # int32 [n], after how many stages a net has to mix the partner in, if it has to
+
+    @property
+    def hidden(self) -> HiddenMix | None:
+        """How a net has to mix the hidden states of the images; None where they are mixed already."""
+        return None if self.layer is None else HiddenMix(self.partner, self.lam, self.layer)
+
+    def take(self, rows: Tensor) -> "Mixed":
+        """The images numbered `rows`, int64 [n]."""
+        layer = None if self.layer is None else self.layer[rows]
+        return Mixed(self.images[rows], self.partner[rows], self.lam[rows], layer)
+
+    @staticmethod
+    def join(runs: Sequence["Mixed"]) -> "Mixed":
+        """The images of several runs of one augmentation, run after run."""
+        layers = [run.layer for run in runs if run.layer is not None]
+        return Mixed(
+            torch.cat([run.images for run in runs]),
+            torch.cat([run.partner for run in runs]),
+            torch.cat([run.lam for run in runs]),
+            torch.cat(layers) if layers else None,
+        )
+
+
+# ------------------------------------------------------------------------------------------ images of two samples
 
 
 def mixup(images: Tensor, draws: MixDraws) -> Mixed:
@@ -61,7 +110,7 @@ def cutmix(images: Tensor, draws: MixDraws) -> Mixed:
 
     Args:
         images: uint8 or float [B, C, H, W].
-        draws: all three are used; the centre pixel is floor(center * side).
+        draws: partner, lam and center are used; the centre pixel is floor(center * side).
 
     Returns:
         Images in the dtype of the input, the partners and the recomputed lam.
@@ -72,11 +121,64 @@ def cutmix(images: Tensor, draws: MixDraws) -> Mixed:
     _check_draws(images, draws)
     height, width = images.shape[-2:]
     ratio = (1 - draws.lam).sqrt()
-    top, bottom = _even_span(draws.center[:, 0], ratio, height)
-    left, right = _even_span(draws.center[:, 1], ratio, width)
-    box = _box_mask(top, bottom, left, right, height, width)
+    top, bottom = even_span(draws.center[:, 0], ratio, height)
+    left, right = even_span(draws.center[:, 1], ratio, width)
+    box = box_mask(top, bottom, left, right, height, width)
     replaced = (bottom - top) * (right - left) / (height * width)
     return Mixed(torch.where(box, images[draws.partner], images), draws.partner, 1 - replaced)
+
+
+def patchmix(images: Tensor, draws: MixDraws, side: int) -> Mixed:
+    """Replace squares of a grid by the partner's.
+
+    Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", NeurIPS 2022, arXiv 2012.02909:
+    of all squares the share lam, rounded down to whole ones, comes from the partner. So lam means the opposite of what
+    it means in CutMix as it is drawn, and the same as it is returned. The squares with the smallest numbers are taken.
+
+    Args:
+        images: uint8 or float [B, C, H, W].
+        draws: partner, lam and cells are used, [B, (H / side) * (W / side)].
+        side: of a square, in pixels; published: 4.
+
+    Returns:
+        Images in the dtype of the input, the partners and the share that each image keeps of itself.
+
+    Raises:
+        ValueError: squares that do not tile the images, or draws for other images or another grid.
+    """
+    _check_draws(images, draws)
+    height, width = images.shape[-2:]
+    if side < 1 or height % side or width % side:
+        raise ValueError(f"squares of {side} pixels do not tile {height} x {width}: set --patch_side to a divisor")
+    grid = (height // side, width // side)
+    numbers = _cells(draws, len(images), grid)
+    replaced = (draws.lam * numbers.shape[1]).long()
+    mask = cell_mask(numbers, replaced, grid, side, side)
+    return Mixed(
+        torch.where(mask, images[draws.partner], images),
+        draws.partner,
+        1 - (replaced / numbers.shape[1]).to(draws.lam.dtype),
+    )
+
+
+def same(images: Tensor, draws: MixDraws) -> Mixed:
+    """Replace each image by its partner altogether: by the first of its mix group, if the draws say so.
+
+    Args:
+        images: uint8 or float [B, C, H, W].
+        draws: partner is used.
+
+    Returns:
+        Images in the dtype of the input, the partners and lam = 0: the label is the partner's.
+
+    Raises:
+        ValueError: the draws are not for as many images as there are.
+    """
+    _check_draws(images, draws)
+    return Mixed(images[draws.partner], draws.partner, torch.zeros_like(draws.lam))
+
+
+# ------------------------------------------------------------------------------------------ parts filled with a value
 
 
 def cutout(images: Tensor, draws: MixDraws, side: int, fill: Sequence[float]) -> Mixed:
@@ -99,46 +201,96 @@ def cutout(images: Tensor, draws: MixDraws, side: int, fill: Sequence[float]) ->
     _check_draws(images, draws)
     if side < 1:
         raise ValueError(f"cutout side is {side}: give at least 1 pixel")
-    if len(fill) != images.shape[1]:
-        raise ValueError(f"cutout fill has {len(fill)} values for {images.shape[1]} channels: give one per channel")
     height, width = images.shape[-2:]
-    hole = _box_mask(
-        *_square_span(draws.center[:, 0], side, height), *_square_span(draws.center[:, 1], side, width), height, width
+    hole = box_mask(
+        *square_span(draws.center[:, 0], side, height), *square_span(draws.center[:, 1], side, width), height, width
     )
+    return _filled(images, draws, hole, fill, "cutout")
+
+
+def masking(images: Tensor, draws: MixDraws, fill: Sequence[float], cells_a_side: int = 4, ratio: float = 0.5) -> Mixed:
+    """Fill a share of the cells of a grid, as the input of a masked autoencoder is masked.
+
+    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377. The cells with the
+    smallest numbers are filled, `ratio` of them rounded down.
+
+    Args:
+        images: uint8 or float [B, C, H, W].
+        draws: cells are used, [B, cells_a_side squared].
+        fill: one pixel value per channel. The mean of the data set times 255 is zero after normalising.
+        cells_a_side: rows and columns of the grid.
+        ratio: share of the cells, 0 to 1.
+
+    Returns:
+        float32 images (float64 stays), each image as its own partner, lam = 1: the label is untouched.
+
+    Raises:
+        ValueError: a grid that does not divide the images, a ratio outside 0 to 1, not one fill value per channel, or
+            draws for other images or another grid.
+    """
+    _check_draws(images, draws)
+    height, width = images.shape[-2:]
+    if cells_a_side < 1 or height % cells_a_side or width % cells_a_side:
+        raise ValueError(
+            f"{cells_a_side} cells a side do not divide {height} x {width} pixels: set --mask_cells to a divisor"
+        )
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"mask ratio is {ratio}: set --mask_ratio to a share from 0 to 1")
+    grid = (cells_a_side, cells_a_side)
+    numbers = _cells(draws, len(images), grid)
+    mask = cell_mask(numbers, int(ratio * numbers.shape[1]), grid, height // cells_a_side, width // cells_a_side)
+    return _filled(images, draws, mask, fill, "masking")
+
+
+def random_erasing(images: Tensor, draws: MixDraws, fill: Sequence[float]) -> Mixed:
+    """Fill the box that was drawn for each image, if there was one.
+
+    Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, arXiv 1708.04896.
+
+    Args:
+        images: uint8 or float [B, C, H, W].
+        draws: box is used.
+        fill: one pixel value per channel. The mean of the data set times 255 is zero after normalising.
+
+    Returns:
+        float32 images (float64 stays), each image as its own partner, lam = 1: the label is untouched.
+
+    Raises:
+        ValueError: not one fill value per channel, no boxes, or draws for another number of images.
+    """
+    _check_draws(images, draws)
+    if draws.box is None or draws.box.shape != (len(images), 4):
+        found = None if draws.box is None else tuple(draws.box.shape)
+        raise ValueError(f"boxes have shape {found} for {len(images)} images: give box [B, 4]")
+    top, left, height, width = draws.box.unbind(1)
+    box = box_mask(top, top + height, left, left + width, *images.shape[-2:])
+    return _filled(images, draws, box, fill, "random erasing")
+
+
+# ------------------------------------------------------------------------------------------------------- common
+
+
+def _filled(images: Tensor, draws: MixDraws, mask: Tensor, fill: Sequence[float], name: str) -> Mixed:
+    """Images with their part under the mask, bool [B, 1, H, W], filled; the labels stay."""
+    if len(fill) != images.shape[1]:
+        raise ValueError(f"{name} fill has {len(fill)} values for {images.shape[1]} channels: give one per channel")
     filled = images.to(torch.promote_types(images.dtype, torch.float32), copy=True)
     for channel, value in enumerate(fill):  # scalars go as kernel arguments: a tensor of them would be a blocking copy
-        filled[:, channel].masked_fill_(hole[:, 0], value)
+        filled[:, channel].masked_fill_(mask[:, 0], value)
     return Mixed(filled, torch.arange(len(images), device=images.device), torch.ones_like(draws.lam))
 
 
-def _center_pixel(fraction: Tensor, side: int) -> Tensor:
-    """Integer pixel [B]; the clamp catches a fraction that rounded up to 1."""
-    return (fraction * side).long().clamp(max=side - 1)
-
-
-def _even_span(center: Tensor, ratio: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """First and past-the-last pixel [B] of 2 * (floor(side * ratio) // 2) pixels around the centre, clipped."""
-    middle, half = _center_pixel(center, side), (side * ratio).long() // 2
-    return (middle - half).clamp(min=0), (middle + half).clamp(max=side)
-
-
-def _square_span(center: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
-    """First and past-the-last pixel [B] of `length` pixels around the centre, clipped."""
-    start = _center_pixel(center, side) - length // 2
-    return start.clamp(min=0), (start + length).clamp(max=side)
-
-
-def _box_mask(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, height: int, width: int) -> Tensor:
-    """Bool [B, 1, H, W], true inside each image's box; bounds are int64 [B], the last ones exclusive."""
-    rows = torch.arange(height, device=top.device)[None, :]
-    columns = torch.arange(width, device=top.device)[None, :]
-    in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
-    in_columns = (columns >= left[:, None]) & (columns < right[:, None])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+def _cells(draws: MixDraws, batch: int, grid: tuple[int, int]) -> Tensor:
+    """The number of each cell [B, cells]."""
+    wanted = (batch, grid[0] * grid[1])
+    if draws.cells is None or draws.cells.shape != wanted:
+        found = None if draws.cells is None else tuple(draws.cells.shape)
+        raise ValueError(f"cells have shape {found} for {batch} images of {grid[0]} x {grid[1]} cells: give {wanted}")
+    return draws.cells
 
 
 def _check_draws(images: Tensor, draws: MixDraws) -> None:
     batch = len(images)
-    shapes = tuple(tuple(draw.shape) for draw in draws)
+    shapes = tuple(tuple(draw.shape) for draw in draws[:3])
     if shapes != ((batch,), (batch,), (batch, 2)):
         raise ValueError(f"draws have shapes {shapes} for {batch} images: give partner [B], lam [B], center [B, 2]")

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from dalikd.kd.folding import fold_batch_norms
-from dalikd.kd.mixing import Mixed
+from dalikd.kd.manifold import hidden_mixing
+from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.picking import entropy, pick_rows
+from dalikd.kd.picking import STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, score_and_pick
 
 __all__ = [
     "STUDENT_ENTROPY",
     "TEACHER_ENTROPY",
     "Criterion",
+    "Entropies",
     "Look",
     "PoolOutputs",
     "Teacher",
     "batch_statistics",
+    "entropies",
     "look",
 ]
 
@@ -53,53 +56,48 @@ class Teacher:
         self._autocast = autocast
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Logits [B, C] in at least float32."""
+    def __call__(self, pixels: Tensor, hidden: HiddenMix | None = None) -> Tensor:
+        """Logits [n, C] in at least float32.
+
+        Args:
+            pixels: [n, 3, H, W].
+            hidden: how the last of them are mixed inside the net with the first, which are originals.
+        """
         enabled = self._autocast is not None
-        with torch.autocast(self._device_type, self._autocast, enabled=enabled):
+        with torch.autocast(self._device_type, self._autocast, enabled=enabled), hidden_mixing(self.model, hidden):
             logits = self.model(pixels)
         return logits.float() if enabled else logits
 
 
-class PoolOutputs(NamedTuple):
-    """What a criterion may look at."""
-
-    teacher: Tensor | None  # [runs * B, C], on the candidates
-    student: Tensor | None  # [runs * B, C], on the candidates
-    originals: Tensor | None  # [B, C], the teacher's, on the originals
-
-
-class Criterion(NamedTuple):
-    """How candidates are ranked: the highest scores are kept."""
-
-    score: Callable[[PoolOutputs], Tensor]  # -> [runs * B]
-    needs_teacher: bool
-    needs_student: bool
-
-
-TEACHER_ENTROPY = Criterion(lambda outputs: entropy(_given(outputs.teacher)), needs_teacher=True, needs_student=False)
-STUDENT_ENTROPY = Criterion(lambda outputs: entropy(_given(outputs.student)), needs_teacher=False, needs_student=True)
-
-
 class Look(NamedTuple):
-    """What the teacher saw and said in one step."""
+    """What the teacher saw and said in one step. n is B, unless a mix group keeps more or fewer picks."""
 
     logits: Tensor  # [B, C], on the originals
-    augmented: Tensor  # [B, 3, S, S] pixels: the candidates, or those picked
-    augmented_logits: Tensor  # [B, C]
-    partner: Tensor  # int64 [B], row of the batch mixed into each
-    lam: Tensor  # [B], share of the image itself
-    picks: Tensor | None = None  # int64 [B], where candidates were picked: their places in the pool
+    augmented: Tensor  # [n, 3, S, S] pixels: the candidates, or those picked
+    augmented_logits: Tensor  # [n, C]
+    partner: Tensor  # int64 [n], row of the batch mixed into each
+    lam: Tensor  # [n], share of the image itself
+    rows: Tensor  # int64 [n], row of the batch that each stems from
+    picks: Tensor | None = None  # int64 [n], where candidates were picked: their places in the pool
+    scores: Tensor | None = None  # [runs * B], of the pool, where candidates were picked
+    pool_logits: Tensor | None = None  # [runs * B, C], of the net that scores: the teacher, or the student if it alone
+    layer: Tensor | None = None  # int32 [n], where the partner is mixed in inside of the nets
+
+    @property
+    def hidden(self) -> HiddenMix | None:
+        """How a net has to mix the hidden states of the augmented images; None where they are mixed already."""
+        return None if self.layer is None else HiddenMix(self.partner, self.lam, self.layer)
 
 
 def look(
-    teacher: Callable[[Tensor], Tensor],
+    teacher: Callable[..., Tensor],
     pixels: Tensor,
     candidates: Mixed | None,
     *,
     criterion: Criterion | None = None,
     group: int = 64,
-    student: Callable[[Tensor], Tensor] | None = None,
+    keep: int | None = None,
+    student: Callable[..., Tensor] | None = None,
 ) -> Look:
     """Let the teacher see originals and candidates in one call, and keep the best candidates.
 
@@ -107,31 +105,49 @@ def look(
     eval mode. With student scores alone the picks are made first, and the teacher sees only them.
 
     Args:
-        teacher: pixels [n, 3, S, S] -> logits [n, C].
+        teacher: pixels [n, 3, S, S] -> logits [n, C]; for candidates mixed inside the nets it takes a HiddenMix too,
+            and the originals come before them.
         pixels: originals [B, 3, S, S].
         candidates: runs * B augmented images, run after run; None for the originals themselves (identity).
-        criterion: how to pick B of several runs; None keeps all of a single run.
+        criterion: how to pick of several runs; None keeps all of a single run.
         group: originals that share a pool.
-        student: pixels of the pool -> logits, without gradient; for criteria that need it.
+        keep: picks of a whole group's pool; default: as many as originals.
+        student: the same, pixels of the pool -> logits, without gradient; for criteria that need it.
+
+    Raises:
+        ValueError: more is kept than the pool holds.
     """
-    batch = len(pixels)
+    own = torch.arange(len(pixels), device=pixels.device)
     if candidates is None:
         logits = teacher(pixels)
-        own = torch.arange(batch, device=pixels.device)
-        return Look(logits, pixels, logits, own, torch.ones(batch, device=pixels.device))
+        return Look(logits, pixels, logits, own, torch.ones(len(pixels), device=pixels.device), own)
     if criterion is None:
-        assert len(candidates.images) == batch
-        both = teacher(_join(pixels, candidates.images))
-        return Look(both[:batch], candidates.images, both[batch:], candidates.partner, candidates.lam)
-    student_logits = _given(student)(candidates.images) if criterion.needs_student else None
-    if not criterion.needs_teacher:
-        picks = _pick(criterion, PoolOutputs(None, student_logits, None), batch, group)
-        return look(teacher, pixels, _take(candidates, picks))._replace(picks=picks)
-    every = teacher(_join(pixels, candidates.images))
-    logits, pool = every[:batch], every[batch:]
-    picks = _pick(criterion, PoolOutputs(pool, student_logits, logits), batch, group)
-    picked = _take(candidates, picks)
-    return Look(logits, picked.images, pool[picks], picked.partner, picked.lam, picks)
+        assert len(candidates.images) == len(pixels)
+        logits, augmented = _ask(teacher, pixels, candidates)
+        return Look(
+            logits, candidates.images, augmented, candidates.partner, candidates.lam, own, layer=candidates.layer
+        )
+    return _look_and_pick(teacher, pixels, candidates, criterion, group, keep, student)
+
+
+class Entropies(NamedTuple):
+    """Entropies by the net that scores candidates, in nats; to be logged."""
+
+    originals: Tensor  # [B]
+    candidates: Tensor  # [runs * B], the whole pool
+    picks: Tensor  # [n]
+
+
+def entropies(seen: Look, originals: Tensor | None = None) -> Entropies:
+    """How uncertain the net that scores is about originals, candidates and picks.
+
+    Args:
+        seen: a look. Where nothing was picked, the candidates are all of them picks, and the teacher's outputs count.
+        originals: the scoring net's logits on the originals [B, C], where a student alone scores; else the teacher's.
+    """
+    pool = entropy(seen.augmented_logits if seen.pool_logits is None else seen.pool_logits)
+    picks = pool if seen.picks is None else pool[seen.picks]
+    return Entropies(entropy(seen.logits if originals is None else originals), pool, picks)
 
 
 @contextmanager
@@ -151,16 +167,43 @@ def batch_statistics(model: nn.Module):
         model.train(training)
 
 
-def _pick(criterion: Criterion, outputs: PoolOutputs, batch: int, group: int) -> Tensor:
-    return pick_rows(criterion.score(outputs).reshape(-1, batch), group)
+def _look_and_pick(
+    teacher: Callable[..., Tensor],
+    pixels: Tensor,
+    candidates: Mixed,
+    criterion: Criterion,
+    group: int,
+    keep: int | None,
+    student: Callable[..., Tensor] | None,
+) -> Look:
+    """The look where several candidates of each original compete; arguments as for `look`."""
+    batch = len(pixels)
+    logits = pool = scored = None
+    if criterion.needs_student:
+        scored = _score(_given(student), pixels, candidates)
+    if criterion.needs_teacher:
+        logits, pool = _ask(teacher, pixels, candidates)
+    picks, scores = score_and_pick(criterion, PoolOutputs(pool, scored, logits), batch, group, keep)
+    picked = candidates.take(picks)
+    if pool is None:
+        logits, augmented = _ask(teacher, pixels, picked)
+    else:
+        augmented = pool[picks]
+    return Look(
+        _given(logits), picked.images, augmented, picked.partner, picked.lam, picks % batch, picks, scores,
+        scored if pool is None else pool, picked.layer,
+    )  # fmt: skip
 
 
-def _take(candidates: Mixed, picks: Tensor) -> Mixed:
-    return Mixed(candidates.images[picks], candidates.partner[picks], candidates.lam[picks])
+def _ask(net: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> tuple[Tensor, Tensor]:
+    """A net's logits on originals and candidates, in one call."""
+    both = torch.cat((pixels, candidates.images))  # uint8 and float promote to float
+    logits = net(both) if candidates.hidden is None else net(both, candidates.hidden)
+    return logits[: len(pixels)], logits[len(pixels) :]
 
 
-def _join(pixels: Tensor, images: Tensor) -> Tensor:
-    return torch.cat((pixels, images))  # uint8 and float promote to float
+def _score(student: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> Tensor:
+    return student(candidates.images) if candidates.hidden is None else _ask(student, pixels, candidates)[1]
 
 
 def _given(value: Any) -> Any:

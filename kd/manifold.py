@@ -1,0 +1,154 @@
+"""Manifold mixup: images are mixed in what a net makes of them, after some of its stages.
+
+Verma et al., "Manifold Mixup: Better Representations by Interpolating Hidden States", ICML 2019, arXiv 1806.05236.
+An image x' is lam * h + (1 - lam) * h[partner], where h is what the first `layer` stages make of an image, and the rest
+of the net goes on from there; layer 0 mixes the images themselves. The partner's h is that of the original, which is
+never mixed: so each image may have its own layer, and picks may leave partners out. Teacher and student mix after the
+same number of stages of their own, and the student's target on x' is what the teacher says of its own mixture.
+
+The stages are those that a net's `stage_modules()` lists. They are listened to by hooks that are there for one forward
+alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dalikd.kd.mixing import HiddenMix, MixDraws, Mixed, mixup
+from dalikd.kd.normalize import Normalized
+
+__all__ = [
+    "LAYERS",
+    "MANIFOLD_ALPHA",
+    "check_mixable",
+    "hidden_mixing",
+    "manifold_mixup",
+    "mixed_forward",
+]
+
+LAYERS = 3  # drawn from: the input, and after the first two stages; published
+MANIFOLD_ALPHA = 2.0  # lam ~ Beta(2, 2); published
+
+
+def manifold_mixup(images: Tensor, draws: MixDraws) -> Mixed:
+    """Mix those images whose layer is 0; the nets mix the others.
+
+    Args:
+        images: uint8 or float [B, C, H, W].
+        draws: partner, lam and layer are used.
+
+    Returns:
+        float32 images (float64 stays), partners, lam and layers as drawn.
+
+    Raises:
+        ValueError: no layers, or draws for another number of images.
+    """
+    if draws.layer is None or draws.layer.shape != draws.lam.shape:
+        found = None if draws.layer is None else tuple(draws.layer.shape)
+        raise ValueError(f"layers have shape {found} for {len(images)} images: give layer [B]")
+    at_input = torch.where(draws.layer == 0, draws.lam, torch.ones_like(draws.lam))
+    mixed = mixup(images, draws._replace(lam=at_input))
+    return Mixed(mixed.images, draws.partner, draws.lam, draws.layer)
+
+
+def check_mixable(model: nn.Module, name: str, compile_mode: str = "off") -> None:
+    """Check that hidden states of a net can be mixed.
+
+    Args:
+        model: takes pixels, or normalised images.
+        name: of the net, for the message.
+        compile_mode: of torch.compile, which would cut a graph at every hook.
+
+    Raises:
+        ValueError: it has not stages enough, or is to be compiled.
+    """
+    if compile_mode != "off":
+        raise ValueError(
+            f"--compile {compile_mode} cannot take manifold_mixup, which mixes inside of {name}: use --compile off"
+        )
+    if len(_stages(model)) < LAYERS:
+        raise ValueError(
+            f"{name} names fewer than {LAYERS} stages, manifold_mixup mixes after the first {LAYERS - 1}: take another "
+            "net, or mixup"
+        )
+
+
+@contextmanager
+def hidden_mixing(model: nn.Module, hidden: HiddenMix | None) -> Iterator[None]:
+    """In here the last rows of a forward are augmented images, which are mixed with the rows before, the originals.
+
+    Args:
+        model: takes [B originals ; n augmented images]; pixels, or normalised images.
+        hidden: how the n images are mixed; None for not at all.
+    """
+    if hidden is None:
+        yield
+        return
+    augmented = len(hidden.lam)
+
+    def mix(layer: int, states: Tensor) -> Tensor:
+        originals, own = states[:-augmented], states[-augmented:]
+        return torch.cat((originals, _mixed(own, originals, hidden, layer)))
+
+    with _listening(model, mix):
+        yield
+
+
+def mixed_forward(
+    model: nn.Module, originals: Tensor, images: Tensor, hidden: HiddenMix, *, joint: bool
+) -> tuple[Tensor, Tensor]:
+    """A net's outputs on originals and on images whose hidden states are mixed with theirs.
+
+    Args:
+        model: takes pixels, or normalised images.
+        originals: [B, C, H, W].
+        images: [n, C, H, W], as `manifold_mixup` gives them.
+        hidden: how they are mixed.
+        joint: one forward over both, which batch norms see as one batch; else one after the other.
+
+    Returns:
+        logits [B, classes] on the originals, and [n, classes] on the images.
+    """
+    if joint:
+        with hidden_mixing(model, hidden):
+            logits = model(torch.cat((originals, images)))
+        return logits[: len(originals)], logits[len(originals) :]
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, states: Tensor) -> Tensor:
+        kept[layer] = states
+        return states
+
+    with _listening(model, keep):
+        logits = model(originals)
+    with _listening(model, lambda layer, states: _mixed(states, kept[layer], hidden, layer)):
+        return logits, model(images)
+
+
+def _mixed(own: Tensor, originals: Tensor, hidden: HiddenMix, layer: int) -> Tensor:
+    """States after stage `layer`: those of rows that are mixed there are, the others stay exactly as they were."""
+    dtype = torch.promote_types(own.dtype, hidden.lam.dtype)
+    share = torch.where(hidden.layer == layer, hidden.lam, torch.ones_like(hidden.lam)).to(dtype)
+    share = share.reshape(-1, *[1] * (own.dim() - 1))
+    return torch.lerp(originals[hidden.partner].to(dtype), own.to(dtype), share).to(own.dtype)
+
+
+@contextmanager
+def _listening(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """In here what leaves stage 1, 2 … of a net is what `change` makes of the number and the states."""
+    with ExitStack() as handles:
+        for layer, stage in enumerate(_stages(model)[: LAYERS - 1], start=1):
+
+            def hook(_module: nn.Module, _inputs: object, states: Tensor, layer: int = layer) -> Tensor:
+                return change(layer, states)
+
+            handles.enter_context(stage.register_forward_hook(hook))
+        yield
+
+
+def _stages(model: nn.Module) -> list[nn.Module]:
+    net = model.model if isinstance(model, Normalized) else model
+    listed = getattr(net, "stage_modules", None)
+    return [] if listed is None else listed()
