@@ -26,10 +26,19 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
         check_writable("--json", Path(options.json))
     accelerator = start(options.device, options.precision)
     source = open_split(options.data, "val", options.seed)
-    model = build_model(options.model, source, weights=options.weights, args=options.model_args)
+    model = build_model(
+        options.model, source, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std
+    )
     model = model.to(accelerator.device, model_type(options.precision), memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = evaluate(model, validation_loader(source, options, accelerator), accelerator)
-    report = {**result, "fingerprint": source.fingerprint, "config": config, "versions": versions(accelerator.device)}
+    report = {
+        **result,
+        "normalisation": model.normalisation._asdict(),
+        "class_names": list(source.classes),  # index = label
+        "fingerprint": source.fingerprint,
+        "config": config,
+        "versions": versions(accelerator.device),
+    }
     if accelerator.is_main_process:
         print(
             f"top1 {100 * result['top1']:.2f} %, top5 {100 * result['top5']:.2f} %, loss {result['loss']:.4f} "

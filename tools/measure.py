@@ -24,11 +24,30 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
             f"{report['data']['images']} images, {report['mode']}, mix group {report['mix_group']}; lower is better."
         )
         if report["student_weights"]:
-            print(f"student that scores candidates: {report['student']}, weights: {report['student_weights']}")
+            print(f"student: {report['student']}, weights: {report['student_weights']}")
+        print(comparison(report))
         if options.json is not None:
             write_json(Path(options.json), report)
             print(f"written: {options.json}")
     return report
+
+
+def comparison(report: dict[str, Any]) -> str:
+    """What the windows that all augmentations have in common say of their ranking."""
+    found, stopped = report["separation"], report["stopped"]
+    lines = []
+    if found is not None:
+        level = stopped["confidence"] if stopped else report["confidence"]
+        open_pairs = [f"{pair['a']} / {pair['b']}" for pair in found["pairs"] if not pair["separated"]]
+        told = len(found["pairs"]) - len(open_pairs)
+        lines.append(
+            f"{told} of {len(found['pairs'])} neighbours in the ranking are told apart at {level:.0%} confidence"
+            + (f"; not: {', '.join(open_pairs)}" if open_pairs else "")
+        )
+    if stopped is not None:
+        ended = "settled after" if stopped["settled"] else "not settled within"
+        lines.append(f"ranking {ended} {stopped['images']} images ({stopped['windows']} windows)")
+    return "\n".join([*lines, *(f"entropies: {path}" for path in report["entropy_plots"])])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

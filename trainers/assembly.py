@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, training_view
@@ -23,7 +24,7 @@ from dalikd.trainers.cached import CachedLooks, open_cached
 from dalikd.trainers.distill import Distillation
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.loop import Loop, Method
-from dalikd.trainers.models import build_model, open_teacher
+from dalikd.trainers.models import build_model, describe_teacher, open_teacher, reinitialise
 from dalikd.trainers.options import DistillOptions, RunOptions, TrainingOptions
 from dalikd.trainers.tracking import RunFolder
 
@@ -159,15 +160,25 @@ def _reading(data: DataConfig) -> dict[str, Any]:
 
 
 def build_student(options: TrainingOptions, source: Source):
-    """The net that is trained, the same on every process.
+    """The net that is trained, the same on every process; without gradient where it is fixed.
 
     Raises:
-        ValueError: no or an unknown model, or weights that do not fit.
+        ValueError: no or an unknown model, weights that do not fit, or a fixed net without weights.
     """
     if options.model is None:
         raise ValueError("no model given: name its architecture with --model, e.g. --model resnet20")
+    fixed = isinstance(options, DistillOptions) and options.fix_student
+    if fixed and (options.weights is None or options.reinit):
+        raise ValueError(
+            "--fix_student true observes a student as its weights are: give them with --weights, without --reinit"
+        )
     torch.manual_seed(options.seed)
-    return build_model(options.model, source, weights=options.weights, args=options.model_args)
+    student = build_model(
+        options.model, source, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std
+    )
+    if options.reinit:
+        reinitialise(student.model, options.seed)
+    return student.requires_grad_(False) if fixed else student
 
 
 def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tuple[Distillation, TrainingData]:
@@ -222,6 +233,7 @@ def run_training(
         "command": command,
         "seed": options.seed,
         "model": options.model,
+        "normalisation": method.student.normalisation._asdict(),
         "augmentation": options.augmentation,
         "mode": options.mode,
         "mix_group": options.mix_group,
@@ -229,8 +241,13 @@ def run_training(
         "batch_size": options.batch_size,
         "precision": options.precision,
         "data": {**asdict(options.data), "train_images": len(data.train), "val_images": len(data.val)},
+        "class_names": list(data.train.classes),  # index = label
         "fingerprint": {"train": data.train.fingerprint, "val": data.val.fingerprint},
     }
+    teacher = getattr(method, "teacher", None)
+    if isinstance(teacher, Teacher) and isinstance(options, DistillOptions):
+        assert isinstance(teacher.model, Normalized)
+        header["teacher"] = describe_teacher(options.teacher, teacher.model)
     if data.cached is not None:
         header["teacher_cache"] = data.cached.describe(round(options.epochs * options.epoch_factor))
         accelerator.print(header["teacher_cache"]["summary"], flush=True)

@@ -1,21 +1,32 @@
-"""The augmentations by name: which view DALI makes, what is mixed on the device, and how candidates are picked."""
+"""The augmentations by name: which views DALI makes, what is mixed on the device, and how candidates are picked."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dalikd.kd.mixing import MixDraws, Mixed, cutmix, cutout, mixup
-from dalikd.kd.teacher import STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion
-from dalikd.pipelines.augment import AugmentedView, DrawSpec, View
+from dalikd.kd.manifold import LAYERS, MANIFOLD_ALPHA, check_mixable, manifold_mixup
+from dalikd.kd.mixing import MixDraws, Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
+from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_by_name
+from dalikd.pipelines.augment import AugmentedView, DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.facts import cutout_side
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Augmenter", "MixOptions", "augmentation_names"]
+__all__ = [
+    "AUGMENTATIONS",
+    "PUBLISHED",
+    "Augmentation",
+    "Augmenter",
+    "Branches",
+    "MixOptions",
+    "Part",
+    "augmentation_names",
+]
 
 MixFunction = Callable[[Tensor, MixDraws], Mixed]
 
@@ -29,21 +40,44 @@ class MixOptions:
             crop, policy, hole, lam and box, as in the published code).
         mix_group: consecutive images that mix among themselves and share a pool of picks; published: 64.
         alpha: lam of mixup and cutmix is drawn from Beta(alpha, alpha).
-        cutout_side: side of the cutout square in pixels; default: 16 for cifar10, a quarter of the image size else.
-        mix_n_run: runs of the mixing that make the pool picks are taken from.
+        manifold_alpha: the same for manifold_mixup.
+        ceiling: largest share that an image keeps of itself in cutmix and patchmix (there: that it takes), by epoch,
+            such as {0: 0.75, 150: 1}; default: 1 throughout.
+        floor: smallest such share, by epoch; default: 0 throughout.
+        cutout_side: side of the cutout square in pixels; default: the published one of the data set, a quarter of the
+            image size else.
+        patch_side: side of the squares that patchmix exchanges, in pixels.
+        mask_cells: masking cuts the image into so many cells a side.
+        mask_ratio: share of them that masking hides.
+        randaugment_ops: operations of randaugment, one after the other.
+        randaugment_magnitude: their magnitude, 0 to 30.
+        mix_n_run: runs of an augmentation that make the pool picks are taken from.
+        n_pick: picks from the pool of each mix group; default: as many as it has originals.
+        pick_temperature: of the kld criterion; published: that of distillation.
     """
 
     mode: Literal["per_sample", "per_batch"] = "per_sample"
     mix_group: int = 64
     alpha: float = 1.0
+    manifold_alpha: float = MANIFOLD_ALPHA
+    ceiling: dict[int, float] = field(default_factory=dict)
+    floor: dict[int, float] = field(default_factory=dict)
     cutout_side: int | None = None
+    patch_side: int = 4
+    mask_cells: int = 4
+    mask_ratio: float = 0.5
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
     mix_n_run: int = 2
+    n_pick: int | None = None
+    pick_temperature: float = PICK_TEMPERATURE
 
 
-@dataclass(frozen=True)
-class _Setting:
+class _Setting(NamedTuple):
     """What a mixing function may depend on besides images and draws."""
 
+    options: MixOptions
+    side: int  # of the images, in pixels
     cutout_side: int
     fill: tuple[float, ...]  # pixel values: the data's mean, which is zero after normalising
 
@@ -55,43 +89,106 @@ class Augmentation:
     Attributes:
         view: the per-image part, made by the loader.
         mix: builds the batch-level part, applied on the device.
-        partner: whom an image is mixed with, inside its mix group.
-        criterion: how picks are made out of several runs of `mix`.
+        draws: what it draws for a run, besides its number.
+        pick: base and criterion, where images are picked out of several runs of another augmentation.
     """
 
-    view: AugmentedView = "none"
+    view: AugmentedView | None = None
     mix: Callable[[_Setting], MixFunction] | None = None
-    partner: Literal["none", "permutation", "derangement"] = "none"
-    criterion: Criterion | None = None
+    draws: Callable[[_Setting], MixRun] | None = None
+    pick: tuple[str, str] | None = None
 
 
-_CUTMIX = Augmentation(mix=lambda _: cutmix, partner="derangement")
+def _cutout(setting: _Setting) -> MixFunction:
+    return partial(cutout, side=setting.cutout_side, fill=setting.fill)
+
+
+def _masking(setting: _Setting) -> MixFunction:
+    return partial(
+        masking, cells_a_side=setting.options.mask_cells, ratio=setting.options.mask_ratio, fill=setting.fill
+    )
+
+
+def _boxes(setting: _Setting) -> MixRun:
+    options = setting.options
+    return MixRun("derangement", 0, options.alpha, _shares(options.floor), _shares(options.ceiling))
+
+
+def _patches(setting: _Setting) -> MixRun:
+    return replace(_boxes(setting), cells=(setting.side // setting.options.patch_side) ** 2)
+
+
+_CUTMIX = Augmentation(mix=lambda _: cutmix, draws=_boxes)
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "identity": Augmentation(),
     "flip": Augmentation(view="flip"),
     "crop_flip": Augmentation(view="crop_flip"),
-    "cutout": Augmentation(mix=lambda setting: partial(cutout, side=setting.cutout_side, fill=setting.fill)),
+    "cutout": Augmentation(mix=_cutout, draws=lambda _: MixRun()),
     "autoaugment": Augmentation(view="autoaugment"),
-    "mixup": Augmentation(mix=lambda _: mixup, partner="permutation"),
+    "mixup": Augmentation(mix=lambda _: mixup, draws=lambda setting: MixRun("permutation", 0, setting.options.alpha)),
     "cutmix": _CUTMIX,
-    "cutmixpick_student": replace(_CUTMIX, criterion=STUDENT_ENTROPY),
-    "cutmixpick_teacher": replace(_CUTMIX, criterion=TEACHER_ENTROPY),
+    "cutmixpick_student": Augmentation(pick=("cutmix", "student_entropy")),
+    "cutmixpick_teacher": Augmentation(pick=("cutmix", "teacher_entropy")),
+    "manifold_mixup": Augmentation(
+        mix=lambda _: manifold_mixup,
+        draws=lambda setting: MixRun("permutation", 0, setting.options.manifold_alpha, layers=LAYERS),
+    ),
+    "patchmix": Augmentation(mix=lambda setting: partial(patchmix, side=setting.options.patch_side), draws=_patches),
+    "masking": Augmentation(mix=_masking, draws=lambda setting: MixRun(cells=setting.options.mask_cells**2)),
+    "same": Augmentation(mix=lambda _: same, draws=lambda _: MixRun("first")),
+    "randaugment": Augmentation(view="randaugment"),
+    "trivialaugment": Augmentation(view="trivialaugment"),
+    "random_erasing": Augmentation(
+        mix=lambda setting: partial(random_erasing, fill=setting.fill), draws=lambda _: MixRun(box=True)
+    ),
 }
+
+#: The nine of Wang et al. (NeurIPS 2022).
+PUBLISHED = tuple(AUGMENTATIONS)[:9]
+_SETS = {"published": PUBLISHED, "all": tuple(AUGMENTATIONS)}
 
 
 def augmentation_names(wanted: Sequence[str]) -> list[str]:
-    """Check names; "all" stands for every one.
+    """Check names; "published" stands for the paper's nine, "all" for every one of the table.
 
     Raises:
         ValueError: a name is unknown.
     """
-    names = [name for entry in wanted for name in (AUGMENTATIONS if entry == "all" else [entry])]
+    names = [name for entry in wanted for name in _SETS.get(entry, (entry,))]
     for name in names:
-        if name not in AUGMENTATIONS:
-            close = get_close_matches(name, AUGMENTATIONS) or list(AUGMENTATIONS)
-            raise ValueError(f'unknown --augmentation "{name}": did you mean {", ".join(close)}?')
+        augmentation_named(name)
     return list(dict.fromkeys(names))
+
+
+def augmentation_named(name: str) -> Augmentation:
+    """An augmentation of the table, or BASE+CRITERION: picks out of several runs of another one.
+
+    Raises:
+        ValueError: the name is unknown, or there is nothing to pick from.
+    """
+    if name in AUGMENTATIONS:
+        return AUGMENTATIONS[name]
+    base, plus, criterion = name.partition("+")
+    if plus and base in AUGMENTATIONS:
+        if criterion not in CRITERIA:
+            raise ValueError(f'unknown criterion in --augmentation "{name}": there are {", ".join(CRITERIA)}')
+        if base == "identity" or AUGMENTATIONS[base].pick:
+            raise ValueError(f'--augmentation "{name}": {base} gives nothing to pick from; name another base')
+        return Augmentation(pick=(base, criterion))
+    close = get_close_matches(base, [*AUGMENTATIONS, *_SETS]) or [*AUGMENTATIONS, *_SETS]
+    raise ValueError(
+        f'unknown --augmentation "{name}": did you mean {", ".join(close)}? '
+        "Picks out of any of them are named BASE+CRITERION, such as mixup+teacher_entropy"
+    )
+
+
+class Part(NamedTuple):
+    """One run of an augmentation, which gives one image for each original. Equal parts give equal images."""
+
+    base: str
+    view: ViewRun | None
+    mix: MixRun | None
 
 
 class Augmenter:
@@ -104,66 +201,192 @@ class Augmenter:
         view: the base view.
         seed: of all draws.
 
+    Attributes:
+        name: of the augmentation.
+        parts: its runs: none (identity), one, or those that make the pool picks are taken from.
+        criterion: how picks are made, or None.
+        group: originals that share a pool.
+        keep: picks out of each pool, where they are not as many as the originals.
+        draw_spec: what the loader must draw.
+
     Raises:
         ValueError: an unknown name, or options that do not fit.
     """
 
     def __init__(self, name: str, options: MixOptions, source: Source, view: View, seed: int) -> None:
         self.name = augmentation_names([name])[0]
-        self.augmentation = AUGMENTATIONS[self.name]
         _check_options(options)
+        augmentation = augmentation_named(self.name)
+        base, criterion = augmentation.pick or (self.name, None)
+        self.criterion: Criterion | None = criterion_by_name(criterion, options.pick_temperature) if criterion else None
+        self.base = AUGMENTATIONS[base]
         self.group = options.mix_group
-        self.runs = 0 if self.augmentation.mix is None else options.mix_n_run if self.augmentation.criterion else 1
-        self.draw_spec = DrawSpec(
-            view,
-            seed,
-            self.augmentation.view,
-            self.augmentation.partner,
-            self.runs,
-            options.alpha,
-            options.mode,
-            options.mix_group,
-        )
-        side = options.cutout_side or (16 if source.name == "cifar10" else view.size // 4)
-        setting = _Setting(side, tuple(255 * value for value in source.mean))
-        self._mix = self.augmentation.mix(setting) if self.augmentation.mix else None
+        fill = tuple(255 * value for value in source.mean)
+        setting = _Setting(options, view.size, options.cutout_side or cutout_side(source.name, view.size), fill)
+        self._mix = self.base.mix(setting) if self.base.mix else None
+        self.parts = _parts(base, setting, options.mix_n_run if criterion else 1)
+        self.keep = options.n_pick if criterion and options.n_pick != options.mix_group else None
+        self.draw_spec = _draw_spec(self.parts, DrawSpec(view, seed, mode=options.mode, mix_group=options.mix_group))
+        _check_group(self)
 
     @property
-    def criterion(self) -> Criterion | None:
-        """How picks are made, or None."""
-        return self.augmentation.criterion
+    def runs(self) -> int:
+        """Candidates for each original."""
+        return len(self.parts)
 
     @property
     def labels_are_mixed(self) -> bool:
         """Whether an augmented image shows two samples."""
-        return self.augmentation.partner != "none"
+        return any(part.mix is not None and part.mix.partner != "none" for part in self.parts)
+
+    @property
+    def mixes_hidden(self) -> bool:
+        """Whether images are mixed inside the nets."""
+        return any(part.mix is not None and part.mix.layers for part in self.parts)
 
     @property
     def makes_candidates(self) -> bool:
         """Whether there are images beside the originals (not so for identity)."""
-        return self._mix is not None or self.augmentation.view != "none"
+        return bool(self.parts)
+
+    def check_nets(self, *nets: tuple[str, nn.Module | None]) -> None:
+        """Check that nets can do what it asks of them.
+
+        Args:
+            nets: name and net, None where there is none.
+
+        Raises:
+            ValueError: hidden states are mixed, and a net has not the stages for it.
+        """
+        for name, net in nets:
+            if self.mixes_hidden and net is not None:
+                check_mixable(net, name)
+
+    def check_compilable(self) -> None:
+        """Check that torch.compile can take its look as one region.
+
+        Raises:
+            ValueError: hidden states are mixed, by hooks that come and go.
+        """
+        if self.mixes_hidden:
+            raise ValueError(f"--compile cannot take {self.name}, which mixes inside of the nets: use --compile off")
 
     def candidates(self, batch: Batch) -> Mixed | None:
         """runs * B augmented images, run after run; None where the originals are the candidates (identity)."""
         return self.mix(batch.pixels, batch.augmented_pixels, batch.mix)
 
-    def mix(self, pixels: Tensor, augmented: Tensor | None, draws: Sequence[MixDraws]) -> Mixed | None:
-        """The same of a batch's tensors: originals and augmented view [B, 3, S, S], and the draws of each run."""
-        if self._mix is not None:
-            runs = [self._mix(pixels, of_run) for of_run in draws]
-            return runs[0] if len(runs) == 1 else Mixed(*(torch.cat(parts) for parts in zip(*runs, strict=True)))
-        if augmented is None:
+    def mix(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> Mixed | None:
+        """The same of a batch's tensors: originals and augmented views [B, 3, S, S], and the draws of each run."""
+        if not self.parts:
             return None
+        pairs = zip(augmented or [None] * self.runs, draws or [None] * self.runs, strict=True)
+        runs = [self.make(pixels, view, of_run) for view, of_run in pairs]
+        return runs[0] if len(runs) == 1 else Mixed.join(runs)
+
+    def make(self, pixels: Tensor, view: Tensor | None, draws: MixDraws | None) -> Mixed:
+        """One run: the originals mixed by its draws, or its view."""
+        if self._mix is not None:
+            assert draws is not None
+            return self._mix(pixels, draws)
+        assert view is not None
         own = torch.arange(len(pixels), device=pixels.device)
-        return Mixed(augmented, own, torch.ones(len(pixels), device=own.device))
+        return Mixed(view, own, torch.ones(len(pixels), device=own.device))
+
+
+class Branches:
+    """Several augmentations of the same batches. What two of them have in common is drawn and made once.
+
+    Args:
+        augmenters: of one data set, view and seed, at least one.
+
+    Attributes:
+        parts: the runs of all of them, each once.
+        pools: for each augmenter which of the parts are its own.
+        draw_spec: what the loader must draw.
+    """
+
+    def __init__(self, augmenters: Sequence[Augmenter]) -> None:
+        self.augmenters = tuple(augmenters)
+        makers = {part: augmenter for augmenter in augmenters for part in augmenter.parts}
+        self.parts = tuple(makers)
+        self.pools = [tuple(self.parts.index(part) for part in augmenter.parts) for augmenter in augmenters]
+        self.draw_spec = spec = _draw_spec(self.parts, augmenters[0].draw_spec)
+        views = [None if part.view is None else spec.views.index(part.view) for part in makers]
+        mixes = [None if part.mix is None else spec.mixes.index(part.mix) for part in makers]
+        self._recipes = list(zip(makers.values(), views, mixes, strict=True))
+
+    def make(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> list[Mixed]:
+        """The augmented images of each part, B each, from a batch's tensors."""
+        return [
+            maker.make(pixels, None if view is None else augmented[view], None if mix is None else draws[mix])
+            for maker, view, mix in self._recipes
+        ]
+
+
+def _parts(base: str, setting: _Setting, runs: int) -> tuple[Part, ...]:
+    augmentation, options = AUGMENTATIONS[base], setting.options
+    if augmentation.view is not None:
+        views = (
+            ViewRun(augmentation.view, run, options.randaugment_ops, options.randaugment_magnitude)
+            for run in range(runs)
+        )
+        return tuple(Part(base, view, None) for view in views)
+    if augmentation.draws is None:
+        return ()
+    return tuple(Part(base, None, replace(augmentation.draws(setting), run=run)) for run in range(runs))
+
+
+def _draw_spec(parts: Sequence[Part], spec: DrawSpec) -> DrawSpec:
+    views = dict.fromkeys(part.view for part in parts if part.view is not None)
+    mixes = dict.fromkeys(part.mix for part in parts if part.mix is not None)
+    return replace(spec, views=tuple(views), mixes=tuple(mixes))
+
+
+def _check_group(augmenter: Augmenter) -> None:
+    if augmenter.labels_are_mixed and augmenter.group < 2:
+        raise ValueError(
+            f"--mix_group {augmenter.group}: {augmenter.name} mixes an image with another one of its group; "
+            "give at least 2"
+        )
+    pool = augmenter.runs * augmenter.group
+    if augmenter.keep is not None and not 1 <= augmenter.keep <= pool:
+        raise ValueError(
+            f"--n_pick {augmenter.keep}: the pool of {augmenter.name} holds {pool} images (--mix_n_run "
+            f"{augmenter.runs} x --mix_group {augmenter.group}); give 1 to {pool}"
+        )
 
 
 def _check_options(options: MixOptions) -> None:
-    if options.mix_group < 1:
-        raise ValueError(f"--mix_group {options.mix_group}: give at least 1 (published: 64)")
-    if options.alpha <= 0:
-        raise ValueError(f"--alpha {options.alpha}: give a number above 0 (published: 1)")
-    if options.mix_n_run < 1:
-        raise ValueError(f"--mix_n_run {options.mix_n_run}: give at least 1 (published: 2)")
+    for name, published in (("mix_group", 64), ("mix_n_run", 2), ("patch_side", 4), ("mask_cells", 4)):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: give at least 1 (published: {published})")
+    for name, published in (("alpha", 1), ("manifold_alpha", 2), ("pick_temperature", 4)):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name} {getattr(options, name)}: give a number above 0 (published: {published})")
     if options.cutout_side is not None and options.cutout_side < 1:
         raise ValueError(f"--cutout_side {options.cutout_side}: give at least 1 pixel")
+    if not 0 <= options.mask_ratio <= 1:
+        raise ValueError(f"--mask_ratio {options.mask_ratio}: give a share from 0 to 1 (published: 0.5)")
+    _check_shares(options)
+
+
+def _check_shares(options: MixOptions) -> None:
+    for name in ("ceiling", "floor"):
+        shares = getattr(options, name)
+        if shares and (min(shares) != 0 or not all(0 <= value <= 1 for value in shares.values())):
+            raise ValueError(
+                f"--{name} {shares}: give shares from 0 to 1 by epoch, from epoch 0 on, such as {{0: 0.75}}"
+            )
+    for epoch in sorted({0, *options.ceiling, *options.floor}):
+        floor, ceiling = _share_at(options.floor, epoch, 0.0), _share_at(options.ceiling, epoch, 1.0)
+        if floor > ceiling:
+            raise ValueError(f"--floor {floor} is above --ceiling {ceiling} in epoch {epoch}: exchange or change them")
+
+
+def _share_at(by_epoch: dict[int, float], epoch: int, default: float) -> float:
+    begun = [key for key in by_epoch if key <= epoch]
+    return by_epoch[max(begun)] if begun else default
+
+
+def _shares(by_epoch: dict[int, float]) -> tuple[tuple[float, float], ...]:
+    return tuple(sorted(by_epoch.items()))

@@ -1,6 +1,6 @@
 """Distillation from a teacher-output cache: what a cache depends on, and looks that are read instead of asked for."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.kd.backbones.timm_models import input_statistics
-from dalikd.kd.mixing import Mixed
 from dalikd.kd.teacher import Look
 from dalikd.kd.teacher_cache import TeacherCache, from_group_picks, unpack_logits, weights_digest
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.engines import Plan
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import Augmenter, MixOptions
 from dalikd.trainers.models import TeacherConfig, build_teacher
 from dalikd.trainers.options import CacheOptions, DistillOptions
 
@@ -47,19 +45,22 @@ class CachedLooks:
         classes = self.cache.layout.classes
         logits = logits_of("logits", batch.extras, classes)
         candidates = self._augmenter.candidates(batch)
+        own = torch.arange(len(batch), device=logits.device)
         if candidates is None:
-            own = torch.arange(len(batch), device=logits.device)
-            return Look(logits, batch.pixels, logits, own, torch.ones(len(batch), device=logits.device))
+            return Look(logits, batch.pixels, logits, own, torch.ones(len(batch), device=logits.device), own)
         picks = batch.extras.get("picks")
+        rows = own
         if picks is not None:
-            candidates = Mixed(*(part[picks] for part in candidates))
+            candidates, rows = candidates.take(picks), picks % len(batch)
         return Look(
             logits,
             candidates.images,
             logits_of("augmented", batch.extras, classes),
             candidates.partner,
             candidates.lam,
+            rows,
             picks,
+            layer=candidates.layer,
         )
 
     def describe(self, epochs: int) -> dict[str, Any]:
@@ -99,12 +100,18 @@ def check_cacheable(source: Source, augmenter: Augmenter) -> None:
     """Check that what the teacher says is a function of epoch and sample.
 
     Raises:
-        ValueError: it depends on the student, or on the order in which containers are read.
+        ValueError: it depends on the student, or on the order in which containers are read; or there is not one
+            augmented image for each original.
     """
     if augmenter.criterion is not None and augmenter.criterion.needs_student:
         raise ValueError(
             f"{augmenter.name} is picked by the student, which changes while it learns: its teacher outputs cannot be "
             "cached; use cutmixpick_teacher, or distil without --teacher.cache"
+        )
+    if augmenter.criterion is not None and augmenter.keep is not None:
+        raise ValueError(
+            f"--n_pick {augmenter.keep}: a teacher cache holds one augmented image for each original; leave --n_pick "
+            "out, or distil without --teacher.cache"
         )
     if source.files is None and source.arrays is None:
         raise ValueError(
@@ -118,7 +125,7 @@ def run_fingerprint(
 ) -> dict[str, Any]:
     """What images and outputs depend on besides the teacher. Not the batch size, the processes or the epochs."""
     on_gpu = device.type == "cuda"
-    mixing = ("augmentation", "mode", "mix_group", "alpha", "cutout_side", "mix_n_run")
+    mixing = ("augmentation", *(field.name for field in fields(MixOptions)))
     return {
         "data": source.name,
         "data.images": len(source),
@@ -139,12 +146,12 @@ def teacher_fingerprint(config: TeacherConfig, source: Source) -> dict[str, Any]
     Raises:
         ValueError: as for `build_teacher`.
     """
-    model = build_teacher(config, source).model
-    mean, std = input_statistics(model) or (source.mean, source.std)
+    teacher = build_teacher(config, source)
+    mean, std = teacher.normalisation
     return {
         "teacher.name": config.name,
         "teacher.args": config.args,
-        "teacher.weights": weights_digest(model),
+        "teacher.weights": weights_digest(teacher.model),
         "teacher.mean": list(mean),
         "teacher.std": list(std),
         "teacher.fold_bn": config.fold_bn,
@@ -168,5 +175,9 @@ def _named_teacher(config: TeacherConfig, cached: dict[str, Any], source: Source
     if config.weights is not None:
         name, args = config.name or cached["teacher.name"], config.args or cached["teacher.args"]
         return teacher_fingerprint(replace(config, name=name, args=args, cache=None), source)
-    named = {"teacher.name": config.name, "teacher.args": config.args}
+    if config.sha256 is not None:
+        raise ValueError("--teacher.sha256 is the checksum of a weights file: give --teacher.weights too, or neither")
+    named = {
+        "teacher.name": config.name, "teacher.args": config.args, "teacher.mean": config.mean, "teacher.std": config.std
+    }  # fmt: skip
     return {name: value for name, value in named.items() if value}

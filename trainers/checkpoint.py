@@ -1,5 +1,6 @@
 """What is saved of a run, and how it is read back."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+from dalikd.kd.checkpoints import NORMALISATION_KEY
+from dalikd.kd.normalize import Normalisation
 
 __all__ = ["read_state", "save_state", "save_weights"]
 
@@ -43,10 +47,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Write a net's state_dict as safetensors, with its published keys."""
+def save_weights(path: Path, model: nn.Module, normalisation: Normalisation | None = None) -> None:
+    """Write a net's state_dict as safetensors, with its published keys.
+
+    Args:
+        path: the file.
+        model: the net.
+        normalisation: of the images it was trained on; goes into the metadata, so that whoever loads the file has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, temporary)
+    # one entry at most: several are written in any order, and the file's checksum would not be reproducible
+    metadata = None if normalisation is None else {NORMALISATION_KEY: json.dumps(normalisation._asdict())}
+    save_file(tensors, temporary, metadata)
     temporary.replace(path)

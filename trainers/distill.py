@@ -1,6 +1,7 @@
 """Distillation: the student learns from labels and from what the teacher says of originals and augmented images."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import DistillationLoss, MixedOutputs
+from dalikd.kd.manifold import mixed_forward
+from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
+from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import Look, Teacher, batch_statistics
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
@@ -35,31 +39,35 @@ class DistillationTask(nn.Module):
 
     def forward(
         self, pixels: Tensor, labels: Tensor, logits: Tensor, augmented: Tensor | None, augmented_logits: Tensor,
-        partner_labels: Tensor, lam: Tensor,
+        augmented_labels: Tensor, partner_labels: Tensor, lam: Tensor, hidden: HiddenMix | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Named terms.
+        """Named terms. There may be more or fewer augmented images than originals, and in another order.
 
         Args:
             pixels: originals [B, 3, S, S].
             labels: int64 [B].
             logits: the teacher's on the originals [B, C].
-            augmented: augmented images [B, 3, S, S]; None where they are the originals (identity).
-            augmented_logits: the teacher's on them [B, C].
-            partner_labels: labels of the images mixed in, int64 [B].
-            lam: share of the image itself [B].
+            augmented: augmented images [n, 3, S, S]; None where they are the originals (identity).
+            augmented_logits: the teacher's on them [n, C].
+            augmented_labels: labels of the images that they stem from, int64 [n].
+            partner_labels: labels of the images mixed in, int64 [n].
+            lam: share of the image itself [n].
+            hidden: how the student mixes hidden states of augmented images and originals, if it has to.
         """
-        student_logits, mixed_logits = self._student(pixels, augmented)
-        mixed = MixedOutputs(mixed_logits, augmented_logits, labels, partner_labels, lam)
+        student_logits, mixed_logits = self._student(pixels, augmented, hidden)
+        mixed = MixedOutputs(mixed_logits, augmented_logits, augmented_labels, partner_labels, lam)
         terms = self.loss(student_logits, labels, logits, mixed)
         return {**terms, "top1": (student_logits.argmax(1) == labels).float().mean()}
 
-    def _student(self, pixels: Tensor, augmented: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _student(self, pixels: Tensor, augmented: Tensor | None, hidden: HiddenMix | None) -> tuple[Tensor, Tensor]:
         if augmented is None:
             logits = self.student(pixels)
             return logits, logits
+        if hidden is not None:
+            return mixed_forward(self.student, pixels, augmented, hidden, joint=self.joint_forward)
         if self.joint_forward:
-            first, second = self.student(torch.cat((pixels, augmented))).chunk(2)
-            return first, second
+            logits = self.student(torch.cat((pixels, augmented)))
+            return logits[: len(pixels)], logits[len(pixels) :]
         return self.student(pixels), self.student(augmented)
 
 
@@ -104,8 +112,12 @@ class Distillation:
         seen = self._look(batch)
         self._measure(seen, batch)
         augmented = seen.augmented if self._augmenter.makes_candidates else None
-        partner_labels = batch.labels[seen.partner]
-        return batch.pixels, batch.labels, seen.logits, augmented, seen.augmented_logits, partner_labels, seen.lam
+        own_labels, partner_labels = batch.labels[seen.rows], batch.labels[seen.partner]
+        inputs = (
+            batch.pixels, batch.labels, seen.logits, augmented, seen.augmented_logits, own_labels, partner_labels,
+            seen.lam,
+        )  # fmt: skip
+        return inputs if seen.hidden is None else (*inputs, seen.hidden)
 
     def metrics(self) -> dict[str, float | int | None]:
         """T. stddev and entropy so far."""
@@ -124,52 +136,72 @@ class Distillation:
             self.goodness.load_state_dict(state["goodness"])
 
     def _measure(self, seen: Look, batch: Batch) -> None:
-        if self.goodness is not None:
-            self.goodness.update(*gather_rows(self._accelerator, seen.logits, seen.augmented_logits, batch.total))
+        if self.goodness is None:
+            return
+        group, keep = self._augmenter.group, self._augmenter.keep if seen.picks is not None else None
+        picked = pick_count(batch.total, group, keep)
+        rows = gather_rows(self._accelerator, seen.logits, seen.augmented_logits, batch.total, picked)
+        self.goodness.update(*rows, group)
 
-    def _score(self, images: Tensor) -> Tensor:
-        rows_of_batch = len(images) // self._augmenter.runs
+    def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
+        candidates = len(images) if hidden is None else len(hidden.lam)
         with self._accelerator.autocast():
-            return score_groups(self.student, images, rows_of_batch, self._augmenter.group)
+            return score_groups(self.student, images, candidates // self._augmenter.runs, self._augmenter.group, hidden)
 
 
-def score_groups(student: nn.Module, images: Tensor, batch: int, group: int) -> Tensor:
+def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hidden: HiddenMix | None = None) -> Tensor:
     """Student logits of a pool, normalised by the statistics of each mix group's own pool, as in the published loop.
 
-    Group by group, so that picks do not depend on the batch size; the running statistics stay untouched.
+    Group by group, so that picks do not depend on the batch size; the running statistics stay untouched. A student in
+    eval mode, which is fixed, is normalised by them instead.
 
     Args:
         student: takes pixels.
-        images: candidates [runs * batch, 3, S, S], run after run.
+        images: candidates [runs * batch, 3, S, S], run after run; with `hidden` the originals [batch, 3, S, S] before.
         batch: originals.
         group: originals in a mix group.
+        hidden: how hidden states of the candidates are mixed with those of the originals, which then have a forward of
+            their own.
 
     Returns:
-        logits [runs * batch, C] in the order of `images`, without gradient.
+        logits of the images in their order, without gradient.
     """
-    runs = len(images) // batch
-    pools = images.reshape(runs, batch, *images.shape[1:])
-    with torch.no_grad(), batch_statistics(student):
-        pieces = []
+    before = 0 if hidden is None else batch
+    originals, candidates = images[:before], images[before:]
+    rows = torch.arange(len(candidates), device=images.device).reshape(-1, batch)
+    own, pieces = [], []
+    with torch.no_grad(), batch_statistics(student) if student.training else nullcontext():
         for start in range(0, batch, group):
-            pool = pools[:, start : start + group]
-            pieces.append(student(pool.flatten(0, 1)).reshape(runs, pool.shape[1], -1))
-    return torch.cat(pieces, dim=1).flatten(0, 1)
+            columns = rows[:, start : start + group]
+            pool = columns.flatten()
+            if hidden is None:
+                logits = student(candidates[pool])
+            else:
+                mixing = HiddenMix(hidden.partner[pool] - start, hidden.lam[pool], hidden.layer[pool])
+                first, logits = mixed_forward(
+                    student, originals[start : start + group], candidates[pool], mixing, joint=False
+                )
+                own.append(first)
+            pieces.append(logits.unflatten(0, columns.shape))
+    return torch.cat((*own, torch.cat(pieces, dim=1).flatten(0, 1)))
 
 
 def gather_rows(
-    accelerator: Accelerator, logits: Tensor, augmented_logits: Tensor, total: int
+    accelerator: Accelerator, logits: Tensor, augmented_logits: Tensor, total: int, picked: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Teacher outputs of all processes, in the epoch's order.
 
     Args:
         accelerator: the processes; each holds the same number of rows, fillers at the end of the last ones included.
         logits: this process's, on originals [B, C].
-        augmented_logits: on augmented images [B, C].
-        total: rows that count over all processes.
+        augmented_logits: on augmented images [n, C].
+        total: originals that count over all processes.
+        picked: augmented images that count; default: as many.
     """
     if accelerator.num_processes == 1:
         return logits, augmented_logits
+    if len(logits) != len(augmented_logits):
+        return accelerator.gather(logits)[:total], accelerator.gather(augmented_logits)[:picked]
     rows = accelerator.gather(torch.cat((logits, augmented_logits), dim=1))[:total]
     first, second = rows.chunk(2, dim=1)
     return first, second

@@ -30,7 +30,7 @@ class Looker:
     Args:
         teacher: frozen.
         augmenter: makes the candidates.
-        student: pixels of the pool -> logits, without gradient; for criteria that need it.
+        student: as `look` calls it; for criteria that need it.
         compile_mode: of torch.compile, or off.
 
     Raises:
@@ -41,12 +41,12 @@ class Looker:
         self,
         teacher: Teacher,
         augmenter: Augmenter,
-        student: Callable[[Tensor], Tensor] | None = None,
+        student: Callable[..., Tensor] | None = None,
         compile_mode: CompileMode = "off",
     ) -> None:
         check_compiler(compile_mode)
         self._augmenter, self._student = augmenter, student
-        self._teacher: Callable[[Tensor], Tensor] = teacher
+        self._teacher: Callable[..., Tensor] = teacher
         self._look = self._look_at
         if compile_mode == "off":
             return
@@ -60,13 +60,14 @@ class Looker:
         """What the teacher saw and said of a batch, on the batch's device."""
         return self._look(batch.pixels, batch.augmented_pixels, batch.mix)
 
-    def _look_at(self, pixels: Tensor, augmented: Tensor | None, draws: tuple[MixDraws, ...]) -> Look:
+    def _look_at(self, pixels: Tensor, augmented: tuple[Tensor, ...], draws: tuple[MixDraws, ...]) -> Look:
         return look(
             self._teacher,
             pixels,
             self._augmenter.mix(pixels, augmented, draws),
             criterion=self._augmenter.criterion,
             group=self._augmenter.group,
+            keep=self._augmenter.keep,
             student=self._student,
         )
 

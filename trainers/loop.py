@@ -72,7 +72,8 @@ class _Progress:
 
 
 class Loop:
-    """Trains a method's task over a loader's steps.
+    """Trains a method's task over a loader's steps. A student without gradient stays as it is, in eval mode; where
+    nothing else has a gradient either, the steps only observe.
 
     Args:
         method: what is trained.
@@ -102,9 +103,15 @@ class Loop:
         task = method.task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_bn and accelerator.num_processes > 1:
             task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        self._student_is_fixed = not any(values.requires_grad for values in method.student.parameters())
+        self._trains = any(values.requires_grad for values in task.parameters())
         optimizer = options.optimizer(_parameter_groups(task, options.no_decay_norms))
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
-        self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        if self._trains:
+            self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        else:  # DDP refuses what has no gradient to share
+            self.task = accelerator.prepare_model(task, evaluation_mode=True)
+            self.optimizer = accelerator.prepare(optimizer)
         check_compiler(options.compile)
         if options.compile != "off":
             # in place, so that weights keep their names; traced in the first step, inside DDP, which cuts it at buckets
@@ -133,16 +140,22 @@ class Loop:
             last = part == len(batches)
             with nullcontext() if last else self.accelerator.no_sync(self.task):
                 terms = self.task(*inputs)
-                self.accelerator.backward(terms["loss"] / len(batches))
+                if self._trains:
+                    self.accelerator.backward(terms["loss"] / len(batches))
             self.meter.add(terms)
             self.epoch_meter.add(terms)
+        if self._trains:
+            self._update()
+        self.progress.step += 1
+
+    def _update(self) -> None:
+        """Move the weights along their gradients."""
         if self.options.clip is not None:
             self.accelerator.clip_grad_norm_(self.task.parameters(), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.method.student)
-        self.progress.step += 1
 
     def _set_learning_rate(self) -> None:
         factor = self._rate_factor()
@@ -168,6 +181,8 @@ class Loop:
         """
         previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.task.train()
+        if self._student_is_fixed:
+            self.method.student.eval()  # its running statistics stay too
         try:
             self._run_steps()
         except BadFileError:
@@ -181,7 +196,7 @@ class Loop:
             self.folder.close()
             if self.options.compile != "off":
                 torch.compiler.reset()  # what many runs of one process leave behind would pass torch's limit
-        results = self._results(finished=True)
+        results = {**self._results(finished=True), "sha256": self.folder.checksums()}
         self.folder.results(results)
         return results
 
@@ -351,9 +366,11 @@ class Loop:
 
     def _save_weights(self, name: str) -> None:
         if self.accelerator.is_main_process:
-            save_weights(self.folder.path / name / "student.safetensors", self.method.student.model)
+            student, folder = self.method.student, self.folder.path / name
+            save_weights(folder / "student.safetensors", student.model, student.normalisation)
             if self.average is not None:
-                save_weights(self.folder.path / name / "ema.safetensors", self.average.module.get_submodule("model"))
+                averaged = self.average.module.get_submodule("model")
+                save_weights(folder / "ema.safetensors", averaged, student.normalisation)
 
 
 class _Clock:
@@ -382,6 +399,8 @@ class _Clock:
 
 def _parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    if not parameters:
+        return [nn.Parameter(torch.zeros(0))]  # optimizers refuse to have nothing
     if not no_decay_norms:
         return parameters
     decayed = [parameter for parameter in parameters if parameter.dim() > 1]

@@ -1,85 +1,80 @@
-"""T. stddev of augmentations: the teacher looks at originals and augmented images, nothing is trained."""
+"""T. stddev of augmentations: the teacher looks at originals and augmented images, nothing is trained.
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import Any
+All augmentations asked for are measured in one pass over the data: a batch is read and decoded once, each augmentation
+is a branch of it, and the teacher is asked about everything in few calls.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional
 
-from dalikd.kd.goodness import TeacherStddev
+from dalikd.kd.goodness import FEWEST_GROUPS
+from dalikd.kd.losses.base import full_precision
+from dalikd.kd.manifold import hidden_mixing
+from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
+from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.assembly import make_loader, resident_pictures
-from dalikd.trainers.augmentation import Augmenter, augmentation_names
-from dalikd.trainers.distill import gather_rows
+from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
+from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.launch import model_type
-from dalikd.trainers.looking import CompileMode, Looker
-from dalikd.trainers.models import build_model, open_teacher
+from dalikd.trainers.looking import CompileMode
+from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor, is_picked_by_student
+from dalikd.trainers.models import build_model, describe_teacher, open_teacher
 from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
-from dalikd.trainers.tracking import versions
+from dalikd.trainers.tracking import check_writable, versions
 
 __all__ = ["build_scorer", "measure", "measure_all", "results_table"]
 
-_READ_EVERY = 20  # batches between two readings of the running value
+_FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
 
 
 def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, Any]:
-    """Measure every augmentation asked for, one pass over the data each.
+    """Measure every augmentation asked for in one pass over the data, epoch after epoch.
 
     Returns:
-        "results", a list of what `measure` returns, and what they depend on.
+        "results", a dictionary for each augmentation, the "separation" of their ranking, and what they depend on.
 
     Raises:
         ValueError, OSError: the data, the teacher or the sizes are not as they should be; nothing has run then.
     """
     names = augmentation_names(options.augmentation)
-    _check_sizes(options)
+    _check_options(options, names)
     source = open_split(options.data, "train", options.seed)
     view = training_view(options.data, source)
+    augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
+    branches = Branches(augmenters)
+    student = build_scorer(options, source, augmenters)
     seen_in_training = evaluation_view(options.data, source)
     teacher = open_teacher(options.teacher, source, seen_in_training, accelerator.device, options.precision)
-    augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
-    student = build_scorer(options, source, augmenters)
     sampler = Sampler(
         len(source), options.batch_size, options.seed, drop_last=False, world=accelerator.num_processes,
         rank=accelerator.process_index, group=options.mix_group,
     )  # fmt: skip
     resident = resident_pictures(source, view, options.data, accelerator)
-    results = []
-    for augmenter in augmenters:
-        loader = make_loader(
-            source, sampler, augmenter.draw_spec, options.data, accelerator, resident=resident, buffers=2
-        )
-        results.append(
-            measure(
-                augmenter,
-                loader,
-                teacher,
-                accelerator,
-                epochs=options.epochs,
-                window=options.window,
-                student=student,
-                compile_mode=options.compile,
-            )
-        )
-        loader.close()
-        if options.compile != "off":
-            torch.compiler.reset()  # each augmentation is compiled anew: together they would pass torch's limit
+    loader = make_loader(source, sampler, branches.draw_spec, options.data, accelerator, resident=resident, buffers=2)
+    run = _Pass(branches, loader, teacher, accelerator, student, options)
+    if options.checkpoint is not None:
+        run.keep_state(Path(options.checkpoint), _identity(options, source))
+    run.go()
+    loader.close()
     return {
-        "results": results,
-        **_header(options, source, accelerator, teacher.folded, fresh=student is not None and not options.weights),
+        **run.report(source.classes if options.per_class else None),
+        **_header(options, source, accelerator, teacher, fresh=student is not None and not options.weights),
     }
 
 
-@torch.no_grad()
 def measure(
     augmenter: Augmenter,
     loader: Loader,
@@ -104,129 +99,313 @@ def measure(
         compile_mode: of the look.
 
     Returns:
-        "augmentation", "stddev", "stderr", "entropy", "windows", "images" (originals) and the rest of GoodnessResult.
+        "augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images" (originals), "window", and
+        "per_class" by the class's name.
     """
-    num_classes = len(loader.source.classes)
-    metric = TeacherStddev(num_classes, window, accelerator.device)
-    look = Looker(teacher, augmenter, _scorer(student, accelerator), compile_mode)
-    bar = progress(accelerator, augmenter.name, total=epochs * len(loader.source), unit="image", leave=False)
-    with bar:
-        for index, batch in enumerate(_batches(loader, epochs), start=1):
-            if compile_mode != "off":
-                torch.compiler.cudagraph_mark_step_begin()  # the last batch's look may be overwritten
-            if len(batch):
-                seen = look(batch)
-                outputs = seen.logits, seen.augmented_logits
-            else:  # this process has nothing left of the last batch, but takes part in the exchange
-                nothing = torch.zeros(0, num_classes, dtype=_logits_type(teacher), device=accelerator.device)
-                outputs = nothing, nothing
-            metric.update(*gather_rows(accelerator, *_padded(outputs, loader, accelerator), batch.total))
-            bar.update(batch.total)
-            if index % _READ_EVERY == 0 and not bar.disable:
-                bar.set_postfix_str(_running(metric), refresh=False)
-    result = metric.compute()
-    fields = asdict(result)
-    return {"augmentation": augmenter.name, **fields, "images": result.images // 2}
+    options = MeasureOptions(epochs=epochs, window=window, compile=compile_mode)
+    run = _Pass(Branches([augmenter]), loader, teacher, accelerator, student, options)
+    run.go()
+    return run.report(loader.source.classes)["results"][0]
 
 
-def results_table(results: list[dict[str, Any]]) -> str:
-    """The results as a Markdown table, best (lowest) first."""
-    rows = sorted(results, key=lambda result: (result["stddev"] is None, result["stddev"]))
-    lines = ["| augmentation | T. stddev | std. error | entropy | windows |", "|:--|--:|--:|--:|--:|"]
-    for row in rows:
-        numbers = (
-            _number(row["stddev"], 6),
-            _number(row["stderr"], 6),
-            _number(row["entropy"], 4),
-            str(row["windows"]),
+class _Pass:
+    """One pass over the data, epoch after epoch, up to the last epoch or until the ranking is settled."""
+
+    def __init__(
+        self,
+        branches: Branches,
+        loader: Loader,
+        teacher: Teacher,
+        accelerator: Accelerator,
+        student: Normalized | None,
+        options: MeasureOptions,
+    ) -> None:
+        self.loader, self.accelerator, self.options = loader, accelerator, options
+        classes = len(loader.source.classes)
+        augmenters = branches.augmenters
+        for augmenter in augmenters:
+            augmenter.check_nets(("the teacher", teacher.model), ("the student", student))
+        sees_all = student is not None and "cross_entropy_covariance" in options.metrics
+        self.look = Surveyor(
+            teacher,
+            branches,
+            classes,
+            _scorer(student, accelerator),
+            student_sees_all=sees_all,
+            student_sees_originals=options.entropy_log is not None and any(map(is_picked_by_student, augmenters)),
+            images_per_call=options.images_per_call,
+            compile_mode=options.compile,
         )
-        lines.append(f"| {row['augmentation']} | {' | '.join(numbers)} |")
+        self.measurement = Measurement(
+            [augmenter.name for augmenter in augmenters],
+            classes,
+            accelerator,
+            window=options.window,
+            group=augmenters[0].group,
+            keep=[augmenter.keep for augmenter in augmenters],
+            metrics=options.metrics,
+            student=sees_all,
+        )
+        folder = None if options.entropy_log is None else Path(options.entropy_log)
+        self.logs = EntropyLogs(folder, options.entropy_log_every, augmenters, accelerator.is_main_process)
+        self.batches = 0
+        self.checks = 0
+        self.settled: Separation | None = None
+        self._checkpoint: _Checkpoint | None = None
+
+    @torch.no_grad()
+    def go(self) -> None:
+        """Measure to the end."""
+        total = self.options.epochs * len(self.loader)
+        images = self.options.epochs * len(self.loader.source)
+        title = "measure" if len(self.measurement.stddev) > 1 else next(iter(self.measurement.stddev))
+        bar = progress(
+            self.accelerator, title, total=images, initial=self.measurement.images, unit="image", leave=False
+        )
+        with bar:
+            while self.batches < total and self.settled is None:
+                batch = self.loader.next()
+                self._step(batch)
+                bar.update(batch.total)
+        if self.options.compile != "off":
+            torch.compiler.reset()  # what many passes of one process leave behind would pass torch's limit
+        self._save()
+
+    def report(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """What was found: "results", "separation" and "stopped"."""
+        confidence = self.options.confidence
+        results = self.measurement.results(confidence, class_names)
+        final = self.settled or self._separation()
+        return {
+            "results": results,
+            "confidence": confidence,
+            "separation": None if final is None else asdict(final),
+            "stopped": self._stopped(),
+            "entropy_plots": [str(path) for path in self.logs.save()],
+        }
+
+    def keep_state(self, path: Path, identity: dict[str, Any]) -> None:
+        """Go on where the file says an earlier call stopped, and keep it up to date."""
+        self._checkpoint = _Checkpoint(path, identity, self.accelerator.is_main_process)
+        state = self._checkpoint.read()
+        if state is not None:
+            self.batches, self.checks = state["step"], state["checks"]
+            self.loader.load_state_dict(state["loader"])
+            self.measurement.load_state_dict(state["measurement"])
+            self.logs.load_state_dict(state["logs"])
+
+    def _step(self, batch: Batch) -> None:
+        if self.options.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()  # the last batch's look may be overwritten
+        seen = self.look(batch)
+        self.measurement.update(seen, batch, self.loader.sampler.microbatch)
+        self.logs.add(self.batches, seen)
+        self.batches += 1
+        self._check()
+        if self.batches % self.options.checkpoint_every == 0:
+            self._save()
+
+    def _check(self) -> None:
+        """The stop rule: every check is at a number of windows that is known beforehand."""
+        if self.options.stop_confidence is None:
+            return
+        if self.measurement.windows < windows_at(self.checks + 1, _FIRST_CHECK):
+            return
+        self.checks += 1
+        found = separation(self.measurement.stddev, self.options.stop_confidence, self.checks)
+        if found.separated:
+            self.settled = found
+
+    def _separation(self) -> Separation | None:
+        """The ranking at the end; one planned look, or the next one of the stop rule."""
+        if len(self.measurement.stddev) < 2 or self.measurement.windows < FEWEST_GROUPS:
+            return None
+        if self.options.stop_confidence is None:
+            return separation(self.measurement.stddev, self.options.confidence)
+        return separation(self.measurement.stddev, self.options.stop_confidence, self.checks + 1)
+
+    def _stopped(self) -> dict[str, Any] | None:
+        """What the stop rule did; None where there was none."""
+        if self.options.stop_confidence is None:
+            return None
+        return {
+            "confidence": self.options.stop_confidence,
+            "settled": self.settled is not None,
+            "images": self.measurement.images,
+            "windows": self.measurement.windows,
+            "checks": self.checks,
+        }
+
+    def _save(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.write(
+                {
+                    "step": self.batches,
+                    "checks": self.checks,
+                    "loader": self.loader.state_dict(),
+                    "measurement": self.measurement.state_dict(),
+                    "logs": self.logs.state_dict(),
+                }
+            )
+
+
+class _Checkpoint:
+    """A file that a measurement goes on from. Metrics are the same on every process, so one writes and all read."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], writes: bool) -> None:
+        self._path, self._identity, self._writes = path, identity, writes
+
+    def read(self) -> dict[str, Any] | None:
+        """The saved state, or None where there is no file yet.
+
+        Raises:
+            ValueError: it was saved by a measurement with other options.
+        """
+        if not self._path.exists():
+            return None
+        state = read_state(self._path)
+        saved = state.get("identity", {})
+        for name, value in self._identity.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"--checkpoint {self._path} was saved with {name} {saved.get(name)}, now it is {value}: measure "
+                    "with the same options, or name another file"
+                )
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Save, whole or not at all."""
+        if self._writes:
+            save_state(self._path, {**state, "identity": self._identity})
+
+
+class _Column(NamedTuple):
+    """A column of the table: its title, where its number lies in a result, and the digits it is shown with."""
+
+    title: str
+    keys: tuple[str, ...]
+    digits: str
+
+    def text(self, result: dict[str, Any]) -> str:
+        """The number as shown."""
+        value: Any = result
+        for key in self.keys:
+            value = None if value is None else value.get(key)
+        return "-" if value is None else format(value, self.digits)
+
+
+_COLUMNS = (
+    _Column("T. stddev", ("stddev",), ".6f"),
+    _Column("std. error", ("stderr",), ".6f"),
+    _Column("entropy", ("entropy",), ".4f"),
+    _Column("windows", ("windows",), "d"),
+)
+_MORE_COLUMNS = (
+    _Column("cov. of samples", ("probability_covariance", "covariance_samples"), ".3e"),
+    _Column("corr. of samples", ("probability_covariance", "correlation_samples"), ".4f"),
+    _Column("corr. of classes", ("probability_covariance", "correlation_classes"), ".4f"),
+    _Column("cov. of CE", ("cross_entropy_covariance", "covariance"), ".3e"),
+    _Column("its approximation", ("cross_entropy_covariance", "approximation"), ".3e"),
+)
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """The results as a Markdown table, best (lowest T. stddev) first."""
+    rows = sorted(results, key=lambda result: (result["stddev"] is None, result["stddev"]))
+    columns = [*_COLUMNS, *(column for column in _MORE_COLUMNS if column.keys[0] in rows[0])]
+    lines = [
+        f"| augmentation | {' | '.join(column.title for column in columns)} |",
+        "|:--|" + "--:|" * len(columns),
+    ]
+    lines += [f"| {row['augmentation']} | {' | '.join(column.text(row) for column in columns)} |" for row in rows]
     return "\n".join(lines)
 
 
-def _check_sizes(options: MeasureOptions) -> None:
+def _check_options(options: MeasureOptions, names: Sequence[str]) -> None:
     if options.epochs < 1:
         raise ValueError(f"--epochs {options.epochs}: give at least 1")
     if options.window < 2 or options.window % 2:
         raise ValueError(f"--window {options.window}: give a positive even number (published: 640)")
+    for name in ("confidence", "stop_confidence"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"--{name} {value}: give a share between 0 and 1, such as 0.95")
+    if options.stop_confidence is not None and len(names) < 2:
+        raise ValueError("--stop_confidence: there is no ranking of one augmentation; name at least two")
+    for name in ("images_per_call", "checkpoint_every", "entropy_log_every"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")
+    if options.checkpoint is not None:
+        check_writable("--checkpoint", Path(options.checkpoint))
 
 
-def build_scorer(options: MeasureOptions, source: Source, augmenters: list[Augmenter]) -> Normalized | None:
-    """The net that scores candidates, in eval mode; fresh from the seed unless weights are given, as published.
+def build_scorer(options: MeasureOptions, source: Source, augmenters: Sequence[Augmenter]) -> Normalized | None:
+    """The student, in eval mode, where one is needed; fresh from the seed unless weights are given, as published.
 
     Returns:
-        None where no augmentation needs one.
+        None where no augmentation and no metric needs one.
 
     Raises:
         ValueError: one is needed and not named, or its weights do not fit.
     """
-    needing = [augmenter.name for augmenter in augmenters if augmenter.criterion and augmenter.criterion.needs_student]
-    if not needing:
+    needing = [
+        f"{one.name} is scored by a student" for one in augmenters if one.criterion and one.criterion.needs_student
+    ]
+    if options.model is None and needing:
+        raise ValueError(f"{needing[0]}: name its architecture with --model, and its --weights if it has any")
+    if not needing and (options.model is None or "cross_entropy_covariance" not in options.metrics):
         return None
-    if options.model is None:
-        raise ValueError(
-            f"{needing[0]} is scored by a student: name its architecture with --model, and its --weights if it has any"
-        )
+    assert options.model is not None
     torch.manual_seed(options.seed)
     student = build_model(options.model, source, weights=options.weights, args=options.model_args)
     return student.to(model_type(options.precision)).requires_grad_(False)
 
 
 def _header(
-    options: MeasureOptions, source: Source, accelerator: Accelerator, folded: int, fresh: bool
+    options: MeasureOptions, source: Source, accelerator: Accelerator, teacher: Teacher, fresh: bool
 ) -> dict[str, Any]:
+    assert isinstance(teacher.model, Normalized)
     return {
-        "mode": options.mode,
-        "mix_group": options.mix_group,
+        **_mix_options(options),
         "window": options.window,
         "epochs": options.epochs,
         "seed": options.seed,
         "precision": options.precision,
         "compile": options.compile,
-        "teacher": {**asdict(options.teacher), "folded_norms": folded},
+        "teacher": {**describe_teacher(options.teacher, teacher.model), "folded_norms": teacher.folded},
         "student": options.model,
         "student_weights": "fresh, from the seed" if fresh else options.weights,
         "data": {**asdict(options.data), "images": len(source)},
+        "class_names": list(source.classes),  # index = label
         "fingerprint": source.fingerprint,
         "processes": accelerator.num_processes,
         "versions": versions(accelerator.device),
     }
 
 
-def _logits_type(teacher: Teacher) -> torch.dtype:
-    return torch.promote_types(next(teacher.model.parameters()).dtype, torch.float32)
+def _identity(options: MeasureOptions, source: Source) -> dict[str, Any]:
+    """What a saved measurement depends on."""
+    return {
+        "augmentation": augmentation_names(options.augmentation),
+        **_mix_options(options),
+        "teacher": asdict(options.teacher),
+        **{name: getattr(options, name) for name in ("model", "weights", "window", "precision", "stop_confidence")},
+        "metrics": list(options.metrics),
+        "fingerprint": source.fingerprint,
+    }
 
 
-def _batches(loader: Loader, epochs: int) -> Iterator[Batch]:
-    for _ in range(epochs):
-        yield from loader
+def _mix_options(options: MixOptions) -> dict[str, Any]:
+    return {option.name: getattr(options, option.name) for option in fields(MixOptions)}
 
 
-def _padded(outputs: tuple[Tensor, Tensor], loader: Loader, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Add rows of zeros up to the microbatch's size: all processes exchange the same shape. They are cut off after."""
-    missing = loader.sampler.microbatch - len(outputs[0])
-    if accelerator.num_processes == 1 or not missing:
-        return outputs
-    first, second = (functional.pad(rows, (0, 0, 0, missing)) for rows in outputs)
-    return first, second
-
-
-def _scorer(student: Normalized | None, accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
+def _scorer(student: Normalized | None, accelerator: Accelerator) -> Callable[..., Tensor] | None:
     if student is None:
         return None
     frozen = student.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
-    def score(images: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return frozen(images)
+    def score(images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
+        with accelerator.autocast(), hidden_mixing(frozen, hidden):
+            return full_precision(frozen(images))
 
     return score
-
-
-def _running(metric: TeacherStddev) -> str:
-    result = metric.compute()
-    return f"T. stddev {_number(result.stddev, 5)} ± {_number(result.stderr, 5)}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,20 +1,25 @@
 """Nets for a data set: built by name, filled with weights, wrapped with their own normalisation."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.timm_models import input_statistics
-from dalikd.kd.checkpoints import load_weights
-from dalikd.kd.normalize import Normalized
+from dalikd.kd.checkpoints import load_weights, read_normalisation
+from dalikd.kd.known_weights import file_sha256, identify
+from dalikd.kd.normalize import Normalisation, Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
 
-__all__ = ["TeacherConfig", "build_model", "build_teacher", "open_teacher"]
+__all__ = ["TeacherConfig", "build_model", "build_teacher", "describe_teacher", "open_teacher", "reinitialise"]
+
+_PRETRAINED = "pretrained"  # in place of a weights file
 
 
 @dataclass
@@ -25,6 +30,10 @@ class TeacherConfig:
         name: its architecture, such as resnet56, wrn_40_2 or timm:resnet34.
         weights: its weights file (.pt, .pth, .th, .safetensors), or "pretrained" for timm's own.
         args: options of the architecture.
+        sha256: checksum that the weights file must have, or its leading digits (at least 8).
+        mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
+            trained, where they or dalikd's list of published files say it, else as the data set is.
+        std: as mean; give both or none.
         fold_bn: fold its batch norms into its convolutions: faster, the same outputs up to rounding.
         cache: a folder that dalikd cache has written for the same data, seed and augmentation: distilling then reads
             the teacher's outputs there and needs no teacher; name and weights may be left out.
@@ -33,36 +42,55 @@ class TeacherConfig:
     name: str | None = None
     weights: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     fold_bn: bool = True
     cache: str | None = None
 
 
 def build_model(
-    name: str, source: Source, *, weights: str | None = None, args: dict[str, Any] | None = None
+    name: str,
+    source: Source,
+    *,
+    weights: str | None = None,
+    args: dict[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    sha256: str | None = None,
 ) -> Normalized:
     """Build a net for the classes of a data set.
 
-    timm models normalise as they were trained to; all others by the data's mean and standard deviation.
+    It normalises by `mean` and `std` where given, else as its weights were trained where that is known, else as timm
+    says, else by the data's mean and standard deviation.
 
     Args:
         name: as for `create_model`.
         source: gives the classes and their statistics.
         weights: a file, "pretrained" (timm models), or None for fresh ones.
         args: options of the architecture.
+        mean: of each channel, of pixels scaled to 0..1.
+        std: of each channel, of pixels scaled to 0..1.
+        sha256: checksum of the weights file, or its leading digits.
 
     Raises:
-        ValueError: unknown name, or weights that do not fit.
+        ValueError: unknown name, impossible mean or std, or weights that do not fit or have another checksum.
         FileNotFoundError: no such weights file.
     """
+    given = _given_normalisation(mean, std)
     classes = len(source.classes)
     args = dict(args or {})
-    if weights == "pretrained":
+    file = None if weights == _PRETRAINED else weights
+    if sha256 is not None and file is None:
+        raise ValueError("sha256 is the checksum of a weights file: leave it out, or give the file")
+    if weights == _PRETRAINED:
         _check_pretrained(name, classes)
         args["pretrained"] = True
     model = create_model(name, classes, **args)
-    if weights not in (None, "pretrained"):
-        load_weights(model, weights)
-    mean, std = input_statistics(model) or (source.mean, source.std)
+    if file is not None:
+        load_weights(model, file, sha256=sha256)
+    trained = read_normalisation(file) if file is not None else None
+    mean, std = given or trained or input_statistics(model) or (source.mean, source.std)
     return Normalized(model, mean, std)
 
 
@@ -82,12 +110,15 @@ def build_teacher(config: TeacherConfig, source: Source, view: View | None = Non
             'or "pretrained" for a timm model'
         )
     try:
-        teacher = build_model(config.name, source, weights=config.weights, args=config.args)
+        teacher = build_model(
+            config.name, source, weights=config.weights, args=config.args, mean=config.mean, std=config.std,
+            sha256=config.sha256,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(
             f"teacher {config.name}: {error} (data set {source.name}: {len(source.classes)} classes)"
         ) from error
-    if config.weights == "pretrained" and view is not None:
+    if config.weights == _PRETRAINED and view is not None:
         _warn_of_other_view(teacher, view)
     return teacher
 
@@ -109,6 +140,49 @@ def open_teacher(
     """
     net = build_teacher(config, source, view).to(model_type(precision))
     return Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn)
+
+
+def describe_teacher(config: TeacherConfig, teacher: Normalized) -> dict[str, Any]:
+    """What results say of the teacher: the options, its file's whole checksum and published origin, its normalisation.
+
+    Args:
+        config: that it was built from.
+        teacher: the net.
+    """
+    file = None if config.weights == _PRETRAINED else config.weights
+    known = identify(file) if file is not None else None
+    return {
+        **asdict(config),
+        "sha256": file_sha256(file) if file is not None else None,
+        "known_as": str(known) if known else None,
+        "normalisation": teacher.normalisation._asdict(),
+    }
+
+
+def reinitialise(model: nn.Module, seed: int) -> None:
+    """Reset convolutions, linear layers and batch norms as torch makes them; all else stays.
+
+    Args:
+        model: any net.
+        seed: of the new values.
+    """
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            module.reset_parameters()
+
+
+def _given_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation | None:
+    if mean is None and std is None:
+        return None
+    means, stds = tuple(mean or ()), tuple(std or ())
+    within = all(0 <= value <= 1 for value in means) and all(0 < value <= 1 for value in stds)
+    if len(means) != 3 or len(stds) != 3 or not within:
+        raise ValueError(
+            f"mean {list(means)} and std {list(stds)}: give both, three numbers each, of pixels scaled to 0..1, "
+            "such as [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
+        )
+    return Normalisation(means, stds)
 
 
 def _check_pretrained(name: str, classes: int) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -21,11 +21,13 @@ __all__ = [
     "DistillOptions",
     "EvaluateOptions",
     "MeasureOptions",
+    "MetricName",
     "RunOptions",
     "TrainOptions",
     "TrainingOptions",
 ]
 
+MetricName = Literal["probability_covariance", "cross_entropy_covariance"]
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 
 
@@ -72,8 +74,14 @@ class TrainingOptions(RunOptions, MixOptions):
         model: architecture of the net that is trained, such as resnet20, wrn_16_2 or timm:resnet18.
         model_args: options of that architecture.
         weights: weights the net starts from: a file, or "pretrained" for timm's own.
-        augmentation: identity, flip, crop_flip, cutout, autoaugment, mixup, cutmix, cutmixpick_student or
-            cutmixpick_teacher, on top of the training view.
+        reinit: after that, make its convolutions, linear layers and batch norms anew, as torch does, from the seed.
+        mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
+            trained, where they or dalikd's list of published files say it, else as the data set is.
+        std: as mean; give both or none.
+        augmentation: identity, flip, crop_flip, cutout, autoaugment, mixup, cutmix, cutmixpick_student,
+            cutmixpick_teacher, manifold_mixup, patchmix, masking, same, randaugment, trivialaugment or random_erasing,
+            on top of the training view; BASE+CRITERION picks out of several runs of another one, such as
+            mixup+teacher_entropy (student_entropy, kld, dissimilarity).
         optimizer: its class path, with its options as --optimizer.lr and so on; SGD, AdamW or any other.
             --optimizer.fused true updates all weights in one kernel, where the class can.
         schedule: the learning rate over time.
@@ -97,6 +105,9 @@ class TrainingOptions(RunOptions, MixOptions):
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    reinit: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
     augmentation: str = "identity"
     optimizer: OptimizerFactory = _sgd
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -133,6 +144,8 @@ class DistillOptions(TrainingOptions):
 
     Args:
         teacher: the net that is imitated.
+        fix_student: leave the student as its weights are: losses, T. stddev and evaluation are observed, and nothing
+            of it is trained.
         loss: class of the distillation loss, with its options as --loss.temperature and so on.
         joint_forward: one student forward over originals and augmented images instead of two; faster, but batch
             normalisation then sees both at once.
@@ -140,6 +153,7 @@ class DistillOptions(TrainingOptions):
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    fix_student: bool = False
     loss: DistillationLoss = field(default_factory=KD)
     joint_forward: bool = False
     metric: bool = True
@@ -149,26 +163,53 @@ class DistillOptions(TrainingOptions):
 class MeasureOptions(RunOptions, MixOptions):
     """Measure how good augmentations are for distillation, by the teacher alone (T. stddev; lower is better).
 
+    All of them are measured in one pass over the data: pictures are decoded once, and the teacher sees the originals
+    and whatever augmentations have in common once.
+
     Args:
-        augmentation: one or several names, or all.
+        augmentation: one or several names, "published" for the paper's nine or "all"; BASE+CRITERION picks out of
+            several runs of another augmentation, by teacher_entropy, student_entropy, kld or dissimilarity.
         teacher: the net that is asked.
-        model: architecture of the student that scores candidates (cutmixpick_student only).
+        model: architecture of the student that scores candidates (student_entropy, kld), or whose cross-entropy is
+            measured.
         model_args: options of that architecture.
         weights: its weights; without them it is a fresh one made from the seed (the published figures used a trained
             student).
         epochs: passes over the training data; published: 10.
         window: teacher outputs in a window; published: 640.
-        compile: torch.compile's mode for the teacher; the first batches of each augmentation then take minutes.
+        metrics: what is measured beside T. stddev and entropy: probability_covariance (of the teacher's outputs, over
+            samples and classes), cross_entropy_covariance (between samples, of teacher and --model, and its
+            approximation by the teacher alone; without --model that alone).
+        confidence: of the intervals, and of the comparison of neighbours in the ranking.
+        stop_confidence: stop as soon as all neighbours in the ranking are told apart at this confidence; the epochs are
+            the most that are passed.
+        per_class: also write the T. stddev of each class.
+        images_per_call: images that a net sees at once at most, if the batch is not larger.
+        entropy_log: a folder for the entropies of originals, candidates and picks, as arrays and as a plot, of every
+            --entropy_log_every-th batch; the main process's share of it.
+        entropy_log_every: batches from one to the next.
+        checkpoint: file that the measurement is saved in, and gone on from when called again.
+        checkpoint_every: batches between two savings.
+        compile: torch.compile's mode for the look at a batch; the first batches then take minutes.
         json: file the results are written to.
     """
 
-    augmentation: list[str] = field(default_factory=lambda: ["all"])
+    augmentation: list[str] = field(default_factory=lambda: ["published"])
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     epochs: int = 10
     window: int = 640
+    metrics: list[MetricName] = field(default_factory=list)
+    confidence: float = 0.95
+    stop_confidence: float | None = None
+    per_class: bool = False
+    images_per_call: int = 1024
+    entropy_log: str | None = None
+    entropy_log_every: int = 100
+    checkpoint: str | None = None
+    checkpoint_every: int = 500
     compile: CompileMode = "off"
     json: str | None = None
 
@@ -217,10 +258,15 @@ class EvaluateOptions(RunOptions):
         model: its architecture.
         model_args: options of that architecture.
         weights: its weights: a file, or "pretrained" for timm's own.
+        mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
+            trained, where they or dalikd's list of published files say it, else as the data set is.
+        std: as mean; give both or none.
         json: file the results are written to.
     """
 
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     json: str | None = None

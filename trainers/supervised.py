@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
+from dalikd.kd.manifold import mixed_forward
+from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
@@ -22,10 +24,17 @@ class SupervisedTask(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(
-        self, pixels: Tensor, labels: Tensor, partner_labels: Tensor | None = None, lam: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Named terms for pixels [B, 3, S, S] and labels int64 [B]; mixed images have partners' labels and lam too."""
-        logits = self.student(pixels)
+        self, pixels: Tensor, labels: Tensor, partner_labels: Tensor | None = None, lam: Tensor | None = None,
+        originals: Tensor | None = None, hidden: HiddenMix | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Named terms for pixels [B, 3, S, S] and labels int64 [B]; mixed images have partners' labels and lam too.
+
+        Where hidden states are mixed, a forward over the originals [B, 3, S, S] goes before: it gives the partners'.
+        """
+        if hidden is None or originals is None:
+            logits = self.student(pixels)
+        else:
+            logits = mixed_forward(self.student, originals, pixels, hidden, joint=False)[1]
         if partner_labels is None or lam is None:
             loss = cross_entropy(logits, labels, self.label_smoothing)
         else:
@@ -55,7 +64,8 @@ class Supervised:
             return batch.pixels, batch.labels
         if not self._augmenter.labels_are_mixed:
             return mixed.images, batch.labels
-        return mixed.images, batch.labels, batch.labels[mixed.partner], mixed.lam
+        inputs = (mixed.images, batch.labels, batch.labels[mixed.partner], mixed.lam)
+        return inputs if mixed.hidden is None else (*inputs, batch.pixels, mixed.hidden)
 
     def metrics(self) -> dict[str, float | int | None]:
         """Nothing beside the terms."""

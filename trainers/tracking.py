@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import yaml
 
+from dalikd.kd.known_weights import file_sha256
+
 __all__ = ["Meter", "RunFolder", "check_writable", "versions", "write_json"]
 
 
@@ -119,6 +121,11 @@ class RunFolder:
         """Write results.json."""
         if self._writes:
             write_json(self.path / "results.json", results)
+
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of each weights file in the folder, by its path there; nothing on processes that do not write."""
+        files = sorted(self.path.glob("*/*.safetensors")) if self._writes else []
+        return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in files}
 
     def close(self) -> None:
         """Close the logs."""

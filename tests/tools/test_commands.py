@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.checkpoints import load_weights
+from dalikd.kd.known_weights import file_sha256
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 
@@ -64,6 +65,38 @@ def test_student_weights_may_be_given(command, options, weights, tmp_path):
     assert command("train", *options, *step, "--weights", weights, "--output", tmp_path / "run").code == 0
     found = load_file(tmp_path / "run" / "last" / "student.safetensors")
     torch.testing.assert_close(found["conv.weight"], torch.load(weights)["conv.weight"], rtol=0, atol=1e-6)
+
+
+def test_runs_say_how_images_were_normalised_and_their_weights_keep_it(
+    command, options, training, teacher, weights, tmp_path
+):
+    """By a mean and std of their own; who loads the student's weights later gets the same."""
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    given = [word for name, values in own.items() for word in (f"--{name}", values)]
+    others = ["--teacher.mean", [0.5, 0.5, 0.4], "--teacher.std", [0.5, 0.5, 0.3], "--teacher.sha256"]
+    arguments = [*given, *others, file_sha256(weights)[:8], "--epochs", 1, "--output", run]
+    assert command("distill", *training, *teacher, *arguments).code == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["normalisation"] == own
+    assert results["teacher"]["normalisation"] == {"mean": [0.5, 0.5, 0.4], "std": [0.5, 0.5, 0.3]}
+    assert results["teacher"]["sha256"] == file_sha256(weights)
+    student = run / "last" / "student.safetensors"
+    assert results["sha256"]["last/student.safetensors"] == file_sha256(student)
+    assert command("evaluate", *options, "--weights", student, "--json", report).code == 0
+    found = json.loads(report.read_text())
+    assert found["normalisation"] == own
+    assert found["loss"] == pytest.approx(results["last"]["val"]["loss"], rel=1e-6)
+
+
+def test_a_fixed_student_is_observed(command, options, training, teacher, weights, tmp_path):
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    fixed = ["--weights", weights, "--fix_student", "true", "--epochs", 1, "--output", run]
+    assert command("distill", *training, *teacher, *fixed).code == 0
+    assert command("evaluate", *options, "--weights", weights, "--json", report).code == 0
+    results, found = json.loads((run / "results.json").read_text()), json.loads(report.read_text())
+    for key, value in results["last"]["val"].items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key
 
 
 def test_the_default_folder_names_the_run(command, training, tmp_path, monkeypatch):

@@ -57,6 +57,9 @@ class SmallNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(32, num_classes)
 
+    def stage_modules(self) -> list[nn.Module]:
+        return [self.conv, self.norm, self.dropout]
+
     def forward(self, images: Tensor) -> Tensor:
         features = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(images)).relu(), 2)
         return self.fc(self.dropout(features.flatten(1)))

@@ -19,7 +19,10 @@ from dalikd.trainers.launch import start
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainOptions
 
-SETTINGS = [(110, "per_sample"), (90, "per_batch")]  # 90: the second process gets no rows of the last batch
+# images, mode, picks of a mix group. With 90 images the second of two processes gets no rows of the last batch
+SETTINGS = [(110, "per_sample", None), (90, "per_batch", 11)]
+MEASURED = [*AUGMENTATIONS, "mixup+kld", "flip+dissimilarity"]
+METRICS = ["probability_covariance", "cross_entropy_covariance"]
 
 
 def _conftest() -> Any:
@@ -35,14 +38,18 @@ helpers = _conftest()
 
 
 def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """All results, on the main process as on every other."""
+    """All results, on the main process as on every other; of four processes or more what they measure."""
     factory._BUILDERS["small"] = helpers.SmallNet
     folder.mkdir(exist_ok=True)
+    measured = {setting: _measure(accelerator, folder, *setting) for setting in SETTINGS}
+    if accelerator.num_processes > 2:
+        return {"measured": measured}
     return {
+        "measured": measured,
         "trained": {name: _train(accelerator, folder, name) for name in ("mixup", "cutmixpick_teacher")},
-        "measured": {setting: _measure(accelerator, folder, *setting) for setting in SETTINGS},
         "evaluated": _evaluate(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
+        "fixed": _observe(accelerator, folder),
     }
 
 
@@ -62,8 +69,8 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     return {"weights": weights, "average": average, "metrics": loop.method.metrics()}
 
 
-def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any) -> dict[str, Any]:
-    """All nine augmentations; batches of 64 with mix groups of 16, the last of each short."""
+def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any, picks: int | None) -> dict[str, Any]:
+    """All augmentations in one pass; batches of 64 with mix groups of 16, the last of each short."""
     weights = folder / "teacher.pt"
     if accelerator.is_main_process:
         torch.save(helpers.net(1).model.state_dict(), weights)
@@ -71,11 +78,11 @@ def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any) -> 
     measure.open_split = lambda *_: helpers.source(images)
     options = MeasureOptions(
         teacher=TeacherConfig("small", str(weights)), model="small", batch_size=64, mix_group=16, mode=mode, epochs=2,
-        window=40, precision="fp64",
+        window=40, precision="fp64", augmentation=MEASURED, n_pick=picks, metrics=METRICS, per_class=True,
     )  # fmt: skip
     options.data.threads, options.data.crop, options.data.padding = 1, "pad_crop", 1
     results = measure.measure_all(options, accelerator)["results"]
-    assert [result["augmentation"] for result in results] == list(AUGMENTATIONS)
+    assert [result["augmentation"] for result in results] == MEASURED
     return {result.pop("augmentation"): result for result in results}
 
 
@@ -90,6 +97,20 @@ def _run_with_batch_norm(accelerator: Accelerator, folder: Path) -> dict[str, fl
     """A whole run of a net whose running statistics differ between processes: what its last evaluation said."""
     options = TrainOptions(batch_size=32, mix_group=8, epochs=2, ema=0.5)
     return helpers.loop(folder / "batch_norm", accelerator, options=options).run()["last"]["val"]
+
+
+def _observe(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """A run with a fixed student: its last evaluation, the metric, and whether its weights stayed."""
+    options = DistillOptions(batch_size=32, mix_group=8, epochs=1, accumulation=2, augmentation="cutmixpick_student")
+    student = helpers.net(0).double().requires_grad_(False)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    loop = helpers.loop(
+        folder / "fixed", accelerator, options=options, student=student, teacher=helpers.net(1).double()
+    )
+    loop.method.goodness.window = 64
+    last = loop.run()["last"]
+    stayed = all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    return {"val": last["val"], "metrics": loop.method.metrics(), "stayed": stayed}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 import pytest
+import torch
 
-from dalikd.trainers.assembly import open_training_data, validation_loader
-from dalikd.trainers.options import TrainOptions
+from dalikd.kd.backbones import create_model
+from dalikd.trainers.assembly import build_student, open_training_data, validation_loader
+from dalikd.trainers.options import DistillOptions, TrainOptions
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,47 @@ def test_validation_batches_are_bounded(data, accelerator, monkeypatch):
     loader = validation_loader(opened.val, TrainOptions(data=data), accelerator)
     assert [len(batch) for batch in loader] == [20, 20, 11]
     loader.close()
+
+
+# ---------------------------------------------------------------------------------------------------- students
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(9)
+    path = tmp_path / "small.pt"
+    torch.save(create_model("small", 3).state_dict(), path)
+    return str(path)
+
+
+def test_a_student_starts_from_its_weights_and_is_trained(make_source, weights):
+    student = build_student(DistillOptions(model="small", weights=weights), make_source())
+    assert torch.equal(student.model.conv.weight, torch.load(weights)["conv.weight"])
+    assert all(values.requires_grad for values in student.parameters())
+
+
+def test_a_student_that_is_made_anew_depends_on_the_seed_and_not_on_its_weights(make_source, weights):
+    def weight(**options):
+        return build_student(TrainOptions(model="small", reinit=True, **options), make_source()).model.conv.weight
+
+    found = weight(weights=weights)
+    assert torch.equal(found, weight())
+    assert not torch.equal(found, weight(weights=weights, seed=1))
+    assert not torch.equal(found, torch.load(weights)["conv.weight"])
+
+
+def test_a_fixed_student_has_no_gradient_and_its_weights(make_source, weights):
+    student = build_student(DistillOptions(model="small", weights=weights, fix_student=True), make_source())
+    assert not any(values.requires_grad for values in student.parameters())
+    assert torch.equal(student.model.conv.weight, torch.load(weights)["conv.weight"])
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "small.pt", "reinit": True}])
+def test_a_fixed_student_needs_weights_and_keeps_them(make_source, options):
+    with pytest.raises(ValueError, match=r"--fix_student true observes .*: give them with --weights, without --reinit"):
+        build_student(DistillOptions(model="small", fix_student=True, **options), make_source())
+
+
+def test_a_student_normalises_as_told(make_source):
+    student = build_student(TrainOptions(model="small", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]), make_source())
+    assert student.normalisation == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

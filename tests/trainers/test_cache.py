@@ -410,6 +410,7 @@ def test_a_cache_is_verified_with_its_own_options(fill, verify, weights):
         ({"storage": "topk", "k": 4}, "--k 4: the data have 3 classes; give 1 to 3"),
         ({"storage": "topk", "k": 0}, "--k 0: the data have 3 classes"),
         ({"augmentation": "cutmixpick_student"}, "picked by the student, which changes while it learns"),
+        ({"augmentation": "cutmixpick_teacher", "n_pick": 4}, "--n_pick 4: a teacher cache holds one augmented image"),
         ({"batch_size": 100}, "not a multiple of --mix_group 8"),
     ],
 )

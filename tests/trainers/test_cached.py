@@ -79,6 +79,8 @@ def test_what_does_not_matter_may_differ(opened):
         ({"alpha": 0.5}, "alpha: cache has 1.0, this run has 0.5"),
         ({"cutout_side": 4}, "cutout_side: cache has None, this run has 4"),
         ({"mix_n_run": 3}, "mix_n_run: cache has 2, this run has 3"),
+        ({"ceiling": {0: 0.5}}, r"ceiling: cache has {}, this run has {'0': 0.5}"),
+        ({"randaugment_magnitude": 5}, "randaugment_magnitude: cache has 9, this run has 5"),
         ({"precision": "bf16"}, "precision: cache has fp32, this run has bf16"),
         ({"view": replace(VIEW, padding=2)}, r"view.padding: cache has 1, this run has 2"),
         ({"view": replace(VIEW, scale=(0.5, 1.0))}, r"view.scale: cache has \[0.08, 1.0\], this run has \[0.5, 1.0\]"),
@@ -114,6 +116,8 @@ def test_a_teacher_that_is_named_must_be_the_same(opened, config, weights):
         (replace(config, fold_bn=False), r"teacher.fold_bn: cache has True, this run has False"),
         (TeacherConfig("resnet8"), r"teacher.name: cache has small, this run has resnet8"),
         (TeacherConfig(args={"norm": True}), r"teacher.args: cache has {}, this run has {'norm': True}"),
+        (TeacherConfig(mean=[0.4, 0.5, 0.5]), r"teacher.mean: cache has \[0.5, .*\], this run has \[0.4, 0.5, 0.5\]"),
+        (TeacherConfig(sha256="0" * 64), "--teacher.sha256 is the checksum of a weights file: give --teacher.weights"),
     ):
         with pytest.raises(ValueError, match=message):
             opened(teacher=other)
@@ -125,6 +129,8 @@ def test_the_teachers_statistics_count(config, make_source):
     assert ours["teacher.mean"] == [0.5, 0.5, 0.5]
     darker = replace(make_source(), mean=(0.4, 0.5, 0.5))
     assert teacher_fingerprint(config, darker) == {**ours, "teacher.mean": [0.4, 0.5, 0.5]}
+    given = replace(config, mean=[0.4, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+    assert teacher_fingerprint(given, make_source()) == {**ours, "teacher.mean": [0.4, 0.5, 0.5]}
 
 
 def test_an_unfinished_cache_is_refused(opened, made):

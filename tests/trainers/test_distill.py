@@ -1,10 +1,14 @@
 import pytest
 import torch
 
+from dalikd.kd.backbones import create_model
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, MixedOutputs
-from dalikd.kd.mixing import cutmix
+from dalikd.kd.losses import KD, MixedOutputs, kd_loss
+from dalikd.kd.manifold import manifold_mixup, mixed_forward
+from dalikd.kd.mixing import MixDraws, Mixed, cutmix
+from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
+from dalikd.kd.teacher import look
 from dalikd.trainers.distill import DistillationTask, gather_rows, score_groups
 
 GROUP = 8
@@ -39,7 +43,7 @@ def test_the_teacher_looks_once(make_loop, distill_options, augmentation, seen):
 def test_the_task_is_fed_with_what_the_teacher_said(make_loop, distill_options, augmentation):
     loop = make_loop(options=distill_options(augmentation=augmentation))
     batch = loop.loader.next()
-    pixels, labels, logits, augmented, augmented_logits, partner_labels, lam = loop.method.inputs(batch)
+    pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam = loop.method.inputs(batch)
     teacher = loop.method.teacher
     assert torch.equal(pixels, batch.pixels)
     assert torch.equal(labels, batch.labels)
@@ -47,16 +51,21 @@ def test_the_task_is_fed_with_what_the_teacher_said(make_loop, distill_options, 
     if augmentation == "identity":
         assert augmented is None
         assert augmented_logits is logits
+        assert torch.equal(own_labels, labels)
         assert torch.equal(partner_labels, labels)
         return
     torch.testing.assert_close(augmented_logits, teacher(augmented))
     assert ((lam >= 0) & (lam <= 1)).all()
     if augmentation == "cutmix":
+        assert torch.equal(own_labels, labels)
         assert torch.equal(partner_labels, labels[batch.mix[0].partner])
     else:
         pool = torch.cat([cutmix(batch.pixels, draws).images for draws in batch.mix])
         picks = pick_rows(entropy(teacher(pool)).reshape(2, 32), GROUP)
         assert torch.equal(augmented, pool[picks])
+        assert torch.equal(own_labels, labels.repeat(2)[picks])
+        assert not torch.equal(own_labels, labels)
+        assert torch.equal(partner_labels, labels[torch.cat([draws.partner for draws in batch.mix])[picks]])
 
 
 def test_the_student_scores_each_group_by_its_own_statistics(make_loop, distill_options, make_net):
@@ -77,6 +86,13 @@ def test_the_student_scores_each_group_by_its_own_statistics(make_loop, distill_
     assert torch.equal(augmented, torch.cat(expected))
 
 
+def test_a_fixed_student_scores_by_its_running_statistics(make_net):
+    student, images = make_net().double().eval(), torch.rand(2 * 16, 3, 12, 12).double() * 255
+    with torch.no_grad():
+        torch.testing.assert_close(score_groups(student, images, 16, GROUP), student(images), rtol=0, atol=1e-12)
+    assert not student.training
+
+
 @pytest.mark.parametrize("batch", [24, 20])
 def test_scores_do_not_depend_on_the_batch_size(make_net, batch):
     """A batch with a whole or a short last group, against its groups one by one."""
@@ -89,6 +105,90 @@ def test_scores_do_not_depend_on_the_batch_size(make_net, batch):
         torch.testing.assert_close(whole[:, start : start + GROUP], alone, rtol=0, atol=1e-12)
 
 
+def _resnet(seed):
+    torch.manual_seed(seed)
+    return Normalized(create_model("resnet8", 3), (0.5,) * 3, (0.5,) * 3).double()
+
+
+def _mixed_pool(batch, runs=2):
+    """Candidates whose hidden states are mixed, with partners inside of their groups."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (batch, 3, 12, 12), generator=generator).double()
+    pool = []
+    for _ in range(runs):
+        partner = [
+            start + torch.randperm(min(GROUP, batch - start), generator=generator) for start in range(0, batch, GROUP)
+        ]
+        lam, center = torch.rand(batch, generator=generator), torch.zeros(batch, 2)
+        layer = torch.randint(0, 3, (batch,), generator=generator).int()
+        pool.append(manifold_mixup(pixels, MixDraws(torch.cat(partner), lam, center, layer=layer)))
+    return pixels, Mixed.join(pool)
+
+
+def test_candidates_mixed_inside_are_scored_group_by_group_too():
+    student, (pixels, pool) = _resnet(0), _mixed_pool(20)
+    state = {key: value.clone() for key, value in student.state_dict().items()}
+    found = score_groups(student, torch.cat((pixels, pool.images)), 20, GROUP, pool.hidden)
+    assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
+    places = torch.arange(40).reshape(2, 20)
+    expected = torch.empty(60, 3, dtype=torch.float64)
+    student.train()
+    for start in range(0, 20, GROUP):
+        rows = torch.arange(start, min(start + GROUP, 20))
+        part = pool.take(places[:, rows].flatten())
+        mixing = part.hidden._replace(partner=part.partner - start)
+        with torch.no_grad():
+            first, second = mixed_forward(student, pixels[rows], part.images, mixing, joint=False)
+        expected[rows], expected[20 + places[:, rows].flatten()] = first, second
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [5, 12])
+@pytest.mark.parametrize("augmentation", ["cutmixpick_teacher", "cutmixpick_student"])
+def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, augmentation, keep):
+    """More or fewer augmented images than originals: labels, loss, metric and step go along."""
+    loss = KD(lw_mix=(1.0, 1.0, 1.0))
+    loop = make_loop(options=distill_options(augmentation=augmentation, loss=loss))
+    loop.method._augmenter.keep = keep
+    batch = loop.loader.next()
+    pixels, labels, _, augmented, augmented_logits, own_labels, partner_labels, lam = loop.method.inputs(batch)
+    assert len(pixels) == 32
+    assert {len(rows) for rows in (augmented, augmented_logits, own_labels, partner_labels, lam)} == {4 * keep}
+    runs = [cutmix(batch.pixels, draws) for draws in batch.mix]
+    pool, partner = torch.cat([run.images for run in runs]), torch.cat([run.partner for run in runs])
+    places = [
+        next(place for place, candidate in enumerate(pool) if torch.equal(candidate, image)) for image in augmented
+    ]
+    assert torch.equal(own_labels, labels[torch.tensor(places) % 32])
+    assert torch.equal(partner_labels, labels[partner[places]])
+    torch.testing.assert_close(augmented_logits, loop.method.teacher(augmented))
+    loop.step()
+    assert loop.method.goodness.originals == 2 * 32
+    assert loop.method.goodness.compute().images == 2 * (32 + 4 * keep)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_hidden_states_are_mixed_in_both_nets(make_loop, distill_options, joint):
+    student, teacher = _resnet(0), _resnet(1)
+    loop = make_loop(
+        options=distill_options(augmentation="mixup", joint_forward=joint), student=student, teacher=teacher
+    )
+    pixels, mixed = _mixed_pool(32, runs=1)
+    batch = loop.loader.next()
+    loop.method._look = lambda _: look(loop.method.teacher, pixels, mixed)
+    _, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam, hidden = loop.method.inputs(batch)
+    expected = mixed_forward(teacher, pixels, mixed.images, mixed.hidden, joint=True)
+    torch.testing.assert_close((logits, augmented_logits), expected, rtol=0, atol=1e-10)
+    assert torch.equal(own_labels, labels)
+    assert torch.equal(partner_labels, labels[mixed.partner])
+    terms = loop.task(pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam, hidden)
+    outputs = mixed_forward(student, pixels, mixed.images, mixed.hidden, joint=joint)
+    for name, output, target in zip(("kd", "kd_mix"), outputs, expected, strict=True):
+        torch.testing.assert_close(terms[name], kd_loss(output, target, 4.0), rtol=0, atol=1e-10)
+    terms["loss"].backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
 # --------------------------------------------------------------------------------------------------- the task
 
 
@@ -97,19 +197,34 @@ def _task_inputs():
     pixels, augmented = torch.randint(0, 256, (2, 16, 3, 12, 12), generator=generator).byte()
     logits, augmented_logits = torch.randn(2, 16, 3, generator=generator)
     labels, lam = torch.arange(16) % 3, torch.rand(16, generator=generator)
-    return pixels, labels, logits, augmented, augmented_logits, labels.flip(0), lam
+    return pixels, labels, logits, augmented, augmented_logits, labels.roll(1), labels.flip(0), lam
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_terms_are_those_of_the_loss(make_net, joint):
     """Both ways agree where no batch statistics are involved."""
     student, loss = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0))
-    pixels, labels, logits, augmented, augmented_logits, partner_labels, lam = _task_inputs()
+    pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam = _task_inputs()
     terms = DistillationTask(student, loss, joint)(*_task_inputs())
-    mixed = MixedOutputs(student(augmented), augmented_logits, labels, partner_labels, lam)
+    mixed = MixedOutputs(student(augmented), augmented_logits, own_labels, partner_labels, lam)
     expected = loss(student(pixels), labels, logits, mixed)
     assert list(terms) == [*expected, "top1"]
     for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("count", [5, 40])
+def test_there_may_be_another_number_of_augmented_images(make_net, joint, count):
+    student, loss = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0))
+    pixels, labels, logits, *of_augmented = _task_inputs()
+    rows = torch.arange(count) * 3 % 16
+    augmented, augmented_logits, own_labels, partner_labels, lam = (part[rows] for part in of_augmented)
+    terms = DistillationTask(student, loss, joint)(
+        pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam
+    )
+    mixed = MixedOutputs(student(augmented), augmented_logits, own_labels, partner_labels, lam)
+    for name, value in loss(student(pixels), labels, logits, mixed).items():
         torch.testing.assert_close(terms[name], value)
 
 
@@ -125,8 +240,8 @@ def test_joint_forward_is_one_forward(make_net, joint, calls):
 def test_identity_needs_one_student_forward(make_net, joint):
     student, rows = make_net(), []
     student.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    pixels, labels, logits, _, _, _, lam = _task_inputs()
-    terms = DistillationTask(student, KD(), joint)(pixels, labels, logits, None, logits, labels, lam)
+    pixels, labels, logits, *_, lam = _task_inputs()
+    terms = DistillationTask(student, KD(), joint)(pixels, labels, logits, None, logits, labels, labels, lam)
     assert rows == [16]
     torch.testing.assert_close(terms["kd_mix"], terms["kd"])
 
@@ -181,3 +296,20 @@ def test_one_process_gathers_nothing(accelerator):
     found = gather_rows(accelerator, logits, augmented, 4)
     assert found[0] is logits
     assert found[1] is augmented
+
+
+@pytest.mark.parametrize(("count", "picked"), [(4, None), (3, 5), (6, 11)])
+def test_rows_of_all_processes_without_fillers(count, picked):
+    """Of two processes, the second with a filler; picks may be more or fewer than originals."""
+
+    class TwoProcesses:
+        num_processes = 2
+
+        @staticmethod
+        def gather(rows):
+            return torch.cat((rows, rows + 100))
+
+    logits, augmented = torch.randn(4, 3), torch.randn(count, 3)
+    found = gather_rows(TwoProcesses(), logits, augmented, 7, picked)
+    assert torch.equal(found[0], torch.cat((logits, logits + 100))[:7])
+    assert torch.equal(found[1], torch.cat((augmented, augmented + 100))[: picked or 7])

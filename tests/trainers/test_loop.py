@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
+from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
+from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.loop import Interrupted, Loop
 from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.schedules import ScheduleConfig
@@ -86,6 +88,69 @@ def test_distillation_brings_the_student_to_the_teacher(make_loop, make_net, dis
     loop = make_loop(options=options, student=student, teacher=teacher)
     losses = _losses(loop, 60)
     assert losses[-1] < 0.2 * losses[0]
+
+
+# ------------------------------------------------------------------------------------------- a fixed student
+
+
+class _Refuses(SGD):
+    """An optimizer that must not step."""
+
+    def step(self, *_: Any) -> None:
+        raise AssertionError("a step of the optimizer")
+
+
+@pytest.mark.parametrize("augmentation", ["identity", "cutmix", "cutmixpick_student"])
+@pytest.mark.parametrize("no_decay_norms", [False, True])
+def test_a_fixed_student_is_observed_and_stays(make_loop, make_net, distill_options, augmentation, no_decay_norms):
+    student = make_net(2).requires_grad_(False)
+    options = distill_options(
+        augmentation=augmentation, clip=1.0, ema=0.5, accumulation=2, no_decay_norms=no_decay_norms,
+        optimizer=partial(_Refuses, lr=0.1),
+    )  # fmt: skip
+    loop = make_loop(options=options, student=student)
+    before, expected = _weights(loop), evaluate(student, loop.val_loader, loop.accelerator)
+    results = loop.run()
+    assert all(torch.equal(value, before[key]) for key, value in _weights(loop).items())  # running statistics too
+    assert results["last"]["val"] == results["best"]["val"] == expected
+    assert math.isfinite(results["last"]["train"]["loss"])
+    assert {"t_stddev", "t_entropy"} <= results["last"].keys()
+    assert results["steps"] == 6
+
+
+def test_a_fixed_students_losses_are_those_of_eval_mode(make_loop, make_net, distill_options):
+    student = make_net(2).requires_grad_(False)
+    student.model.norm.running_mean.fill_(0.3)
+    loop = make_loop(options=distill_options(log_every=1), student=student)
+    inputs, fed = loop.method.inputs, []
+    loop.method.inputs = lambda batch: fed.append(inputs(batch)) or fed[-1]
+    loop.folder.start({}, None)
+    loop.run()
+    pixels, labels = fed[0][:2]
+    assert not student.training
+    expected = torch.nn.functional.cross_entropy(student(pixels), labels)
+    assert _log(loop)[0]["train"]["ce"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_loss_with_parameters_is_trained_beside_a_fixed_student(make_loop, make_net, distill_options):
+    student = make_net(2).requires_grad_(False)
+    loop = make_loop(options=distill_options(loss=_Scaled(), optimizer=_sgd(0.1)), student=student)
+    before = _weights(loop)
+    loop.run()
+    assert all(torch.equal(value, before[key]) for key, value in _weights(loop).items())
+    assert loop.method.task.loss.scale.item() < 1.0
+
+
+class _Scaled(KD):
+    """KD times a number that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, *arguments: Any) -> dict[str, torch.Tensor]:
+        terms = super().forward(*arguments)
+        return {**terms, "loss": terms["loss"] * self.scale}
 
 
 # --------------------------------------------------------------------------------------------- the optimizer
@@ -239,6 +304,8 @@ def test_a_run_logs_evaluates_and_saves(make_loop):
     assert all(entry["images_per_second"] > 0 and 0 <= entry["data_wait_share"] <= 1 for entry in log if "lr" in entry)
     path = loop.folder.path
     assert json.loads((path / "results.json").read_text()) == results
+    weights = {f"{name}/student.safetensors" for name in ("last", "best")}
+    assert results["sha256"] == {name: file_sha256(path / name) for name in weights}
     assert {file.relative_to(path).as_posix() for file in path.glob("*/*.*") if file.parent.name != "tensorboard"} == {
         "last/trainer.pt",
         "last/student.safetensors",

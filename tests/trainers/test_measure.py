@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import View
@@ -14,12 +15,14 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names
 from dalikd.trainers.measure import measure, measure_all, results_table
+from dalikd.trainers.measurement import Measurement
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import MeasureOptions
 
-RESULT_FIELDS = {
-    "augmentation", "stddev", "stderr", "entropy", "windows", "per_class", "images", "window",
-}  # fmt: skip
+RESULT_FIELDS = {"augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images", "window"}
+#: picks of each criterion on other bases
+PICKED = ["mixup+kld", "crop_flip+dissimilarity", "manifold_mixup+teacher_entropy", "masking+student_entropy"]
+EVERY = [*AUGMENTATIONS, *PICKED]
 
 
 def _measure(source, net, accelerator, name, batch_size, *, student=None, mode="per_sample", epochs=2, window=40):
@@ -37,7 +40,7 @@ def _measure(source, net, accelerator, name, batch_size, *, student=None, mode="
 
 
 @pytest.mark.parametrize("mode", ["per_sample", "per_batch"])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", EVERY)
 def test_results_do_not_depend_on_the_batch_size(make_net, make_source, accelerator, name, mode):
     """108 images: the last batch is short at both sizes, and its last mix group too. Picks of both nets included."""
     source = make_source(108)
@@ -53,8 +56,8 @@ def test_results_do_not_depend_on_the_batch_size(make_net, make_source, accelera
 
 def test_augmentations_differ(make_net, make_source, accelerator):
     source, net, student = make_source(64), make_net(1), make_net(2)
-    found = {name: _measure(source, net, accelerator, name, 32, student=student)["entropy"] for name in AUGMENTATIONS}
-    assert len(set(found.values())) == len(AUGMENTATIONS)
+    found = {name: _measure(source, net, accelerator, name, 32, student=student)["entropy"] for name in EVERY}
+    assert len(set(found.values())) == len(EVERY)
 
 
 def test_identity_equals_the_teacher_alone(make_net, make_source, accelerator):
@@ -94,7 +97,154 @@ def test_a_certain_teacher_gives_the_spread_of_the_classes(make_source, accelera
     assert result["entropy"] == 0
 
 
+# -------------------------------------------------------------------------------------------------- the one pass
+
+
+def _pass(data, weights, accelerator, **options):
+    options = {"augmentation": ["all", *PICKED], "model": "small", "window": 32, "precision": "fp64", **options}
+    teacher = TeacherConfig("small", weights)
+    return measure_all(MeasureOptions(data=replace(data, limit=140), teacher=teacher, epochs=2, **options), accelerator)
+
+
+def test_one_pass_finds_what_a_pass_for_each_finds(data, small_weights, accelerator):
+    """In per_batch mode, with a short last batch and mix group; 48 images a call cut what one call would hold."""
+    options = {"batch_size": 24, "mix_group": 8, "mode": "per_batch", "per_class": True}
+    together = _pass(data, small_weights, accelerator, **options, images_per_call=48)
+    assert len(together["results"]) == len(AUGMENTATIONS) + len(PICKED)
+    for found in together["results"][::3]:
+        (alone,) = _pass(data, small_weights, accelerator, **{**options, "augmentation": [found["augmentation"]]})[
+            "results"
+        ]
+        assert alone.keys() == found.keys()
+        assert (found["images"], found["windows"]) == (280, 2 * 280 // 32)
+        for key in ("stddev", "stderr", "entropy", "per_class", "interval"):
+            assert alone[key] == pytest.approx(found[key], rel=0, abs=1e-11), (found["augmentation"], key)
+
+
+def test_more_and_fewer_picks_than_originals_are_measured(data, small_weights, accelerator):
+    found = {}
+    for keep in (3, 8, 13):
+        report = _pass(
+            data, small_weights, accelerator, augmentation=["cutmixpick_teacher", "cutmix"], batch_size=24, mix_group=8,
+            n_pick=keep,
+        )  # fmt: skip
+        assert report["n_pick"] == keep
+        picked, plain = report["results"]
+        assert picked["windows"] == plain["windows"] == 2 * 280 // 32
+        found[keep] = picked["entropy"]
+        assert picked["entropy"] > plain["entropy"]
+    assert len(set(found.values())) == 3
+
+
+def test_the_other_metrics_are_measured_beside(data, small_weights, accelerator):
+    metrics = ["probability_covariance", "cross_entropy_covariance"]
+    report = _pass(data, small_weights, accelerator, augmentation=["identity", "cutmix+kld"], metrics=metrics)
+    for found in report["results"]:
+        assert found["probability_covariance"]["blocks"] == 280 // 64
+        assert found["probability_covariance"]["correlation_classes"] is not None
+        assert found["cross_entropy_covariance"]["draws"] == 0  # a draw has 6400 values
+        assert found["cross_entropy_covariance"]["covariance"] is None
+    lines = results_table(report["results"]).splitlines()
+    assert lines[0].endswith(
+        "| windows | cov. of samples | corr. of samples | corr. of classes | cov. of CE | its approximation |"
+    )
+    assert lines[2].endswith("| - | - |")
+
+
+def test_the_ranking_is_compared_pair_by_pair(data, small_weights, accelerator):
+    report = _pass(data, small_weights, accelerator, augmentation=["identity", "cutmix", "mixup"], batch_size=64)
+    values = {result["augmentation"]: result["stddev"] for result in report["results"]}
+    assert report["separation"]["order"] == tuple(sorted(values, key=lambda name: values[name]))
+    for pair in report["separation"]["pairs"]:
+        assert pair["difference"] == pytest.approx(values[pair["b"]] - values[pair["a"]])
+    assert report["separation"]["check"] == 1
+    assert report["stopped"] is None
+    one = _pass(data, small_weights, accelerator, augmentation=["identity"])
+    assert one["separation"] is None
+
+
+def test_measuring_stops_when_the_ranking_is_settled(data, small_weights, accelerator):
+    """Windows of 4 outputs: the first check is due after 80 images."""
+    clear = {
+        "augmentation": ["identity", "mixup"],
+        "batch_size": 8,
+        "mix_group": 8,
+        "window": 4,
+        "stop_confidence": 0.9,
+    }
+    report = _pass(data, small_weights, accelerator, **clear)
+    assert report["stopped"] == {"confidence": 0.9, "settled": True, "images": 80, "windows": 40, "checks": 1}
+    assert report["separation"]["separated"]
+    assert all(result["images"] == 80 for result in report["results"])
+
+
+def test_equals_never_settle(data, small_weights, accelerator):
+    """A pool of one run and all of it kept: the same images as without picking."""
+    tie = {"augmentation": ["cutmix", "cutmix+teacher_entropy"], "mix_n_run": 1, "mix_group": 8, "window": 4}
+    report = _pass(data, small_weights, accelerator, **tie, batch_size=8, stop_confidence=0.5)
+    assert report["stopped"] == {"confidence": 0.5, "settled": False, "images": 280, "windows": 140, "checks": 4}
+    assert not report["separation"]["separated"]
+    assert report["separation"]["check"] == 5
+
+
+def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, accelerator, tmp_path, monkeypatch):
+    options = {
+        "augmentation": ["cutmixpick_student", "flip", "patchmix"], "batch_size": 24, "mix_group": 8,
+        "metrics": ["probability_covariance", "cross_entropy_covariance"], "per_class": True,
+    }  # fmt: skip
+    whole = _pass(data, small_weights, accelerator, **options, entropy_log=str(tmp_path / "whole"), entropy_log_every=2)
+    resumed = {
+        **options, "checkpoint": str(tmp_path / "state.pt"), "checkpoint_every": 3,
+        "entropy_log": str(tmp_path / "resumed"), "entropy_log_every": 2,
+    }  # fmt: skip
+    original, steps = Measurement.update, []
+
+    def die(self, *arguments):
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        steps.append(None)
+        original(self, *arguments)
+
+    monkeypatch.setattr(Measurement, "update", die)
+    with pytest.raises(KeyboardInterrupt):
+        _pass(data, small_weights, accelerator, **resumed)
+    monkeypatch.setattr(Measurement, "update", original)
+    again = _pass(data, small_weights, accelerator, **resumed)
+    assert again["results"] == whole["results"]
+    assert again["separation"] == whole["separation"]
+    for name in options["augmentation"]:
+        first, second = (EntropyLog.load(tmp_path / folder / f"{name}.npz").arrays() for folder in ("whole", "resumed"))
+        assert first["steps"].tolist() == [0, 2, 4, 6, 8, 10]
+        for key, values in first.items():
+            np.testing.assert_array_equal(second[key], values)
+        assert (tmp_path / "resumed" / f"{name}.png").stat().st_size > 10_000
+    assert _pass(data, small_weights, accelerator, **resumed)["results"] == whole["results"]  # finished: nothing left
+    with pytest.raises(
+        ValueError, match="was saved with window 32, now it is 40: measure with the same options, or name"
+    ):
+        _pass(data, small_weights, accelerator, **{**resumed, "window": 40})
+
+
+def test_entropies_are_of_the_net_that_picks(data, small_weights, accelerator, tmp_path):
+    """Of a fixed order of images: picks have more entropy than candidates by the net that picks, and only by it."""
+    names = ["cutmixpick_teacher", "cutmixpick_student", "mixup"]
+    _pass(data, small_weights, accelerator, augmentation=names, entropy_log=str(tmp_path), entropy_log_every=1)
+    logs = {name: EntropyLog.load(tmp_path / f"{name}.npz").arrays() for name in names}
+    for name in names[:2]:
+        assert np.nanmean(logs[name]["picks"]) > np.nanmean(logs[name]["candidates"])
+        assert logs[name]["sizes"].tolist() == [[64, 128, 64], [64, 128, 64], [12, 24, 12]] * 2
+    assert not np.array_equal(logs[names[0]]["originals"], logs[names[1]]["originals"])
+    np.testing.assert_array_equal(logs["mixup"]["originals"], logs["cutmixpick_teacher"]["originals"])
+    np.testing.assert_array_equal(logs["mixup"]["picks"], logs["mixup"]["candidates"])
+
+
 # -------------------------------------------------------------------------------------------------- the report
+
+
+@pytest.fixture
+def small_weights(make_net, tmp_path):
+    torch.save(make_net(1).model.state_dict(), tmp_path / "small.pt")
+    return str(tmp_path / "small.pt")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +272,8 @@ def test_the_report_says_what_the_results_depend_on(data, weights, accelerator):
         assert (result["windows"], result["window"], result["images"]) == (4, 32, 70)
         assert 0 < result["stderr"] < result["stddev"] < 0.1
         assert 0 < result["entropy"] < np.log(3)
-        assert np.mean(result["per_class"]) == pytest.approx(result["stddev"])
+        low, high = result["interval"]
+        assert low < result["stddev"] < high
     assert (report["mode"], report["mix_group"], report["window"]) == ("per_sample", 64, 32)
     assert (report["epochs"], report["seed"], report["precision"]) == (1, 0, "fp32")
     assert (report["student"], report["student_weights"]) == ("resnet8", "fresh, from the seed")
@@ -149,7 +300,7 @@ def test_compiling_changes_no_figure(data, make_net, tmp_path, accelerator):
     torch.save(make_net(1).model.state_dict(), tmp_path / "small.pt")
     options = MeasureOptions(
         data=replace(data, limit=70), teacher=TeacherConfig("small", str(tmp_path / "small.pt")), model="small",
-        augmentation=["cutmixpick_student", "flip"], window=32, epochs=2, precision="fp64",
+        augmentation=["cutmixpick_student", "flip"], window=32, epochs=2, precision="fp64", per_class=True,
     )  # fmt: skip
     plain = measure_all(options, accelerator)
     options.compile = "default"
@@ -197,7 +348,8 @@ def test_the_table_has_the_best_first():
             "the teacher resnet8 has no weights: give a file with --teacher.weights",
         ),
         ({"augmentation": ["cutmixpick_student"]}, "scored by a student: name its architecture with --model"),
-        ({"augmentation": ["all"]}, "cutmixpick_student is scored by a student"),
+        ({"augmentation": ["published"]}, "cutmixpick_student is scored by a student"),
+        ({"augmentation": ["mixup+kld"]}, r"mixup\+kld is scored by a student: name its architecture with --model"),
         ({"augmentation": ["mixpu"]}, 'unknown --augmentation "mixpu": did you mean mixup?'),
         ({"window": 639}, "--window 639: give a positive even number"),
         ({"window": 0}, "--window 0: give a positive even number"),
@@ -207,6 +359,11 @@ def test_the_table_has_the_best_first():
         ({"mix_n_run": 0}, "--mix_n_run 0: give at least 1"),
         ({"mix_group": 0}, "--mix_group 0: give at least 1"),
         ({"cutout_side": 0}, "--cutout_side 0: give at least 1 pixel"),
+        ({"confidence": 1.0}, "--confidence 1.0: give a share between 0 and 1"),
+        ({"stop_confidence": 0.0}, "--stop_confidence 0.0: give a share between 0 and 1"),
+        ({"stop_confidence": 0.9}, "--stop_confidence: there is no ranking of one augmentation"),
+        ({"images_per_call": 0}, "--images_per_call 0: give at least 1"),
+        ({"checkpoint_every": 0}, "--checkpoint_every 0: give at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(data, weights, accelerator, change, message):
@@ -217,7 +374,7 @@ def test_what_cannot_be_measured_is_refused(data, weights, accelerator, change, 
         measure_all(options, accelerator)
 
 
-def test_all_stands_for_the_nine():
+def test_sets_of_augmentations_have_names():
+    assert augmentation_names(["published"]) == list(AUGMENTATIONS)[:9]
     assert augmentation_names(["all"]) == list(AUGMENTATIONS)
-    assert len(AUGMENTATIONS) == 9
     assert augmentation_names(["cutmix", "flip", "cutmix"]) == ["cutmix", "flip"]

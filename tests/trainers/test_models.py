@@ -4,9 +4,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dalikd.kd import known_weights
 from dalikd.kd.backbones import create_model
+from dalikd.kd.known_weights import KnownWeights, file_sha256
+from dalikd.kd.normalize import Normalisation
 from dalikd.pipelines.augment import View
-from dalikd.trainers.models import TeacherConfig, build_model, build_teacher, open_teacher
+from dalikd.trainers.checkpoint import save_weights
+from dalikd.trainers.models import (
+    TeacherConfig,
+    build_model,
+    build_teacher,
+    describe_teacher,
+    open_teacher,
+    reinitialise,
+)
 
 
 @pytest.fixture
@@ -97,6 +108,114 @@ def test_an_opened_teacher_is_frozen_and_folded_in_the_runs_precision(
     if precision == "bf16":
         exact = open_teacher(config, source, None, torch.device("cpu"), "fp32")
         assert not torch.equal(teacher(pixels), exact(pixels))
+
+
+# -------------------------------------------------------------------------------------------- normalisation
+
+TENTHS = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.fixture
+def known(weights, monkeypatch):
+    """The weights, as a published file."""
+    entry = KnownWeights("published.pt", file_sha256(weights)[:8], "resnet8", "CIFAR-10", TENTHS, 90.0, "https://x.org")
+    monkeypatch.setattr(known_weights, "KNOWN", (entry,))
+
+
+@pytest.mark.usefixtures("known")
+def test_published_weights_bring_the_normalisation_they_were_trained_with(make_source, weights):
+    source = make_source(classes=10)
+    net = build_model("resnet8", source, weights=weights)
+    mean, std = _statistics(net)
+    assert net.normalisation == TENTHS
+    assert mean == pytest.approx(TENTHS.mean)
+    assert std == pytest.approx(TENTHS.std)
+    assert build_model("resnet8", source).normalisation == (source.mean, source.std)
+
+
+def test_weights_of_this_project_bring_it_in_their_file(make_source, tmp_path):
+    path = tmp_path / "student.safetensors"
+    save_weights(path, create_model("resnet8", 10), TENTHS)
+    assert build_model("resnet8", make_source(classes=10), weights=str(path)).normalisation == TENTHS
+    save_weights(path, create_model("timm:resnet18", 10), TENTHS)
+    assert build_model("timm:resnet18", make_source(classes=10), weights=str(path)).normalisation == TENTHS
+
+
+@pytest.mark.usefixtures("known")
+def test_what_is_given_wins(make_source, weights):
+    given = ([0.0, 0.5, 1.0], [0.25, 1.0, 0.5])
+    config = TeacherConfig("resnet8", weights, mean=given[0], std=given[1])
+    teacher = build_teacher(config, make_source(classes=10))
+    assert teacher.normalisation == tuple(map(tuple, given))
+    assert _statistics(teacher) == (pytest.approx(given[0]), pytest.approx(given[1]))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([0.5, 0.5, 0.5], None),
+        (None, [0.5, 0.5, 0.5]),
+        ([0.5], [0.5]),
+        ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4]),
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.0]),
+        ([], []),
+    ],
+)
+def test_an_impossible_normalisation_is_refused_before_any_work(make_source, mean, std):
+    with pytest.raises(ValueError, match=r"teacher resnet8: mean .* and std .*: give both, three numbers each, of"):
+        build_teacher(TeacherConfig("resnet8", "nowhere.pt", mean=mean, std=std), make_source())
+
+
+def test_a_teachers_checksum_is_checked(make_source, weights):
+    source, digest = make_source(classes=10), file_sha256(weights)
+    build_teacher(TeacherConfig("resnet8", weights, sha256=digest[:12]), source)
+    with pytest.raises(ValueError, match=rf"teacher resnet8: .*resnet8\.pt is damaged or another file: .*{digest}"):
+        build_teacher(TeacherConfig("resnet8", weights, sha256="0" * 64), source)
+    with pytest.raises(ValueError, match="sha256 is the checksum of a weights file: leave it out"):
+        build_teacher(TeacherConfig("timm:resnet18", "pretrained", sha256=digest), source)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_teacher_is_described_by_its_files_checksum_origin_and_normalisation(make_source, weights):
+    source, config = make_source(classes=10), TeacherConfig("resnet8", weights)
+    described = describe_teacher(config, build_teacher(config, source))
+    assert described["name"] == "resnet8"
+    assert described["sha256"] == file_sha256(weights)
+    assert described["known_as"] == "resnet8, trained on CIFAR-10 (https://x.org)"
+    assert described["normalisation"] == {"mean": TENTHS.mean, "std": TENTHS.std}
+    pretrained = TeacherConfig("timm:resnet18", "pretrained")
+    described = describe_teacher(pretrained, build_model("timm:resnet18", source))
+    assert (described["sha256"], described["known_as"]) == (None, None)
+
+
+# ------------------------------------------------------------------------------------------------ made anew
+
+
+def test_reinitialising_resets_convolutions_linear_layers_and_batch_norms(make_source):
+    net = build_model("timm:test_vit", make_source()).model
+    net.head_norm = torch.nn.BatchNorm2d(4)
+    with torch.no_grad():
+        for values in (*net.parameters(), net.head_norm.running_mean):
+            values.fill_(7.0)
+    reinitialise(net, 3)
+    torch.manual_seed(3)
+    expected = torch.nn.Conv2d(3, net.patch_embed.proj.out_channels, 16, 16)  # the first one drawn
+    assert torch.equal(net.patch_embed.proj.weight, expected.weight)
+    assert torch.equal(net.head_norm.weight, torch.ones(4))
+    assert not net.head_norm.running_mean.any()
+    assert net.head.weight.std() > 0
+    assert (net.norm.weight == 7).all()  # of the layer norms
+
+
+def test_reinitialising_depends_on_the_seed_alone():
+    def state(weights_of, seed):
+        torch.manual_seed(weights_of)
+        net = create_model("resnet8", 10)
+        reinitialise(net, seed)
+        return torch.cat([values.flatten().float() for values in net.state_dict().values()])
+
+    assert torch.equal(state(0, 5), state(1, 5))
+    assert not torch.equal(state(0, 5), state(0, 6))
 
 
 # ------------------------------------------------------------------------- how pretrained weights want to see

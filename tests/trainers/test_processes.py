@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dalikd.kd.checkpoints import load_weights
-from dalikd.trainers.augmentation import AUGMENTATIONS
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
 
@@ -42,14 +41,24 @@ def one(folder) -> dict[str, Any]:
         return module.work(start("cpu", "fp64"), folder / "one")
 
 
-@pytest.fixture(scope="module")
-def two(folder) -> dict[str, Any]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(SCRIPT), "2", str(folder / "two.pt")]
+def _shared(folder: Path, processes: int) -> dict[str, Any]:
+    """What so many processes find together."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, str(SCRIPT), str(processes), str(folder / f"{processes}.pt")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    return torch.load(folder / "two.pt", weights_only=False)
+    return torch.load(folder / f"{processes}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> dict[str, Any]:
+    return _shared(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def four(folder) -> dict[str, Any]:
+    return _shared(folder, 4)
 
 
 @pytest.mark.parametrize("augmentation", ["mixup", "cutmixpick_teacher"])
@@ -63,14 +72,18 @@ def test_training_with_accumulation_gives_the_same_weights(one, two, augmentatio
     assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=0, abs=1e-9)
 
 
-@pytest.mark.parametrize("setting", [(110, "per_sample"), (90, "per_batch")])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_measuring_gives_the_same_figures(one, two, setting, name):
-    ours, theirs = one["measured"][setting][name], two["measured"][setting][name]
-    assert theirs["images"] == ours["images"] == 2 * setting[0]
-    assert theirs["windows"] == ours["windows"] == 2 * 2 * setting[0] // 40
-    for key in ("stddev", "stderr", "entropy", "per_class"):
-        assert theirs[key] == pytest.approx(ours[key], rel=0, abs=1e-6), key
+@pytest.mark.parametrize("processes", ["two", "four"])
+def test_measuring_gives_the_same_figures(one, processes, request):
+    several = request.getfixturevalue(processes)
+    for setting, found in one["measured"].items():
+        images = 2 * setting[0]
+        for name, ours in found.items():
+            theirs = several["measured"][setting][name]
+            assert theirs["images"] == ours["images"] == images
+            assert theirs["windows"] == ours["windows"] == 2 * images // 40
+            for key in ("stddev", "stderr", "entropy", "per_class", "probability_covariance"):
+                assert theirs[key] == pytest.approx(ours[key], rel=0, abs=1e-9), (setting, name, key)
+            assert theirs["cross_entropy_covariance"] == ours["cross_entropy_covariance"]
 
 
 def test_evaluation_sees_every_image_once(one, two):
@@ -83,7 +96,16 @@ def test_evaluation_sees_every_image_once(one, two):
 def test_what_is_evaluated_is_what_is_saved(two, folder, make_net, make_loop, accelerator):
     """Running statistics differ between processes after a step; the main process's are evaluated, and saved."""
     net = make_net()
-    load_weights(net.model, folder / "two" / "batch_norm" / "last" / "ema.safetensors")
+    load_weights(net.model, folder / "2" / "batch_norm" / "last" / "ema.safetensors")
     found = evaluate(net, make_loop().val_loader, accelerator)
     for key, value in two["batch_norm"].items():
         assert found[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_fixed_student_is_observed_by_several(one, two):
+    ours, theirs = one["fixed"], two["fixed"]
+    assert ours["stayed"]
+    assert theirs["stayed"]
+    assert theirs["val"] == pytest.approx(ours["val"], rel=0, abs=1e-9)
+    assert ours["metrics"]["windows"] == 3
+    assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=0, abs=1e-9)

@@ -90,13 +90,16 @@ SETTINGS = {
     "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip", "1", "--accumulation", "2"],
     "adamw": ["--augmentation", "cutmix", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"],
     "dropout": ["--augmentation", "mixup", "--model_args.dropout", "0.5"],
+    "made anew": ["--augmentation", "mixup", "--weights", "TEACHER", "--reinit", "true"],
+    "fixed": ["--augmentation", "cutmixpick_student", "--weights", "TEACHER", "--fix_student", "true", "--ema", "0.8"],
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_killed_run_is_resumed_exactly(tree, teacher, tmp_path, monkeypatch, setting):
     """Killed in the middle of an epoch and again later; saved every second step, so that a step is done anew."""
-    common = _distill_arguments(tree, teacher, *SETTINGS[setting], "--checkpoint_every", "2")
+    own = [teacher if word == "TEACHER" else word for word in SETTINGS[setting]]
+    common = _distill_arguments(tree, teacher, *own, "--checkpoint_every", "2")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _run(distill, *common, "--output", str(whole), monkeypatch=monkeypatch)
     _run(distill, *common, "--output", str(broken), kill_at=3, monkeypatch=monkeypatch)

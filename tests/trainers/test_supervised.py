@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from dalikd.kd.backbones import create_model
 from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
+from dalikd.kd.manifold import manifold_mixup, mixed_forward
+from dalikd.kd.mixing import MixDraws
+from dalikd.kd.normalize import Normalized
 from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.supervised import SupervisedTask
 
@@ -54,6 +58,29 @@ def test_mixed_images_have_both_labels(make_loop, augmentation):
     logits = loop.method.student(pixels)
     torch.testing.assert_close(terms["loss"], mixed_cross_entropy(logits, labels, partner_labels, lam))
     assert terms["top1"] == (logits.argmax(1) == labels).float().mean()
+
+
+def test_hidden_states_are_mixed_with_those_of_the_originals():
+    student = Normalized(create_model("resnet8", 3), (0.5,) * 3, (0.5,) * 3).double()
+    pixels, labels = torch.randint(0, 256, (6, 3, 12, 12)).double(), torch.arange(6) % 3
+    draws = MixDraws(torch.arange(6).flip(0), torch.rand(6), torch.zeros(6, 2), layer=(torch.arange(6) % 3).int())
+    mixed = manifold_mixup(pixels, draws)
+    terms = SupervisedTask(student)(mixed.images, labels, labels.flip(0), mixed.lam, pixels, mixed.hidden)
+    logits = mixed_forward(student, pixels, mixed.images, mixed.hidden, joint=False)[1]
+    torch.testing.assert_close(terms["loss"], mixed_cross_entropy(logits, labels, labels.flip(0), mixed.lam))
+    assert not torch.equal(logits, student(mixed.images))
+
+
+def test_a_loop_gives_hidden_states_to_the_task(make_loop):
+    loop = make_loop(options=_options("mixup"))
+    mix, layer = loop.method._augmenter.mix, torch.arange(32).int() % 3
+    loop.method._augmenter.mix = lambda *parts: mix(*parts)._replace(layer=layer)
+    batch = loop.loader.next()
+    pixels, *_, originals, hidden = loop.method.inputs(batch)
+    assert torch.equal(originals, batch.pixels)
+    assert not torch.equal(pixels, batch.pixels)
+    assert torch.equal(hidden.layer, layer)
+    assert torch.equal(hidden.partner, batch.mix[0].partner)
 
 
 def test_label_smoothing_reaches_the_loss(make_net):

@@ -176,7 +176,7 @@ class HabitLoop:
         logits = self._answer(images)
         seen = self._look(images, draws)
         picked_logits = self._answer(seen.augmented)
-        mixed = MixedOutputs(picked_logits, seen.augmented_logits, labels, labels[seen.partner], seen.lam)
+        mixed = MixedOutputs(picked_logits, seen.augmented_logits, labels[seen.rows], labels[seen.partner], seen.lam)
         terms = self._loss(logits, labels, seen.logits, mixed)
         self.meters.add(terms, logits, labels)
         self._optimizer.zero_grad()
@@ -203,16 +203,16 @@ class HabitLoop:
         picks = pick_rows(entropy(pool_logits).reshape(-1, len(images)), group)
         picked = Mixed(pool.images[picks], pool.partner[picks], pool.lam[picks])
         again = self._teacher(picked.images) if self._habits.looks_again else pool_logits[picks]
-        return Look(logits, picked.images, again, picked.partner, picked.lam)
+        return Look(logits, picked.images, again, picked.partner, picked.lam, picks % len(images))
 
     def _candidates(self, images: Tensor, draws: Sequence[MixDraws]) -> Mixed:
         """The pool, run after run."""
         if not self._habits.host_waits:
-            mixed = self._augmenter.mix(images, None, draws)
+            mixed = self._augmenter.mix(images, (), draws)
             assert mixed is not None
             return mixed
         runs = [host_cutmix(images, self._random) for _ in range(self._augmenter.runs)]
-        return Mixed(*(torch.cat(parts) for parts in zip(*runs, strict=True)))
+        return Mixed.join(runs)
 
 
 def _span(length: int, center: int, side: int) -> tuple[int, int]:

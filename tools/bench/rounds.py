@@ -282,12 +282,16 @@ def _copy(batch: Batch) -> Batch:
     return replace(
         batch,
         images=batch.images.clone(),
-        augmented=None if batch.augmented is None else batch.augmented.clone(),
+        augmented=tuple(view.clone() for view in batch.augmented),
         labels=batch.labels.clone(),
         ids=batch.ids.clone(),
-        mix=tuple(MixDraws(*(tensor.clone() for tensor in draws)) for draws in batch.mix),
+        mix=tuple(_copy_draws(draws) for draws in batch.mix),
         extras={name: tensor.clone() for name, tensor in batch.extras.items()},
     )
+
+
+def _copy_draws(draws: MixDraws) -> MixDraws:
+    return draws._replace(**{name: part.clone() for name, part in draws._asdict().items() if part is not None})
 
 
 def _align(loop: Loop) -> None:

@@ -356,11 +356,14 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     def move(tensor: Tensor) -> Tensor:
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
+    def moved_draws(draws: MixDraws) -> MixDraws:
+        return draws._replace(**{name: move(part) for name, part in draws._asdict().items() if part is not None})
+
     return replace(
         batch,
         images=move(batch.images),
-        augmented=None if batch.augmented is None else move(batch.augmented),
+        augmented=tuple(map(move, batch.augmented)),
         labels=move(batch.labels),
         ids=move(batch.ids),
-        mix=tuple(MixDraws(*map(move, draws)) for draws in batch.mix),
+        mix=tuple(map(moved_draws, batch.mix)),
     )
