@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-__all__ = ["Coefficient", "Correlation", "Point", "correlate", "draw", "plot", "read_points"]
+__all__ = ["Coefficient", "Correlation", "Point", "Spread", "correlate", "draw", "plot", "read_points"]
 
 FEWEST_POINTS = 3
 
@@ -41,6 +40,13 @@ class Point(NamedTuple):
     da: str
     t_stddev: float
     s_test_loss: float
+
+
+class Spread(NamedTuple):
+    """How sure a point's values are: half the length of its error bars, or None for no bar."""
+
+    t_stddev: float | None = None
+    s_test_loss: float | None = None
 
 
 def correlate(x: Sequence[float], y: Sequence[float]) -> Correlation:
@@ -107,22 +113,39 @@ def _read_number(place: str, point: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-def plot(points: Sequence[Point], correlation: Correlation, path: str | Path, title: str = "") -> None:
+def plot(
+    points: Sequence[Point],
+    correlation: Correlation,
+    path: str | Path,
+    title: str = "",
+    spreads: Sequence[Spread] = (),
+) -> None:
     """Draw a scatter plot of the points, T. stddev to the right and student test loss upwards, into a PNG file.
 
+    Args:
+        points: to be drawn.
+        correlation: of them, which is written above.
+        path: of the file.
+        title: of the plot.
+        spreads: error bars, one for each point, or none at all.
+
     Raises:
-        ValueError: no points.
+        ValueError: no points, or another number of error bars.
         NotADirectoryError: the folder of path does not exist.
     """
     path = Path(path)
     if not points:
         raise ValueError("there are no points to plot: give at least one")
+    if len(spreads) not in (0, len(points)):
+        raise ValueError(f"{len(points)} points and {len(spreads)} error bars: give one for each, or none")
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
-    draw(points, correlation, title).savefig(path, format="png", dpi=160)
+    draw(points, correlation, title, spreads).savefig(path, format="png", dpi=160)
 
 
-def draw(points: Sequence[Point], correlation: Correlation, title: str = "") -> "Figure":
+def draw(
+    points: Sequence[Point], correlation: Correlation, title: str = "", spreads: Sequence[Spread] = ()
+) -> "Figure":
     """Return the figure that `plot` saves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -130,50 +153,51 @@ def draw(points: Sequence[Point], correlation: Correlation, title: str = "") -> 
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # draws in memory, whatever backend the process uses
     axes = figure.subplots()
-    axes.set(xlabel="T. stddev", ylabel="Student test loss", title=title)
+    axes.set(xlabel="T. stddev", ylabel="Student test loss")
+    axes.set_title(title, pad=24)
     axes.margins(0.12)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     for index, point in enumerate(points):
-        axes.scatter(
-            point.t_stddev, point.s_test_loss, s=52, color=f"C{index % 10}", edgecolors="white", alpha=0.9, zorder=3
-        )
-    box = _write_coefficients(axes, correlation)
+        x, y, color = point.t_stddev, point.s_test_loss, f"C{index % 10}"
+        if spreads:
+            across, up = spreads[index]
+            axes.errorbar(x, y, yerr=up, xerr=across, fmt="none", ecolor=color, elinewidth=1.0, alpha=0.35, zorder=2)
+        axes.scatter(x, y, s=52, color=color, edgecolors="white", alpha=0.9, zorder=3)
+    _write_coefficients(axes, correlation)
     figure.canvas.draw()  # fixes the layout: labels are placed in pixels
     figure.set_layout_engine("none")
-    _place_labels(axes, points, box.get_window_extent())
+    _place_labels(axes, points, spreads)
     return figure
 
 
-def _write_coefficients(axes: "Axes", correlation: Correlation) -> "Annotation":
-    """Write the coefficients into the corner that a rising (or falling) cloud leaves empty."""
-    lines = [f"{name.capitalize():<9}{_format(value)}" for name, value in correlation._asdict().items()]
-    x, side = (0.02, "left") if correlation.pearson.coefficient >= 0 else (0.98, "right")
-    return axes.annotate(
-        "\n".join(lines),
-        (x, 0.98),
+def _write_coefficients(axes: "Axes", correlation: Correlation) -> None:
+    """Write the coefficients between title and axes, where no point can lie."""
+    parts = [f"{name.capitalize()} {_format(value)}" for name, value in correlation._asdict().items()]
+    axes.annotate(
+        "     ".join(parts),
+        (0.5, 1.02),
         xycoords="axes fraction",
-        horizontalalignment=side,
-        verticalalignment="top",
-        family="monospace",
-        fontsize=9,
-        linespacing=1.5,
-        bbox={"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "0.75"},
+        horizontalalignment="center",
+        verticalalignment="bottom",
+        fontsize=8.5,
+        color="0.25",
     )
 
 
 def _format(value: Coefficient) -> str:
     p_value = "p < 0.0001" if value.p_value < 0.0001 else f"p = {value.p_value:.4f}"
-    return f"{value.coefficient:7.4f}  {p_value}"
+    return f"{value.coefficient:.4f} ({p_value})"
 
 
-def _place_labels(axes: "Axes", points: Sequence[Point], box: "Bbox") -> None:
-    """Write every name beside its point, where it covers least of the points, the box and the names before it."""
-    from matplotlib.transforms import Bbox
-
-    pixels = axes.transData.transform([(point.t_stddev, point.s_test_loss) for point in points])
-    taken = [box, *(Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels)]
+def _place_labels(axes: "Axes", points: Sequence[Point], spreads: Sequence[Spread]) -> None:
+    """Write every name beside its point, where it covers least of the points, their bars and the names before it."""
+    taken = [
+        box
+        for index, point in enumerate(points)
+        for box in _boxes(axes, point, spreads[index] if spreads else Spread())
+    ]
     for index, point in enumerate(points):
         candidates = [_label(axes, point, f"C{index % 10}", *place) for place in _label_places()]
         costs = [_cost(label.get_window_extent(), taken, axes.bbox) for label in candidates]
@@ -182,6 +206,20 @@ def _place_labels(axes: "Axes", points: Sequence[Point], box: "Bbox") -> None:
             if label is not best:
                 label.remove()
         taken.append(best.get_window_extent())
+
+
+def _boxes(axes: "Axes", point: Point, spread: Spread) -> list["Bbox"]:
+    """Pixels that a point and its error bars take."""
+    from matplotlib.transforms import Bbox
+
+    x, y = point.t_stddev, point.s_test_loss
+    across, up = spread.t_stddev or 0.0, spread.s_test_loss or 0.0
+    left, bottom = axes.transData.transform((x - across, y - up))
+    right, top = axes.transData.transform((x + across, y + up))
+    middle_x, middle_y = axes.transData.transform((x, y))
+    boxes = [Bbox.from_bounds(middle_x - 5, middle_y - 5, 10, 10)]
+    boxes += [Bbox.from_extents(left, middle_y - 1, right, middle_y + 1)] if across else []
+    return boxes + ([Bbox.from_extents(middle_x - 1, bottom, middle_x + 1, top)] if up else [])
 
 
 def _label_places() -> list[tuple[float, float, str, str]]:
@@ -197,6 +235,8 @@ def _label_places() -> list[tuple[float, float, str, str]]:
 
 
 def _label(axes: "Axes", point: Point, color: str, right: float, up: float, horizontal: Any, vertical: Any) -> Any:
+    from matplotlib.colors import to_rgb
+
     return axes.annotate(
         point.da,
         (point.t_stddev, point.s_test_loss),
@@ -205,7 +245,7 @@ def _label(axes: "Axes", point: Point, color: str, right: float, up: float, hori
         horizontalalignment=horizontal,
         verticalalignment=vertical,
         fontsize=9,
-        color=color,
+        color=tuple(0.8 * part for part in to_rgb(color)),  # a little darker than its point: text is thin
     )
 
 

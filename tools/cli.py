@@ -21,8 +21,22 @@ from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
 from dalikd.tools.bench.training import ScalingOptions, StepOptions
 from dalikd.trainers.loop import Interrupted
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.study.options import StudyOptions
 
-__all__ = ["OPTIONS", "build_parser", "guarded", "parse", "run_command", "run_function"]
+__all__ = [
+    "OPTIONS",
+    "build_parser",
+    "check_keys",
+    "guarded",
+    "option_names",
+    "parse",
+    "read_config",
+    "run_command",
+    "run_function",
+    "split_equals",
+    "value_of",
+    "values_of",
+]
 
 #: The commands that read config files, and their options. A config may hold options of any of them.
 OPTIONS: dict[str, type] = {
@@ -31,9 +45,11 @@ OPTIONS: dict[str, type] = {
     "measure": MeasureOptions,
     "cache": CacheOptions,
     "evaluate": EvaluateOptions,
+    "study": StudyOptions,
     "bench step": StepOptions,
     "bench scaling": ScalingOptions,
     "bench teacher": TeacherOptions,
+    "bench passes": TeacherOptions,
     "bench published": PublishedOptions,
 }
 # benchmarks of a command: from a config they take its section too, and leave its run folder alone
@@ -41,13 +57,15 @@ _BENCHMARKS_OF = {
     "bench step": "distill",
     "bench scaling": "distill",
     "bench teacher": "measure",
+    "bench passes": "measure",
     "bench published": "distill",
 }
 _DEFAULTS = {
     "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}},
     "loss": {"class_path": "dalikd.kd.losses.KD"},
 }
-_LISTS = ("augmentation",)  # options of `measure` that take several words
+# options that take several words
+_LISTS = {"measure": ("augmentation", "metrics"), "study": ("augmentation", "seeds", "epoch_factor", "pair")}
 
 
 class _Piece(NamedTuple):
@@ -101,8 +119,16 @@ def guarded(command: str) -> Iterator[None]:
         sys.exit(128 + signal.SIGTERM)
 
 
-def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def parse(
+    command: str, argv: Sequence[str], content: dict[str, Any] | None = None, path: Path = Path("config")
+) -> tuple[Any, dict[str, Any]]:
     """Read config files and arguments, later ones winning.
+
+    Args:
+        command: a name in OPTIONS.
+        argv: the arguments.
+        content: what a config file would hold, read before the arguments.
+        path: its name in messages.
 
     Returns:
         the options, and the same as plain values (what config.yaml holds).
@@ -112,7 +138,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         FileNotFoundError: no such config file.
     """
     parser = build_parser(command)
-    pieces = _expand(command, list(argv))
+    pieces = [] if content is None else _config_pieces(command, path, content)
+    pieces += _expand(command, list(argv))
     optimizer = _named_optimizer([word for piece in pieces if piece.path is None for word in piece.words])
     if optimizer not in (None, "SGD", "torch.optim.SGD"):  # its own defaults, not SGD's learning rate and weight decay
         parser.set_defaults({"optimizer": {"class_path": optimizer}})
@@ -134,7 +161,7 @@ def build_parser(command: str) -> ArgumentParser:
         "--config", action=ActionConfigFile, help="YAML file of options; may be repeated, later ones win"
     )
     parser.add_class_arguments(options)
-    names = _names(command)
+    names = option_names(command)
     parser.set_defaults({name: value for name, value in _DEFAULTS.items() if name in names})
     return parser
 
@@ -146,10 +173,10 @@ def _named_optimizer(words: list[str]) -> str | None:
 
 
 def _as_options(command: str, namespace: Any) -> Any:
-    return OPTIONS[command](**{name: namespace[name] for name in _names(command)})
+    return OPTIONS[command](**{name: namespace[name] for name in option_names(command)})
 
 
-def _names(command: str) -> set[str]:
+def option_names(command: str) -> set[str]:
     """The options of a command."""
     return {field.name for field in fields(OPTIONS[command]) if field.init}
 
@@ -177,39 +204,43 @@ def _culprit(parser: ArgumentParser, pieces: list[_Piece]) -> str:
 
 def _expand(command: str, argv: list[str]) -> list[_Piece]:
     """Replace each `--config FILE` by its content for this command; that of a folder gone on with in front."""
-    of_folders = {"--resume", "--verify"} & {f"--{name}" for name in _names(command)}
-    several = {f"--{name}" for name in _LISTS} if _takes_lists(command) else set()
+    of_folders = {"--resume", "--verify"} & {f"--{name}" for name in option_names(command)}
+    several = {f"--{name}" for name in _lists(command)}
     expanded: list[_Piece] = []
     resumed: list[_Piece] = []
-    words = deque(_split_equals(argv))
+    words = deque(split_equals(argv))
     while words:
         option = words.popleft()
         if option == "--config":
-            expanded += _read_config(command, _value(option, words))
+            expanded += _read_config(command, value_of(option, words))
         elif option in of_folders:
-            folder = _value(option, words)
+            folder = value_of(option, words)
             resumed = _read_config(command, str(_folder_config(option, folder)))
             expanded.append(_Piece([option, folder, "--output", folder]))
         elif option in several:
-            expanded.append(_Piece([option, json.dumps(_values(option, words))]))
+            expanded.append(_Piece([option, json.dumps(values_of(option, words))]))
         else:
             expanded.append(_Piece([option]))
     return resumed + expanded
 
 
-def _split_equals(argv: list[str]) -> list[str]:
-    special = ("--config=", "--resume=", "--verify=", *(f"--{name}=" for name in _LISTS))
+def split_equals(argv: Sequence[str]) -> list[str]:
+    """Take `--option=value` apart, where the option is read here and not by the parser."""
+    lists = {name for names in _LISTS.values() for name in names}
+    special = ("--config=", "--resume=", "--verify=", *(f"--{name}=" for name in lists))
     pieces = (argument.split("=", 1) if argument.startswith(special) else [argument] for argument in argv)
     return [piece for split in pieces for piece in split]
 
 
-def _value(option: str, words: deque[str]) -> str:
+def value_of(option: str, words: deque[str]) -> str:
+    """Take the word after an option."""
     if not words:
         raise ValueError(f"{option} needs a value")
     return words.popleft()
 
 
-def _values(option: str, words: deque[str]) -> list[str]:
+def values_of(option: str, words: deque[str]) -> list[str]:
+    """Take all words up to the next option; commas divide too."""
     values: list[str] = []
     while words and not words[0].startswith("--"):
         values += words.popleft().replace(",", " ").split()
@@ -227,6 +258,16 @@ def _folder_config(option: str, folder: str) -> Path:
 
 def _read_config(command: str, name: str) -> list[_Piece]:
     """A config file's options for one command, then its section for it. Options of sibling commands are left out."""
+    return _config_pieces(command, Path(name), read_config(name))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """What a config file holds: options, and sections named after commands. All keys are known.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no YAML, or a key that no command has.
+    """
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"--config {name}: no such file")
@@ -236,35 +277,46 @@ def _read_config(command: str, name: str) -> list[_Piece]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold options as `name: value` lines")
-    sections = {key: content.pop(key) or {} for key in OPTIONS if key in content}
-    _check_keys(path, content, {name for known in OPTIONS for name in _names(known)})
-    for section, values in sections.items():
-        if not isinstance(values, dict):
+    content = {key: content[key] or {} if key in OPTIONS else content[key] for key in content}
+    check_keys(path, {key: value for key, value in content.items() if key not in OPTIONS}, _all_names())
+    for section in OPTIONS.keys() & content.keys():
+        if not isinstance(content[section], dict):
             raise ValueError(f"{path}: {section} must hold options as `name: value` lines")
-        _check_keys(path, values, _names(section), f"{section}.")
-    layers = [_known(command, content), sections.get(command, {})]
+        check_keys(path, content[section], option_names(section), f"{section}.")
+    return content
+
+
+def _config_pieces(command: str, path: Path, content: dict[str, Any]) -> list[_Piece]:
+    sections = {key: content[key] for key in OPTIONS if key in content}
+    shared = {key: value for key, value in content.items() if key not in OPTIONS}
+    layers = [_known(command, shared), sections.get(command, {})]
     if command in _BENCHMARKS_OF:
         layers.insert(1, _known(command, sections.get(_BENCHMARKS_OF[command], {})))
     return [_config_piece(command, path, layer) for layer in layers if layer]
 
 
+def _all_names() -> set[str]:
+    return {name for command in OPTIONS for name in option_names(command)}
+
+
 def _known(command: str, content: dict[str, Any]) -> dict[str, Any]:
     """Those options of several commands that one takes."""
-    names = _names(command) - ({"output"} if command in _BENCHMARKS_OF else set())
+    names = option_names(command) - ({"output"} if command in _BENCHMARKS_OF else set())
     return {key: value for key, value in content.items() if key.split(".")[0] in names}
 
 
-def _takes_lists(command: str) -> bool:
-    return _BENCHMARKS_OF.get(command, command) == "measure"
+def _lists(command: str) -> tuple[str, ...]:
+    """Those options of a command that take several words."""
+    return _LISTS.get(_BENCHMARKS_OF.get(command, command), ())
 
 
 def _config_piece(command: str, path: Path, layer: dict[str, Any]) -> _Piece:
-    if _takes_lists(command):
-        layer = layer | {key: [layer[key]] for key in _LISTS if isinstance(layer.get(key), str)}
+    layer = layer | {key: [layer[key]] for key in _lists(command) if isinstance(layer.get(key), str | int | float)}
     return _Piece(["--config", yaml.safe_dump(layer, default_flow_style=True, width=1 << 30)], path)
 
 
-def _check_keys(path: Path, content: dict[str, Any], known: set[str], prefix: str = "") -> None:
+def check_keys(path: Path | str, content: dict[str, Any], known: set[str], prefix: str = "") -> None:
+    """Raise ValueError for the first key that is not known, with those that are spelled alike."""
     for key in content:
         if str(key).split(".")[0] not in known:
             close = get_close_matches(str(key), known | set(OPTIONS), n=3)

@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": "write a data set into webdataset tars or TFRecords, which are read in one sweep",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
+    "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "cache": "write down what the teacher says, for many runs of distill; verify it",

@@ -19,33 +19,50 @@ DATA = {
         for name in (
             *("name", "root", "train_split", "val_split", "image_size", "limit", "val_limit", "download", "crop"),
             *("padding", "border", "interpolation", "val_resize", "threads", "prefetch", "bad_files"),
-            *("hw_decoder_load", "resident"),
+            *("hw_decoder_load", "resident", "classes", "class_seed"),
         )
     ),
 }
-MIX = {"mode", "mix_group", "alpha", "cutout_side", "mix_n_run"}
+MIX = {
+    *("mode", "mix_group", "alpha", "manifold_alpha", "ceiling", "floor", "cutout_side", "patch_side", "mask_cells"),
+    *("mask_ratio", "randaugment_ops", "randaugment_magnitude", "mix_n_run", "n_pick", "pick_temperature"),
+}
 MODEL = {"model", "model_args", "weights"}
-TEACHER = {"teacher", "teacher.name", "teacher.weights", "teacher.args", "teacher.fold_bn", "teacher.cache"}
+TEACHER = {
+    *("teacher", "teacher.name", "teacher.weights", "teacher.args", "teacher.sha256", "teacher.mean", "teacher.std"),
+    *("teacher.fold_bn", "teacher.cache"),
+}
 TRAINING = {
+    *("reinit", "mean", "std"),
     *("augmentation", "optimizer", "optimizer.help", "epochs", "epoch_factor", "accumulation", "clip"),
     *("no_decay_norms", "ema", "sync_bn", "output", "resume", "overwrite", "log_every", "eval_every"),
     *("compile", "checkpoint_every", "schedule", "schedule.name", "schedule.milestones", "schedule.gamma"),
     *("schedule.warmup_epochs", "schedule.final"),
 }
 CACHE = {"augmentation", "epochs", "output", "storage", "k", "compile", "verify", "share", "tolerance"}
-DISTILL = RUN | DATA | MIX | MODEL | TRAINING | TEACHER | {"loss", "loss.help", "joint_forward", "metric"}
+DISTILLING = {"loss", "loss.help", "joint_forward", "metric", "fix_student", "entropy_log_every"}
+DISTILL = RUN | DATA | MIX | MODEL | TRAINING | TEACHER | DISTILLING
 STEP = DISTILL - {"resume", "overwrite", "log_every", "eval_every", "checkpoint_every"} | {"steps", "rounds", "warmup"}
-MEASURE = RUN | DATA | MIX | MODEL | TEACHER | {"augmentation", "window", "compile"}
+MEASURE = RUN | DATA | MIX | MODEL | TEACHER | {"augmentation", "window", "metrics", "images_per_call", "compile"}
+MEASURED = {
+    *("epochs", "confidence", "stop_confidence", "per_class", "entropy_log", "entropy_log_every", "checkpoint"),
+    *("checkpoint_every", "json"),
+}
 # every option of every command: adding or removing one is a decision
 GOLDEN = {
     "train": RUN | DATA | MIX | MODEL | TRAINING | {"label_smoothing"},
     "distill": DISTILL,
-    "measure": MEASURE | {"epochs", "json"},
+    "measure": MEASURE | MEASURED,
     "cache": RUN | DATA | MIX | TEACHER | CACHE,
-    "evaluate": RUN | DATA | MODEL | {"json"},
+    "evaluate": RUN | DATA | MODEL | {"mean", "std", "json"},
+    "study": {
+        *("config", "print_config", "help", "pairs", "augmentation", "seeds", "epoch_factor"),
+        *("pair", "shard", "dry_run", "report", "poll_seconds", "output"),
+    },
     "bench step": STEP,
     "bench scaling": STEP | {"processes"},
     "bench teacher": MEASURE | {"images", "rounds", "output"},
+    "bench passes": MEASURE | {"images", "rounds", "output"},
     "bench published": STEP - {"augmentation"},
 }
 
@@ -174,7 +191,7 @@ def test_nested_values_and_lists_are_read():
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        ([], ["all"]),
+        ([], ["published"]),
         (["--augmentation", "cutmix"], ["cutmix"]),
         (["--augmentation=cutmix,flip"], ["cutmix", "flip"]),
         (["--augmentation", "cutmix", "flip", "mixup", "--epochs", "2"], ["cutmix", "flip", "mixup"]),
@@ -228,8 +245,9 @@ def test_options_of_sibling_commands_are_ignored(tmp_path):
         "joint_forward": True,
     }
     config = _write(tmp_path / "1.yaml", {**content, "seed": 5})
-    for command in OPTIONS:
+    for command in OPTIONS.keys() - {"study"}:
         assert parse(command, ["--config", config])[0].seed == 5
+    assert parse("study", ["--config", config])[0].seeds == [0, 1, 2]
     assert parse("distill", ["--config", config])[0].teacher.name == "vgg13"
     assert parse("train", ["--config", config])[0].label_smoothing == 0.1
 

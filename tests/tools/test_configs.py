@@ -9,10 +9,14 @@ import torch
 from dalikd import configs
 from dalikd.kd.backbones import create_model
 from dalikd.tools.cli import parse
-from dalikd.trainers.augmentation import augmentation_names
+from dalikd.tools.study_config import read_study
+from dalikd.trainers.augmentation import PUBLISHED, augmentation_names
+from dalikd.trainers.study.options import chosen_pairs, read_pairs
+from dalikd.trainers.study.plan import Axes, plan
 
 FOLDER = Path(configs.__file__).parent
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+STUDIES = sorted(path for path in FOLDER.rglob("*.yaml") if path.stem.endswith("study"))
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in STUDIES)
 
 
 def _name(path: Path) -> str:
@@ -27,6 +31,7 @@ def _commands(path: Path) -> list[tuple[str, list[str]]]:
 
 def test_there_are_recipes():
     assert len(RECIPES) > 3
+    assert len(STUDIES) > 3
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
@@ -74,3 +79,53 @@ def test_the_commands_in_the_header_parse(path, monkeypatch):
     for command, arguments in _commands(path):
         options, _ = parse(command, arguments)
         assert options.teacher.name if command != "train" else options.model
+
+
+# ------------------------------------------------------------------------------------------------------- studies
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=_name)
+def test_every_run_of_a_study_parses(path):
+    options, shared, _ = read_study(["--config", str(path)])
+    pairs = read_pairs(options, "train" in shared)
+    axes = Axes(
+        dict.fromkeys(augmentation_names(options.augmentation), False), (options.seeds[0],), (*options.epoch_factor,)
+    )
+    cells = plan(pairs, axes, Path("runs/study"))
+    kinds = {(cell.command, cell.settings.get("model"), cell.settings.get("teacher.name")): cell for cell in cells}
+    for cell in kinds.values():
+        parsed, _ = parse(cell.command, cell.words(Path("runs/study")), shared)
+        with torch.device("meta"):
+            create_model(parsed.model or parsed.teacher.name, 10)
+        if cell.is_run:
+            rate = parsed.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+            slow = parsed.model in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+            assert rate == (0.01 if slow else shared["optimizer"]["init_args"]["lr"])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=_name)
+def test_a_study_says_what_it_is_for(path):
+    text = path.read_text("utf-8")
+    assert text.startswith("# For: dalikd study")
+    assert "Hardware:" in text
+    assert "Expected time:" in text
+    commands = _commands(path)
+    assert {command for command, _ in commands} == {"study"}
+    for _, arguments in commands:
+        assert arguments[1] == f"configs/{_name(path)}"
+        options, shared, _ = read_study(["--config", str(path), *arguments[2:]])
+        assert chosen_pairs(read_pairs(options, "train" in shared), options.pair)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
+def test_the_studies_of_small_images_have_the_published_pairs(name):
+    options, shared, _ = read_study(["--config", str(FOLDER / name / "study.yaml")])
+    pairs = [(pair.teacher.name, pair.student.name) for pair in read_pairs(options, "train" in shared)]
+    assert pairs == [
+        *(("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8")),
+        *(("vgg13", "MobileNetV2"), ("ResNet50", "vgg8"), ("resnet56", "ShuffleV2"), ("wrn_40_2", "vgg8")),
+        ("resnet32x4", "ShuffleV2"),
+    ]
+    assert augmentation_names(options.augmentation) == list(PUBLISHED)
+    assert (options.seeds, options.epoch_factor) == ([0, 1, 2], [1.0, 4.0 if name == "cifar100" else 2.0])
+    assert (shared["mode"], shared["epochs"], shared["measure"]["epochs"]) == ("per_batch", 240, 10)

@@ -1,0 +1,311 @@
+"""A study from its config to its tables, whole and interrupted, on tiny nets."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from dalikd.tools import study
+from dalikd.trainers.loop import Loop
+
+pytestmark = pytest.mark.slow  # the study that most tests here share takes ten seconds and more
+
+NAMES = ["identity", "cutmix", "cutmixpick_student"]
+
+
+class Ended(NamedTuple):
+    """How the command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Killed(BaseException):
+    """Ends a process without a chance to save."""
+
+
+@pytest.fixture(scope="module")
+def config(tree: Path, weights: Path) -> dict[str, Any]:
+    """Two pairs that share a student; one teacher is trained, the other has weights."""
+    return {
+        "data": {"name": "imagefolder", "root": str(tree), "image_size": 32, "threads": 1},
+        "device": "cpu",
+        "batch_size": 32,
+        "mix_group": 8,
+        "epochs": 1,
+        "mode": "per_batch",
+        "schedule": {"name": "cosine"},
+        "train": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}},
+        "measure": {"window": 24},
+        "study": {
+            "pairs": [
+                {"teacher": {"name": "small", "label": "made", "epochs": 2}, "student": "small"},
+                {"teacher": {"name": "small", "label": "given", "weights": str(weights)}, "student": "small"},
+            ],
+            "augmentation": NAMES,
+            "seeds": [3, 4],
+        },
+    }
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ended]:
+    def run(content: dict[str, Any], *arguments: object) -> Ended:
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(content))
+        capsys.readouterr()
+        code = 0
+        try:
+            study.main(["--config", str(path), *(str(argument) for argument in arguments)])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_once(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(config))
+    study.main(["--config", str(path), "--output", str(folder / "study")])
+    return folder / "study"
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A finished study, for a test to spoil."""
+    return shutil.copytree(finished_once, tmp_path / "study")
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """What two equal studies share."""
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results.pop("runs_on")) == {"versions", "processes"}
+    return results
+
+
+def cells_of(folder: Path) -> set[str]:
+    runs = {path.parent.relative_to(folder).as_posix() for path in folder.glob("*/**/results.json")}
+    files = {path.relative_to(folder).as_posix() for path in folder.glob("*/**/*.json")}
+    return runs | {name for name in files if not name.endswith("results.json")}
+
+
+# ------------------------------------------------------------------------------------------------ what it does
+
+
+def test_a_study_trains_measures_and_distils_everything_once(finished_once):
+    pairs = ("made_small", "given_small")
+    assert cells_of(finished_once) == {
+        *("teachers/made", "teachers/given.json", "students/small/x1/seed3", "students/small/x1/seed4"),
+        *(f"measure/{name}.json" for name in ("made", "given", *pairs)),
+        *(f"distill/{pair}/x1/{name}/seed{seed}" for pair in pairs for name in NAMES for seed in (3, 4)),
+    }
+
+
+def test_cells_get_the_options_that_are_theirs(finished_once):
+    def options(name: str) -> dict[str, Any]:
+        return yaml.safe_load((finished_once / name / "config.yaml").read_text())
+
+    teacher, alone = options("teachers/made"), options("students/small/x1/seed4")
+    distilled = options("distill/made_small/x1/cutmix/seed4")
+    assert (teacher["epochs"], alone["epochs"], distilled["epochs"]) == (2, 1, 1)
+    assert (teacher["seed"], alone["seed"], distilled["seed"]) == (0, 4, 4)
+    assert (teacher["augmentation"], alone["augmentation"], distilled["augmentation"]) == (
+        *("identity", "identity", "cutmix"),
+    )
+    assert teacher["optimizer"]["init_args"]["lr"] == alone["optimizer"]["init_args"]["lr"] == 0.01
+    assert distilled["optimizer"]["init_args"]["lr"] == 0.05
+    assert distilled["teacher"]["weights"] == str(finished_once / "teachers/made/last/student.safetensors")
+    picked = json.loads((finished_once / "measure/made_small.json").read_text())
+    assert picked["student_weights"] == str(finished_once / "students/small/x1/seed3/last/student.safetensors")
+    assert picked["teacher"]["weights"] == distilled["teacher"]["weights"]
+    assert (picked["mode"], picked["window"], picked["seed"]) == ("per_batch", 24, 0)
+
+
+def test_the_results_are_those_of_the_cells(finished_once, weights):
+    results = results_of(finished_once)
+    assert (results["complete"], results["missing"]) == (True, [])
+    assert {key: results["measured"][key] for key in ("mode", "mix_group", "window", "seed")} == {
+        **{"mode": "per_batch", "mix_group": 8, "window": 24, "seed": 0},
+    }
+    groups = [(group["teacher"], group["student"], group["epoch_factor"]) for group in results["groups"]]
+    assert groups == [("made", "small", 1.0), ("given", "small", 1.0)]
+    group = results["groups"][1]
+    given = json.loads((finished_once / "teachers/given.json").read_text())
+    assert group["teacher_alone"] == {key: given[key] for key in ("loss", "top1", "top5")}
+    row = group["augmentations"][1]
+    measured = json.loads((finished_once / "measure/given.json").read_text())["results"][1]
+    assert [row["augmentation"], row["t_stddev"], row["t_stderr"], row["t_entropy"], row["t_windows"]] == [
+        *("cutmix", measured["stddev"], measured["stderr"], measured["entropy"], measured["windows"]),
+    ]
+    runs = [
+        json.loads((finished_once / f"distill/given_small/x1/cutmix/seed{seed}/results.json").read_text())
+        for seed in (3, 4)
+    ]
+    for when in ("last", "best"):
+        losses = [run[when]["val"]["loss"] for run in runs]
+        assert [run[when]["loss"] for run in row["runs"]] == losses
+        assert row[when]["loss"] == {"mean": mean(losses), "std": stdev(losses), "count": 2}
+    assert results["groups"][0]["student_alone"] == group["student_alone"]
+    assert results["config"]["study"]["pairs"][1]["teacher"]["weights"] == str(weights)
+    assert len(results["fingerprints"]["train"]) == len(results["fingerprints"]["val"]) == 1
+
+
+def test_tables_and_plots_are_written(finished_once):
+    text = (finished_once / "table.md").read_text()
+    for part in (
+        "*teacher*",
+        "*student alone*",
+        "| cutmixpick_student |",
+        "windows of 24 teacher outputs",
+        "per_batch",
+    ):
+        assert part in text
+    rows = list(csv.DictReader((finished_once / "table.csv").open()))
+    assert [row["row"] for row in rows] == 2 * ["teacher", "student alone", *NAMES]
+    for group in results_of(finished_once)["groups"]:
+        plot = f"plots/{group['teacher']}_small-x1.png"
+        assert (finished_once / plot).read_bytes().startswith(b"\x89PNG")
+        assert f"]({plot})" in text
+        assert set(group["correlation"]) == {"pearson", "spearman", "kendall"}
+
+
+def test_a_finished_study_is_not_done_again(finished, config, call, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("config.yaml")}
+    monkeypatch.setattr(Loop, "step", _raise_killed)
+    (finished / "table.md").unlink()
+    ended = call(config, "--output", finished)
+    assert (ended.code, ended.err) == (0, "")
+    assert "written: " in ended.out
+    assert (finished / "table.md").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("config.yaml")}
+
+
+# -------------------------------------------------------------------------------------------------- interrupted
+
+
+def _raise_killed(*_: Any) -> None:
+    raise Killed
+
+
+def _spoil(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_a_run_killed_inside_is_gone_on_with(finished, finished_once, config, call, monkeypatch, step):
+    """A teacher of six steps and two epochs: before its first state, after it, and in the second epoch."""
+    weights = (finished / "teachers/made/last/student.safetensors").read_bytes()
+    for name in ("teachers/made", "measure/made.json", "distill/made_small/x1/cutmix/seed4"):
+        _spoil(finished, name)
+    stepping = Loop.step
+
+    def killed(loop: Loop) -> None:
+        if loop.progress.step == step:
+            raise Killed
+        stepping(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", killed)
+        with pytest.raises(Killed):
+            call(config, "--output", finished)
+    (finished / "teachers/made/config.yaml").write_text("")  # as a kill while it is written anew would leave it
+    ended = call(config, "--output", finished)
+    assert (ended.code, ended.err) == (0, "")
+    assert ("teachers/made (goes on)" in ended.out) == (step > 3)
+    assert "[18/20] teachers/made" in ended.out
+    assert (finished / "teachers/made/last/student.safetensors").read_bytes() == weights
+    assert results_of(finished)["groups"] == results_of(finished_once)["groups"]
+
+
+def test_a_measurement_killed_before_its_end_is_made_again(finished, finished_once, config, call, monkeypatch):
+    name = "measure/given.json"
+    (finished / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("dalikd.tools.measure.write_json", _raise_killed)
+        with pytest.raises(Killed):
+            call(config, "--output", finished)
+    assert not (finished / name).exists()
+    assert (finished / name).with_suffix(".pt").exists()
+    assert call(config, "--output", finished).code == 0
+    assert results_of(finished)["groups"] == results_of(finished_once)["groups"]
+
+
+def test_what_is_missing_is_said(finished, finished_once, config, call):
+    for name in ("measure/made.json", "distill/given_small/x1/identity/seed4"):
+        _spoil(finished, name)
+    ended = call(config, "--output", finished, "--report", "true")
+    assert (ended.code, ended.err) == (0, "")
+    assert "**Not complete: 2 runs are missing:** `measure/made.json`" in ended.out
+    results, all_of_it = results_of(finished), results_of(finished_once)
+    assert not results["complete"]
+    made, given = results["groups"]
+    assert [row["t_windows"] for row in made["augmentations"][:2]] == [None, None]
+    assert made["no_correlation"] == "1 points: a correlation takes at least 3"
+    assert given["augmentations"][0]["last"]["loss"]["count"] == 1
+    assert given["augmentations"][1:] == all_of_it["groups"][1]["augmentations"][1:]
+    assert "| | | | 1 |" not in ended.out
+    assert (finished / "table.md").read_text() in ended.out
+
+
+def test_a_signal_stops_a_study_that_the_same_command_goes_on_with(finished, finished_once, config, call, monkeypatch):
+    _spoil(finished, "distill/made_small/x1/cutmix/seed4")
+    step = Loop.step
+
+    def stopped(loop: Loop) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        step(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", stopped)
+        ended = call(config, "--output", finished)
+    assert ended.code == 128 + signal.SIGTERM
+    assert ended.err == (
+        "dalikd study: distill/made_small/x1/cutmix/seed4 stopped by signal 15; the same command goes on there\n"
+    )
+    ended = call(config, "--output", finished)
+    assert "distill/made_small/x1/cutmix/seed4 (goes on)" in ended.out
+    assert results_of(finished)["groups"] == results_of(finished_once)["groups"]
+
+
+# ------------------------------------------------------------------------------------------------ pairs, shards
+
+
+def test_one_pair_alone(finished, config, call, tmp_path):
+    ended = call(config, "--output", tmp_path / "one", "--pair", "given/small", "--dry_run", "true")
+    assert "teachers/made" not in ended.out
+    assert (
+        "11 of 11 runs are done" in call(config, "--output", finished, "--pair", "given/small", "--dry_run", "true").out
+    )
+
+
+def test_a_plan_names_each_run_its_command_and_the_work(config, call, tmp_path):
+    folder = tmp_path / "new"
+    ended = call(config, "--output", folder, "--dry_run", "true", "--shard", "1/2")
+    assert (ended.code, ended.err) == (0, "")
+    assert not folder.exists()
+    assert (
+        f"dalikd distill --config {folder}/config.yaml --output {folder}/distill/given_small/x1/cutmix/seed4 "
+        f"--model small --teacher.name small --teacher.weights {config['study']['pairs'][1]['teacher']['weights']} "
+        "--augmentation cutmix --epoch_factor 1.0 --seed 4\n"
+    ) in ended.out
+    # 99 images: 96 in whole batches of 32; two pictures of each, for cutmix and the picks
+    trained, asked = 4 * 96 * (1 + 2 + 2), 4 * 96 * (1 + 2 + 2)
+    totals = {line.split(" | ")[0]: line for line in ended.out.splitlines() if line.startswith("| ")}
+    assert f"| distill | 12 | {trained:,} | {asked:,} | {4 * 2 * 96:,} | {12 * 30:,} |" in totals["| distill"]
+    assert f"| measure | 4 | 0 | {2 * 99 * (2 + 2):,} | {2 * 2 * 99:,} | 0 |" in totals["| measure"]
+    assert f"| train | 3 | {96 * (2 + 1 + 1):,} | 0 | 0 | {30 * 4:,} |" in totals["| train"]
+    assert "| evaluate | 1 | 0 | 0 | 0 | 30 |" in totals["| evaluate"]
+    assert {"| all", "| shard 1/2", "| shard 2/2"} <= totals.keys()
+    assert "0 of 20 runs are done." in ended.out

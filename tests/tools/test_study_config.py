@@ -1,0 +1,142 @@
+"""How a study's config files and arguments become one config."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dalikd.tools.study_config import merged, read_study
+
+PAIRS = [{"teacher": "vgg13", "student": "vgg8"}]
+
+
+def _write(path: Path, content: Any) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads some configs, then arguments."""
+
+    def call(*contents: dict[str, Any], words: str = ""):
+        paths = [_write(tmp_path / f"{number}.yaml", content) for number, content in enumerate(contents)]
+        return read_study([word for path in paths for word in ("--config", path)] + words.split())
+
+    return call
+
+
+def test_a_study_has_its_own_options_and_shares_the_others(read):
+    options, shared, path = read(
+        {
+            "data": {"name": "digits"},
+            "data.limit": 50,
+            "epochs": 3,
+            "seeds": 5,
+            "teacher": {"fold_bn": False},
+            "measure": {"epochs": 2},
+            "evaluate": None,
+            "bench step": {"steps": 3},
+            "steps": 4,
+            "study": {"pairs": PAIRS, "augmentation": "cutmix", "epoch_factor": [1, 4]},
+        }
+    )
+    assert (options.pairs, options.seeds, options.augmentation) == (PAIRS, [5], ["cutmix"])
+    assert (options.epoch_factor, options.shard) == ([1.0, 4.0], "1/1")
+    assert shared == {
+        "data": {"name": "digits", "limit": 50},
+        "epochs": 3,
+        "teacher": {"fold_bn": False},
+        "measure": {"epochs": 2},
+        "evaluate": {},
+    }
+    assert path.name == "0.yaml"
+
+
+def test_arguments_reach_study_and_cells(read):
+    options, shared, _ = read(
+        {"epochs": 3, "train": {"epochs": 9, "ema": 0.5}, "study": {"pairs": PAIRS, "seeds": [1]}},
+        words="--seeds 4 5 --augmentation flip,cutmix mixup --epoch_factor=2 --data.root DATA --data.limit 7 "
+        "--measure.epochs 2 --epochs 4 --train.epochs=6 --shard 2/3 --output 07 --dry_run true --pair a/b",
+    )
+    assert (options.seeds, options.augmentation) == ([4, 5], ["flip", "cutmix", "mixup"])
+    assert (options.epoch_factor, options.shard, options.output) == ([2.0], "2/3", "07")
+    assert (options.dry_run, options.pair, options.pairs) == (True, ["a/b"], PAIRS)
+    assert shared == {
+        "data": {"root": "DATA", "limit": 7},
+        "epochs": 4,
+        "train": {"epochs": 6, "ema": 0.5},
+        "measure": {"epochs": 2},
+    }
+
+
+def test_later_files_win_even_over_earlier_sections(read):
+    _, shared, _ = read(
+        {"epochs": 3, "data": {"limit": 1, "root": "a"}, "train": {"epochs": 9, "data": {"limit": 2, "val_limit": 3}}},
+        {"epochs": 4, "data": {"limit": 5}},
+    )
+    assert shared == {"epochs": 4, "data": {"limit": 5, "root": "a"}, "train": {"data": {"val_limit": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"class_path": "A", "init_args": {"x": 1}}, {"class_path": "B"}, {"class_path": "B"}),
+        (
+            {"class_path": "A", "init_args": {"x": 1, "y": 2}},
+            {"class_path": "A", "init_args": {"x": 3}},
+            {"class_path": "A", "init_args": {"x": 3, "y": 2}},
+        ),
+        ({"class_path": "A", "init_args": {"x": 1}}, {"lr": 2}, {"class_path": "A", "init_args": {"x": 1, "lr": 2}}),
+        ("A", {"lr": 2}, {"class_path": "A", "init_args": {"lr": 2}}),
+        ({"class_path": "A"}, "B", "B"),
+        ({"lr": 1}, {"momentum": 2}, {"lr": 1, "momentum": 2}),
+    ],
+)
+def test_classes_are_merged_with_their_options(old, new, expected):
+    assert merged({"optimizer": old}, {"optimizer": new}) == {"optimizer": expected}
+
+
+def test_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_study(["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: dalikd study")
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ({}, "--epoch 3", "command line: unknown key epoch; did you mean epochs"),
+        ({}, "--measure.epoch 3", "command line: unknown key epoch; did you mean epochs"),
+        ({}, "--train 3", "--train: options begin with --, and have a value"),
+        ({}, "epochs 3", "epochs: options begin with --, and have a value"),
+        ({}, "--epochs", "--epochs needs a value"),
+        ({}, "--seeds --epochs 3", "--seeds needs at least one value"),
+        ({}, "--config nowhere.yaml", "nowhere.yaml: no such file"),
+        ({"epoch": 3}, "", "0.yaml: unknown key epoch; did you mean epochs"),
+        ({"study": {"seed": 3}}, "", "0.yaml: unknown key study.seed; did you mean seeds"),
+        ({"seeds": ["a"]}, "", "seeds"),
+        ({"seeds": []}, "", "seeds is empty: give at least one"),
+        ({}, "--seeds 1 2 1", "seeds: 1 is there twice"),
+        ({}, "--seeds -1", "seeds: -1 is no seed, give whole numbers from 0"),
+        ({}, "--augmentation flip flip", "augmentation: flip is there twice"),
+        ({"epoch_factor": []}, "", "epoch_factor is empty"),
+        ({"epoch_factor": 0}, "", "epoch_factor: 0 must be above 0"),
+        ({}, "--poll_seconds 0", "--poll_seconds 0: give seconds above 0"),
+        ({}, "--shard 3/2", "--shard 3/2: the number must lie between 1 and 2"),
+        ({}, "--shard 0/2", "--shard 0/2: the number must lie between 1 and 2"),
+        ({}, "--shard 2", "--shard 2: give number/count, such as 2/8"),
+        ({"model": "vgg8"}, "", "0.yaml: model is no option of a study: nets are named in `pairs`"),
+        ({"train": {"weights": "x"}}, "", "0.yaml: train.weights is no option of a study: nets are named in `pairs`"),
+        ({"teacher": {"name": "x"}}, "", "teacher.name is no option of a study: teachers stand in `pairs`"),
+        ({"distill": {"output": "x"}}, "", "distill.output is no option of a study: it has a folder, --output"),
+        ({"overwrite": True}, "", "overwrite is no option of a study"),
+        ({"measure": {"augmentation": "x"}}, "", "measure.augmentation is no option of a study: name them under"),
+    ],
+)
+def test_mistakes_are_named(read, content, words, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        read(content, words=words)
+    assert message in " ".join(str(error.value).split())

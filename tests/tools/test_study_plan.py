@@ -1,0 +1,166 @@
+"""What is wrong with a study is said before any work."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dalikd.kd.backbones import create_model
+from dalikd.tools import study
+from dalikd.tools.cli import parse
+from dalikd.tools.study_config import read_study
+from dalikd.tools.study_plan import cell_command, make_ready
+from dalikd.trainers.loop import Loop
+
+
+@pytest.fixture
+def content(tree: Path) -> dict[str, Any]:
+    return {
+        "data": {"root": str(tree), "image_size": 32, "threads": 1},
+        "device": "cpu",
+        "batch_size": 16,
+        "mix_group": 8,
+        "epochs": 1,
+        "train": {},
+        "measure": {"window": 24},
+        "study": {"pairs": [{"teacher": "resnet14", "student": "resnet8"}], "augmentation": ["flip"], "seeds": [0]},
+    }
+
+
+def _pairs(*pairs: Any) -> dict[str, Any]:
+    return {"study": {"pairs": list(pairs)}}
+
+
+def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: {**content.get(key, {}), **change[key]} if isinstance(change.get(key), dict) else change.get(key, value)
+        for key, value in {**content, **change}.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({"study": {"pairs": []}}, "", "a study needs pairs: give a config with"),
+        (_pairs("vgg13/vgg8"), "", "pairs"),
+        (_pairs({"teacher": "vgg13"}), "", "pairs[0] is {'teacher': 'vgg13'}: give {teacher: NET, student: NET}"),
+        (_pairs({"teacher": 3, "student": "vgg8"}), "", "pairs[0].teacher is 3: give a net's name"),
+        (_pairs({"teacher": {"label": "a"}, "student": "vgg8"}), "", "pairs[0].teacher is {'label': 'a'}: give a net"),
+        (
+            _pairs({"teacher": "resnet14", "student": {"name": "resnet8", "weights": "x"}}),
+            "",
+            "pairs[0].student: a student starts from nothing",
+        ),
+        (
+            _pairs({"teacher": "resnet14", "student": {"name": "resnet8", "epoch": 3}}),
+            "",
+            "pairs[0].student.epoch cannot be set here; a net takes name, args, label and options of training",
+        ),
+        (
+            _pairs({"teacher": {"name": "resnet14", "weights": "x", "epochs": 3}, "student": "resnet8"}),
+            "",
+            "pairs[0].teacher.epochs cannot be set here; a teacher with weights is not trained",
+        ),
+        (
+            _pairs({"teacher": "resnet14", "student": {"name": "resnet8", "seed": 3}}),
+            "",
+            "pairs[0].student.seed cannot be set here",
+        ),
+        (
+            _pairs({"teacher": {"name": "resnet14", "args": 3}, "student": "resnet8"}),
+            "",
+            "pairs[0].teacher.args is 3: give a group of options",
+        ),
+        (_pairs(*2 * [{"teacher": "resnet14", "student": "resnet8"}]), "", "pairs[1]: resnet14/resnet8 is there twice"),
+        (
+            _pairs(
+                {"teacher": "resnet14", "student": "resnet8"},
+                {"teacher": {"name": "resnet14", "epochs": 3}, "student": "resnet8"},
+            ),
+            "",
+            "pairs: two teachers are called resnet14: give each net a `label` of its own",
+        ),
+        (_pairs({"teacher": "resnet15", "student": "resnet8"}), "", 'unknown model "resnet15"'),
+        (
+            _pairs({"teacher": {"name": "resnet14", "weights": "nowhere.pt"}, "student": "resnet8"}),
+            "",
+            "pairs[0].teacher: there is no weights file nowhere.pt",
+        ),
+        (
+            _pairs({"teacher": "resnet14", "student": {"name": "resnet8", "optimizer": {"lrr": 1}}}),
+            "",
+            "lrr",
+        ),
+        ({"study": {"augmentation": ["flop"]}}, "", 'unknown --augmentation "flop"'),
+        ({"study": {"augmentation": ["all", "flip"]}}, "--cutout_side -3", "--cutout_side -3"),
+        ({"data": {"root": "nowhere"}}, "", "nowhere"),
+        ({"batch_size": 20}, "", "20"),
+        ({"batch_size": 128}, "", "--batch_size 128 is larger than the data set (99 images)"),
+        ({"epochs": 0}, "", "teachers/resnet14 has no step: give more epochs"),
+        ({"measure": {"window": 640}}, "", "measure: 1 epoch(s) of 99 images fill less than two windows of 640"),
+        ({}, "--pair resnet14/vgg8", "--pair resnet14/vgg8: there is no such pair, there are resnet14/resnet8"),
+        ({"epochs": "many"}, "", "epochs"),
+        ({}, "--report true", "--report true: there is no study in"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(content, tmp_path, monkeypatch, capsys, change, words, message):
+    monkeypatch.setattr(Loop, "step", None)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(_over(content, change)))
+    with pytest.raises(SystemExit) as stop:
+        study.main(["--config", str(path), "--output", str(tmp_path / "new"), *words.split()])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith("dalikd study: error: ")
+    assert message in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_teacher_needs_weights_or_a_recipe(content, tmp_path):
+    del content["train"]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"pairs\[0\]: the teacher resnet14 has no weights, and the config no"):
+        make_ready(read_study(["--config", str(path)]))
+
+
+def test_weights_that_do_not_fit_are_found_before_any_work(content, tmp_path):
+    weights = tmp_path / "ten_classes.pt"
+    torch.save(create_model("resnet8", 10).state_dict(), weights)
+    content["study"]["pairs"] = [{"teacher": {"name": "resnet8", "weights": str(weights)}, "student": "resnet8"}]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"pairs\[0\].teacher: .*ten_classes"):
+        make_ready(read_study(["--config", str(path)]))
+
+
+def test_the_command_of_a_cell_has_the_options_of_the_cell(content, tmp_path):
+    """Read from the study's own config, as it will lie in its folder."""
+    student = {"name": "wrn_16_2", "label": "own name", "args": {"dropout": 0.5}, "optimizer": {"lr": 0.01}, "ema": 0.9}
+    teacher = {"name": "resnet14", "schedule": {"milestones": [1, 2]}, "ema": 0.5}
+    content["study"] |= {"pairs": [{"teacher": teacher, "student": student}], "augmentation": ["cutmixpick_student"]}
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump(content))
+    ready = make_ready(read_study(["--config", str(path), "--output", str(folder), "--distill.clip", "3"]))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(ready.config))
+    parsed = {}
+    for cell in ready.cells:
+        words = shlex.split(cell_command(ready, cell))
+        assert words[0] == "dalikd"
+        options, plain = parse(words[1], words[2:])
+        assert plain == parse(cell.command, cell.words(folder), ready.shared)[1]
+        parsed[cell.name] = options
+    made, alone, measured, distilled = parsed.values()
+    assert (made.schedule.milestones, made.ema, made.clip) == ([1.0, 2.0], 0.5, None)
+    assert (alone.model, alone.model_args, alone.ema) == ("wrn_16_2", {"dropout": 0.5}, 0.9)
+    assert measured.weights == str(folder / "students/own-name/x1/seed0/last/ema.safetensors")
+    assert measured.teacher.weights == str(folder / "teachers/resnet14/last/ema.safetensors")
+    assert (distilled.clip, distilled.ema, distilled.teacher.name) == (3.0, 0.9, "resnet14")
+    for options in (alone, distilled):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        assert options.optimizer([parameter]).defaults["lr"] == 0.01
+        assert options.optimizer([parameter]).defaults["momentum"] == 0.9

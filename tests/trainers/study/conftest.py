@@ -1,0 +1,66 @@
+"""A finished study of made-up results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalikd.trainers.study.options import StudyOptions, read_pairs
+from dalikd.trainers.study.plan import Axes, Cell, plan
+from dalikd.trainers.study.results import collect
+
+PAIRS = read_pairs(
+    StudyOptions(pairs=[{"teacher": {"name": "vgg13", "weights": "file.pt"}, "student": "vgg8"}]), trains_teachers=False
+)
+AXES = Axes({"flip": False, "mixup": False, "cutmix": False}, (0, 1), (2.0,))
+CONFIG = {"study": {"seeds": [0, 1]}}
+STDDEV = {"flip": 0.03, "mixup": 0.02, "cutmix": 0.01}
+
+
+def _val(loss: float, top1: float) -> dict[str, Any]:
+    return {"loss": loss, "top1": top1, "top5": 1.0, "images": 9}
+
+
+def _run(loss: float, top1: float) -> dict[str, Any]:
+    return {
+        **{"finished": True, "epochs": 6.0, "processes": 1, "versions": {"torch": "2"}},
+        "fingerprint": {"train": "t", "val": "v"},
+        "last": {"epoch": 6, "val": _val(loss, top1)},
+        "best": {"epoch": 4, "val": _val(loss - 0.5, top1 + 0.25)},
+    }
+
+
+def _measured() -> dict[str, Any]:
+    rows = [
+        {"augmentation": name, "stddev": value, "stderr": value / 10, "entropy": 1.5, "windows": 20}
+        for name, value in STDDEV.items()
+    ]
+    settings = {"mode": "per_batch", "mix_group": 64, "window": 640, "epochs": 10, "seed": 0, "precision": "fp32"}
+    return {**settings, "results": rows, "versions": {"torch": "2"}}
+
+
+def _result(cell: Cell) -> dict[str, Any]:
+    """Losses 1, 2, 3 for flip, mixup, cutmix with seed 0, and one more with seed 1."""
+    if cell.command == "evaluate":
+        return {**_val(0.5, 0.75), "versions": {"torch": "2"}}
+    if cell.command == "measure":
+        return _measured()
+    if cell.command == "train":
+        return _run(9.0 + cell.settings["seed"], 0.25)
+    return _run([*STDDEV].index(cell.settings["augmentation"]) + 1.0 + cell.settings["seed"], 0.5)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """All results of the plan."""
+    for cell in plan(PAIRS, AXES, tmp_path):
+        (tmp_path / cell.result).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / cell.result).write_text(json.dumps(_result(cell)))
+    return tmp_path
+
+
+@pytest.fixture
+def collected() -> Callable[[Path], dict[str, Any]]:
+    return lambda folder: collect(PAIRS, AXES, plan(PAIRS, AXES, folder), folder, CONFIG)

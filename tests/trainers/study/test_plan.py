@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from dalikd.trainers.study.options import StudyOptions, read_pairs
+from dalikd.trainers.study.plan import Axes, deal, plan
+
+FOLDER = Path("out")
+AXES = Axes({"flip": False, "cutmixpick_student": True}, (7, 8), (1.0, 2.5))
+
+
+def _pairs(*pairs, trains=True):
+    return read_pairs(
+        StudyOptions(pairs=[{"teacher": teacher, "student": student} for teacher, student in pairs]), trains
+    )
+
+
+def test_cells_come_after_what_they_need():
+    cells = plan(_pairs(("vgg13", "vgg8"), ({"name": "vgg13", "label": "given", "weights": "x"}, "vgg8")), AXES, FOLDER)
+    seen = set()
+    for cell in cells:
+        assert set(cell.needs) <= seen, cell
+        seen.add(cell.name)
+    assert len(seen) == len(cells) == 2 + 4 + 4 + 2 * 2 * 2 * 2
+    by_name = {cell.name: cell for cell in cells}
+    assert by_name["distill/vgg13_vgg8/x2.5/flip/seed8"].needs == ("teachers/vgg13",)
+    assert by_name["measure/vgg13_vgg8.json"].needs == ("teachers/vgg13", "students/vgg8/x1/seed7")
+    assert by_name["measure/given.json"].needs == ()
+    assert by_name["teachers/given.json"].command == "evaluate"
+
+
+def test_what_pairs_share_is_done_once():
+    cells = plan(_pairs(("vgg13", "vgg8"), ("vgg13", "vgg11"), ("wrn_40_2", "vgg8")), AXES, FOLDER)
+    names = [cell.name for cell in cells if not cell.name.startswith("distill/")]
+    assert [name for name in names if name.startswith("teachers/")] == ["teachers/vgg13", "teachers/wrn_40_2"]
+    assert sum(name.startswith("students/vgg8/") for name in names) == 4
+    assert [name for name in names if name.startswith("measure/")] == [
+        *("measure/vgg13.json", "measure/vgg13_vgg8.json", "measure/vgg13_vgg11.json"),
+        *("measure/wrn_40_2.json", "measure/wrn_40_2_vgg8.json"),
+    ]
+
+
+def test_nothing_is_measured_in_vain():
+    cells = plan(_pairs(("vgg13", "vgg8")), Axes({"flip": False}, (0,), (1.0,)), FOLDER)
+    assert [cell.name for cell in cells if cell.command == "measure"] == ["measure/vgg13.json"]
+
+
+def test_the_words_of_a_cell_say_where_it_goes():
+    student = {"name": "vgg8", "optimizer": {"lr": 0.01}, "args": {"x": 1}}
+    cells = {cell.command: cell for cell in plan(_pairs(("vgg13", student)), AXES, FOLDER)}
+    assert cells["train"].words(FOLDER) == [
+        *("--output", "out/students/vgg8/x2.5/seed8", "--model", "vgg8", "--model_args", '{"x": 1}'),
+        *("--optimizer.lr", "0.01", "--epoch_factor", "2.5", "--seed", "8"),
+    ]
+    assert cells["measure"].words(FOLDER) == [
+        *("--json", "out/measure/vgg13_vgg8.json", "--checkpoint", "out/measure/vgg13_vgg8.pt"),
+        *("--teacher.name", "vgg13", "--teacher.weights", "out/teachers/vgg13/last/student.safetensors"),
+        *("--model", "vgg8", "--model_args", '{"x": 1}'),
+        *("--weights", "out/students/vgg8/x1/seed7/last/student.safetensors", "--augmentation", "cutmixpick_student"),
+    ]
+    assert cells["distill"].result == "distill/vgg13_vgg8/x2.5/cutmixpick_student/seed8/results.json"
+    assert cells["measure"].result == "measure/vgg13_vgg8.json"
+
+
+def test_averaged_weights_are_used_where_they_are_kept():
+    def weights(teacher, ema):
+        cells = plan(_pairs((teacher, "vgg8")), Axes({"flip": False}, (0,), (1.0,)), FOLDER, ema)
+        return cells[-1].settings["teacher.weights"]
+
+    assert weights("vgg13", 0.0) == "out/teachers/vgg13/last/student.safetensors"
+    assert weights("vgg13", 0.9) == "out/teachers/vgg13/last/ema.safetensors"
+    assert weights({"name": "vgg13", "ema": 0.9}, 0.0) == "out/teachers/vgg13/last/ema.safetensors"
+    assert weights({"name": "vgg13", "ema": 0.0}, 0.9) == "out/teachers/vgg13/last/student.safetensors"
+    assert weights({"name": "vgg13", "weights": "file.pt"}, 0.9) == "file.pt"
+
+
+def test_a_given_teacher_brings_its_normalisation():
+    teacher = {"name": "vgg13", "weights": "file.pt", "mean": [0, 0, 0], "std": [1, 1, 1], "sha256": "ab"}
+    cells = {cell.command: cell.settings for cell in plan(_pairs((teacher, "vgg8")), AXES, FOLDER)}
+    assert (cells["evaluate"]["mean"], cells["evaluate"]["std"]) == ([0, 0, 0], [1, 1, 1])
+    assert "sha256" not in cells["evaluate"]
+    assert (cells["distill"]["teacher.mean"], cells["measure"]["teacher.sha256"]) == ([0, 0, 0], "ab")
+
+
+def test_shards_get_alike_amounts():
+    costs = {f"cell{number}": float(number) for number in range(20)}
+    dealt = deal(costs, 3)
+    loads = [sum(costs[name] for name in dealt if dealt[name] == shard) for shard in (1, 2, 3)]
+    assert sorted(loads) == [63, 63, 64]
+    assert deal(dict(reversed(costs.items())), 3) == dealt
+    assert set(deal(costs, 1).values()) == {1}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 30])
+def test_every_cell_has_one_shard(shards):
+    costs = {f"cell{number}": 1.0 for number in range(20)}
+    assert deal(costs, shards).keys() == costs.keys()
+    assert set(deal(costs, shards).values()) <= set(range(1, shards + 1))

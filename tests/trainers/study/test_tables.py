@@ -1,0 +1,45 @@
+import csv
+import io
+
+import pytest
+
+from dalikd.trainers.study.tables import csv_table, markdown
+
+
+def test_gaps_are_shown(folder, collected):
+    (folder / "distill/vgg13_vgg8/x2/mixup/seed0/results.json").unlink()
+    for seed in (0, 1):
+        (folder / f"distill/vgg13_vgg8/x2/cutmix/seed{seed}/results.json").unlink()
+    (folder / "teachers/vgg13.json").unlink()
+    results = collected(folder)
+    text = markdown(results, "title", {})
+    assert "**Not complete: 4 runs are missing:** `teachers/vgg13.json`" in text
+    assert "2 points: a correlation takes at least 3" in text
+    assert "| mixup | 0.020000 ± 0.002000 | 20 | 3.0000 | 50.00 | 2.5000 | 75.00 | 1 |" in text
+    assert "| cutmix | 0.010000 ± 0.001000 | 20 |  |  |  |  | 0 |" in text
+
+
+def test_the_table_reads_from_the_lowest_t_stddev_up(folder, collected):
+    text = markdown(collected(folder), "A study", {0: "plots/a.png"})
+    assert text.startswith("# A study\n")
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[-5:] == ["| *teacher*", "| *student alone*", "| cutmix", "| mixup", "| flip"]
+    assert "| flip | 0.030000 ± 0.003000 | 20 | 1.5000 ± 0.7071 | 50.00 ± 0.00 | 1.0000 ± 0.7071 |" in text
+    assert "| *teacher* |  |  | 0.5000 | 75.00 |" in text
+    assert "| vgg13 / vgg8 | 6 (x2) | 3 | -1.000 (p < 0.001) |" in text
+    assert "windows of 640 teacher outputs, 10 epoch(s) of the training images, per_batch, mix group 64" in text
+    assert "mean ± standard deviation over the seeds 0, 1" in text
+    assert "(plots/a.png)" in text
+    assert "Not complete" not in text
+
+
+def test_the_csv_holds_every_figure(folder, collected):
+    rows = list(csv.DictReader(io.StringIO(csv_table(collected(folder)))))
+    assert [row["row"] for row in rows] == ["teacher", "student alone", "flip", "mixup", "cutmix"]
+    mixup = rows[3]
+    assert [mixup[key] for key in ("teacher", "student", "epoch_factor", "epochs", "seeds")] == [
+        *("vgg13", "vgg8", "2.0", "6.0", "2"),
+    ]
+    assert [float(mixup[key]) for key in ("t_stddev", "loss_last_mean", "top1_best_mean")] == [0.02, 2.5, 0.75]
+    assert float(mixup["loss_best_std"]) == pytest.approx(0.5**0.5)
+    assert (rows[0]["loss_last_mean"], rows[0]["t_stddev"], rows[1]["t_windows"]) == ("0.5", "", "")

@@ -1,0 +1,86 @@
+"""What a study prints and writes: its plan before, its tables and plots after."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from dalikd.kd.correlation import Coefficient, Correlation, plot
+from dalikd.tools.study_plan import Study, cell_command
+from dalikd.trainers.study.plan import Cell
+from dalikd.trainers.study.results import collect, points_of
+from dalikd.trainers.study.state import is_done
+from dalikd.trainers.study.tables import csv_table, markdown
+from dalikd.trainers.study.work import Work
+from dalikd.trainers.tracking import write_json
+
+__all__ = ["print_plan", "write_report"]
+
+
+def print_plan(study: Study) -> None:
+    """Every run with its command, what is done of them, and what is left to compute."""
+    left = [cell for cell in study.cells if not is_done(study.folder, cell)]
+    count = study.options.share()[1]
+    for cell in study.cells:
+        shard = f", shard {study.shards[cell.name]}/{count}" if count > 1 else ""
+        print(f"# {cell.name}{'' if cell in left else ', done'}{shard}\n{cell_command(study, cell)}")
+    heads = ["left to do", "runs", "trained", "teacher", "scored", "evaluated", "PFLOP"]
+    lines = ["", "Images through each net (trained: forward and backward; PFLOP: 10^15 floating-point operations).", ""]
+    lines += [_line(heads), "|:--|" + "--:|" * (len(heads) - 1)]
+    for command in ("train", "evaluate", "measure", "distill"):
+        lines.append(_total(study, command, (cell for cell in left if cell.command == command)))
+    lines.append(_total(study, "all", left))
+    for shard in range(1, count + 1) if count > 1 else ():
+        lines.append(_total(study, f"shard {shard}/{count}", (c for c in left if study.shards[c.name] == shard)))
+    print("\n".join(lines))
+    print(f"\n{len(study.cells) - len(left)} of {len(study.cells)} runs are done. The folder is {study.folder}.")
+
+
+def write_report(study: Study) -> dict[str, Any]:
+    """Write table.md, table.csv, plots/ and results.json from what there is, and say what is missing.
+
+    Returns:
+        the content of results.json.
+    """
+    results = collect(study.pairs, study.axes, study.every, study.folder, study.config)
+    drawn = [group for group in results["groups"] if group["correlation"] is not None]
+    plots = {id(group): f"plots/{_plot_name(group)}" for group in drawn}
+    for group in drawn:
+        _whole(study.folder / plots[id(group)], lambda path, group=group: _draw(group, path))
+    by_number = {number: plots[id(group)] for number, group in enumerate(results["groups"]) if id(group) in plots}
+    text = markdown(results, f"T. stddev and students: {study.folder.name}", by_number)
+    _whole(study.folder / "table.md", lambda path: path.write_text(text, "utf-8"))
+    _whole(study.folder / "table.csv", lambda path: path.write_text(csv_table(results), "utf-8"))
+    write_json(study.folder / "results.json", results)
+    print(f"\n{text}\nwritten: {study.folder}/table.md, table.csv, results.json and {len(drawn)} plot(s) in plots/")
+    return results
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _total(study: Study, name: str, cells: Iterable[Cell]) -> str:
+    works = [study.work[cell.name] for cell in cells]
+    total = sum(works, Work())
+    images = (total.trained, total.asked, total.scored, total.evaluated)
+    return _line([name, str(len(works)), *(f"{count:,}" for count in images), f"{total.flops / 1e15:,.3g}"])
+
+
+def _plot_name(group: dict[str, Any]) -> str:
+    return f"{group['teacher']}_{group['student']}-x{group['epoch_factor']:g}.png"
+
+
+def _draw(group: dict[str, Any], path: Path) -> None:
+    points, spreads = points_of(group)
+    found = Correlation(*(Coefficient(*value) for value in group["correlation"].values()))
+    unit = "epoch" if group["epochs"] == 1 else "epochs"
+    plot(points, found, path, f"{group['teacher']} → {group['student']}, {group['epochs']:g} {unit}", spreads)
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    write(temporary)
+    temporary.replace(path)

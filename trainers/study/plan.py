@@ -1,0 +1,182 @@
+"""A study as cells: plain calls of train, evaluate, measure and distill, each with a place for its result."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dalikd.trainers.options import EvaluateOptions, TrainOptions
+from dalikd.trainers.study.options import Net, Pair
+
+__all__ = ["Axes", "Cell", "alone_name", "deal", "distill_name", "measure_name", "plan", "teacher_name"]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What each pair is tried with.
+
+    Attributes:
+        augmentations: their names, and of each whether a student scores its candidates.
+        seeds: of the students; the student that scores candidates has the first.
+        factors: of the students' epochs; the student that scores candidates has the first.
+    """
+
+    augmentations: dict[str, bool]
+    seeds: tuple[int, ...]
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call.
+
+    Attributes:
+        name: where it lies below the study's folder: a run folder, or a JSON file.
+        command: train, evaluate, measure or distill.
+        settings: its options beyond those that all cells share, by their dotted names.
+        needs: names of the cells whose results it reads.
+    """
+
+    name: str
+    command: str
+    settings: dict[str, Any]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it leaves a run folder, which can be resumed."""
+        return self.command in ("train", "distill")
+
+    @property
+    def checkpoint(self) -> str:
+        """The file that measuring goes on from; not needed any more when it is done."""
+        return self.name.removesuffix(".json") + ".pt"
+
+    @property
+    def result(self) -> str:
+        """The file that holds its result."""
+        return f"{self.name}/results.json" if self.is_run else self.name
+
+    def words(self, folder: Path) -> list[str]:
+        """The settings as words of a command line, with the place of the result."""
+        words = ["--output" if self.is_run else "--json", str(folder / self.name)]
+        words += ["--checkpoint", str(folder / self.checkpoint)] if self.command == "measure" else []
+        for key, value in self.settings.items():
+            if key == "augmentation" and isinstance(value, list):
+                words += [f"--{key}", *value]
+            else:
+                words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        return words
+
+
+def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0) -> list[Cell]:
+    """All cells, each after those that it needs: teachers, students alone, T. stddev, students.
+
+    Args:
+        pairs: teachers and students; what several pairs share is done once.
+        axes: what they are tried with.
+        folder: of the study.
+        ema: decay of the average that training keeps by default; where there is one, its weights are used.
+    """
+    cells = [_teacher(pair.teacher) for pair in pairs]
+    runs = [(factor, seed) for factor in axes.factors for seed in axes.seeds]
+    cells += [_alone(pair.student, *run) for run in runs for pair in pairs]
+    cells += [_measure(pair, axes, folder, ema, scored) for pair in pairs for scored in (False, True)]
+    cells += [
+        _distill(pair, factor, name, seed, folder, ema)
+        for factor, seed in runs
+        for pair in pairs
+        for name in axes.augmentations
+    ]
+    return list({cell.name: cell for cell in cells if cell.settings.get("augmentation") != []}.values())
+
+
+def deal(costs: Mapping[str, float], shards: int) -> dict[str, int]:
+    """Deal cells over shards, the dearest first, each to the shard that has least to do.
+
+    Returns:
+        the shard of each cell, from 1.
+    """
+    loads = [0.0] * shards
+    dealt = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        shard = loads.index(min(loads))
+        loads[shard] += costs[name]
+        dealt[name] = shard + 1
+    return dealt
+
+
+def teacher_name(net: Net) -> str:
+    """Where a teacher lies: its run folder, or what evaluating its weights gave."""
+    return f"teachers/{net.label}" + (".json" if net.weights else "")
+
+
+def alone_name(net: Net, factor: float, seed: int) -> str:
+    """Where a student that learns from labels alone lies."""
+    return f"students/{net.label}/x{factor:g}/seed{seed}"
+
+
+def measure_name(pair: Pair, scored: bool) -> str:
+    """Where T. stddev lies, of those augmentations that a student scores, or of all others, by the teacher alone."""
+    return f"measure/{pair.label if scored else pair.teacher.label}.json"
+
+
+def distill_name(pair: Pair, factor: float, augmentation: str, seed: int) -> str:
+    """Where a distilled student lies."""
+    return f"distill/{pair.label}/x{factor:g}/{augmentation}/seed{seed}"
+
+
+def _teacher(net: Net) -> Cell:
+    if net.weights is not None:
+        return Cell(
+            teacher_name(net), "evaluate", {**_model(net), "weights": net.weights, **_known(net, EvaluateOptions)}
+        )
+    return Cell(teacher_name(net), "train", {**_model(net), **net.settings})
+
+
+def _alone(net: Net, factor: float, seed: int) -> Cell:
+    length = {"epoch_factor": factor, "seed": seed}
+    return Cell(alone_name(net, factor, seed), "train", {**_model(net), **_known(net, TrainOptions), **length})
+
+
+def _measure(pair: Pair, axes: Axes, folder: Path, ema: float, scored: bool) -> Cell:
+    settings, needs = _asked(pair.teacher, folder, ema)
+    if scored:
+        scorer = alone_name(pair.student, axes.factors[0], axes.seeds[0])
+        settings |= {**_model(pair.student), "weights": _weights(folder / scorer, pair.student, ema)}
+        needs = (*needs, scorer)
+    settings["augmentation"] = [name for name, by_student in axes.augmentations.items() if by_student == scored]
+    return Cell(measure_name(pair, scored), "measure", settings, needs)
+
+
+def _distill(pair: Pair, factor: float, augmentation: str, seed: int, folder: Path, ema: float) -> Cell:
+    asked, needs = _asked(pair.teacher, folder, ema)
+    settings = {**_model(pair.student), **asked, **pair.student.settings}
+    settings |= {"augmentation": augmentation, "epoch_factor": factor, "seed": seed}
+    return Cell(distill_name(pair, factor, augmentation, seed), "distill", settings, needs)
+
+
+def _model(net: Net) -> dict[str, Any]:
+    return {"model": net.name, **({"model_args": net.args} if net.args else {})}
+
+
+def _known(net: Net, options: type) -> dict[str, Any]:
+    """Those of a net's own options that a command takes."""
+    names = {option.name for option in fields(options)}
+    return {key: value for key, value in net.settings.items() if key.split(".")[0] in names}
+
+
+def _asked(net: Net, folder: Path, ema: float) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Options that name a teacher, and the cell that trains it, if one does."""
+    weights = net.weights or _weights(folder / teacher_name(net), net, ema)
+    settings = {"teacher.name": net.name, "teacher.weights": weights}
+    settings |= {"teacher.args": net.args} if net.args else {}
+    if net.weights:
+        settings |= {f"teacher.{key}": value for key, value in net.settings.items()}
+    return settings, () if net.weights else (teacher_name(net),)
+
+
+def _weights(run: Path, net: Net, ema: float) -> str:
+    averaged = net.settings.get("ema", ema) > 0
+    return str(run / "last" / ("ema.safetensors" if averaged else "student.safetensors"))

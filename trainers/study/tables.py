@@ -1,0 +1,151 @@
+"""A study's results as tables: Markdown to read, CSV to compute with."""
+
+import csv
+import io
+from typing import Any
+
+__all__ = ["csv_table", "markdown"]
+
+_COEFFICIENTS = ("pearson", "spearman", "kendall")
+_FIGURES = ("loss", "top1", "top5")
+_SHOWN_MISSING = 10
+
+
+def markdown(results: dict[str, Any], title: str, plots: dict[int, str]) -> str:
+    """All tables of a study.
+
+    Args:
+        results: as `collect` gives them.
+        title: of the page.
+        plots: the scatter plot's path for some groups, by their number.
+    """
+    parts = [f"# {title}", *_gaps(results), _explanation(results), _correlations(results)]
+    for number, group in enumerate(results["groups"]):
+        parts += [f"## {_name(group)}", _group_table(group)]
+        if number in plots:
+            parts.append(f"![T. stddev and student test loss of {_name(group)}]({plots[number]})")
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_table(results: dict[str, Any]) -> str:
+    """One line for each teacher, student alone and augmentation of each group."""
+    statistics = [f"{name}_{when}" for when in ("last", "best") for name in _FIGURES]
+    columns = ["teacher", "student", "epoch_factor", "epochs", "row", "t_stddev", "t_stderr", "t_windows", "t_entropy"]
+    columns += ["seeds", *(f"{name}_{kind}" for name in statistics for kind in ("mean", "std"))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for group in results["groups"]:
+        common = {key: group[key] for key in ("teacher", "student", "epoch_factor", "epochs")}
+        for row in _csv_rows(group):
+            writer.writerow({**common, **{key: value for key, value in row.items() if value is not None}})
+    return text.getvalue()
+
+
+def _csv_rows(group: dict[str, Any]) -> list[dict[str, Any]]:
+    teacher = group["teacher_alone"] or {}
+    rows = [{"row": "teacher", **{f"{name}_last_mean": value for name, value in teacher.items()}}]
+    for row in (group["student_alone"], *group["augmentations"]):
+        name = row.get("augmentation", "student alone")
+        line = {"row": name, "seeds": len(row["runs"]), **{key: row[key] for key in row if key.startswith("t_")}}
+        for when in ("last", "best"):
+            for figure, value in (row[when] or {}).items():
+                line |= {f"{figure}_{when}_{kind}": value[kind] for kind in ("mean", "std")}
+        rows.append(line)
+    return rows
+
+
+def _gaps(results: dict[str, Any]) -> list[str]:
+    missing = results["missing"]
+    if not missing:
+        return []
+    names = ", ".join(f"`{name}`" for name in missing[:_SHOWN_MISSING])
+    more = ", …" if len(missing) > _SHOWN_MISSING else ""
+    return [f"**Not complete: {len(missing)} runs are missing:** {names}{more}"]
+
+
+def _explanation(results: dict[str, Any]) -> str:
+    study, measured = results["config"]["study"], results["measured"]
+    seeds = ", ".join(str(seed) for seed in study["seeds"])
+    lines = []
+    if measured:
+        lines.append(
+            f"T. stddev ± standard error: windows of {measured['window']} teacher outputs, {measured['epochs']} "
+            f"epoch(s) of the training images, {measured['mode']}, mix group {measured['mix_group']}; lower is better."
+        )
+    spread = "mean ± standard deviation over the seeds" if len(study["seeds"]) > 1 else "the seed"
+    lines.append(
+        f"Students: {spread} {seeds}, on all validation images. `last` is the last epoch. `best` is the epoch with the "
+        "highest top1 on these images themselves, which flatters it: compare by `last`."
+    )
+    lines.append("Bars in the plots: the standard error of T. stddev across, the spread over the seeds up and down.")
+    return "\n".join(lines)
+
+
+def _correlations(results: dict[str, Any]) -> str:
+    lines = ["## Does T. stddev foretell the student?", ""]
+    lines += [
+        "Correlation of T. stddev with the students' test loss (last epoch) over the augmentations, p in brackets."
+    ]
+    lines += ["", "| teacher / student | epochs | points | Pearson | Spearman | Kendall |", "|:--|--:|--:|--:|--:|--:|"]
+    for group in results["groups"]:
+        found = group["correlation"]
+        cells = (
+            [f"{found[name][0]:.3f} ({_p_value(found[name][1])})" for name in _COEFFICIENTS]
+            if found
+            else [group["no_correlation"], "", ""]
+        )
+        points = sum(row["t_stddev"] is not None and row["last"] is not None for row in group["augmentations"])
+        pair = f"{group['teacher']} / {group['student']}"
+        lines.append(_line([pair, _epochs(group), str(points), *cells]))
+    return "\n".join(lines)
+
+
+def _group_table(group: dict[str, Any]) -> str:
+    """Teacher and student alone, then the augmentations, the lowest T. stddev first."""
+    heads = ["augmentation", "T. stddev", "windows", "loss, last", "top1 %, last", "loss, best", "top1 %, best", "runs"]
+    teacher = group["teacher_alone"]
+    figures = [f"{teacher['loss']:.4f}", f"{100 * teacher['top1']:.2f}"] if teacher else ["", ""]
+    lines = [_line(heads), "|:--|" + "--:|" * (len(heads) - 1), _line(["*teacher*", "", "", *figures, "", "", ""])]
+    lines.append(_line(["*student alone*", "", "", *_student_cells(group["student_alone"])]))
+    rows = sorted(group["augmentations"], key=lambda row: (row["t_stddev"] is None, row["t_stddev"]))
+    for row in rows:
+        measured = [_plus_minus(row["t_stddev"], row["t_stderr"], 6), str(row["t_windows"] or "")]
+        lines.append(_line([row["augmentation"], *measured, *_student_cells(row)]))
+    return "\n".join(lines)
+
+
+def _student_cells(row: dict[str, Any]) -> list[str]:
+    cells = []
+    for when in ("last", "best"):
+        found = row[when]
+        if found is None:
+            cells += ["", ""]
+            continue
+        loss, top1 = found["loss"], found["top1"]
+        cells.append(_plus_minus(loss["mean"], loss["std"], 4))
+        cells.append(_plus_minus(100 * top1["mean"], None if top1["std"] is None else 100 * top1["std"], 2))
+    return [*cells, str(len(row["runs"]))]
+
+
+def _name(group: dict[str, Any]) -> str:
+    return f"{group['teacher']} → {group['student']}, epochs: {_epochs(group)}"
+
+
+def _epochs(group: dict[str, Any]) -> str:
+    factor = f"x{group['epoch_factor']:g}"
+    return factor if group["epochs"] is None else f"{group['epochs']:g} ({factor})"
+
+
+def _plus_minus(value: float | None, spread: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def _p_value(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

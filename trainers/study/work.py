@@ -1,0 +1,134 @@
+"""How much a cell has to compute, before it does: images through each net."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalikd.kd.backbones import create_model
+from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainingOptions
+
+__all__ = ["Sizes", "Work", "forward_flops", "work"]
+
+_BACKWARD = 2.0  # a backward pass costs about two forward passes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cost of a study depends on besides its options."""
+
+    train_images: int
+    val_images: int
+    classes: int
+    side: int  # of an image, in pixels
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images that go through nets.
+
+    Attributes:
+        trained: forward and backward through the net that is trained.
+        asked: through the teacher.
+        scored: through a student that ranks candidates.
+        evaluated: through the net that is evaluated.
+        flops: of all of these, floating-point operations.
+    """
+
+    trained: int = 0
+    asked: int = 0
+    scored: int = 0
+    evaluated: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: Self) -> "Work":
+        """Both."""
+        names = ("trained", "asked", "scored", "evaluated", "flops")
+        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Work:
+    """What a call will compute.
+
+    Args:
+        options: of train, distill, measure or evaluate.
+        sizes: of the data set.
+        augmenters: of distill one, of measure those of one pass.
+
+    Raises:
+        ValueError: an unknown net, or options that it does not take.
+    """
+    if isinstance(options, EvaluateOptions):
+        done = Work(evaluated=sizes.val_images)
+    elif isinstance(options, MeasureOptions):
+        done = _measuring(options, sizes, augmenters)
+    else:
+        done = _training(options, sizes, augmenters)
+    return replace(done, flops=_flops(options, done, sizes))
+
+
+def _flops(options: Any, done: Work, sizes: Sizes) -> float:
+    own = (1 + _BACKWARD) * done.trained + done.scored + done.evaluated
+    total = own * forward_flops(options.model, options.model_args, sizes) if options.model else 0.0
+    if done.asked:
+        total += done.asked * forward_flops(options.teacher.name, options.teacher.args, sizes)
+    return total
+
+
+def _measuring(options: MeasureOptions, sizes: Sizes, augmenters: Sequence[Augmenter]) -> Work:
+    """The originals and equal images of several augmentations go through a net once."""
+    images = options.epochs * sizes.train_images
+    asked = len({part for augmenter in augmenters if _teacher_sees_all(augmenter) for part in augmenter.parts})
+    picked = sum(_share(augmenter) for augmenter in augmenters if not _teacher_sees_all(augmenter))
+    scored = len({part for augmenter in augmenters if _student_scores(augmenter) for part in augmenter.parts})
+    return Work(asked=round(images * (1 + asked + picked)), scored=images * scored)
+
+
+def _training(options: TrainingOptions, sizes: Sizes, augmenters: Sequence[Augmenter]) -> Work:
+    epochs = round(options.epochs * options.epoch_factor)
+    images = epochs * (sizes.train_images // options.batch_size * options.batch_size)  # the short last step is dropped
+    evaluations = sum(epoch % options.eval_every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
+    evaluated = evaluations * sizes.val_images
+    if not isinstance(options, DistillOptions):
+        return Work(trained=images, evaluated=evaluated)
+    (augmenter,) = augmenters
+    shown = _share(augmenter) if augmenter.makes_candidates else 0.0
+    asked = augmenter.runs if _teacher_sees_all(augmenter) else shown
+    scored = augmenter.runs if _student_scores(augmenter) else 0
+    return Work(round(images * (1 + shown)), round(images * (1 + asked)), images * scored, evaluated)
+
+
+def _teacher_sees_all(augmenter: Augmenter) -> bool:
+    """Whether it sees all candidates, and not the picks alone."""
+    return augmenter.criterion is None or augmenter.criterion.needs_teacher
+
+
+def _student_scores(augmenter: Augmenter) -> bool:
+    return augmenter.criterion is not None and augmenter.criterion.needs_student
+
+
+def _share(augmenter: Augmenter) -> float:
+    """Picks for each original."""
+    return 1.0 if augmenter.keep is None else augmenter.keep / augmenter.group
+
+
+def forward_flops(name: str, args: dict[str, Any], sizes: Sizes) -> float:
+    """Floating-point operations of a net for one image, without computing anything.
+
+    Raises:
+        ValueError: an unknown net, or options that it does not take.
+    """
+    key = (name, repr(args), sizes.classes, sizes.side)
+    if key not in _FLOPS:
+        with torch.device("meta"):
+            net = create_model(name, sizes.classes, **args).eval()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net(torch.empty(1, 3, sizes.side, sizes.side))
+        _FLOPS[key] = float(counter.get_total_flops())
+    return _FLOPS[key]
+
+
+_FLOPS: dict[tuple[str, str, int, int], float] = {}
