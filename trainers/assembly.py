@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import DrawSpec, View
@@ -195,6 +196,9 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
         seen_in_training = data.val_loader.spec.view
         teacher = open_teacher(options.teacher, data.train, seen_in_training, accelerator.device, options.precision)
     student = build_student(options, data.train).to(model_type(options.precision))
+    if isinstance(teacher, Teacher):
+        data.augmenter.check_nets(options.compile, ("the teacher", teacher.model), ("the student", student))
+    log = EntropyLog(options.entropy_log_every) if options.entropy_log_every and accelerator.is_main_process else None
     method = Distillation(
         student,
         teacher,
@@ -204,6 +208,7 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
         len(data.train.classes),
         joint_forward=options.joint_forward,
         metric=options.metric,
+        entropy_log=log,
         compile_mode=options.compile,
     )
     return method, data
@@ -256,7 +261,11 @@ def run_training(
         loop.load()
     folder.start(config, loop.progress.step if options.resume is not None else None)
     accelerator.wait_for_everyone()
-    return {**loop.run(), "folder": str(path)}
+    results = loop.run()
+    if isinstance(method, Distillation) and method.entropy_log:
+        method.entropy_log.save(path / "entropies.npz")
+        plot_entropies(method.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
+    return {**results, "folder": str(path)}
 
 
 def _check_options(options: TrainingOptions, accelerator: Accelerator) -> None:
@@ -267,6 +276,8 @@ def _check_options(options: TrainingOptions, accelerator: Accelerator) -> None:
         raise ValueError(f"--epochs {options.epochs} x --epoch_factor {options.epoch_factor} is no whole epoch")
     if not 0 <= options.ema < 1:
         raise ValueError(f"--ema {options.ema}: give a decay below 1, such as 0.999, or 0 for none")
+    if isinstance(options, DistillOptions) and options.entropy_log_every < 0:
+        raise ValueError(f"--entropy_log_every {options.entropy_log_every}: give at least 1, or 0 for no log")
     if options.clip is not None and options.clip <= 0:
         raise ValueError(f"--clip {options.clip}: give a norm above 0, or leave it out")
     if options.sync_bn and accelerator.device.type != "cuda":

@@ -26,6 +26,7 @@ __all__ = [
     "MixOptions",
     "Part",
     "augmentation_names",
+    "is_picked_by_student",
 ]
 
 MixFunction = Callable[[Tensor, MixDraws], Mixed]
@@ -249,27 +250,19 @@ class Augmenter:
         """Whether there are images beside the originals (not so for identity)."""
         return bool(self.parts)
 
-    def check_nets(self, *nets: tuple[str, nn.Module | None]) -> None:
+    def check_nets(self, compile_mode: str, *nets: tuple[str, nn.Module | None]) -> None:
         """Check that nets can do what it asks of them.
 
         Args:
+            compile_mode: of the nets' forwards, or off.
             nets: name and net, None where there is none.
 
         Raises:
-            ValueError: hidden states are mixed, and a net has not the stages for it.
+            ValueError: hidden states are mixed, and a net has not the stages for it or is to be compiled.
         """
         for name, net in nets:
             if self.mixes_hidden and net is not None:
-                check_mixable(net, name)
-
-    def check_compilable(self) -> None:
-        """Check that torch.compile can take its look as one region.
-
-        Raises:
-            ValueError: hidden states are mixed, by hooks that come and go.
-        """
-        if self.mixes_hidden:
-            raise ValueError(f"--compile cannot take {self.name}, which mixes inside of the nets: use --compile off")
+                check_mixable(net, name, compile_mode)
 
     def candidates(self, batch: Batch) -> Mixed | None:
         """runs * B augmented images, run after run; None where the originals are the candidates (identity)."""
@@ -321,6 +314,12 @@ class Branches:
             maker.make(pixels, None if view is None else augmented[view], None if mix is None else draws[mix])
             for maker, view, mix in self._recipes
         ]
+
+
+def is_picked_by_student(augmenter: Augmenter) -> bool:
+    """Whether a student alone scores its candidates."""
+    criterion = augmenter.criterion
+    return criterion is not None and criterion.needs_student and not criterion.needs_teacher
 
 
 def _parts(base: str, setting: _Setting, runs: int) -> tuple[Part, ...]:

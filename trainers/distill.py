@@ -8,15 +8,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import DistillationLoss, MixedOutputs
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import pick_count
-from dalikd.kd.teacher import Look, Teacher, batch_statistics
+from dalikd.kd.teacher import Look, Teacher, batch_statistics, entropies
 from dalikd.pipelines.loader import Batch
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
 from dalikd.trainers.cached import CachedLooks
 from dalikd.trainers.looking import CompileMode, Looker
 
@@ -83,6 +84,7 @@ class Distillation:
         num_classes: of both nets.
         joint_forward: one student forward over originals and augmented images.
         metric: whether to stream T. stddev.
+        entropy_log: where the entropies of this process's images go, by the net that picks.
         compile_mode: of the look; the task is the loop's to compile.
     """
 
@@ -97,6 +99,7 @@ class Distillation:
         *,
         joint_forward: bool = False,
         metric: bool = True,
+        entropy_log: EntropyLog | None = None,
         compile_mode: CompileMode = "off",
     ) -> None:
         self.student, self.teacher = student, teacher
@@ -106,11 +109,13 @@ class Distillation:
             teacher if isinstance(teacher, CachedLooks) else Looker(teacher, augmenter, self._score, compile_mode)
         )
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
+        self.entropy_log, self._batches = entropy_log, 0
 
     def inputs(self, batch: Batch) -> Sequence[Any]:
         """What the task takes: pixels, labels and what the teacher said."""
         seen = self._look(batch)
         self._measure(seen, batch)
+        self._log(seen, batch)
         augmented = seen.augmented if self._augmenter.makes_candidates else None
         own_labels, partner_labels = batch.labels[seen.rows], batch.labels[seen.partner]
         inputs = (
@@ -127,11 +132,18 @@ class Distillation:
         return {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": result.windows}
 
     def state_dict(self) -> dict[str, Any]:
-        """The metric's state."""
-        return {} if self.goodness is None else {"goodness": self.goodness.state_dict()}
+        """The state of metric and log."""
+        return {
+            **({} if self.goodness is None else {"goodness": self.goodness.state_dict()}),
+            **({} if self.entropy_log is None else {"entropy_log": self.entropy_log.state_dict()}),
+            "batches": self._batches,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the metric's state."""
+        """Take the state of metric and log."""
+        self._batches = state.get("batches", 0)
+        if self.entropy_log is not None and "entropy_log" in state:
+            self.entropy_log.load_state_dict(state["entropy_log"])
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
 
@@ -142,6 +154,17 @@ class Distillation:
         picked = pick_count(batch.total, group, keep)
         rows = gather_rows(self._accelerator, seen.logits, seen.augmented_logits, batch.total, picked)
         self.goodness.update(*rows, group)
+
+    def _log(self, seen: Look, batch: Batch) -> None:
+        if self.entropy_log is not None and self.entropy_log.due(self._batches):
+            of_student = is_picked_by_student(self._augmenter) and seen.pool_logits is not None
+            originals = self._score_originals(batch.pixels) if of_student else None
+            self.entropy_log.add(self._batches, *entropies(seen, originals))
+        self._batches += 1
+
+    def _score_originals(self, pixels: Tensor) -> Tensor:
+        with self._accelerator.autocast():
+            return score_groups(self.student, pixels, len(pixels), self._augmenter.group)
 
     def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
         candidates = len(images) if hidden is None else len(hidden.lam)

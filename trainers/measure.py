@@ -25,17 +25,23 @@ from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.assembly import make_loader, resident_pictures
-from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
+from dalikd.trainers.augmentation import (
+    Augmenter,
+    Branches,
+    MixOptions,
+    augmentation_names,
+    is_picked_by_student,
+)
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.looking import CompileMode
-from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor, is_picked_by_student
+from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher
 from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
 from dalikd.trainers.tracking import check_writable, versions
 
-__all__ = ["build_scorer", "measure", "measure_all", "results_table"]
+__all__ = ["build_scorer", "measure", "measure_all", "measure_branches", "results_table"]
 
 _FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
 
@@ -103,9 +109,34 @@ def measure(
         "per_class" by the class's name.
     """
     options = MeasureOptions(epochs=epochs, window=window, compile=compile_mode)
-    run = _Pass(Branches([augmenter]), loader, teacher, accelerator, student, options)
+    report = measure_branches(Branches([augmenter]), loader, teacher, accelerator, options, student)
+    return report["results"][0]
+
+
+def measure_branches(
+    branches: Branches,
+    loader: Loader,
+    teacher: Teacher,
+    accelerator: Accelerator,
+    options: MeasureOptions,
+    student: Normalized | None = None,
+) -> dict[str, Any]:
+    """Measure several augmentations in one pass over the data, epoch after epoch.
+
+    Args:
+        branches: the augmentations.
+        loader: over every row once an epoch (drop_last=False), with the draws of the branches.
+        teacher: frozen.
+        accelerator: whose processes share each batch; the result is that of one process.
+        options: epochs, window and what else is to be done; they name no data and no nets here.
+        student: in eval mode; for augmentations and metrics that need it.
+
+    Returns:
+        "results", what `measure` returns of each; "separation", "stopped" and "entropy_plots".
+    """
+    run = _Pass(branches, loader, teacher, accelerator, student, options)
     run.go()
-    return run.report(loader.source.classes)["results"][0]
+    return run.report(loader.source.classes)
 
 
 class _Pass:
@@ -124,7 +155,7 @@ class _Pass:
         classes = len(loader.source.classes)
         augmenters = branches.augmenters
         for augmenter in augmenters:
-            augmenter.check_nets(("the teacher", teacher.model), ("the student", student))
+            augmenter.check_nets(options.compile, ("the teacher", teacher.model), ("the student", student))
         sees_all = student is not None and "cross_entropy_covariance" in options.metrics
         self.look = Surveyor(
             teacher,

@@ -18,11 +18,11 @@ from dalikd.kd.picking import entropy, pick_count
 from dalikd.kd.survey import Branch, BranchOutputs, Survey, survey
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.loader import Batch
-from dalikd.trainers.augmentation import Augmenter, Branches
+from dalikd.trainers.augmentation import Augmenter, Branches, is_picked_by_student
 from dalikd.trainers.looking import CompileMode, check_compiler
 from dalikd.trainers.options import MetricName
 
-__all__ = ["EntropyLogs", "Measurement", "Surveyor", "is_picked_by_student"]
+__all__ = ["EntropyLogs", "Measurement", "Surveyor"]
 
 
 class Surveyor:
@@ -41,7 +41,7 @@ class Surveyor:
         compile_mode: of torch.compile, or off.
 
     Raises:
-        ValueError: something is to be compiled and there is no compiler, or hidden states are mixed.
+        ValueError: something is to be compiled and there is no compiler.
     """
 
     def __init__(
@@ -66,8 +66,6 @@ class Surveyor:
         ]
         self._survey = self._survey_tensors
         if compile_mode != "off":
-            for augmenter in branches.augmenters:
-                augmenter.check_compilable()
             self._survey = torch.compile(self._survey_tensors, mode=compile_mode, dynamic=False)
 
     @torch.no_grad()
@@ -238,7 +236,7 @@ class EntropyLogs:
     @torch.no_grad()
     def add(self, step: int, seen: Survey) -> None:
         """Record a batch, where it is due."""
-        for (name, log), of, by_student in zip(self._logs.items(), seen.branches, self._by_student, strict=False):
+        for log, of, by_student in zip(self._logs.values(), seen.branches, self._by_student, strict=False):
             if not log.due(step) or not len(seen.logits):
                 continue
             originals = seen.student_logits if by_student else seen.logits
@@ -266,12 +264,6 @@ class EntropyLogs:
         for name, log in self._logs.items():
             if name in state:
                 log.load_state_dict(state[name])
-
-
-def is_picked_by_student(augmenter: Augmenter) -> bool:
-    """Whether a student alone scores its candidates."""
-    criterion = augmenter.criterion
-    return criterion is not None and criterion.needs_student and not criterion.needs_teacher
 
 
 class _Share(NamedTuple):

@@ -150,6 +150,8 @@ class DistillOptions(TrainingOptions):
         joint_forward: one student forward over originals and augmented images instead of two; faster, but batch
             normalisation then sees both at once.
         metric: also stream the teacher's T. stddev and entropy over the training images.
+        entropy_log_every: batches between two records of the entropies of originals, candidates and picks, by the net
+            that picks; they go to entropies.npz and entropies.png in the run folder. 0: none.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -157,6 +159,7 @@ class DistillOptions(TrainingOptions):
     loss: DistillationLoss = field(default_factory=KD)
     joint_forward: bool = False
     metric: bool = True
+    entropy_log_every: int = 0
 
 
 @dataclass
