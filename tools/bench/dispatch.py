@@ -11,6 +11,7 @@ BENCHMARKS = {
     "loader": "decode and augment: images a second of dalikd's loader and of others that do the same work",
     "step": "a training step: real data against resident batches, teacher and student, waits",
     "teacher": "dalikd measure against its teacher alone: what loading, mixing, picking and the metric cost",
+    "passes": "dalikd measure: all augmentations in one pass over the data against a pass for each",
     "published": "the training step against the published CutMixPick loop, one habit at a time",
     "scaling": "one process against several: images a second and efficiency",
     "all": "those of this machine, one after the other, into one folder",

@@ -40,7 +40,7 @@ from dalikd.trainers.launch import autocast_type, start
 from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.measure import build_scorer, measure
 
-__all__ = ["Comparison", "main", "plan", "run"]
+__all__ = ["Comparison", "images_asked", "main", "open_images", "plan", "run"]
 
 _MEASURE, _LOADED, _ALONE = "measure", "loaded teacher", "teacher alone"
 _SHARE = f"{_MEASURE} / {_ALONE}"
@@ -70,7 +70,7 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
     accelerator = start(options.device, options.precision)
     check_alone("teacher", accelerator.num_processes)
     names = augmentation_names(options.augmentation)
-    source = _open_images(options)
+    source = open_images(options)
     view = training_view(options.data, source)
     augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
     student = build_scorer(options, source, augmenters)
@@ -210,7 +210,12 @@ def _rates(augmenter: Augmenter, options: TeacherOptions, parts: _Parts) -> dict
     return rates
 
 
-def _open_images(options: TeacherOptions) -> Source:
+def open_images(options: TeacherOptions) -> Source:
+    """As many training images as a round goes over.
+
+    Raises:
+        ValueError, OSError: the data are not as they should be, or fewer images are wanted than there are classes.
+    """
     source = open_split(options.data, "train", options.seed)
     if options.images < len(source.classes):
         raise ValueError(f"--images {options.images}: give at least one for each of {len(source.classes)} classes")

@@ -36,6 +36,13 @@ class TeacherOptions(MeasureOptions):
     # of results, which a benchmark has none of
     epochs: int = field(default=1, init=False)
     json: str | None = field(default=None, init=False)
+    confidence: float = field(default=0.95, init=False)
+    stop_confidence: float | None = field(default=None, init=False)
+    per_class: bool = field(default=False, init=False)
+    entropy_log: str | None = field(default=None, init=False)
+    entropy_log_every: int = field(default=100, init=False)
+    checkpoint: str | None = field(default=None, init=False)
+    checkpoint_every: int = field(default=500, init=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be measured with."""

@@ -41,7 +41,7 @@ def compare(arguments):
     def make(name):
         options, _ = parse("bench teacher", arguments)
         accelerator = start("cpu", "fp32")
-        source = bench._open_images(options)
+        source = bench.open_images(options)
         augmenter = Augmenter(name, options, source, training_view(options.data, source), seed=0)
         sampler = Sampler(len(source), 16, drop_last=False, group=8)
         loaders.append(Loader(source, sampler, augmenter.draw_spec, threads=1))
