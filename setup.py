@@ -20,7 +20,7 @@ setup(
         "dalikd.configs",
     ],
     package_dir={"dalikd." + room: room for room in (*ROOMS, "configs")},
-    package_data={"dalikd.configs": ["**/*.yaml"]},
+    package_data={"dalikd.configs": ["**/*.yaml", "**/*.txt"]},
     install_requires=[
         "torch>=2.11,<2.16",
         "torchvision>=0.26",

@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_module_and_config_and_nothing_else(wheel: Path) -> None:
-    kept = [(room, "*.py") for room in (*_ROOMS, "configs")] + [("configs", "*.yaml")]
+    kept = [(room, "*.py") for room in (*_ROOMS, "configs")] + [("configs", "*.yaml"), ("configs", "*.txt")]
     expected = {f"dalikd/{path.relative_to(_ROOT)}" for room, kind in kept for path in (_ROOT / room).rglob(kind)}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

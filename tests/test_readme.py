@@ -12,6 +12,7 @@ import yaml
 
 from dalikd.tools.cli import OPTIONS, parse
 from dalikd.tools.main import COMMANDS
+from dalikd.tools.study_config import read_study
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 _ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_command_lines_parse(command: str, arguments: list[str], workplace: Path
         (folder / "config.yaml").write_text(
             yaml.safe_dump(parse(command, ["--config", "my.yaml"])[1]), encoding="utf-8"
         )
-    options, _ = parse(command, arguments)
+    options = read_study(arguments).options if command == "study" else parse(command, arguments)[0]
     assert isinstance(options, OPTIONS[command])
 
 
@@ -141,7 +142,7 @@ def test_loader_code_runs(workplace: Path) -> None:
 
 
 def test_the_table_lists_all_augmentations() -> None:
-    section = _README.partition("## The nine augmentations")[2].partition("\n## ")[0]
+    section = _README.partition("## The augmentations")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(AUGMENTATIONS)
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from dalikd import configs
 from dalikd.tools import demo
-from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.augmentation import PUBLISHED
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_demo_shows_the_whole_job(tiny, tmp_path, capsys):
     assert [point["da"] for point in points] == students
     measured = json.loads((folder / "measure.json").read_text())["results"]
     stddev = {result["augmentation"]: result["stddev"] for result in measured}
-    assert list(stddev) == list(AUGMENTATIONS)
+    assert list(stddev) == list(PUBLISHED)
     for point in points:
         assert point["t_stddev"] == stddev[point["da"]]
         results = json.loads((folder / point["da"] / "results.json").read_text())
