@@ -223,6 +223,11 @@ class CrossEntropyCovariance:
         self._open_draw = self._steps.open.new_zeros(size, self._columns)
         self._draws: list[Tensor] = []  # [size, columns] each
 
+    @property
+    def complete(self) -> bool:
+        """Whether there are as many draws as the figure asks for; reading it does not wait for the device."""
+        return len(self._draws) >= self.draws
+
     @torch.no_grad()
     def update(
         self,

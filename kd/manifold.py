@@ -12,6 +12,7 @@ alone.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +54,18 @@ def manifold_mixup(images: Tensor, draws: MixDraws) -> Mixed:
     return Mixed(mixed.images, draws.partner, draws.lam, draws.layer)
 
 
-def check_mixable(model: nn.Module, name: str, compile_mode: str = "off") -> None:
+def check_mixable(model: nn.Module, name: str, compile_mode: str = "off", side: int | None = None) -> None:
     """Check that hidden states of a net can be mixed.
 
     Args:
         model: takes pixels, or normalised images.
         name: of the net, for the message.
         compile_mode: of torch.compile, which would cut a graph at every hook.
+        side: of the images; given, the net has a forward in eval mode over two black ones, which shows whether each
+            stage is passed through once and gives states that can be mixed.
 
     Raises:
-        ValueError: it has not stages enough, or is to be compiled.
+        ValueError: it has not stages enough, or none that can be mixed after, or is to be compiled.
     """
     if compile_mode != "off":
         raise ValueError(
@@ -72,6 +75,11 @@ def check_mixable(model: nn.Module, name: str, compile_mode: str = "off") -> Non
         raise ValueError(
             f"{name} names fewer than {LAYERS} stages, manifold_mixup mixes after the first {LAYERS - 1}: take another "
             "net, or mixup"
+        )
+    if side is not None and not _is_passed_through(model, side):
+        raise ValueError(
+            f"{name} does not pass once through each of its first {LAYERS - 1} stages, or gives no tensor there: "
+            "manifold_mixup cannot mix inside of it; take another net, or mixup"
         )
 
 
@@ -136,7 +144,7 @@ def _mixed(own: Tensor, originals: Tensor, hidden: HiddenMix, layer: int) -> Ten
 
 
 @contextmanager
-def _listening(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+def _listening(model: nn.Module, change: Callable[[int, Any], Any]) -> Iterator[None]:
     """In here what leaves stage 1, 2 … of a net is what `change` makes of the number and the states."""
     with ExitStack() as handles:
         for layer, stage in enumerate(_stages(model)[: LAYERS - 1], start=1):
@@ -146,6 +154,25 @@ def _listening(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> Ite
 
             handles.enter_context(stage.register_forward_hook(hook))
         yield
+
+
+@torch.no_grad()
+def _is_passed_through(model: nn.Module, side: int) -> bool:
+    """Whether a forward over two images gives the states of each of the first stages once, as a tensor of two rows."""
+    parameter = next(model.parameters())
+    images = torch.zeros(2, 3, side, side, dtype=parameter.dtype, device=parameter.device)
+    seen: list[int] = []
+
+    def note(layer: int, states: object) -> object:
+        seen.append(layer if isinstance(states, Tensor) and len(states) == len(images) else 0)
+        return states
+
+    training = model.training
+    model.eval()
+    with _listening(model, note):
+        model(images)
+    model.train(training)
+    return sorted(seen) == list(range(1, LAYERS))
 
 
 def _stages(model: nn.Module) -> list[nn.Module]:

@@ -238,7 +238,7 @@ def masking(images: Tensor, draws: MixDraws, fill: Sequence[float], cells_a_side
         raise ValueError(f"mask ratio is {ratio}: set --mask_ratio to a share from 0 to 1")
     grid = (cells_a_side, cells_a_side)
     numbers = _cells(draws, len(images), grid)
-    mask = cell_mask(numbers, int(ratio * numbers.shape[1]), grid, height // cells_a_side, width // cells_a_side)
+    mask = cell_mask(numbers, int(ratio * numbers.shape[1] + 1e-9), grid, height // cells_a_side, width // cells_a_side)
     return _filled(images, draws, mask, fill, "masking")
 
 

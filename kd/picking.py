@@ -114,7 +114,6 @@ class Criterion(NamedTuple):
     score: Callable[[PoolOutputs, int], Tensor]  # of the outputs, with so many originals a mix group; -> [runs * B]
     needs_teacher: bool
     needs_student: bool
-    needs_originals: bool = False
 
 
 TEACHER_ENTROPY = Criterion(
@@ -127,7 +126,6 @@ DISSIMILARITY = Criterion(
     lambda outputs, group: dissimilarity(_given(outputs.teacher), _given(outputs.originals), group),
     needs_teacher=True,
     needs_student=False,
-    needs_originals=True,
 )
 
 

@@ -70,93 +70,127 @@ def survey(
         student: like the teacher; for criteria that need it, and for `student_sees_all`.
         student_sees_all: whether the student's logits are wanted of everything that the teacher's are.
         student_sees_originals: whether they are wanted of the originals.
-        images_per_call: how many images a net sees at once at most, but never less than one run; None for all.
+        images_per_call: how many images a net sees at once at most, but never less than one run; None for all. Runs
+            that are mixed inside of the nets are asked about one by one, each together with the originals.
     """
-    teachers = _Answers(teacher, pixels, runs, images_per_call)
-    students = None if student is None else _Answers(student, pixels, runs, images_per_call)
     whole = {run for branch in branches for run in branch.pool if _teacher_sees_pool(branch)}
-    teachers.ask([_ORIGINALS, *sorted(whole)])
+    students = None if student is None else _Answers(student, pixels, runs, images_per_call)
     if students is not None:
-        scored = {
-            run for branch in branches for run in branch.pool if branch.criterion and branch.criterion.needs_student
-        }
+        scored = {run for branch in branches for run in branch.pool if _student_scores(branch)}
         originals = [_ORIGINALS] if student_sees_all or student_sees_originals else []
         students.ask([*originals, *sorted(whole | scored if student_sees_all else scored)])
-    outputs = [_outputs(branch, teachers, students, group, student_sees_all) for branch in branches]
+    teachers = _Answers(teacher, pixels, runs, images_per_call)
+    alone = {  # branches whose picks the teacher sees without the rest of their pool: these are made first
+        number: _pick(branch, None, students, len(pixels), group)
+        for number, branch in enumerate(branches)
+        if not (_teacher_sees_pool(branch) or whole.issuperset(branch.pool))
+    }
+    images = {number: teachers.add(teachers.join(branches[number].pool).take(picks)) for number, picks in alone.items()}
+    teachers.ask([_ORIGINALS, *sorted(whole), *images.values()])
+    outputs = []
+    for number, branch in enumerate(branches):
+        picks = alone.get(number)
+        if picks is None and branch.criterion is not None:
+            picks = _pick(branch, teachers, students, len(pixels), group)
+        pool = branch.pool or (_ORIGINALS,)
+        logits = teachers[(images[number],)] if number in alone else _of(teachers[pool], picks)
+        of_student = _picked(students, pool, picks) if students is not None and student_sees_all else None
+        scoring = None if picks is None else _given(teachers if _teacher_sees_pool(branch) else students)[pool]
+        outputs.append(BranchOutputs(logits, of_student, scoring, picks))
     on_originals = students[(_ORIGINALS,)] if students is not None and (_ORIGINALS,) in students else None
     return Survey(teachers[(_ORIGINALS,)], on_originals, tuple(outputs))
 
 
 class _Answers:
-    """A net's logits on the originals and on runs: each is asked about once."""
+    """A net's logits on the originals and on numbered images: each is asked about once."""
 
     def __init__(self, net: Net, pixels: Tensor, runs: Sequence[Mixed], images_per_call: int | None) -> None:
-        self._net, self._pixels, self._runs = net, pixels, runs
-        self._runs_per_call = len(runs) + 1 if images_per_call is None else max(images_per_call // len(pixels), 1)
+        self._net, self._pixels, self._mixed = net, pixels, list(runs)
+        self._most = images_per_call
         self._logits: dict[int, Tensor] = {}
 
     def __getitem__(self, numbers: tuple[int, ...]) -> Tensor:
         """Logits of several runs, run after run."""
-        return (
-            self._logits[numbers[0]] if len(numbers) == 1 else torch.cat([self._logits[number] for number in numbers])
-        )
+        if len(numbers) == 1:
+            return self._logits[numbers[0]]
+        return torch.cat([self._logits[number] for number in numbers])
 
     def __contains__(self, numbers: tuple[int, ...]) -> bool:
         return all(number in self._logits for number in numbers)
 
+    def add(self, mixed: Mixed) -> int:
+        """Number further images."""
+        self._mixed.append(mixed)
+        return len(self._mixed) - 1
+
+    def join(self, numbers: tuple[int, ...]) -> Mixed:
+        """The images of several runs, run after run."""
+        return Mixed.join([self._mixed[number] for number in numbers])
+
     def ask(self, numbers: Sequence[int]) -> None:
         """Ask about those, as many at once as a call may hold."""
-        plain = [number for number in numbers if number == _ORIGINALS or self._runs[number].hidden is None]
-        for start in range(0, len(plain), self._runs_per_call):
-            asked = plain[start : start + self._runs_per_call]
-            logits = self._net(
-                torch.cat([self._images(number) for number in asked])
-            )  # uint8 and float promote to float
-            self._logits |= dict(zip(asked, logits.split(len(self._pixels)), strict=True))
-        for number in set(numbers) - set(plain):
-            self._logits[number] = self.of(self._runs[number])
+        for number in numbers:
+            if number != _ORIGINALS and self._mixed[number].hidden is not None:
+                self._ask_hidden(number)
+        call: list[int] = []
+        for number in [number for number in numbers if number not in self._logits]:
+            rows = sum(len(self._images(one)) for one in (*call, number))
+            if call and self._most is not None and rows > self._most:
+                self._ask_together(call)
+                call = []
+            call.append(number)
+        if call:
+            self._ask_together(call)
 
-    def of(self, mixed: Mixed) -> Tensor:
-        """Logits of further images."""
-        if mixed.hidden is None:
-            return self._net(mixed.images)
-        both = torch.cat((self._pixels, mixed.images))
-        return self._net(both, mixed.hidden)[len(self._pixels) :]
+    def _ask_together(self, numbers: list[int]) -> None:
+        images = [self._images(number) for number in numbers]
+        logits = self._net(torch.cat(images))  # uint8 and float promote to float
+        self._logits |= dict(zip(numbers, logits.split([len(part) for part in images]), strict=True))
 
-    def candidates(self, numbers: tuple[int, ...]) -> Mixed:
-        """The images of several runs, run after run."""
-        return Mixed.join([self._runs[number] for number in numbers])
+    def _ask_hidden(self, number: int) -> None:
+        """Ask about images that are mixed inside of the net with the originals, which are answered along."""
+        mixed, batch = self._mixed[number], len(self._pixels)
+        logits = self._net(torch.cat((self._pixels, mixed.images)), mixed.hidden)
+        self._logits.setdefault(_ORIGINALS, logits[:batch])
+        self._logits[number] = logits[batch:]
 
     def _images(self, number: int) -> Tensor:
-        return self._pixels if number == _ORIGINALS else self._runs[number].images
+        return self._pixels if number == _ORIGINALS else self._mixed[number].images
 
 
 def _teacher_sees_pool(branch: Branch) -> bool:
     return branch.criterion is None or branch.criterion.needs_teacher
 
 
-def _outputs(
-    branch: Branch, teachers: _Answers, students: _Answers | None, group: int, student_sees_all: bool
-) -> BranchOutputs:
-    pool = branch.pool or (_ORIGINALS,)
-    if branch.criterion is None:
-        of_student = students[pool] if students is not None and student_sees_all else None
-        return BranchOutputs(teachers[pool], of_student, None, None)
-    criterion, originals = branch.criterion, teachers[(_ORIGINALS,)]
-    of_teacher = teachers[pool] if criterion.needs_teacher else None
+def _student_scores(branch: Branch) -> bool:
+    return branch.criterion is not None and branch.criterion.needs_student
+
+
+def _pick(branch: Branch, teachers: _Answers | None, students: _Answers | None, batch: int, group: int) -> Tensor:
+    """Places of a branch's picks in its pool; the teacher's answers where they are needed."""
+    criterion = branch.criterion
+    assert criterion is not None
+    pool, sees_pool = branch.pool, _teacher_sees_pool(branch)
+    of_teacher = _given(teachers)[pool] if sees_pool else None
+    originals = _given(teachers)[(_ORIGINALS,)] if sees_pool else None
     of_student = _given(students)[pool] if criterion.needs_student else None
-    pool_outputs = PoolOutputs(of_teacher, of_student, originals)
-    picks, _ = score_and_pick(criterion, pool_outputs, len(originals), group, branch.keep)
-    scoring = of_teacher if of_teacher is not None else of_student
-    picked_by_student = _picked(students, pool, picks) if students is not None and student_sees_all else None
-    return BranchOutputs(_picked(teachers, pool, picks), picked_by_student, scoring, picks)
+    return score_and_pick(criterion, PoolOutputs(of_teacher, of_student, originals), batch, group, branch.keep)[0]
 
 
-def _picked(answers: _Answers, pool: tuple[int, ...], picks: Tensor) -> Tensor:
+def _of(logits: Tensor, picks: Tensor | None) -> Tensor:
+    return logits if picks is None else logits[picks]
+
+
+def _picked(answers: _Answers, pool: tuple[int, ...], picks: Tensor | None) -> Tensor:
     """Logits of the picks: gathered, where the net has seen the whole pool."""
-    return answers[pool][picks] if pool in answers else answers.of(answers.candidates(pool).take(picks))
+    if pool not in answers:
+        assert picks is not None
+        number = answers.add(answers.join(pool).take(picks))
+        answers.ask([number])
+        return answers[(number,)]
+    return _of(answers[pool], picks)
 
 
-def _given(students: _Answers | None) -> _Answers:
-    assert students is not None, "a criterion needs a student"
-    return students
+def _given(answers: _Answers | None) -> _Answers:
+    assert answers is not None, "a criterion needs a student"
+    return answers

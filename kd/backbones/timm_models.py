@@ -79,12 +79,16 @@ class _StageFeatures:
         return [*intermediates, pooled], self.forward_head(final)
 
     def stage_modules(self: Any) -> list[nn.Module]:
-        """Modules whose outputs are the features of the stages, shallow to deep; none if timm does not name them."""
+        """Modules whose outputs are the features of the stages, shallow to deep; none if timm does not name them.
+
+        What timm calls a stem is left out; a net whose stem has another name has it as its first stage.
+        """
         named = [entry["module"] for entry in getattr(self, "feature_info", [])]
         modules = dict(self.named_modules())
         if not all(name in modules for name in named):
             return []
-        return [modules[name] for name in named if name.rpartition(".")[2] not in _STEMS]
+        stems = [name for name in named if name.startswith("stem") or name.rpartition(".")[2] in _STEMS]
+        return [modules[name] for name in named if name not in stems]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time and cannot be found by name: pickle and deepcopy start from timm's class.

