@@ -24,6 +24,7 @@ from dalikd.pipelines.sampler import Microbatch
 
 __all__ = [
     "AUGMENTED_VIEWS_IN_DALI",
+    "MOST_RUNS",
     "AugmentedView",
     "DrawSpec",
     "Draws",
@@ -41,7 +42,7 @@ Schedule = tuple[tuple[float, float], ...]  # (epoch, value), ascending from epo
 #: The augmented views that only DALI can make. Arrays in memory are gathered by torch where there is none of them.
 AUGMENTED_VIEWS_IN_DALI: frozenset[str] = POLICIES
 
-_MOST_RUNS = 240  # streams set aside for each use
+MOST_RUNS = 240  # streams set aside for each use
 
 
 @dataclass(frozen=True)
@@ -334,8 +335,8 @@ def _below_one(numbers: np.ndarray) -> np.ndarray:
 
 
 def _check_run(run: int) -> None:
-    if not 0 <= run < _MOST_RUNS:
-        raise ValueError(f"run {run} of an augmentation: there is room for runs 0 to {_MOST_RUNS - 1}")
+    if not 0 <= run < MOST_RUNS:
+        raise ValueError(f"run {run} of an augmentation: there is room for runs 0 to {MOST_RUNS - 1}")
 
 
 def _check_bounds(run: MixRun) -> None:

@@ -1,7 +1,7 @@
 """What is known of each data set by its name: normalisation, sizes, the published cutout side, where to get it.
 
 What follows from the picture's side alone stands elsewhere: the crop's padding and the side that evaluation resizes to
-in `data.py`, the AutoAugment policy in `augment.py`.
+in `data.py`, the AutoAugment policy in `policies.py`.
 """
 
 from collections.abc import Mapping

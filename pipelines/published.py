@@ -79,6 +79,9 @@ class PublishedSet:
 
     def verify(self, root: Path, splits: Sequence[str]) -> Iterator[Finding]:
         """Compare what some splits need, and whatever else is there, with the published checksums; file after file."""
+        unknown = [split for split in splits if split not in self.splits]
+        if unknown:
+            raise ValueError(f"{self.name} has no split {unknown[0]!r}: say one of {', '.join(self.splits)}")
         folder, needed = self.folder(root), self._needed(splits)
         for file, md5 in self.files.items():
             path = folder / file
