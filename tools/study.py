@@ -12,14 +12,16 @@ from dalikd.tools.cli import guarded, parse
 from dalikd.tools.distill import distill
 from dalikd.tools.evaluate import evaluate_net
 from dalikd.tools.measure import measure
+from dalikd.tools.study_checks import check_machine
 from dalikd.tools.study_config import read_study
 from dalikd.tools.study_plan import Study, make_ready
 from dalikd.tools.study_report import print_plan, write_report
 from dalikd.tools.train import train
 from dalikd.trainers.launch import start
 from dalikd.trainers.study.plan import Cell
+from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells
-from dalikd.trainers.study.state import check_config, keep_config
+from dalikd.trainers.study.state import check_config, keep_config, read_result
 
 _FUNCTIONS = {"train": train, "evaluate": evaluate_net, "measure": measure, "distill": distill}
 
@@ -42,12 +44,23 @@ def run(study: Study) -> None:
 
 
 def _begin(study: Study) -> Accelerator:
+    check_machine(study.kinds)
     options, _ = parse("train", [], study.shared, study.path)
     accelerator = start(options.device, options.precision)
     if accelerator.is_main_process:
+        _check_images(study)
         keep_config(study.folder, study.config)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def _check_images(study: Study) -> None:
+    """This machine has the images that the runs which are done have had."""
+    done = {cell.name: read_result(study.folder, cell) for cell in study.every}
+    if any(done.values()):
+        read = enumerate(study.opened.described(), start=1)
+        here = {f"data {number} of this machine ({data['data']['root']})": data for number, data in read}
+        check_images({**done, **here})
 
 
 def _run_cell(study: Study, cell: Cell, resumed: Path | None) -> None:

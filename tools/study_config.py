@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,9 +59,18 @@ def read_study(argv: Sequence[str]) -> Reading:
             arguments = _over(arguments, _sorted(_argument(option, words), "command line"))
     content = merged(content, arguments)
     own = content.pop("study", {})
+    pairs = _pairs(own.pop("pairs", []), path)  # the parser would make objects of the classes in them
     options, _ = parse("study", [], own, path)
     _check_shared(content, path)
-    return Reading(options, content, path)
+    return Reading(replace(options, pairs=pairs), content, path)
+
+
+def _pairs(given: Any, path: Path) -> list[dict[str, Any]]:
+    """What stands under `pairs`; its entries are checked by `read_pairs`."""
+    pairs = yaml.safe_load(given) if isinstance(given, str) else given
+    if not isinstance(pairs, list):
+        raise ValueError(f"{path}: pairs is {pairs!r}: give a list of {{teacher: NET, student: NET}}")
+    return pairs
 
 
 def _split(argv: Sequence[str]) -> list[str]:
@@ -143,7 +153,7 @@ def _check_shared(content: dict[str, Any], path: Path) -> None:
         for name in _IN_PAIRS:
             if name in values:
                 raise ValueError(f"{path}: {place}{name} is no option of a study: nets are named in `pairs`")
-        for name in ("name", "weights", "args", "cache"):
+        for name in ("name", "weights", "args", "sha256", "cache"):
             if name in (values.get("teacher") or {}):
                 raise ValueError(f"{path}: {place}teacher.{name} is no option of a study: teachers stand in `pairs`")
         for name in _FOR_CELLS:

@@ -1,26 +1,20 @@
 """A study made ready: its cells with their options, checked, weighed and dealt before anything is computed."""
 
 import json
-import os
 import shlex
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from dalikd.kd.backbones import create_model
-from dalikd.pipelines.data import open_sources, training_view
-from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source
 from dalikd.tools.cli import parse
+from dalikd.tools.study_checks import Opened, check_cell, check_teacher
 from dalikd.tools.study_config import ONE_CALL, Reading
-from dalikd.trainers.augmentation import Augmenter, augmentation_names
-from dalikd.trainers.models import build_model
-from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainingOptions
+from dalikd.trainers.augmentation import augmentation_names
+from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.study.options import Pair, StudyOptions, chosen_pairs, read_pairs
 from dalikd.trainers.study.plan import Axes, Cell, deal, plan
-from dalikd.trainers.study.work import Sizes, Work, work
+from dalikd.trainers.study.work import Work
 
 __all__ = ["Study", "cell_command", "make_ready"]
 
@@ -41,6 +35,8 @@ class Study(NamedTuple):
         every: those of all pairs.
         work: what each cell computes.
         shards: the shard of each cell of this call.
+        kinds: options of cells, one of each kind.
+        opened: the data.
     """
 
     options: StudyOptions
@@ -53,6 +49,13 @@ class Study(NamedTuple):
     every: list[Cell]
     work: dict[str, Work]
     shards: dict[str, int]
+    kinds: list[Any]
+    opened: Opened
+
+    @property
+    def kept(self) -> Path:
+        """The file that keeps its config."""
+        return self.folder / "config.yaml"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -70,19 +73,31 @@ def make_ready(reading: Reading) -> Study:
     options = replace(reading.options, augmentation=augmentation_names(reading.options.augmentation))
     pairs = read_pairs(options, "train" in reading.shared)
     chosen = chosen_pairs(pairs, options.pair)
-    kinds, opened = _Kinds(reading), _Opened()
+    kinds, opened = _Kinds(reading), Opened()
     trained = kinds.parse("train", [])
     folder = Path(options.output or f"runs/study-{trained.data.name}")
-    axes = _axes(options, kinds.parse("measure", []), opened)
-    every = plan(pairs, axes, folder, trained.ema)
-    costs = {cell.name: _check(cell, kinds.options(cell), opened) for cell in every}
-    _check_weights(pairs, opened.sources(trained)[0])
-    cells = plan(chosen, axes, folder, trained.ema)
+    measured = kinds.parse("measure", [])
+    axes, stops_early = _axes(options, measured, opened), measured.stop_confidence is not None
+    every = plan(pairs, axes, folder, trained.ema, stops_early=stops_early)
+    costs = {cell.name: check_cell(cell, kinds.options(cell), opened) for cell in every}
+    _check_teachers(pairs, every, kinds, opened, download=not (options.dry_run or options.report))
+    cells = plan(chosen, axes, folder, trained.ema, stops_early=stops_early)
     shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1])
-    return Study(options, reading.shared, reading.path, pairs, axes, folder, cells, every, costs, shards)
+    return Study(
+        options, reading.shared, reading.path, pairs, axes, folder, cells, every, costs, shards, kinds.all(), opened
+    )
 
 
-def _axes(options: StudyOptions, measured: MeasureOptions, opened: "_Opened") -> Axes:
+def _check_teachers(pairs: list[Pair], cells: list[Cell], kinds: "_Kinds", opened: Opened, *, download: bool) -> None:
+    asking = {cell.name.split("/")[1]: cell for cell in cells if cell.command == "distill"}
+    for index, pair in enumerate(pairs):
+        place, trained = f"pairs[{index}].teacher", pair.teacher.weights is None
+        options = kinds.options(asking[pair.label])
+        check = partial(check_teacher, place, options, opened, trained=trained, download=download)
+        opened.once(asdict(pair.teacher), check)
+
+
+def _axes(options: StudyOptions, measured: MeasureOptions, opened: Opened) -> Axes:
     augmenters = [opened.augmenter(name, measured) for name in options.augmentation]
     scored = {made.name: made.criterion is not None and made.criterion.needs_student for made in augmenters}
     return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor))
@@ -90,7 +105,7 @@ def _axes(options: StudyOptions, measured: MeasureOptions, opened: "_Opened") ->
 
 def cell_command(study: Study, cell: Cell) -> str:
     """The command line that does the same as a cell."""
-    words = ["dalikd", cell.command, "--config", str(study.folder / "config.yaml"), *cell.words(study.folder)]
+    words = ["dalikd", cell.command, "--config", str(study.kept), *cell.words(study.folder)]
     return shlex.join(words)
 
 
@@ -104,6 +119,10 @@ class _Kinds:
     def parse(self, command: str, words: list[str]) -> Any:
         return parse(command, words, self._reading.shared, self._reading.path)[0]
 
+    def all(self) -> list[Any]:
+        """Of cells, one of each kind."""
+        return list(self._parsed.values())
+
     def options(self, cell: Cell) -> Any:
         varied = {key: value for key, value in cell.settings.items() if key in _VARIED}
         kind = replace(cell, name="", settings={k: v for k, v in cell.settings.items() if k not in varied})
@@ -111,82 +130,3 @@ class _Kinds:
         if key not in self._parsed:
             self._parsed[key] = self.parse(kind.command, kind.words(Path()))
         return replace(self._parsed[key], **varied)
-
-
-class _Opened:
-    """Sources by the data options, each opened once."""
-
-    def __init__(self) -> None:
-        self._sources: dict[str, tuple[Source, Source]] = {}
-
-    def sources(self, options: Any) -> tuple[Source, Source]:
-        key = json.dumps(asdict(options.data))
-        if key not in self._sources:
-            self._sources[key] = open_sources(options.data, options.seed)
-        return self._sources[key]
-
-    def sizes(self, options: Any) -> Sizes:
-        train, val = self.sources(options)
-        return Sizes(len(train), len(val), len(train.classes), training_view(options.data, train).size)
-
-    def augmenter(self, name: str, options: Any) -> Augmenter:
-        source, _ = self.sources(options)
-        return Augmenter(name, options, source, training_view(options.data, source), options.seed)
-
-
-def _check(cell: Cell, options: Any, opened: _Opened) -> Work:
-    """What a cell will compute, and what building it would find wrong."""
-    sizes, augmenters = opened.sizes(options), []
-    if isinstance(options, TrainingOptions | MeasureOptions):
-        names = options.augmentation if isinstance(options, MeasureOptions) else [options.augmentation]
-        augmenters = [opened.augmenter(name, options) for name in names]
-        _check_batches(options, sizes)
-        _check_nets(options, sizes, augmenters)
-    done = work(options, sizes, augmenters)
-    if cell.is_run and done.trained < 1:
-        raise ValueError(f"{cell.name} has no step: give more epochs, or batches no larger than the training data")
-    return done
-
-
-def _check_nets(options: TrainingOptions | MeasureOptions, sizes: Sizes, augmenters: list[Augmenter]) -> None:
-    """Nets can do what the augmentations ask of them."""
-    hidden = [augmenter for augmenter in augmenters if augmenter.mixes_hidden]
-    nets = [(options.model, options.model_args)]
-    if isinstance(options, DistillOptions | MeasureOptions):
-        nets.append((options.teacher.name, options.teacher.args))
-    for name, args in nets if hidden else []:
-        if name is not None:
-            with torch.device("meta"):
-                hidden[0].check_nets(options.compile, (name, create_model(name, sizes.classes, **args)))
-
-
-def _check_batches(options: TrainingOptions | MeasureOptions, sizes: Sizes) -> None:
-    trains = isinstance(options, TrainingOptions)
-    Sampler(
-        sizes.train_images,
-        options.batch_size,
-        options.seed,
-        world=int(os.environ.get("WORLD_SIZE", "1")),
-        accumulation=options.accumulation if trains else 1,
-        group=options.mix_group,
-        drop_last=trains,
-    )
-    if not trains and sizes.train_images * options.epochs < options.window:
-        raise ValueError(
-            f"measure: {options.epochs} epoch(s) of {sizes.train_images} images fill less than two windows of "
-            f"{options.window} teacher outputs: raise measure.epochs"
-        )
-
-
-def _check_weights(pairs: list[Pair], source: Source) -> None:
-    """Weights files are there and fit."""
-    for index, pair in enumerate(pairs):
-        teacher = pair.teacher
-        if teacher.weights in (None, "pretrained"):
-            continue
-        if not Path(teacher.weights).is_file():
-            raise FileNotFoundError(f"pairs[{index}].teacher: there is no weights file {teacher.weights}")
-        try:
-            build_model(teacher.name, source, weights=teacher.weights, args=teacher.args)
-        except ValueError as error:
-            raise ValueError(f"pairs[{index}].teacher: {error}") from error

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import yaml
+
 from dalikd.kd.correlation import Coefficient, Correlation, plot
 from dalikd.tools.study_plan import Study, cell_command
 from dalikd.trainers.study.plan import Cell
@@ -20,6 +22,7 @@ __all__ = ["print_plan", "write_report"]
 def print_plan(study: Study) -> None:
     """Every run with its command, what is done of them, and what is left to compute."""
     left = [cell for cell in study.cells if not is_done(study.folder, cell)]
+    print(_where_options_stand(study), end="")
     count = study.options.share()[1]
     for cell in study.cells:
         shard = f", shard {study.shards[cell.name]}/{count}" if count > 1 else ""
@@ -54,6 +57,15 @@ def write_report(study: Study) -> dict[str, Any]:
     write_json(study.folder / "results.json", results)
     print(f"\n{text}\nwritten: {study.folder}/table.md, table.csv, results.json and {len(drawn)} plot(s) in plots/")
     return results
+
+
+def _where_options_stand(study: Study) -> str:
+    """What is to be known about the config that the commands read; nothing where they run here as they are."""
+    if not study.kept.exists():
+        return f"# The commands read {study.kept}, which the study writes when it starts: it is not there yet.\n"
+    kept = yaml.safe_load(study.kept.read_text("utf-8")).get("data", {}).get("root")
+    here = study.shared.get("data", {}).get("root")
+    return "" if here == kept else f"# The commands read data from {kept}: add --data.root {here} on this machine.\n"
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -1,13 +1,17 @@
 """How a study's config files and arguments become one config."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dalikd.tools.study_config import merged, read_study
+from dalikd.tools.study_config import ONE_CALL, merged, read_study
+from dalikd.trainers.study.state import first_difference
 
+ROOT = Path(__file__).parents[2]
 PAIRS = [{"teacher": "vgg13", "student": "vgg8"}]
 
 
@@ -98,6 +102,13 @@ def test_classes_are_merged_with_their_options(old, new, expected):
     assert merged({"optimizer": old}, {"optimizer": new}) == {"optimizer": expected}
 
 
+def test_classes_in_pairs_stay_plain(read):
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "betas": [0.8, 0.9]}}
+    pairs = [{"teacher": "vgg13", "student": {"name": "vgg8", "optimizer": optimizer}}]
+    assert read({"study": {"pairs": pairs}})[0].pairs == pairs
+    assert read({}, words='--pairs [{"teacher":"a","student":"b"}]')[0].pairs == [{"teacher": "a", "student": "b"}]
+
+
 def test_help_is_shown(capsys):
     with pytest.raises(SystemExit) as stop:
         read_study(["--help"])
@@ -130,6 +141,8 @@ def test_help_is_shown(capsys):
         ({}, "--shard 2", "--shard 2: give number/count, such as 2/8"),
         ({"model": "vgg8"}, "", "0.yaml: model is no option of a study: nets are named in `pairs`"),
         ({"train": {"weights": "x"}}, "", "0.yaml: train.weights is no option of a study: nets are named in `pairs`"),
+        ({"study": {"pairs": {"teacher": "a"}}}, "", "0.yaml: pairs is {'teacher': 'a'}: give a list of {teacher: NET"),
+        ({"teacher": {"sha256": "x"}}, "", "teacher.sha256 is no option of a study: teachers stand in `pairs`"),
         ({"teacher": {"name": "x"}}, "", "teacher.name is no option of a study: teachers stand in `pairs`"),
         ({"distill": {"output": "x"}}, "", "distill.output is no option of a study: it has a folder, --output"),
         ({"overwrite": True}, "", "overwrite is no option of a study"),
@@ -140,3 +153,21 @@ def test_mistakes_are_named(read, content, words, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         read(content, words=words)
     assert message in " ".join(str(error.value).split())
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *(ROOT / "configs").rglob("*study.yaml")], ids=lambda path: path.parent.name
+)
+def test_documented_commands_of_one_folder_are_of_one_study(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folders: dict[str, dict[str, Any]] = {}
+    commands = re.findall(
+        r"^(?:#   )?.*dalikd(?:\.tools\.| )study (--config [^#\n]+)", path.read_text("utf-8"), re.MULTILINE
+    )
+    assert len(commands) > 1
+    for words in commands:
+        options, shared, config = read_study(words.split())
+        own = {name: value for name, value in asdict(options).items() if name not in ONE_CALL}
+        content = {**shared, "study": own}
+        first = folders.setdefault(options.output or str(config), content)
+        assert first_difference(first, content) is None, words

@@ -14,6 +14,8 @@ from dalikd.tools.cli import parse
 from dalikd.tools.study_config import read_study
 from dalikd.tools.study_plan import cell_command, make_ready
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.study.state import keep_config
+from dalikd.trainers.tracking import write_json
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     ("change", "words", "message"),
     [
         ({"study": {"pairs": []}}, "", "a study needs pairs: give a config with"),
-        (_pairs("vgg13/vgg8"), "", "pairs"),
+        (_pairs("vgg13/vgg8"), "", "pairs[0] is 'vgg13/vgg8': give {teacher: NET, student: NET}"),
         (_pairs({"teacher": "vgg13"}), "", "pairs[0] is {'teacher': 'vgg13'}: give {teacher: NET, student: NET}"),
         (_pairs({"teacher": 3, "student": "vgg8"}), "", "pairs[0].teacher is 3: give a net's name"),
         (_pairs({"teacher": {"label": "a"}, "student": "vgg8"}), "", "pairs[0].teacher is {'label': 'a'}: give a net"),
@@ -99,8 +101,31 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         ({"data": {"root": "nowhere"}}, "", "nowhere"),
         ({"batch_size": 20}, "", "20"),
         ({"batch_size": 128}, "", "--batch_size 128 is larger than the data set (99 images)"),
-        ({"epochs": 0}, "", "teachers/resnet14 has no step: give more epochs"),
-        ({"measure": {"window": 640}}, "", "measure: 1 epoch(s) of 99 images fill less than two windows of 640"),
+        ({"epochs": 0}, "", "teachers/resnet14: --epochs 0: give at least 1"),
+        ({"epoch_factor": 0.1}, "", "students/resnet8/x0.1/seed0: --epochs 1 x --epoch_factor 0.1 is no whole epoch"),
+        ({"distill": {"eval_every": 0}}, "", "/seed0: --eval_every 0: give at least 1"),
+        ({"distill": {"ema": 2}}, "", "distill/resnet14_resnet8/x1/flip/seed0: --ema 2.0: give a decay below 1"),
+        ({"distill": {"clip": -1}}, "", "--clip -1.0: give a norm above 0"),
+        ({"distill": {"mean": [0, 0, 0]}}, "", "distill/resnet14_resnet8/x1/flip/seed0: mean [0.0, 0.0, 0.0] and std"),
+        ({"distill": {"fix_student": True}}, "", "--fix_student true observes a student as its weights are"),
+        ({"distill": {"sync_bn": True}}, "", "--sync_bn true needs GPUs: leave it out on the CPU"),
+        ({"distill": {"precision": "fp16"}}, "", "--precision fp16 needs a GPU"),
+        ({"train": {"augmentation": "cutmixpick_teacher"}}, "", "cutmixpick_teacher picks images for distillation"),
+        ({"measure": {"window": 25}}, "", "measure/resnet14.json: --window 25: give a positive even number"),
+        ({"measure": {"images_per_call": 0}}, "", "measure/resnet14.json: --images_per_call 0: give at least 1"),
+        ({"measure": {"window": 640}}, "", "measure/resnet14.json: 1 epoch(s) of 99 images fill less than two windows"),
+        ({"study": {"augmentation": ["patchmix"]}}, "--patch_side 64", "--patch_side 64"),
+        ({"teacher": {"mean": [0, 0, 0]}}, "", "pairs[0].teacher: mean [0.0, 0.0, 0.0] and std []: give both"),
+        (
+            _pairs({"teacher": {"name": "resnet14", "weights": "pretrained"}, "student": "resnet8"}),
+            "",
+            "pairs[0].teacher: resnet14 has no pretrained weights to download",
+        ),
+        (
+            _pairs({"teacher": {"name": "timm:resnet18", "weights": "pretrained"}, "student": "resnet8"}),
+            "--dry_run true",
+            "pairs[0].teacher: timm:resnet18's pretrained weights have 1000 classes, the data set has 3",
+        ),
         ({}, "--pair resnet14/vgg8", "--pair resnet14/vgg8: there is no such pair, there are resnet14/resnet8"),
         ({"epochs": "many"}, "", "epochs"),
         ({}, "--report true", "--report true: there is no study in"),
@@ -135,6 +160,89 @@ def test_weights_that_do_not_fit_are_found_before_any_work(content, tmp_path):
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"pairs\[0\].teacher: .*ten_classes"):
         make_ready(read_study(["--config", str(path)]))
+
+
+@pytest.mark.parametrize("teacher", [{"sha256": "00000000"}, {"mean": [0.5, 0.5, 0.5]}])
+def test_a_given_teacher_is_built_as_the_runs_build_it(content, tmp_path, teacher):
+    weights = tmp_path / "three_classes.pt"
+    torch.save(create_model("resnet8", 3).state_dict(), weights)
+    given = {"name": "resnet8", "weights": str(weights)}
+    path = tmp_path / "study.yaml"
+    content["study"]["pairs"] = [{"teacher": given, "student": "resnet8"}]
+    path.write_text(yaml.safe_dump(content))
+    assert make_ready(read_study(["--config", str(path)])).cells
+    content["study"]["pairs"][0]["teacher"] = {**given, **teacher}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=rf"(pairs\[0\].teacher|teachers/resnet8.json): .*({next(iter(teacher))}|SHA)"):
+        make_ready(read_study(["--config", str(path)]))
+
+
+def test_options_for_another_machine_can_be_planned(content, tmp_path, capsys):
+    """sync_bn needs GPUs, which the machine that the study is planned on need not have."""
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump({**content, "sync_bn": True}))
+    words = ["--config", str(path), "--output", str(folder), "--dry_run", "true"]
+    study.main(words)
+    out = capsys.readouterr().out
+    assert out.startswith(f"# The commands read {folder}/config.yaml, which the study writes when it starts: it is not")
+    assert not folder.exists()
+    ready = make_ready(read_study(words))
+    keep_config(folder, ready.config)
+    study.main(words)
+    assert capsys.readouterr().out.startswith("# teachers/resnet14\n")
+    moved = tmp_path / "moved"
+    moved.symlink_to(content["data"]["root"])
+    study.main([*words, "--data.root", str(moved)])
+    first = f"# The commands read data from {content['data']['root']}: add --data.root {moved} on this machine.\n"
+    assert capsys.readouterr().out.startswith(first)
+
+
+def test_other_images_than_those_of_the_runs_that_are_done_are_refused(content, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Loop, "step", None)
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump(content))
+    words = ["--config", str(path), "--output", str(folder)]
+    ready = make_ready(read_study(words))
+    keep_config(folder, ready.config)
+    (seen,) = ready.opened.described()
+    result = {**seen, "fingerprint": {**seen["fingerprint"], "val": "other"}, "finished": True}
+    write_json(folder / "students/resnet8/x1/seed0/results.json", result)
+    with pytest.raises(SystemExit):
+        study.main(words)
+    assert (
+        f"fingerprints other: students/resnet8/x1/seed0; {seen['fingerprint']['val']}: data 1 of this machine "
+        f"({content['data']['root']})" in capsys.readouterr().err
+    )
+
+
+def test_one_augmentation_is_measured_without_a_stop_rule(content, tmp_path):
+    content["study"]["augmentation"] = ["flip", "identity", "cutmixpick_student"]
+    content["measure"]["stop_confidence"] = 0.9
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump(content))
+    ready = make_ready(read_study(["--config", str(path), "--output", str(folder)]))
+    found = {
+        cell.name: parse("measure", cell.words(folder), ready.shared)[0].stop_confidence
+        for cell in ready.cells
+        if cell.command == "measure"
+    }
+    assert found == {"measure/resnet14.json": 0.9, "measure/resnet14_resnet8.json": None}
+
+
+def test_a_net_may_have_an_optimizer_of_its_own(content, tmp_path):
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "betas": [0.8, 0.9]}}
+    content["study"]["pairs"] = [{"teacher": "resnet14", "student": {"name": "resnet8", "optimizer": optimizer}}]
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump(content))
+    ready = make_ready(read_study(["--config", str(path), "--output", str(folder)]))
+    keep_config(folder, ready.config)
+    for cell in ready.cells:
+        if cell.name.startswith(("students/", "distill/")):
+            options, plain = parse(cell.command, shlex.split(cell_command(ready, cell))[2:])
+            made = options.optimizer([torch.nn.Parameter(torch.zeros(1))])
+            assert isinstance(made, torch.optim.AdamW)
+            assert (made.defaults["lr"], list(made.defaults["betas"])) == (0.001, [0.8, 0.9])
+            assert plain["optimizer"]["class_path"] == "torch.optim.AdamW"
 
 
 def test_the_command_of_a_cell_has_the_options_of_the_cell(content, tmp_path):

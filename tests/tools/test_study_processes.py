@@ -64,7 +64,7 @@ def _start(config: Path, folder: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def _files(folder: Path) -> int:
-    return sum(1 for _ in folder.rglob("*"))
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))  # passes over what just vanished
 
 
 def _kill_later(process: subprocess.Popen[str], folder: Path, files: int, delay: float) -> None:
@@ -107,6 +107,15 @@ def test_two_shards_make_what_one_makes(config, expected, tmp_path):
     assert outputs[0].count("waiting for teachers/resnet14") == 1
     assert any("written: " in out for out in outputs)
     assert sum(out.count("run folder: ") for out in outputs) == CELLS - 2
+    assert _results(folder) == expected
+
+
+def test_two_equal_calls_at_once_make_each_run_once(config, expected, tmp_path):
+    folder = tmp_path / "study"
+    calls = [_start(config, folder, "--poll_seconds", "0.1") for _ in range(2)]
+    ended = [call.communicate(timeout=300) for call in calls]
+    assert [call.returncode for call in calls] == [0, 0], ended
+    assert sum(out.count("run folder: ") for out, _ in ended) == CELLS - 2
     assert _results(folder) == expected
 
 

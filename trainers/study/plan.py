@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,11 @@ class Cell:
         words = ["--output" if self.is_run else "--json", str(folder / self.name)]
         words += ["--checkpoint", str(folder / self.checkpoint)] if self.command == "measure" else []
         for key, value in self.settings.items():
-            if key == "augmentation" and isinstance(value, list):
-                words += [f"--{key}", *value]
-            else:
-                words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+            words += _words(key, value)
         return words
 
 
-def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0) -> list[Cell]:
+def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0, *, stops_early: bool = False) -> list[Cell]:
     """All cells, each after those that it needs: teachers, students alone, T. stddev, students.
 
     Args:
@@ -78,6 +75,7 @@ def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0) -> l
         axes: what they are tried with.
         folder: of the study.
         ema: decay of the average that training keeps by default; where there is one, its weights are used.
+        stops_early: whether measuring ends as soon as a ranking is settled; not where there is nothing to rank.
     """
     cells = [_teacher(pair.teacher) for pair in pairs]
     runs = [(factor, seed) for factor in axes.factors for seed in axes.seeds]
@@ -89,7 +87,9 @@ def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0) -> l
         for pair in pairs
         for name in axes.augmentations
     ]
-    return list({cell.name: cell for cell in cells if cell.settings.get("augmentation") != []}.values())
+    cells = [cell for cell in cells if cell.settings.get("augmentation") != []]
+    cells = [_without_stop(cell) if stops_early else cell for cell in cells]
+    return list({cell.name: cell for cell in cells}.values())
 
 
 def deal(costs: Mapping[str, float], shards: int) -> dict[str, int]:
@@ -150,11 +150,29 @@ def _measure(pair: Pair, axes: Axes, folder: Path, ema: float, scored: bool) -> 
     return Cell(measure_name(pair, scored), "measure", settings, needs)
 
 
+def _without_stop(cell: Cell) -> Cell:
+    """The rule to stop needs two augmentations."""
+    if cell.command != "measure" or len(cell.settings["augmentation"]) > 1:
+        return cell
+    return replace(cell, settings={**cell.settings, "stop_confidence": None})
+
+
 def _distill(pair: Pair, factor: float, augmentation: str, seed: int, folder: Path, ema: float) -> Cell:
     asked, needs = _asked(pair.teacher, folder, ema)
     settings = {**_model(pair.student), **asked, **pair.student.settings}
     settings |= {"augmentation": augmentation, "epoch_factor": factor, "seed": seed}
     return Cell(distill_name(pair, factor, augmentation, seed), "distill", settings, needs)
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """An option as words of a command line; a class with its options is a name, and each of them."""
+    if key == "augmentation" and isinstance(value, list):
+        return [f"--{key}", *value]
+    if isinstance(value, dict) and "class_path" in value:
+        options = {f"{key}.{name}": option for name, option in (value.get("init_args") or {}).items()}
+        options |= {f"{key}.dict_kwargs.{name}": option for name, option in (value.get("dict_kwargs") or {}).items()}
+        return [f"--{key}", value["class_path"], *(word for name in options for word in _words(name, options[name]))]
+    return [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
 
 
 def _model(net: Net) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a study found: its cells' results put together, mean and standard deviation over the seeds."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,14 @@ from dalikd.trainers.study.options import Pair
 from dalikd.trainers.study.plan import Axes, Cell, alone_name, distill_name, measure_name, teacher_name
 from dalikd.trainers.study.state import read_result
 
-__all__ = ["collect", "points_of"]
+__all__ = ["check_images", "collect", "points_of"]
 
 _FIGURES = ("loss", "top1", "top5")
 _MEASURED = ("stddev", "stderr", "entropy", "windows")
+#: what says, besides the seed where images are chosen, which images a split has
+_CHOICE = ("name", "classes", "class_seed")
+_LIMITS = {"train": "limit", "val": "val_limit"}
+_LISTED = 5
 _SETTINGS = ("mode", "mix_group", "window", "epochs", "seed", "precision")
 
 _Results = Mapping[str, dict[str, Any] | None]
@@ -37,9 +42,10 @@ def collect(
         they depend on. Two studies that did the same differ in "runs_on" alone.
 
     Raises:
-        ValueError: a result cannot be read.
+        ValueError: a result cannot be read, or results are of other images than others.
     """
     done: _Results = {cell.name: read_result(folder, cell) for cell in cells}
+    check_images(done)
     return {
         "complete": all(result is not None for result in done.values()),
         "missing": [name for name, result in done.items() if result is None],
@@ -53,6 +59,29 @@ def collect(
             "processes": _distinct(result.get("processes") for result in done.values() if result),
         },
     }
+
+
+def check_images(results: Mapping[str, dict[str, Any] | None]) -> None:
+    """Check that runs which ask for the same images have the same ones, wherever these lie on their machines.
+
+    Args:
+        results: of runs, by their names; None where there is none.
+
+    Raises:
+        ValueError: names runs that have others.
+    """
+    seen: dict[str, dict[str, list[str]]] = {}
+    there = {name: result for name, result in results.items() if result is not None}
+    for name, result in there.items():
+        for split, fingerprint in _fingerprints_of(result).items():
+            seen.setdefault(_asked_for(result, split), {}).setdefault(fingerprint, []).append(name)
+    for by_fingerprint in seen.values():
+        if len(by_fingerprint) > 1:
+            found = "; ".join(f"{fingerprint}: {_listed(names)}" for fingerprint, names in by_fingerprint.items())
+            raise ValueError(
+                f"the runs of this study have different images, by the data's fingerprints {found}: name the same data "
+                "on every machine with --data.root, and delete the results of other data"
+            )
 
 
 def points_of(group: dict[str, Any]) -> tuple[list[Point], list[Spread]]:
@@ -139,15 +168,54 @@ def _correlated(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(done: _Results) -> dict[str, Any]:
-    """How T. stddev was measured."""
-    report = next((result for result in done.values() if result and "results" in result), None)
-    return {} if report is None else {key: report[key] for key in _SETTINGS}
+    """How T. stddev was measured: what all measurements share, and what each of them passed and told apart."""
+    reports = {name: result for name, result in done.items() if result and "results" in result}
+    if not reports:
+        return {}
+    shared = next(iter(reports.values()))
+    return {
+        **{key: shared[key] for key in _SETTINGS},
+        "measurements": [_measurement(name, report) for name, report in reports.items()],
+    }
+
+
+def _measurement(name: str, report: dict[str, Any]) -> dict[str, Any]:
+    """Original images passed, and the neighbours in the ranking that are not told apart; None: none are compared."""
+    found, stopped = report["separation"], report["stopped"]
+    return {
+        "cell": name,
+        "images": report["results"][0]["images"],
+        "confidence": stopped["confidence"] if stopped else report["confidence"],
+        "not_told_apart": found and [[pair["a"], pair["b"]] for pair in found["pairs"] if not pair["separated"]],
+    }
+
+
+def _asked_for(result: dict[str, Any], split: str) -> str:
+    """The images that a run asks for, by its options; where they are a share, the seed chooses it."""
+    config = result.get("config", result)
+    data = config.get("data", {})
+    limit = data.get(_LIMITS[split])
+    choice = {key: data.get(key) for key in (*_CHOICE, f"{split}_split")}
+    return json.dumps([split, choice, limit, config.get("seed") if limit else None])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _fingerprints(done: _Results, split: str) -> Iterable[str]:
     """Of the data that nets were trained and evaluated on; with --data.limit each seed has its own."""
     runs = [result for name, result in done.items() if result and not name.endswith(".json")]
     return (result["fingerprint"][split] for result in runs)
+
+
+def _fingerprints_of(result: dict[str, Any]) -> dict[str, str]:
+    """Of the images that a run read, by their split; measuring reads the training images, evaluating the others."""
+    fingerprint = result["fingerprint"]
+    if isinstance(fingerprint, dict):
+        return fingerprint
+    return {"train" if "results" in result else "val": fingerprint}
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

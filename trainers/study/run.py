@@ -1,14 +1,15 @@
-"""Works through the cells of a study: those of one shard, in order, waiting for what other shards make."""
+"""Works through the cells of a study: those of one shard, in order, waiting for what other calls make."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dalikd.trainers.loop import Interrupted
+from dalikd.trainers.study.lock import holder, take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.state import clear_unsaved, is_done
 
@@ -21,18 +22,27 @@ RunCell = Callable[[Cell, Path | None], object]
 class Queue:
     """The cells of one shard, and what is done of all.
 
+    Several calls may work on one folder, whatever their shards: a cell that one has taken is locked for the others.
+
     Args:
         cells: of the whole study, each after those that it needs.
         folder: of the study.
         shards: the shard of each cell, by its name.
         shard: this one.
+
+    Attributes:
+        folder: of the study.
+        own: cells of this shard.
+        failed: what was wrong with those that failed, by their names.
     """
 
     def __init__(self, cells: Sequence[Cell], folder: Path, shards: Mapping[str, int], shard: int) -> None:
         self.folder = folder
         self.own = [cell for cell in cells if shards[cell.name] == shard]
+        self.failed: dict[str, str] = {}
         self._cells, self._shards = {cell.name: cell for cell in cells}, shards
         self._done: set[str] = set()
+        self._lock: IO[str] | None = None
 
     def is_done(self, name: str) -> bool:
         """Whether a cell is done, whoever did it; what is done stays so."""
@@ -41,58 +51,108 @@ class Queue:
         return name in self._done
 
     def left(self) -> list[Cell]:
-        """Own cells that are not done."""
-        return [cell for cell in self.own if not self.is_done(cell.name)]
+        """Own cells to do: not done, not failed, and in need of none of those that failed."""
+        left, lost = [], set(self.failed)
+        for cell in self.own:
+            if self.is_done(cell.name):
+                lost.discard(cell.name)
+            elif lost & {cell.name, *cell.needs}:
+                lost.add(cell.name)
+            else:
+                left.append(cell)
+        return left
 
-    def ready(self) -> Cell | None:
-        """The first of them whose needs are there."""
-        return next((cell for cell in self.left() if all(self.is_done(need) for need in cell.needs)), None)
+    def take(self) -> Cell | None:
+        """The first of them whose needs are there and that no other call has taken; locked until `release`."""
+        for cell in self._ready():
+            lock = take_lock(self._lock_path(cell))
+            if lock is None:
+                continue
+            if not self.is_done(cell.name):
+                self._lock = lock
+                return cell
+            lock.close()  # another call ended it between the look and the lock
+        return None
+
+    def release(self) -> None:
+        """Let other calls have the cell that was taken."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def missing(self) -> list[str]:
         """Names of the cells of all shards that are not done."""
         return [name for name in self._cells if not self.is_done(name)]
 
-    def waits_for(self) -> str:
-        """What the shard waits for, in words."""
+    def waits_for(self) -> list[str]:
+        """What the shard waits for, in words: own cells that other calls have taken, and cells of other shards."""
+        own = {cell.name for cell in self.own}
         needs = dict.fromkeys(need for cell in self.left() for need in cell.needs if not self.is_done(need))
-        return ", ".join(f"{need} (shard {self._shards[need]})" for need in needs)
+        taken = [f"{cell.name} (another call: {holder(self._lock_path(cell))})" for cell in self._ready()]
+        return taken + [f"{need} (shard {self._shards[need]})" for need in needs if need not in own]
+
+    def _ready(self) -> list[Cell]:
+        return [cell for cell in self.left() if all(self.is_done(need) for need in cell.needs)]
+
+    def _lock_path(self, cell: Cell) -> Path:
+        """Outside of the run folder, which is removed and made anew while the lock is held."""
+        return self.folder / ".locks" / f"{cell.name}.lock"
 
 
 def run_cells(queue: Queue, run: RunCell, accelerator: Accelerator, poll_seconds: float) -> None:
     """Do what is not done yet of one shard. All processes do the same cells; the main one says which.
 
+    A cell that fails does not keep the others from being done. Several processes stop at once, however: when one of
+    them fails, the others may wait for it inside the run.
+
     Args:
         queue: of the shard.
         run: does a cell.
         accelerator: joins the processes.
-        poll_seconds: between two looks for what another shard makes.
+        poll_seconds: between two looks for what another call makes.
 
     Raises:
-        ValueError: a cell failed; names it.
+        ValueError: cells failed; names them.
         Interrupted: a signal came; the state is saved.
     """
-    said = False
+    said: set[str] = set()
     while (step := _agreed(_next_step(queue) if accelerator.is_main_process else None)) is not None:
         cell, resumed = step
         if cell is None:
-            if not said:
-                accelerator.print(f"waiting for {queue.waits_for()}", flush=True)
-            said = True
-            time.sleep(poll_seconds)
+            _wait(queue, said, accelerator, poll_seconds)
             continue
         number = len(queue.own) - len(queue.left()) + 1
         goes_on = " (goes on)" if resumed else ""
         accelerator.print(f"\n[{number}/{len(queue.own)}] {cell.name}{goes_on}", flush=True)
-        _run(cell, resumed, run)
+        try:
+            _run(cell, resumed, run)
+        except ValueError as error:
+            if accelerator.num_processes > 1:
+                raise
+            queue.failed[cell.name] = str(error)
+            accelerator.print(f"failed: {error}", flush=True)
+        finally:
+            queue.release()
         accelerator.wait_for_everyone()
+    _raise_failures(queue)
 
 
 def _next_step(queue: Queue) -> tuple[Cell | None, Path | None] | None:
-    """The next cell and the run folder that it goes on with; no cell: wait; None: all is done."""
-    if not queue.left():
-        return None
-    cell = queue.ready()
-    return cell, None if cell is None else clear_unsaved(queue.folder, cell)
+    """The next cell and the run folder that it goes on with; no cell: wait; None: nothing is left."""
+    cell = queue.take()
+    if cell is not None:
+        return cell, clear_unsaved(queue.folder, cell)
+    return (None, None) if queue.left() else None
+
+
+def _wait(queue: Queue, said: set[str], accelerator: Accelerator, seconds: float) -> None:
+    """Wait, and say what for, once for each thing."""
+    if accelerator.is_main_process:
+        new = [thing for thing in queue.waits_for() if thing not in said]
+        said.update(new)
+        if new:
+            print(f"waiting for {', '.join(new)}", flush=True)
+    time.sleep(seconds)
 
 
 def _run(cell: Cell, resumed: Path | None, run: RunCell) -> None:
@@ -103,6 +163,17 @@ def _run(cell: Cell, resumed: Path | None, run: RunCell) -> None:
         raise Interrupted(f"{cell.name} {reason}; the same command goes on there") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{cell.name}: {error}") from error
+
+
+def _raise_failures(queue: Queue) -> None:
+    if not queue.failed:
+        return
+    lost = sum(cell.name not in queue.failed and not queue.is_done(cell.name) for cell in queue.own)
+    more = f" ({lost} more need what they make)" if lost else ""
+    raise ValueError(
+        f"{len(queue.failed)} of {len(queue.own)} runs failed{more}, the same command tries them again: "
+        + "; ".join(queue.failed.values())
+    )
 
 
 def _agreed(value: Any) -> Any:

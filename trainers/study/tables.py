@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["csv_table", "markdown"]
@@ -69,10 +70,7 @@ def _explanation(results: dict[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in study["seeds"])
     lines = []
     if measured:
-        lines.append(
-            f"T. stddev ± standard error: windows of {measured['window']} teacher outputs, {measured['epochs']} "
-            f"epoch(s) of the training images, {measured['mode']}, mix group {measured['mix_group']}; lower is better."
-        )
+        lines += [_passed(measured), *_separations(measured["measurements"])]
     spread = "mean ± standard deviation over the seeds" if len(study["seeds"]) > 1 else "the seed"
     lines.append(
         f"Students: {spread} {seeds}, on all validation images. `last` is the last epoch. `best` is the epoch with the "
@@ -80,6 +78,28 @@ def _explanation(results: dict[str, Any]) -> str:
     )
     lines.append("Bars in the plots: the standard error of T. stddev across, the spread over the seeds up and down.")
     return "\n".join(lines)
+
+
+def _passed(measured: dict[str, Any]) -> str:
+    images = sorted({measurement["images"] for measurement in measured["measurements"]})
+    passed = f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,} to {images[-1]:,}"
+    return (
+        f"T. stddev ± standard error: windows of {measured['window']} teacher outputs, after {passed} original images, "
+        f"{measured['mode']}, mix group {measured['mix_group']}; lower is better."
+    )
+
+
+def _separations(measurements: Sequence[dict[str, Any]]) -> list[str]:
+    """Which neighbours in the rankings are not told apart; nothing where none were compared."""
+    compared = [measurement for measurement in measurements if measurement["not_told_apart"] is not None]
+    if not compared:
+        return []
+    pairs = {one["cell"]: ", ".join(f"{a} / {b}" for a, b in one["not_told_apart"]) for one in compared}
+    missed = "; ".join(f"{names} (`{cell}`)" for cell, names in pairs.items() if names)
+    level = f"at {100 * compared[0]['confidence']:g} % confidence"
+    if not missed:
+        return [f"All neighbours in each measurement's ranking by T. stddev are told apart {level}."]
+    return [f"Neighbours in a measurement's ranking by T. stddev that are not told apart {level}: {missed}."]
 
 
 def _correlations(results: dict[str, Any]) -> str:

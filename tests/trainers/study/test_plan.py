@@ -62,6 +62,27 @@ def test_the_words_of_a_cell_say_where_it_goes():
     assert cells["measure"].result == "measure/vgg13_vgg8.json"
 
 
+def test_a_class_is_named_with_each_of_its_options():
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "betas": [0.8, 0.9]}}
+    student = {"name": "vgg8", "optimizer": optimizer, "loss": {"class_path": "A", "dict_kwargs": {"x": "y"}}}
+    cells = {cell.command: cell.words(FOLDER) for cell in plan(_pairs(("vgg13", student)), AXES, FOLDER)}
+    words = ["--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.001", "--optimizer.betas", "[0.8, 0.9]"]
+    assert cells["train"][4:10] == words
+    start = cells["distill"].index("--optimizer")
+    assert cells["distill"][start : start + 10] == [*words, "--loss", "A", "--loss.dict_kwargs.x", "y"]
+
+
+def test_the_stop_rule_is_left_out_where_there_is_nothing_to_rank():
+    def measured(**names):
+        cells = plan(_pairs(("vgg13", "vgg8")), Axes(names, (0,), (1.0,)), FOLDER, stops_early=True)
+        return {cell.name: cell for cell in cells if cell.command == "measure"}
+
+    cells = measured(flip=False, mixup=False, cutmixpick_student=True)
+    assert "stop_confidence" not in cells["measure/vgg13.json"].settings
+    assert cells["measure/vgg13_vgg8.json"].words(FOLDER)[-2:] == ["--stop_confidence", "null"]
+    assert measured(flip=False)["measure/vgg13.json"].settings["stop_confidence"] is None
+
+
 def test_averaged_weights_are_used_where_they_are_kept():
     def weights(teacher, ema):
         cells = plan(_pairs((teacher, "vgg8")), Axes({"flip": False}, (0,), (1.0,)), FOLDER, ema)

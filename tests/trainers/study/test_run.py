@@ -1,10 +1,14 @@
 import json
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from dalikd.trainers.loop import Interrupted
+from dalikd.trainers.study.lock import take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.run import Queue, run_cells
 
@@ -73,12 +77,134 @@ def test_a_shard_does_what_it_can_and_waits_for_the_rest(tmp_path, accelerator, 
     assert queue.missing() == []
 
 
-def test_a_cell_that_fails_is_named(tmp_path, accelerator):
-    def fail(*_: object) -> None:
-        raise OSError("the disk is full")
+# ------------------------------------------------------------------------------------------------ several calls
 
-    with pytest.raises(ValueError, match="teachers/a: the disk is full"):
-        run_cells(_queue(tmp_path), fail, accelerator, 0.01)
+
+def _lock(folder: Path, name: str) -> Any:
+    lock = take_lock(folder / ".locks" / f"{name}.lock")
+    assert lock is not None
+    return lock
+
+
+def test_what_another_call_works_on_is_left_alone_and_waited_for(tmp_path, accelerator, capsys):
+    live = tmp_path / "teachers/a/log.jsonl"  # of a run without a state, which would be removed
+    live.parent.mkdir(parents=True)
+    live.touch()
+    lock, worker = _lock(tmp_path, "teachers/a"), _Worker(tmp_path)
+    thread = threading.Thread(target=run_cells, args=(_queue(tmp_path), worker, accelerator, 0.01))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    assert [name for name, _ in worker.did] == ["students/b"]
+    assert live.exists()
+    _Worker(tmp_path)(CELLS[0], None)
+    lock.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [name for name, _ in worker.did] == ["students/b", "measure/a.json", "distill/ab"]
+    out = capsys.readouterr().out
+    assert out.count("waiting for") == out.count("waiting for teachers/a (another call: process ") == 1
+
+
+def test_a_cell_that_another_call_gave_up_is_taken_over(tmp_path, accelerator):
+    lock, worker = _lock(tmp_path, "teachers/a"), _Worker(tmp_path)
+    thread = threading.Thread(target=run_cells, args=(_queue(tmp_path), worker, accelerator, 0.01))
+    thread.start()
+    while not worker.did:
+        thread.join(0.01)
+    lock.close()
+    thread.join(10)
+    assert [name for name, _ in worker.did] == ["students/b", "teachers/a", "measure/a.json", "distill/ab"]
+
+
+def test_calls_that_start_at_once_do_each_cell_once(tmp_path, accelerator):
+    workers = [_Worker(tmp_path) for _ in range(3)]
+
+    def slowly(worker: _Worker, cell: Cell, resumed: Path | None) -> None:
+        time.sleep(0.02)
+        worker(cell, resumed)
+
+    threads = [
+        threading.Thread(
+            target=run_cells,
+            args=(_queue(tmp_path), lambda *cell, worker=worker: slowly(worker, *cell), accelerator, 0.005),
+        )
+        for worker in workers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    did = [name for worker in workers for name, _ in worker.did]
+    assert sorted(did) == sorted(cell.name for cell in CELLS)
+
+
+def test_a_cell_ended_by_another_call_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    def late(path: Path) -> Any:
+        if path.stem == "a":
+            _Worker(tmp_path)(CELLS[0], None)
+        return take_lock(path)
+
+    monkeypatch.setattr("dalikd.trainers.study.run.take_lock", late)
+    queue = _queue(tmp_path)
+    taken = queue.take()
+    assert taken is not None
+    assert taken.name == "students/b"
+    assert take_lock(tmp_path / ".locks/students/b.lock") is None
+    queue.release()
+    for name in ("teachers/a", "students/b"):
+        _lock(tmp_path, name).close()
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+class _Failing(_Worker):
+    """Fails at some cells."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        super().__init__(folder)
+        self.names = names
+
+    def __call__(self, cell: Cell, resumed: Path | None) -> None:
+        if cell.name in self.names:
+            raise OSError("the disk is full")
+        super().__call__(cell, resumed)
+
+
+def test_a_cell_that_fails_keeps_no_other_from_being_done(tmp_path, accelerator, capsys):
+    worker = _Failing(tmp_path, "teachers/a")
+    with pytest.raises(
+        ValueError,
+        match=r"^1 of 4 runs failed \(2 more need what they make\), the same command tries them again: "
+        r"teachers/a: the disk is full$",
+    ):
+        run_cells(_queue(tmp_path), worker, accelerator, 0.01)
+    assert [name for name, _ in worker.did] == ["students/b"]
+    assert "failed: teachers/a: the disk is full\n" in capsys.readouterr().out
+    again = _Worker(tmp_path)
+    run_cells(_queue(tmp_path), again, accelerator, 0.01)
+    assert [name for name, _ in again.did] == ["teachers/a", "measure/a.json", "distill/ab"]
+
+
+def test_all_cells_that_fail_are_listed(tmp_path, accelerator):
+    worker = _Failing(tmp_path, "students/b", "distill/ab")
+    with pytest.raises(ValueError, match=r"^2 of 4 runs failed, the .*: students/b: the .* full; distill/ab: the "):
+        run_cells(_queue(tmp_path), worker, accelerator, 0.01)
+    assert [name for name, _ in worker.did] == ["teachers/a", "measure/a.json"]
+
+
+def test_several_processes_stop_at_the_first_failure(tmp_path):
+    """The others may wait inside the run for the one that failed."""
+    lines: list[str] = []
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=2, print=lambda *line, **_: lines.append(*line), wait_for_everyone=None
+    )
+    worker = _Failing(tmp_path, "teachers/a")
+    with pytest.raises(ValueError, match=r"^teachers/a: the disk is full$"):
+        run_cells(_queue(tmp_path), worker, cast(Any, accelerator), 0.01)
+    assert worker.did == []
+    _lock(tmp_path, "teachers/a").close()
 
 
 def test_a_signal_names_the_cell(tmp_path, accelerator):
@@ -87,3 +213,4 @@ def test_a_signal_names_the_cell(tmp_path, accelerator):
 
     with pytest.raises(Interrupted, match=r"^teachers/a stopped by signal 15; the same command goes on there$"):
         run_cells(_queue(tmp_path), stop, accelerator, 0.01)
+    _lock(tmp_path, "teachers/a").close()

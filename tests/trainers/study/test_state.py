@@ -58,7 +58,7 @@ def test_a_folder_keeps_its_study(tmp_path):
     assert not folder.exists()
     keep_config(folder, config)
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
-    keep_config(folder, {**config, "device": "cpu", "data": {"root": "a", "threads": 8}})
+    keep_config(folder, {**config, "device": "cpu", "data": {"root": "elsewhere", "threads": 8}})
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
     with pytest.raises(ValueError, match=r"holds a study with study.seeds: \[0, 1\], now it is \[0\]: give the same"):
         keep_config(folder, {**config, "study": {"seeds": [0]}})
@@ -108,6 +108,8 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path):
         ({"a": {"b": 1}}, {"a": {}}, ("a.b", "1", "left out")),
         ({}, {"a": {"b": 1}}, ("a.b", "left out", "1")),
         ({"device": "cpu", "train": {"data": {"threads": 1}}}, {}, None),
+        ({"data": {"root": "a"}}, {"data": {"root": "b"}}, None),
+        ({"data": {"name": "a"}}, {"data": {"name": "b"}}, ("data.name", '"a"', '"b"')),
     ],
 )
 def test_the_first_difference_is_found(old, new, expected):

@@ -27,7 +27,7 @@ def test_the_table_reads_from_the_lowest_t_stddev_up(folder, collected):
     assert "| flip | 0.030000 ± 0.003000 | 20 | 1.5000 ± 0.7071 | 50.00 ± 0.00 | 1.0000 ± 0.7071 |" in text
     assert "| *teacher* |  |  | 0.5000 | 75.00 |" in text
     assert "| vgg13 / vgg8 | 6 (x2) | 3 | -1.000 (p < 0.001) |" in text
-    assert "windows of 640 teacher outputs, 10 epoch(s) of the training images, per_batch, mix group 64" in text
+    assert "windows of 640 teacher outputs, after 6,400 original images, per_batch, mix group 64" in text
     assert "mean ± standard deviation over the seeds 0, 1" in text
     assert "(plots/a.png)" in text
     assert "Not complete" not in text
@@ -43,3 +43,29 @@ def test_the_csv_holds_every_figure(folder, collected):
     assert [float(mixup[key]) for key in ("t_stddev", "loss_last_mean", "top1_best_mean")] == [0.02, 2.5, 0.75]
     assert float(mixup["loss_best_std"]) == pytest.approx(0.5**0.5)
     assert (rows[0]["loss_last_mean"], rows[0]["t_stddev"], rows[1]["t_windows"]) == ("0.5", "", "")
+
+
+def _explained(results, *measurements):
+    results["measured"]["measurements"] = [
+        dict(zip(("cell", "images", "confidence", "not_told_apart"), one, strict=True)) for one in measurements
+    ]
+    return markdown(results, "title", {})
+
+
+def test_neighbours_that_are_not_told_apart_are_named(folder, collected):
+    results = collected(folder)
+    level = "ranking by T. stddev"
+    assert (
+        f"Neighbours in a measurement's {level} that are not told apart at 95 % confidence: cutmix / mixup "
+        "(`measure/vgg13.json`)." in markdown(results, "title", {})
+    )
+    text = _explained(
+        *(results, ("a", 500, 0.99, [["x", "y"], ["y", "z"]]), ("b", 64000, 0.99, [["u", "v"]])),
+        *(("c", 1000, 0.99, []), ("d", 1000, 0.99, None)),
+    )
+    assert "told apart at 99 % confidence: x / y, y / z (`a`); u / v (`b`)." in text
+    assert "after 500 to 64,000 original images" in text
+    text = _explained(results, ("a", 500, 0.999, []), ("b", 500, 0.999, None))
+    assert f"All neighbours in each measurement's {level} are told apart at 99.9 % confidence." in text
+    assert "after 500 original images" in text
+    assert "eighbours" not in _explained(results, ("a", 500, 0.95, None))

@@ -1,0 +1,52 @@
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dalikd.trainers.study.lock import holder, take_lock
+
+
+def test_one_holds_a_lock_at_a_time(tmp_path):
+    path = tmp_path / "teachers" / "a.lock"
+    assert holder(path) == ""
+    lock = take_lock(path)
+    assert lock is not None
+    assert take_lock(path) is None
+    assert holder(path) == f"process {os.getpid()} on {socket.gethostname()}"
+    lock.close()
+    again = take_lock(path)
+    assert again is not None
+    assert path.read_text().count("process") == 1
+    again.close()
+
+
+def test_a_killed_process_gives_its_lock_back(tmp_path):
+    path = tmp_path / "a.lock"
+    code = (
+        "import sys, time; from pathlib import Path; from dalikd.trainers.study.lock import take_lock; "
+        "lock = take_lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    assert take_lock(path) is None
+    assert holder(path).startswith(f"process {process.pid} on ")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    lock = take_lock(path)
+    assert lock is not None
+    lock.close()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ValueError, match=r"a.lock cannot be locked \(No locks available\), .* name a folder on a file"):
+        take_lock(tmp_path / "a.lock")
