@@ -33,6 +33,7 @@ __all__ = [
     "TrainingData",
     "build_distillation",
     "build_student",
+    "check_training",
     "make_loader",
     "open_training_data",
     "resident_pictures",
@@ -62,7 +63,7 @@ def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> Tr
     Raises:
         ValueError, OSError: the data or the sizes are not as they should be.
     """
-    _check_options(options, accelerator)
+    check_training(options, accelerator)
     train, val = open_sources(options.data, options.seed)
     view = training_view(options.data, train)
     augmenter = Augmenter(options.augmentation, options, train, view, options.seed)
@@ -196,9 +197,9 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
         seen_in_training = data.val_loader.spec.view
         teacher = open_teacher(options.teacher, data.train, seen_in_training, accelerator.device, options.precision)
     student = build_student(options, data.train).to(model_type(options.precision))
-    if isinstance(teacher, Teacher):
-        data.augmenter.check_nets(options.compile, ("the teacher", teacher.model), ("the student", student))
-    log = EntropyLog(options.entropy_log_every) if options.entropy_log_every and accelerator.is_main_process else None
+    asked = teacher.model if isinstance(teacher, Teacher) else None
+    data.augmenter.check_nets(options.compile, ("the teacher", asked), ("the student", student))
+    log = EntropyLog(options.entropy_log_every) if options.entropy_log_every else None
     method = Distillation(
         student,
         teacher,
@@ -262,13 +263,18 @@ def run_training(
     folder.start(config, loop.progress.step if options.resume is not None else None)
     accelerator.wait_for_everyone()
     results = loop.run()
-    if isinstance(method, Distillation) and method.entropy_log:
+    if isinstance(method, Distillation) and method.entropy_log and accelerator.is_main_process:
         method.entropy_log.save(path / "entropies.npz")
         plot_entropies(method.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
     return {**results, "folder": str(path)}
 
 
-def _check_options(options: TrainingOptions, accelerator: Accelerator) -> None:
+def check_training(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Check the numbers of a training command.
+
+    Raises:
+        ValueError: one is out of range.
+    """
     for name in ("epochs", "accumulation", "log_every", "eval_every"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")

@@ -1,5 +1,6 @@
 """The augmentations by name: which views DALI makes, what is mixed on the device, and how candidates are picked."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dalikd.kd.manifold import LAYERS, MANIFOLD_ALPHA, check_mixable, manifold_mixup
 from dalikd.kd.mixing import MixDraws, Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_by_name
-from dalikd.pipelines.augment import AugmentedView, DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.augment import MOST_RUNS, AugmentedView, DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.facts import cutout_side
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
@@ -43,7 +44,7 @@ class MixOptions:
         alpha: lam of mixup and cutmix is drawn from Beta(alpha, alpha).
         manifold_alpha: the same for manifold_mixup.
         ceiling: largest share that an image keeps of itself in cutmix and patchmix (there: that it takes), by epoch,
-            such as {0: 0.75, 150: 1}; default: 1 throughout.
+            such as {0: 0.75, 150: 1}, epochs counted from 0 and not stretched by epoch_factor; default: 1 throughout.
         floor: smallest such share, by epoch; default: 0 throughout.
         cutout_side: side of the cutout square in pixels; default: the published one of the data set, a quarter of the
             image size else.
@@ -207,6 +208,7 @@ class Augmenter:
         parts: its runs: none (identity), one, or those that make the pool picks are taken from.
         criterion: how picks are made, or None.
         group: originals that share a pool.
+        side: of the images, in pixels.
         keep: picks out of each pool, where they are not as many as the originals.
         draw_spec: what the loader must draw.
 
@@ -215,13 +217,16 @@ class Augmenter:
     """
 
     def __init__(self, name: str, options: MixOptions, source: Source, view: View, seed: int) -> None:
-        self.name = augmentation_names([name])[0]
+        if name in _SETS:
+            raise ValueError(f'--augmentation "{name}" stands for several, which measure alone takes: name one of them')
+        augmentation = augmentation_named(name)
         _check_options(options)
-        augmentation = augmentation_named(self.name)
+        self.name = name
         base, criterion = augmentation.pick or (self.name, None)
         self.criterion: Criterion | None = criterion_by_name(criterion, options.pick_temperature) if criterion else None
         self.base = AUGMENTATIONS[base]
-        self.group = options.mix_group
+        self.group, self.side = options.mix_group, view.size
+        _check_grid(base, options, view.size)
         fill = tuple(255 * value for value in source.mean)
         setting = _Setting(options, view.size, options.cutout_side or cutout_side(source.name, view.size), fill)
         self._mix = self.base.mix(setting) if self.base.mix else None
@@ -262,7 +267,7 @@ class Augmenter:
         """
         for name, net in nets:
             if self.mixes_hidden and net is not None:
-                check_mixable(net, name, compile_mode)
+                check_mixable(net, name, compile_mode, self.side)
 
     def candidates(self, batch: Batch) -> Mixed | None:
         """runs * B augmented images, run after run; None where the originals are the candidates (identity)."""
@@ -359,14 +364,24 @@ def _check_options(options: MixOptions) -> None:
     for name, published in (("mix_group", 64), ("mix_n_run", 2), ("patch_side", 4), ("mask_cells", 4)):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: give at least 1 (published: {published})")
+    if options.mix_n_run > MOST_RUNS:
+        raise ValueError(f"--mix_n_run {options.mix_n_run}: give at most {MOST_RUNS}")
     for name, published in (("alpha", 1), ("manifold_alpha", 2), ("pick_temperature", 4)):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"--{name} {getattr(options, name)}: give a number above 0 (published: {published})")
     if options.cutout_side is not None and options.cutout_side < 1:
         raise ValueError(f"--cutout_side {options.cutout_side}: give at least 1 pixel")
     if not 0 <= options.mask_ratio <= 1:
         raise ValueError(f"--mask_ratio {options.mask_ratio}: give a share from 0 to 1 (published: 0.5)")
     _check_shares(options)
+
+
+def _check_grid(base: str, options: MixOptions, side: int) -> None:
+    """Squares of patchmix and cells of masking must cover the image."""
+    if base == "patchmix" and side % options.patch_side:
+        raise ValueError(f"--patch_side {options.patch_side}: images of {side} pixels need a divisor of {side}")
+    if base == "masking" and side % options.mask_cells:
+        raise ValueError(f"--mask_cells {options.mask_cells}: images of {side} pixels need a divisor of {side}")
 
 
 def _check_shares(options: MixOptions) -> None:

@@ -86,6 +86,11 @@ def open_cached(
     if options.teacher.cache is None:
         return None
     check_cacheable(source, augmenter)
+    if options.entropy_log_every and augmenter.criterion is not None:
+        raise ValueError(
+            "--entropy_log_every: a teacher cache holds no outputs on candidates that were not picked; distil without "
+            "--teacher.cache, or without the log"
+        )
     cache = TeacherCache(Path(options.teacher.cache))
     own = {
         **run_fingerprint(options, source, view, device),

@@ -136,7 +136,7 @@ class Distillation:
         return {
             **({} if self.goodness is None else {"goodness": self.goodness.state_dict()}),
             **({} if self.entropy_log is None else {"entropy_log": self.entropy_log.state_dict()}),
-            "batches": self._batches,
+            **({} if self.entropy_log is None else {"batches": self._batches}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,14 +156,18 @@ class Distillation:
         self.goodness.update(*rows, group)
 
     def _log(self, seen: Look, batch: Batch) -> None:
-        if self.entropy_log is not None and self.entropy_log.due(self._batches):
+        if self.entropy_log is None:
+            return
+        if self.entropy_log.due(self._batches):
             of_student = is_picked_by_student(self._augmenter) and seen.pool_logits is not None
             originals = self._score_originals(batch.pixels) if of_student else None
             self.entropy_log.add(self._batches, *entropies(seen, originals))
         self._batches += 1
 
     def _score_originals(self, pixels: Tensor) -> Tensor:
-        with self._accelerator.autocast():
+        """For the log alone: on every process, as synchronised batch norms want it; no random number is used up."""
+        devices = [pixels.device] if pixels.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self._accelerator.autocast():
             return score_groups(self.student, pixels, len(pixels), self._augmenter.group)
 
     def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:

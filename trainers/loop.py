@@ -298,11 +298,12 @@ class Loop:
     # ------------------------------------------------------------------------------------------ the state
 
     def save(self, every_process: bool = False) -> None:
-        """Write the state and the student's weights. At a step's end the state is the same on every process."""
+        """Write the student's weights and the state. At a step's end the state is the same on every process."""
         if not (self.accelerator.is_main_process or every_process):
             return
-        save_state(self.folder.state_file, self.state_dict())
+        # the state last: after a kill in between, the run goes on from the one before and writes these weights again
         self._save_weights("last")
+        save_state(self.folder.state_file, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly."""

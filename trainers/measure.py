@@ -20,6 +20,8 @@ from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import Teacher
+from dalikd.kd.teacher_cache import weights_digest
+from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
@@ -41,7 +43,7 @@ from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
 from dalikd.trainers.tracking import check_writable, versions
 
-__all__ = ["build_scorer", "measure", "measure_all", "measure_branches", "results_table"]
+__all__ = ["build_scorer", "check_measuring", "measure", "measure_all", "measure_branches", "results_table"]
 
 _FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
 
@@ -56,7 +58,7 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
         ValueError, OSError: the data, the teacher or the sizes are not as they should be; nothing has run then.
     """
     names = augmentation_names(options.augmentation)
-    _check_options(options, names)
+    check_measuring(options, names)
     source = open_split(options.data, "train", options.seed)
     view = training_view(options.data, source)
     augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
@@ -72,12 +74,12 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     loader = make_loader(source, sampler, branches.draw_spec, options.data, accelerator, resident=resident, buffers=2)
     run = _Pass(branches, loader, teacher, accelerator, student, options)
     if options.checkpoint is not None:
-        run.keep_state(Path(options.checkpoint), _identity(options, source))
+        run.keep_state(Path(options.checkpoint), _identity(options, source, view, teacher, student))
     run.go()
     loader.close()
     return {
         **run.report(source.classes if options.per_class else None),
-        **_header(options, source, accelerator, teacher, fresh=student is not None and not options.weights),
+        **_header(options, source, accelerator, teacher, student),
     }
 
 
@@ -221,8 +223,15 @@ class _Pass:
         state = self._checkpoint.read()
         if state is not None:
             self.batches, self.checks = state["step"], state["checks"]
+            if self.batches > self.options.epochs * len(self.loader):
+                raise ValueError(
+                    f"--checkpoint {path} is of more than --epochs {self.options.epochs}: give as many as it has, or "
+                    "name another file"
+                )
             self.loader.load_state_dict(state["loader"])
             self.measurement.load_state_dict(state["measurement"])
+            if state["settled"]:
+                self.settled = self._look_at_ranking()
             self.logs.load_state_dict(state["logs"])
 
     def _step(self, batch: Batch) -> None:
@@ -243,9 +252,14 @@ class _Pass:
         if self.measurement.windows < windows_at(self.checks + 1, _FIRST_CHECK):
             return
         self.checks += 1
-        found = separation(self.measurement.stddev, self.options.stop_confidence, self.checks)
+        found = self._look_at_ranking()
         if found.separated:
             self.settled = found
+
+    def _look_at_ranking(self) -> Separation:
+        """The look of the stop rule that was the last."""
+        assert self.options.stop_confidence is not None
+        return separation(self.measurement.stddev, self.options.stop_confidence, self.checks)
 
     def _separation(self) -> Separation | None:
         """The ranking at the end; one planned look, or the next one of the stop rule."""
@@ -273,6 +287,7 @@ class _Pass:
                 {
                     "step": self.batches,
                     "checks": self.checks,
+                    "settled": self.settled is not None,
                     "loader": self.loader.state_dict(),
                     "measurement": self.measurement.state_dict(),
                     "logs": self.logs.state_dict(),
@@ -352,7 +367,12 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _check_options(options: MeasureOptions, names: Sequence[str]) -> None:
+def check_measuring(options: MeasureOptions, names: Sequence[str]) -> None:
+    """Check the sizes.
+
+    Raises:
+        ValueError: one is out of range.
+    """
     if options.epochs < 1:
         raise ValueError(f"--epochs {options.epochs}: give at least 1")
     if options.window < 2 or options.window % 2:
@@ -371,7 +391,7 @@ def _check_options(options: MeasureOptions, names: Sequence[str]) -> None:
 
 
 def build_scorer(options: MeasureOptions, source: Source, augmenters: Sequence[Augmenter]) -> Normalized | None:
-    """The student, in eval mode, where one is needed; fresh from the seed unless weights are given, as published.
+    """The student, in eval mode, where one is needed; fresh from the seed unless weights are given.
 
     Returns:
         None where no augmentation and no metric needs one.
@@ -393,9 +413,14 @@ def build_scorer(options: MeasureOptions, source: Source, augmenters: Sequence[A
 
 
 def _header(
-    options: MeasureOptions, source: Source, accelerator: Accelerator, teacher: Teacher, fresh: bool
+    options: MeasureOptions,
+    source: Source,
+    accelerator: Accelerator,
+    teacher: Teacher,
+    student: Normalized | None,
 ) -> dict[str, Any]:
     assert isinstance(teacher.model, Normalized)
+    weights = options.weights or "fresh, from the seed"
     return {
         **_mix_options(options),
         "window": options.window,
@@ -404,8 +429,8 @@ def _header(
         "precision": options.precision,
         "compile": options.compile,
         "teacher": {**describe_teacher(options.teacher, teacher.model), "folded_norms": teacher.folded},
-        "student": options.model,
-        "student_weights": "fresh, from the seed" if fresh else options.weights,
+        "student": None if student is None else options.model,
+        "student_weights": None if student is None else weights,
         "data": {**asdict(options.data), "images": len(source)},
         "class_names": list(source.classes),  # index = label
         "fingerprint": source.fingerprint,
@@ -414,13 +439,17 @@ def _header(
     }
 
 
-def _identity(options: MeasureOptions, source: Source) -> dict[str, Any]:
+def _identity(
+    options: MeasureOptions, source: Source, view: View, teacher: Teacher, student: Normalized | None
+) -> dict[str, Any]:
     """What a saved measurement depends on."""
     return {
         "augmentation": augmentation_names(options.augmentation),
         **_mix_options(options),
-        "teacher": asdict(options.teacher),
-        **{name: getattr(options, name) for name in ("model", "weights", "window", "precision", "stop_confidence")},
+        **{f"view.{name}": value for name, value in asdict(view).items()},
+        "teacher": weights_digest(teacher.model),
+        "student": None if student is None else weights_digest(student),
+        **{name: getattr(options, name) for name in ("seed", "window", "precision", "stop_confidence")},
         "metrics": list(options.metrics),
         "fingerprint": source.fingerprint,
     }

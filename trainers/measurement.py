@@ -200,7 +200,7 @@ class Measurement:
         self.stddev[name].update(logits, augmented, self._group)
         if name in self._probabilities:
             self._probabilities[name].update(logits, augmented)
-        if name in self._cross_entropies:
+        if name in self._cross_entropies and not self._cross_entropies[name].complete:  # as published, and bounded
             self._cross_entropies[name].update(logits, augmented, student, student_augmented)
 
     def _result(self, name: str, confidence: float, class_names: Sequence[str] | None) -> dict[str, Any]:

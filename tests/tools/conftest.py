@@ -30,6 +30,10 @@ class SmallNet(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, num_classes)
 
+    def stage_modules(self) -> list[nn.Module]:
+        """What manifold mixup may mix after."""
+        return [self.conv, self.norm]
+
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.checkpoints import load_weights
+from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.known_weights import file_sha256
 from dalikd.trainers.augmentation import PUBLISHED
 
@@ -46,6 +47,7 @@ def test_train_then_evaluate_gives_the_same_figures(command, training, options, 
 def test_distill_streams_the_metric(command, training, teacher, weights, tmp_path):
     run = tmp_path / "run"
     arguments = ["--augmentation", "cutmixpick_teacher", "--mode", "per_batch", "--loss.lw_mix", "[1, 0.5, 1]"]
+    arguments += ["--entropy_log_every", "20"]
     ended = command("distill", *training, *teacher, *arguments, "--epochs", 8, "--output", run)
     assert (ended.code, ended.err) == (0, "")
     last = json.loads((run / "results.json").read_text())["last"]
@@ -54,6 +56,8 @@ def test_distill_streams_the_metric(command, training, teacher, weights, tmp_pat
     assert last["t_stddev"] > 0
     assert last["t_entropy"] > 0
     assert f"T. stddev while training: {last['t_stddev']:.6f}" in ended.out
+    assert EntropyLog.load(run / "entropies.npz").arrays()["steps"].tolist() == [0, 20, 40]
+    assert (run / "entropies.png").stat().st_size > 10_000
     student = create_model("small", 3)
     load_weights(student, run / "last" / "student.safetensors")
     assert not torch.equal(student.fc.weight, torch.load(weights)["fc.weight"])
@@ -130,7 +134,7 @@ def test_measure_prints_a_table_and_writes_it(command, options, teacher, tmp_pat
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:11]]
     assert {row[0] for row in rows} == set(PUBLISHED)
     assert [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)
-    settings = "2 epoch(s) of 99 images, per_sample, mix group 8"
+    settings = "198 images (2 epoch(s) of 99 at most), per_sample, mix group 8"
     assert lines[11] == f"T. stddev over windows of 32 teacher outputs, {settings}; lower is better."
     assert "student: small, weights: fresh, from the seed" in lines
     assert any(line.startswith(("0 of 8 neighbours", "1 of 8", "2 of 8")) for line in lines)

@@ -205,9 +205,19 @@ def test_unknown_names_are_refused_with_the_nearest(name, message):
         augmentation_names(["identity", name])
 
 
+@pytest.mark.parametrize("name", ["all", "published"])
+def test_names_of_several_are_for_measure_alone(make_source, name):
+    with pytest.raises(ValueError, match=f'--augmentation "{name}" stands for several, which measure alone takes'):
+        _augmenter(name, make_source())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("patchmix", {"patch_side": 5}, "--patch_side 5: images of 12 pixels need a divisor of 12"),
+        ("masking+kld", {"mask_cells": 24}, "--mask_cells 24: images of 12 pixels need a divisor of 12"),
+        ("cutmix", {"alpha": float("inf")}, "--alpha inf: give a number above 0"),
+        ("cutmix", {"mix_n_run": 241}, "--mix_n_run 241: give at most 240"),
         (
             "cutmix",
             {"mix_group": 1},

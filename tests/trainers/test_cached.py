@@ -149,6 +149,12 @@ def test_a_folder_that_is_no_cache_is_refused(distill_options, make_source, tmp_
         open_cached(options, make_source(), VIEW, augmenter, CPU)
 
 
+def test_picks_out_of_a_cache_have_no_entropies_to_log(opened):
+    with pytest.raises(ValueError, match="a teacher cache holds no outputs on candidates that were not picked; distil"):
+        opened(augmentation="cutmixpick_teacher", entropy_log_every=5)
+    assert opened(entropy_log_every=5) is not None
+
+
 def test_outputs_are_found_by_their_names():
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     columns = {f"logits{part}": tensor for part, tensor in pack_logits(logits, "topk", 6).items()}

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, MixedOutputs, kd_loss
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
@@ -289,6 +291,33 @@ def test_the_metric_can_be_left_out(make_loop, distill_options):
     loop = make_loop(options=distill_options(metric=False))
     loop.step()
     assert loop.method.metrics() == loop.method.state_dict() == {}
+
+
+@pytest.mark.parametrize("augmentation", ["cutmixpick_teacher", "cutmixpick_student", "mixup", "identity"])
+def test_entropies_are_logged_by_the_net_that_picks(make_loop, distill_options, augmentation):
+    """The student's are those of its own batch statistics, before the step; the log goes on with a resumed run."""
+    loop = make_loop(options=distill_options(augmentation=augmentation))
+    method = loop.method
+    method.entropy_log = EntropyLog(2)
+    batch = loop.loader.next()
+    seen = method._look(batch)
+    by_student = augmentation == "cutmixpick_student"
+    expected = score_groups(method.student, batch.pixels, 32, 8) if by_student else seen.logits
+    method.inputs(batch)
+    for _ in range(3):
+        method.inputs(loop.loader.next())
+    found = method.entropy_log.arrays()
+    assert found["steps"].tolist() == [0, 2]
+    runs = {"mixup": 1, "identity": 1}.get(augmentation, 2)
+    assert found["sizes"].tolist() == [[32, 32 * runs, 32]] * 2
+    np.testing.assert_allclose(found["originals"][0], entropy(expected), rtol=1e-5)
+    assert (found["picks"].mean() > found["candidates"].mean()) == (runs == 2)
+
+    resumed = make_loop("resumed", options=distill_options(augmentation=augmentation)).method
+    resumed.entropy_log = EntropyLog(2)
+    resumed.load_state_dict(method.state_dict())
+    resumed.inputs(batch)
+    assert resumed.entropy_log.arrays()["steps"].tolist() == [0, 2, 4]
 
 
 def test_one_process_gathers_nothing(accelerator):

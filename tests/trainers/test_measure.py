@@ -225,6 +225,44 @@ def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, acceler
         _pass(data, small_weights, accelerator, **{**resumed, "window": 40})
 
 
+def test_a_settled_measurement_stays_settled(data, small_weights, accelerator, tmp_path):
+    clear = {
+        "augmentation": ["identity", "mixup"],
+        "batch_size": 8,
+        "mix_group": 8,
+        "window": 4,
+        "stop_confidence": 0.9,
+    }
+    first, again = (
+        _pass(data, small_weights, accelerator, **clear, checkpoint=str(tmp_path / "state.pt")) for _ in range(2)
+    )
+    assert first["stopped"]["settled"]
+    for key in ("results", "separation", "stopped"):
+        assert again[key] == first[key]
+
+
+@pytest.mark.parametrize("changed", ["view", "weights", "epochs"])
+def test_another_measurement_is_not_gone_on_with(data, small_weights, make_net, accelerator, tmp_path, changed):
+    options = {"augmentation": ["flip"], "checkpoint": str(tmp_path / "state.pt")}
+    _pass(data, small_weights, accelerator, **options)
+    if changed == "view":
+        data, message = replace(data, padding=2), r"view.padding 1, now it is 2"
+    elif changed == "weights":
+        torch.save(make_net(7).model.state_dict(), small_weights)
+        message = r"was saved with teacher \w{16}, now it is \w{16}"
+    else:
+        teacher = TeacherConfig("small", small_weights)
+        options, message = {**options, "teacher": teacher}, "is of more than --epochs 1: give as many as it has"
+        options = MeasureOptions(
+            data=replace(data, limit=140), window=32, precision="fp64", model="small", epochs=1, **options
+        )
+        with pytest.raises(ValueError, match=message):
+            measure_all(options, accelerator)
+        return
+    with pytest.raises(ValueError, match=message):
+        _pass(data, small_weights, accelerator, **options)
+
+
 def test_entropies_are_of_the_net_that_picks(data, small_weights, accelerator, tmp_path):
     """Of a fixed order of images: picks have more entropy than candidates by the net that picks, and only by it."""
     names = ["cutmixpick_teacher", "cutmixpick_student", "mixup"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
 from dalikd.tools import distill, train
+from dalikd.trainers import loop as loop_file
 from dalikd.trainers.loop import Loop
 
 
@@ -126,6 +127,27 @@ def test_a_kill_during_the_evaluation_loses_nothing(tree, tmp_path, monkeypatch)
         patch.setattr("dalikd.trainers.loop.evaluate", _raise_killed)
         with pytest.raises(_Killed):
             train.main([*_arguments(tree, "--checkpoint_every", "3"), "--output", str(broken)])
+    _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
+    _assert_same_end(broken, whole)
+
+
+def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, tmp_path, monkeypatch):
+    """Saved after each of five epochs: the last state is not written any more."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    original, saved = loop_file.save_state, []
+
+    def save(path: Path, state: dict[str, Any]) -> None:
+        if len(saved) == 4:
+            raise _Killed
+        saved.append(state["step"])
+        original(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_file, "save_state", save)
+        with pytest.raises(_Killed):
+            train.main([*_arguments(tree), "--output", str(broken)])
+    (broken / "last" / "student.safetensors").write_bytes(b"as a kill may leave it")
     _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
     _assert_same_end(broken, whole)
 

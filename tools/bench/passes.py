@@ -72,8 +72,6 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
         return timed
 
     before = environment(accelerator.device)
-    for name in sides:
-        timer(name)()  # builds the graphs
     seconds = alternate({name: timer(name) for name in sides}, options.rounds, settle)
     for loader in (loader for side in loaders.values() for loader in side):
         loader.close()

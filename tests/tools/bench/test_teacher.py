@@ -139,5 +139,5 @@ def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
 def test_the_plan_is_made_of_options_that_exist(tmp_path):
     for planned in bench.plan(tmp_path):
         options, _ = parse("bench teacher", planned.arguments)
-        assert options.augmentation == ["all"]
+        assert options.augmentation == ["published"]
         assert options.data.root == str(tmp_path)
