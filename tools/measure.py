@@ -20,8 +20,9 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
     if accelerator.is_main_process:
         print(results_table(report["results"]))
         print(
-            f"T. stddev over windows of {report['window']} teacher outputs, {report['epochs']} epoch(s) of "
-            f"{report['data']['images']} images, {report['mode']}, mix group {report['mix_group']}; lower is better."
+            f"T. stddev over windows of {report['window']} teacher outputs, {report['results'][0]['images']} images "
+            f"({report['epochs']} epoch(s) of {report['data']['images']} at most), {report['mode']}, mix group "
+            f"{report['mix_group']}; lower is better."
         )
         if report["student_weights"]:
             print(f"student: {report['student']}, weights: {report['student_weights']}")
