@@ -32,7 +32,7 @@ class SmallNet(nn.Module):
 
     def stage_modules(self) -> list[nn.Module]:
         """What manifold mixup may mix after."""
-        return [self.conv, self.norm]
+        return [self.conv, self.norm, self.fc]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
