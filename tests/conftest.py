@@ -1,11 +1,16 @@
 """Pictures that every test may read, and the rule that a test marked `gpu` needs a CUDA device."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads of torch that wait for work spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _PHOTOS = {  # width, height
     "bird/landscape": (500, 375),
