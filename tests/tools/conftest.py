@@ -1,6 +1,6 @@
 """A small data set, a small net by name, and a way to call commands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalikd.kd.backbones import create_model, factory
+from dalikd.kd.backbones import factory
 from dalikd.tools import cache, distill, evaluate, measure, train
 
 COMMANDS = {
@@ -46,10 +46,12 @@ class Ended(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_model() -> None:
-    """Lets commands that run in this process build the net by the name "small"."""
+@pytest.fixture(scope="module", autouse=True)
+def small_model() -> Iterator[None]:
+    """Lets commands that run in this process build the net by the name "small", in this folder's tests alone."""
     factory._BUILDERS["small"] = SmallNet
+    yield
+    factory._BUILDERS.pop("small", None)
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the small net, for three classes."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "small.pt"
-    torch.save(create_model("small", 3).state_dict(), path)
+    torch.save(SmallNet(3).state_dict(), path)
     return path
 
 

@@ -134,10 +134,12 @@ def loop(
     return Loop(method, *loaders, options, accelerator, RunFolder(path, accelerator.is_main_process), {})
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_model() -> None:
-    """Lets commands that run in this process build the net by the name "small"."""
+@pytest.fixture(scope="module", autouse=True)
+def small_model() -> Iterator[None]:
+    """Lets commands that run in this process build the net by the name "small", in this folder's tests alone."""
     factory._BUILDERS["small"] = SmallNet
+    yield
+    factory._BUILDERS.pop("small", None)
 
 
 @pytest.fixture

