@@ -1,4 +1,3 @@
-import json
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from dalikd.trainers.loop import Interrupted
 from dalikd.trainers.study.lock import take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.run import Queue, run_cells
+from dalikd.trainers.tracking import write_json
 
 CELLS = [
     Cell("teachers/a", "train", {}),
@@ -31,7 +31,7 @@ class _Worker:
         self.did.append((cell.name, resumed))
         path = self.folder / cell.result
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"finished": True}))
+        write_json(path, {"finished": True})  # whole or not at all, as the commands write it
 
 
 def _queue(folder: Path, shard: int = 1, shards: dict[str, int] | None = None) -> Queue:
