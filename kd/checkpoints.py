@@ -3,22 +3,32 @@
 import json
 import pickle
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dalikd.kd.known_weights import check_sha256, identify
+from dalikd.kd.known_weights import check_sha256, identify, published_classes
 from dalikd.kd.normalize import Normalisation
 
-__all__ = ["NORMALISATION_KEY", "load_weights", "read_normalisation", "read_state_dict"]
+__all__ = [
+    "ORIGIN_KEY",
+    "Origin",
+    "class_order",
+    "load_weights",
+    "order_classes",
+    "read_origin",
+    "read_state_dict",
+]
 
-#: where the metadata of a safetensors file hold the normalisation, as JSON with the lists "mean" and "std"
-NORMALISATION_KEY = "normalisation"
+#: where the metadata of a safetensors file say how its net was trained, as JSON: the lists "mean", "std", "class_names"
+ORIGIN_KEY = "dalikd"
+_FORMER_KEY = "normalisation"  # the same without class names
 
 # where trainers keep the state_dict, in the order in which they are looked for: averaged weights last
 _CONTAINERS = ("model", "net", "state_dict", "weight", "model_state_dict", "state_dict_ema", "model_ema")
@@ -26,7 +36,22 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 _SHOWN_KEYS = 4
 
 
-def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, sha256: str | None = None) -> None:
+class Origin(NamedTuple):
+    """What is known of how the weights of a file were trained; None where the file does not say."""
+
+    normalisation: Normalisation | None = None  # of the images
+    class_names: tuple[str, ...] | None = None  # index = logit
+    published: bool = False  # known by their content: folders of the same classes may have other names
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    strict: bool = True,
+    sha256: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Loads the weights of a file into a model; the model is untouched if they do not fit.
 
     Batch norms' `num_batches_tracked` may be absent, as in files older than torch 0.4.1.
@@ -36,12 +61,16 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, sha
         path: a file that `read_state_dict` can read.
         strict: whether every key must be in both; if not, at least one must.
         sha256: checksum that the file must have, or its leading digits.
+        class_names: of the data, index = label. A file of the same classes in another order is loaded in theirs, with
+            a warning; one that does not know its classes is taken as it is.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the
-            shapes are not those of the model. It says what the file is, where that is known.
+            shapes are not those of the model, or the classes not those of the data. It says what the file is, where
+            that is known.
     """
     weights = read_state_dict(path, sha256=sha256)
+    order = None if class_names is None else class_order(read_origin(path), class_names, str(path))
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
         _check_keys(weights, expected, path, strict)
@@ -49,11 +78,91 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, sha
     except ValueError as error:
         known = identify(path)
         raise ValueError(f"{error}; the file is {known}" if known else str(error)) from None
+    if order is not None:
+        weights = order_classes(weights, model, order, str(path))
     model.load_state_dict(weights, strict=False)
 
 
-def read_normalisation(path: str | Path) -> Normalisation | None:
-    """How the images were normalised that a file's weights were trained on; None where the file does not say.
+def class_order(origin: Origin, class_names: Sequence[str], what: str) -> list[int] | None:
+    """Where the classes of a data set stand among those that weights are for.
+
+    Args:
+        origin: of the weights.
+        class_names: of the data, index = label.
+        what: the weights, for messages.
+
+    Returns:
+        for each label the logit of its class; None where the two are the same already, or nothing is known.
+
+    Raises:
+        ValueError: the weights are for other classes. Published ones are known by the names of their data set, and
+            folders may have other names: theirs must differ only in order, or stand at the same places where they meet.
+    """
+    if origin.class_names is None:
+        return None
+    theirs, ours = list(origin.class_names), list(class_names)
+    if origin.published:  # spelling is each copy's own
+        theirs, ours = ([re.sub(r"[\W_]+", " ", name).casefold() for name in names] for names in (theirs, ours))
+    if theirs == ours:
+        return None
+    if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
+        return [theirs.index(name) for name in ours]
+    common = set(theirs) & set(ours)
+    if not origin.published or any(theirs.index(name) != ours.index(name) for name in common):
+        raise ValueError(
+            f"{what} is for other classes than the data ({len(theirs)} and {len(ours)}): "
+            f"{_class_difference(theirs, ours)}; give weights that were trained for these classes, or the data of those"
+        )
+    return None
+
+
+def order_classes(weights: dict[str, Tensor], model: nn.Module, order: Sequence[int], what: str) -> dict[str, Tensor]:
+    """Weights whose logits come in the order of other labels; a warning says so.
+
+    Args:
+        weights: a state_dict of the model.
+        model: timm names its last layers, other nets have one, their last linear layer.
+        order: for each label of the data its logit, as `class_order` gives it.
+        what: the weights, for messages.
+
+    Raises:
+        ValueError: the last layer is not found, or is neither linear nor a convolution.
+    """
+    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    layers = [found] if isinstance(found, nn.Module) else list(found or ())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    if not layers and (last := _last_linear_layer(model)) is not None:
+        names = [last]
+    last_layers = [model.get_submodule(name) for name in names]
+    if not names or not all(
+        isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == len(order) for layer in last_layers
+    ):
+        raise ValueError(
+            f"{what} has its classes in another order than the data, and the last layer of this model is not known: "
+            "name the class folders so that they come in the order of the weights"
+        )
+    warnings.warn(f"{what} has the data's classes in another order: its last layer is put into theirs", stacklevel=2)
+    keys = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+    return {key: value[list(order)] if key in keys else value for key, value in weights.items()}
+
+
+def _class_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    sides = (("of the weights", theirs, ours), ("of the data", ours, theirs))
+    parts = [
+        f"only {where}: {_listed(missing)}"
+        for where, names, others in sides
+        if (missing := [name for name in names if name not in others])
+    ]
+    moved = [
+        f"{name} is class {theirs.index(name)} of the weights and {label} of the data"
+        for label, name in enumerate(ours)
+        if name in theirs and theirs.index(name) != label
+    ]
+    return "; ".join([*parts, *moved[: 1 if parts else _SHOWN_KEYS]])
+
+
+def read_origin(path: str | Path) -> Origin:
+    """How a file's weights were trained, where that is known.
 
     Published files that are known say it by their content, those that this project writes in their metadata.
 
@@ -63,11 +172,12 @@ def read_normalisation(path: str | Path) -> Normalisation | None:
     path = _existing(path)
     known = identify(path)
     if known is not None:
-        return known.normalisation
+        return Origin(known.normalisation, published_classes(known.data), published=True)
     if path.suffix != ".safetensors":
-        return None
-    text = _read_metadata(path).get(NORMALISATION_KEY)
-    return None if text is None else _parse_normalisation(text, path)
+        return Origin()
+    metadata = _read_metadata(path)
+    key = ORIGIN_KEY if ORIGIN_KEY in metadata else _FORMER_KEY
+    return _parse_origin(metadata[key], path, key) if key in metadata else Origin()
 
 
 def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
@@ -112,12 +222,17 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
 
 
-def _parse_normalisation(text: str, path: Path) -> Normalisation:
+def _parse_origin(text: str, path: Path, key: str) -> Origin:
     try:
         content = json.loads(text)
-        return Normalisation(tuple(map(float, content["mean"])), tuple(map(float, content["std"])))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f'{path}: its metadata "{NORMALISATION_KEY}" has no lists "mean" and "std"') from error
+        names = content.get("class_names")
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise TypeError
+        mean, std = (None if content[part] is None else tuple(map(float, content[part])) for part in ("mean", "std"))
+        normalisation = None if mean is None or std is None else Normalisation(mean, std)
+        return Origin(normalisation, None if names is None else tuple(names))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'{path}: its metadata "{key}" has no lists "mean", "std" and "class_names"') from error
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dalikd.kd.normalize import Normalisation
 
-__all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify"]
+__all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify", "published_classes"]
 
 _FEWEST_DIGITS = 8  # of a checksum, as in published file names
 
@@ -21,6 +21,17 @@ _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # not the deviation over all pixels, which a data set gives: the mean of the single images'
 _CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _CIFAR100 = Normalisation((0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
+
+_CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm
+"""
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,20 @@ KNOWN = (
     _torchvision("resnet152", "394f9c45", 78.31),
     _torchvision("wide_resnet50_2", "95faca4d", 78.47),
 )
+
+
+def published_classes(data: str) -> tuple[str, ...] | None:
+    """The classes of a published data set in the order of its labels: names, for ImageNet WordNet ids; None: not known.
+
+    Args:
+        data: as `KnownWeights.data` says it.
+    """
+    if data == "ImageNet":
+        from timm.data.imagenet_info import ImageNetInfo
+
+        return tuple(ImageNetInfo("imagenet-1k").label_names())
+    names = {"CIFAR-10": _CIFAR10_CLASSES, "CIFAR-100": _CIFAR100_CLASSES}.get(data)
+    return None if names is None else tuple(names.split())
 
 
 def identify(path: str | Path) -> KnownWeights | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dalikd.kd.checkpoints import NORMALISATION_KEY
+from dalikd.kd.checkpoints import ORIGIN_KEY
 from dalikd.kd.normalize import Normalisation
 
 __all__ = ["read_state", "save_state", "save_weights"]
@@ -47,18 +48,22 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_weights(path: Path, model: nn.Module, normalisation: Normalisation | None = None) -> None:
+def save_weights(
+    path: Path, model: nn.Module, normalisation: Normalisation | None = None, class_names: Sequence[str] | None = None
+) -> None:
     """Write a net's state_dict as safetensors, with its published keys.
 
     Args:
         path: the file.
         model: the net.
         normalisation: of the images it was trained on; goes into the metadata, so that whoever loads the file has it.
+        class_names: of its logits, in their order; the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    # one entry at most: several are written in any order, and the file's checksum would not be reproducible
-    metadata = None if normalisation is None else {NORMALISATION_KEY: json.dumps(normalisation._asdict())}
-    save_file(tensors, temporary, metadata)
+    mean, std = normalisation or (None, None)
+    origin = {"mean": mean, "std": std, "class_names": None if class_names is None else list(class_names)}
+    # one entry: several are written in any order, and the file's checksum would not be reproducible
+    save_file(tensors, temporary, {ORIGIN_KEY: json.dumps(origin)})
     temporary.replace(path)

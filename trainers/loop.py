@@ -367,11 +367,11 @@ class Loop:
 
     def _save_weights(self, name: str) -> None:
         if self.accelerator.is_main_process:
-            student, folder = self.method.student, self.folder.path / name
-            save_weights(folder / "student.safetensors", student.model, student.normalisation)
+            student, folder, classes = self.method.student, self.folder.path / name, self.loader.source.classes
+            save_weights(folder / "student.safetensors", student.model, student.normalisation, classes)
             if self.average is not None:
                 averaged = self.average.module.get_submodule("model")
-                save_weights(folder / "ema.safetensors", averaged, student.normalisation)
+                save_weights(folder / "ema.safetensors", averaged, student.normalisation, classes)
 
 
 class _Clock:

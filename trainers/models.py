@@ -9,8 +9,8 @@ from torch import nn
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.timm_models import input_statistics
-from dalikd.kd.checkpoints import load_weights, read_normalisation
-from dalikd.kd.known_weights import file_sha256, identify
+from dalikd.kd.checkpoints import Origin, class_order, load_weights, order_classes, read_origin
+from dalikd.kd.known_weights import file_sha256, identify, published_classes
 from dalikd.kd.normalize import Normalisation, Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import View
@@ -20,6 +20,7 @@ from dalikd.trainers.launch import Precision, autocast_type, model_type
 __all__ = ["TeacherConfig", "build_model", "build_teacher", "describe_teacher", "open_teacher", "reinitialise"]
 
 _PRETRAINED = "pretrained"  # in place of a weights file
+_IMAGENET_CLASSES = 1000
 
 
 @dataclass
@@ -59,7 +60,7 @@ def build_model(
     std: Sequence[float] | None = None,
     sha256: str | None = None,
 ) -> Normalized:
-    """Build a net for the classes of a data set.
+    """Build a net for the classes of a data set, in their order where its weights say for which classes they are.
 
     It normalises by `mean` and `std` where given, else as its weights were trained where that is known, else as timm
     says, else by the data's mean and standard deviation.
@@ -74,7 +75,8 @@ def build_model(
         sha256: checksum of the weights file, or its leading digits.
 
     Raises:
-        ValueError: unknown name, impossible mean or std, or weights that do not fit or have another checksum.
+        ValueError: unknown name, impossible mean or std, or weights that do not fit, have another checksum or are for
+            other classes.
         FileNotFoundError: no such weights file.
     """
     given = _given_normalisation(mean, std)
@@ -87,10 +89,16 @@ def build_model(
         _check_pretrained(name, classes)
         args["pretrained"] = True
     model = create_model(name, classes, **args)
+    origin = Origin()
     if file is not None:
-        load_weights(model, file, sha256=sha256)
-    trained = read_normalisation(file) if file is not None else None
-    mean, std = given or trained or input_statistics(model) or (source.mean, source.std)
+        load_weights(model, file, sha256=sha256, class_names=source.classes)
+        origin = read_origin(file)
+    elif weights == _PRETRAINED and classes == _IMAGENET_CLASSES:
+        imagenet = Origin(class_names=published_classes("ImageNet"), published=True)
+        order = class_order(imagenet, source.classes, f"{name}, pretrained,")
+        if order is not None:
+            model.load_state_dict(order_classes(model.state_dict(), model, order, f"{name}, pretrained,"))
+    mean, std = given or origin.normalisation or input_statistics(model) or (source.mean, source.std)
     return Normalized(model, mean, std)
 
 

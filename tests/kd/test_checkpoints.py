@@ -1,6 +1,7 @@
 import argparse
 import collections
 import hashlib
+import re
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dalikd.kd import known_weights
-from dalikd.kd.checkpoints import load_weights, read_normalisation, read_state_dict
-from dalikd.kd.known_weights import KnownWeights
+from dalikd.kd.checkpoints import Origin, class_order, load_weights, read_origin, read_state_dict
+from dalikd.kd.known_weights import KnownWeights, published_classes
 from dalikd.kd.normalize import Normalisation
 
 
@@ -267,26 +268,62 @@ def test_a_checksum_is_checked_before_the_file_is_opened(source, tmp_path):
         load_weights(model, path, sha256="0" * 64)
 
 
-def test_the_normalisation_comes_from_the_list_or_from_the_files_metadata(published, source, tmp_path):
-    assert read_normalisation(published) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+def test_how_weights_were_trained_comes_from_the_list_or_from_the_files_metadata(published, source, tmp_path):
+    assert read_origin(published).normalisation == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert read_origin(published).class_names == published_classes("CIFAR-10")
     path = tmp_path / "w.safetensors"
-    save_file(source.state_dict(), path, {"normalisation": '{"mean": [0.1, 0.2, 0.7], "std": [0.3, 0.2, 1]}'})
-    assert read_normalisation(str(path)) == ((0.1, 0.2, 0.7), (0.3, 0.2, 1.0))
+    former = '"mean": [0.1, 0.2, 0.7], "std": [0.3, 0.2, 1]'
+    save_file(source.state_dict(), path, {"normalisation": f"{{{former}}}"})
+    assert read_origin(str(path)) == (((0.1, 0.2, 0.7), (0.3, 0.2, 1.0)), None, False)
+    save_file(source.state_dict(), path, {"dalikd": f'{{{former}, "class_names": ["a", "caf\\u00e9"]}}'})
+    assert read_origin(path) == (((0.1, 0.2, 0.7), (0.3, 0.2, 1.0)), ("a", "caf\u00e9"), False)
     save_file(source.state_dict(), path)
-    assert read_normalisation(path) is None
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    assert read_normalisation(tmp_path / "w.pth") is None
+    assert read_origin(path) == read_origin(tmp_path / "w.pth") == Origin()
 
 
-@pytest.mark.parametrize("text", ["", "1", '{"mean": [0.5]}', '{"mean": 1, "std": 2}', '{"mean": ["x"], "std": [1]}'])
-def test_a_normalisation_that_is_none_is_named(text, source, tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    ["", "1", '{"mean": [0.5]}', '{"mean": 1, "std": 2}', '{"mean": ["x"], "std": [1]}',
+     '{"mean": [0.5], "std": [1], "class_names": [1]}'],
+)  # fmt: skip
+def test_metadata_that_say_nothing_are_named(text, source, tmp_path):
     path = tmp_path / "w.safetensors"
-    save_file(source.state_dict(), path, {"normalisation": text})
-    assert 'its metadata "normalisation" has no lists "mean" and "std"' in error_of(read_normalisation, path)
+    save_file(source.state_dict(), path, {"dalikd": text})
+    assert 'its metadata "dalikd" has no lists "mean", "std" and "class_names"' in error_of(read_origin, path)
 
 
-def test_a_normalisation_is_asked_of_files_only(tmp_path):
+def test_the_origin_is_asked_of_files_only(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights file"):
-        read_normalisation(tmp_path / "absent.pth")
+        read_origin(tmp_path / "absent.pth")
     (tmp_path / "w.safetensors").write_bytes(b"hello")
-    assert "is damaged or not a safetensors file" in error_of(read_normalisation, tmp_path / "w.safetensors")
+    assert "is damaged or not a safetensors file" in error_of(read_origin, tmp_path / "w.safetensors")
+
+
+ABC = Origin(class_names=("a", "b", "c"))
+PUBLISHED = Origin(class_names=("pickup_truck", "maple_tree", "worm"), published=True)
+
+
+@pytest.mark.parametrize(
+    ("origin", "classes", "expected"),
+    [
+        (Origin(), ["x", "y"], None),
+        (ABC, ["a", "b", "c"], None),
+        (ABC, ["c", "a", "b"], [2, 0, 1]),
+        (ABC, ["b", "c", "d"], "only of the weights: a; only of the data: d; b is class 1 of the weights and 0 of the"),
+        (ABC, ["A", "b", "c"], "only of the weights: a; only of the data: A"),
+        (ABC, ["a", "b"], "only of the weights: c; give weights that were trained"),
+        (PUBLISHED, ["Pickup Truck", "maple-tree", "worm"], None),
+        (PUBLISHED, ["maple tree", "pickup truck", "worm"], [1, 0, 2]),
+        (PUBLISHED, ["1", "2", "3"], None),  # names of their own: nothing is known
+        (PUBLISHED, ["pickup_truck", "oak", "worm"], None),
+        (PUBLISHED, ["maple_tree", "oak", "worm"], "maple tree is class 1 of the weights and 0 of the data"),
+    ],
+)
+def test_weights_are_for_certain_classes(origin, classes, expected):
+    """dalikd's own know their classes; folders for published ones may have other names, but not in another order."""
+    if not isinstance(expected, str):
+        assert class_order(origin, classes, "w.pt") == expected
+        return
+    with pytest.raises(ValueError, match=rf"^w\.pt is for other classes than the data .*{re.escape(expected)}"):
+        class_order(origin, classes, "w.pt")

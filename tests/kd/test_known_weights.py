@@ -8,7 +8,7 @@ import torchvision
 
 from dalikd.kd import known_weights
 from dalikd.kd.backbones import create_model
-from dalikd.kd.known_weights import KNOWN, KnownWeights, check_sha256, file_sha256, identify
+from dalikd.kd.known_weights import KNOWN, KnownWeights, check_sha256, file_sha256, identify, published_classes
 from dalikd.kd.normalize import Normalisation
 
 CONTENT = b"weights"
@@ -110,3 +110,14 @@ def test_the_documented_list_is_this_one():
 
 def _listed(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def test_the_classes_of_published_data_are_known_in_their_order():
+    """All three publish their classes by the alphabet."""
+    for data, count in CLASSES.items():
+        names = published_classes(data)
+        assert names is not None
+        assert len(names) == len(set(names)) == count
+        assert list(names) == sorted(names)
+    assert {known.data for known in KNOWN} == CLASSES.keys()
+    assert published_classes("a folder") is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalikd.kd.checkpoints import load_weights, read_normalisation
+from dalikd.kd.checkpoints import Origin, load_weights, read_origin
 from dalikd.kd.normalize import Normalisation
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 
@@ -64,11 +64,11 @@ def test_weights_are_saved_by_their_published_keys(tmp_path, make_net):
     assert [file.name for file in (tmp_path / "best").iterdir()] == ["student.safetensors"]
 
 
-def test_weights_carry_their_normalisation_and_the_same_weights_make_the_same_file(tmp_path, make_net):
+def test_weights_carry_their_origin_and_the_same_weights_make_the_same_file(tmp_path, make_net):
     model, normalisation = make_net().model, Normalisation((0.1, 0.2, 0.3), (1 / 3, 0.5, 0.6))
     for name in ("a", "b"):
-        save_weights(tmp_path / f"{name}.safetensors", model, normalisation)
-    assert read_normalisation(tmp_path / "a.safetensors") == normalisation  # to the last bit
+        save_weights(tmp_path / f"{name}.safetensors", model, normalisation, ["x", "\udce9", "z"])  # as not in UTF-8
+    assert read_origin(tmp_path / "a.safetensors") == (normalisation, ("x", "\udce9", "z"), False)  # to the last bit
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     save_weights(tmp_path / "c.safetensors", model)
-    assert read_normalisation(tmp_path / "c.safetensors") is None
+    assert read_origin(tmp_path / "c.safetensors") == Origin()

@@ -6,7 +6,8 @@ import torch
 
 from dalikd.kd import known_weights
 from dalikd.kd.backbones import create_model
-from dalikd.kd.known_weights import KnownWeights, file_sha256
+from dalikd.kd.checkpoints import load_weights
+from dalikd.kd.known_weights import KnownWeights, file_sha256, published_classes
 from dalikd.kd.normalize import Normalisation
 from dalikd.pipelines.augment import View
 from dalikd.trainers.checkpoint import save_weights
@@ -82,6 +83,56 @@ def test_a_teacher_of_other_classes_is_refused(make_source, weights):
         build_teacher(TeacherConfig("resnet8", weights), make_source())
     with pytest.raises(FileNotFoundError, match=r"there is no weights file nowhere.pt"):
         build_teacher(TeacherConfig("resnet8", "nowhere.pt"), make_source())
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "timm:test_vit", "timm:test_byobnet", "timm:deit_tiny_distilled_patch16_224"]
+)
+def test_weights_of_the_same_classes_in_another_order_answer_in_that_of_the_data(make_source, tmp_path, name):
+    source, path = make_source(), tmp_path / "student.safetensors"
+    size = {"img_size": 32} if "vit" in name or "deit" in name else {}
+    torch.manual_seed(0)
+    trained = create_model(name, 3, **size)
+    save_weights(path, trained, TENTHS, ["class2", "class0", "class1"])
+    with pytest.warns(UserWarning, match=r"student\.safetensors has the data's classes in another order"):
+        net = build_model(name, source, weights=str(path), args=size)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)).byte()
+    answers = trained.eval()(net.normalize(pixels))
+    assert torch.equal(net.eval()(pixels), answers[:, [1, 2, 0]])
+    save_weights(path, net.model, TENTHS, source.classes)  # as a student started from them is saved
+    again = build_model(name, source, weights=str(path), args=size)
+    assert torch.equal(again.eval()(pixels), answers[:, [1, 2, 0]])
+
+
+def test_weights_of_other_classes_are_refused_by_name(make_source, tmp_path):
+    path = tmp_path / "student.safetensors"
+    save_weights(path, create_model("resnet8", 3), TENTHS, ["class1", "class2", "class3"])
+    message = r"student\.safetensors is for other classes than the data \(3 and 3\): only of the weights: class3"
+    with pytest.raises(ValueError, match=f"teacher resnet8: .*{message}"):
+        build_teacher(TeacherConfig("resnet8", str(path)), make_source())
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.Softmax(1))
+    save_weights(path, net, TENTHS, ["class2", "class1", "class0"])
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="not of this model"):
+        load_weights(other, path, class_names=["class0", "class1", "class2"])
+    save_weights(path, torch.nn.Conv2d(3, 3, 1), TENTHS, ["class2", "class1", "class0"])
+    with pytest.raises(ValueError, match="the last layer of this model is not known: name the class folders so"):
+        load_weights(torch.nn.Conv2d(3, 3, 1), path, class_names=["class0", "class1", "class2"])
+
+
+def test_pretrained_weights_of_imagenet_come_in_the_order_of_the_folders(make_source, monkeypatch):
+    """The folders are WordNet ids; in another order they are mapped, and with a foreign one among them refused."""
+    names = published_classes("ImageNet")
+    source = replace(make_source(classes=1000, count=1000), classes=names[::-1])
+    torch.manual_seed(0)
+    made = create_model("timm:resnet18", 1000)
+    monkeypatch.setattr("dalikd.trainers.models.create_model", lambda *_, **__: made)
+    before = made.fc.weight.clone()
+    with pytest.warns(UserWarning, match="timm:resnet18, pretrained, has the data's classes in another order"):
+        net = build_model("timm:resnet18", source, weights="pretrained")
+    assert torch.equal(net.model.fc.weight, before.flip(0))
+    with pytest.raises(ValueError, match="only of the weights: n15075141; only of the data: n9; n01440764 is class 0"):
+        build_model("timm:resnet18", replace(source, classes=("n9", *names[:-1])), weights="pretrained")
 
 
 @pytest.mark.parametrize(
