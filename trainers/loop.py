@@ -225,6 +225,7 @@ class Loop:
                     raise Interrupted(f"stopped by signal {self._stop_signal}; go on with --resume {self.folder.path}")
 
     def _log_interval(self, clock: "_Clock", bar: tqdm) -> None:
+        self.meter.share(self.accelerator)
         terms = self.meter.means()
         self.meter.reset()
         if self.accelerator.scaler is None:  # which skips the steps that overflow in fp16
@@ -256,12 +257,14 @@ class Loop:
             self._share_buffers(net)
             val = evaluate(net, self.val_loader, self.accelerator)
             self._check_loss(val["loss"])
-            train = self.epoch_meter.means()
-            progress.last = {"epoch": epoch, "train": train, "val": val, **self.method.metrics()}
-            if not progress.best or val["top1"] > progress.best["val"]["top1"]:
+            self.epoch_meter.share(self.accelerator)
+            train, metrics = self.epoch_meter.means(), self.method.metrics()
+            progress.last = {"epoch": epoch, "train": train, "val": val, **metrics}
+            if not progress.best or _rank(val) > _rank(progress.best["val"]):
                 progress.best = progress.last
                 self._save_weights("best")
-            self.folder.log(progress.step, progress.last)
+            # of the whole epoch, by a name of its own: "train" is of an interval
+            self.folder.log(progress.step, {"epoch": epoch, "epoch_train": train, "val": val, **metrics})
         self.epoch_meter.reset()
         progress.epochs = epoch
         self.save()
@@ -298,7 +301,11 @@ class Loop:
     # ------------------------------------------------------------------------------------------ the state
 
     def save(self, every_process: bool = False) -> None:
-        """Write the student's weights and the state. At a step's end the state is the same on every process."""
+        """Write the student's weights and the state. At a step's end the state is the same on every process, once the
+        meters are shared: all of them call this, but where a broken image stops one, which then saves its own."""
+        if not every_process:
+            self.meter.share(self.accelerator)
+            self.epoch_meter.share(self.accelerator)
         if not (self.accelerator.is_main_process or every_process):
             return
         # the state last: after a kill in between, the run goes on from the one before and writes these weights again
@@ -407,6 +414,11 @@ def _parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
     decayed = [parameter for parameter in parameters if parameter.dim() > 1]
     others = [parameter for parameter in parameters if parameter.dim() <= 1]
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def _rank(val: dict[str, Any]) -> tuple[float, float]:
+    """What makes an epoch the best one: its accuracy, among equal ones its loss."""
+    return val["top1"], -val["loss"]
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

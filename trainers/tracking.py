@@ -7,10 +7,11 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
+from accelerate import Accelerator
 
 from dalikd.kd.known_weights import file_sha256
 
@@ -18,7 +19,7 @@ __all__ = ["Meter", "RunFolder", "check_writable", "versions", "write_json"]
 
 
 class Meter:
-    """Sums named scalars on the device; reading them is the only wait."""
+    """Sums named scalars on the device; sharing and reading them are the only waits."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -32,8 +33,14 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
 
+    def share(self, accelerator: Accelerator) -> None:
+        """Take the mean over the processes, which all call this. They may add their own and share again."""
+        if accelerator.num_processes > 1 and self._sums:
+            shared = cast(torch.Tensor, accelerator.reduce(torch.stack(list(self._sums.values())), "mean"))
+            self._sums = dict(zip(self._sums, shared.unbind(), strict=True))
+
     def means(self) -> dict[str, float]:
-        """The means since the last reset. Waits for the device."""
+        """The means since the last reset: of this process until they are shared. Waits for the device."""
         if not self._count:
             return {}
         values = torch.stack(list(self._sums.values())).tolist()
@@ -109,13 +116,14 @@ class RunFolder:
         )
 
     def log(self, step: int, entry: dict[str, Any]) -> None:
-        """Append one line to log.jsonl and the numbers of it to TensorBoard."""
+        """Append one line to log.jsonl and the numbers of it to TensorBoard, where a curve has one value a step."""
         if self._log is None:
             return
         self._log.write(json.dumps({"step": step, **entry}) + "\n")
         self._log.flush()
         for name, value in _flat(entry):
-            self._board.add_scalar(name, value, step)
+            if name != "epoch" or "val" not in entry:  # an evaluation's epoch is that of the interval before it
+                self._board.add_scalar(name, value, step)
 
     def results(self, results: dict[str, Any]) -> None:
         """Write results.json."""

@@ -62,11 +62,14 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     student, teacher = helpers.net(0, norm=False).double(), helpers.net(1).double()
     loop = helpers.loop(folder / augmentation, accelerator, options=options, student=student, teacher=teacher)
     loop.method.goodness.window = 64
-    for _ in range(6):
+    for step in range(6):
         loop.step()
+        if step == 2:
+            loop.meter.share(accelerator)  # as a checkpoint does
+    loop.meter.share(accelerator)
     weights = {key: value.detach().clone() for key, value in student.model.state_dict().items()}
     average = {key: value.clone() for key, value in loop.average.module.state_dict().items()}
-    return {"weights": weights, "average": average, "metrics": loop.method.metrics()}
+    return {"weights": weights, "average": average, "metrics": loop.method.metrics(), "terms": loop.meter.means()}
 
 
 def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any, picks: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import SGD, AdamW
 
 from dalikd.kd.known_weights import file_sha256
@@ -311,7 +312,11 @@ def test_a_run_logs_evaluates_and_saves(make_loop):
         "last/student.safetensors",
         "best/student.safetensors",
     }
-    assert list(path.glob("tensorboard/events*"))
+    events = EventAccumulator(str(path / "tensorboard")).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["train/loss"] == steps["epoch"] == [2, 3, 4, 6, 8, 9]  # one value a step, of an interval
+    assert steps["epoch_train/loss"] == steps["val/loss"] == [6, 9]
+    assert [entry["epoch_train"] for entry in log if "val" in entry][-1] == results["last"]["train"]
 
 
 def test_the_terms_of_an_epoch_are_their_means(make_loop):
@@ -323,13 +328,16 @@ def test_the_terms_of_an_epoch_are_their_means(make_loop):
     assert results["last"]["train"]["loss"] == pytest.approx(sum(losses) / 3)
 
 
-def test_best_is_the_epoch_of_the_highest_accuracy(make_loop, monkeypatch):
-    accuracies = iter([0.2, 0.7, 0.7, 0.4])
-    monkeypatch.setattr(
-        "dalikd.trainers.loop.evaluate", lambda *_: {"loss": 1.0, "top1": next(accuracies), "top5": 1.0, "images": 41}
-    )
-    results = make_loop(options=_options(epochs=4)).run()
-    assert (results["best"]["epoch"], results["last"]["epoch"]) == (2, 4)
+def test_best_is_the_epoch_of_the_highest_accuracy_and_of_equal_ones_of_the_lowest_loss(make_loop, monkeypatch):
+    figures = iter([(0.2, 0.1), (0.7, 1.0), (0.7, 0.9), (0.7, 0.9), (0.4, 0.1)])
+
+    def evaluate(*_):
+        top1, loss = next(figures)
+        return {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}
+
+    monkeypatch.setattr("dalikd.trainers.loop.evaluate", evaluate)
+    results = make_loop(options=_options(epochs=5)).run()
+    assert (results["best"]["epoch"], results["last"]["epoch"]) == (3, 5)
 
 
 def test_a_diverged_run_says_so(make_loop):
