@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from argparse import ArgumentError
 from collections import deque
@@ -19,8 +18,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing
 
 from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
 from dalikd.tools.bench.training import ScalingOptions, StepOptions
-from dalikd.trainers.loop import Interrupted
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.study.options import StudyOptions
 
 __all__ = [
@@ -115,8 +114,10 @@ def guarded(command: str) -> Iterator[None]:
         print(f"dalikd {command}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"dalikd {command}: {stop}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        after = " (what torch.distributed.elastic prints next is its report of that, no failure)" if launched else ""
+        print(f"dalikd {command}: {stop}{after}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
 
 
 def parse(

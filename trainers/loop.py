@@ -1,7 +1,6 @@
 """The one training loop: forward, backward, step, count; evaluate; checkpoint; track."""
 
 import math
-import signal
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -22,13 +21,12 @@ from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.schedules import learning_rate_factor
+from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
-__all__ = ["Interrupted", "Loop", "Method"]
+__all__ = ["Loop", "Method"]
 
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
+_STOP_EVERY = 50  # steps: several processes ask each other so often at least whether one was told to stop
 
 
 class Method(Protocol):
@@ -121,7 +119,6 @@ class Loop:
         self.progress = _Progress()
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.total_steps = round(options.epochs * options.epoch_factor) * self.steps_per_epoch
-        self._stop_signal: int | None = None
 
     # ------------------------------------------------------------------------------------------ the step
 
@@ -177,20 +174,18 @@ class Loop:
 
         Raises:
             BadFileError: a picture cannot be decoded; the state is saved.
-            Interrupted: SIGTERM or SIGINT came; the state is saved.
+            Interrupted: SIGTERM or SIGINT came, to any of the processes; the state is saved.
         """
-        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.task.train()
         if self._student_is_fixed:
             self.method.student.eval()  # its running statistics stay too
         try:
-            self._run_steps()
+            with StopSignals(self.accelerator) as signals:
+                self._run_steps(signals)
         except BadFileError:
             self.save(every_process=True)  # the others may never learn why they wait, so the one that knows saves
             raise
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self.loader.close()
             self.val_loader.close()
             self.folder.close()
@@ -200,12 +195,13 @@ class Loop:
         self.folder.results(results)
         return results
 
-    def _run_steps(self) -> None:
+    def _run_steps(self, signals: StopSignals) -> None:
         options, progress = self.options, self.progress
         bar = progress_bar(
             self.accelerator, self.folder.path.name, total=self.total_steps, initial=progress.step, unit="step"
         )
         clock = _Clock(self.loader, progress.step)
+        asks_every = 1 if self.accelerator.num_processes == 1 else min(options.log_every, _STOP_EVERY)
         with bar:
             if progress.step == (progress.epochs + 1) * self.steps_per_epoch:  # stopped in the middle of its evaluation
                 self._end_epoch()
@@ -220,9 +216,9 @@ class Loop:
                     clock.restart()
                 elif options.checkpoint_every and progress.step % options.checkpoint_every == 0:
                     self.save()
-                if self._stop_signal is not None:
+                if (end_of_epoch or progress.step % asks_every == 0) and (number := signals.agreed()):
                     self.save()
-                    raise Interrupted(f"stopped by signal {self._stop_signal}; go on with --resume {self.folder.path}")
+                    raise Interrupted(f"stopped by signal {number}; go on with --resume {self.folder.path}", number)
 
     def _log_interval(self, clock: "_Clock", bar: tqdm) -> None:
         self.meter.share(self.accelerator)
@@ -292,11 +288,6 @@ class Loop:
             "processes": self.accelerator.num_processes,
             "versions": versions(self.accelerator.device),
         }
-
-    def _note_signal(self, number: int, _frame: object) -> None:
-        if self._stop_signal is not None:
-            raise KeyboardInterrupt  # asked twice: at once
-        self._stop_signal = number
 
     # ------------------------------------------------------------------------------------------ the state
 

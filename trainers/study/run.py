@@ -8,7 +8,7 @@ from typing import IO, Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dalikd.trainers.loop import Interrupted
+from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.study.lock import holder, take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.state import clear_unsaved, is_done
@@ -160,7 +160,7 @@ def _run(cell: Cell, resumed: Path | None, run: RunCell) -> None:
         run(cell, resumed)
     except Interrupted as stop:
         reason = str(stop).partition(";")[0]
-        raise Interrupted(f"{cell.name} {reason}; the same command goes on there") from None
+        raise Interrupted(f"{cell.name} {reason}; the same command goes on there", stop.signal) from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{cell.name}: {error}") from error
 

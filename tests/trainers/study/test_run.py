@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from dalikd.trainers.loop import Interrupted
+from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.study.lock import take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.run import Queue, run_cells
@@ -209,7 +209,7 @@ def test_several_processes_stop_at_the_first_failure(tmp_path):
 
 def test_a_signal_names_the_cell(tmp_path, accelerator):
     def stop(*_: object) -> None:
-        raise Interrupted("stopped by signal 15; go on with --resume somewhere")
+        raise Interrupted("stopped by signal 15; go on with --resume somewhere", 15)
 
     with pytest.raises(Interrupted, match=r"^teachers/a stopped by signal 15; the same command goes on there$"):
         run_cells(_queue(tmp_path), stop, accelerator, 0.01)
