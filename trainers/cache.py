@@ -36,6 +36,7 @@ from dalikd.trainers.looking import Looker
 from dalikd.trainers.models import open_teacher
 from dalikd.trainers.options import CacheOptions
 from dalikd.trainers.progress import progress
+from dalikd.trainers.stopping import Interrupted, StopSignals
 
 __all__ = ["Comparison", "fill_cache", "verify_cache"]
 
@@ -86,6 +87,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
 
     Raises:
         ValueError, OSError: data, teacher, folder or disk are not as they should be; nothing is written then.
+        Interrupted: SIGTERM or SIGINT came; what was asked is written.
     """
     _check_options(options, accelerator)
     assert options.output is not None
@@ -112,7 +114,7 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
     options = work.options
     loader, looker, writer = work.loader(sampler), work.looker(), _Writer(cache, options.mix_group)
     bar = progress(work.accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
-    with bar:
+    with bar, StopSignals(work.accelerator) as signals:
         for index in range(options.epochs * len(loader)):
             micro = sampler[index]
             rows = micro.rows[: micro.valid]
@@ -123,9 +125,11 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
                     torch.compiler.cudagraph_mark_step_begin()  # the last look may be overwritten
                 writer.put(micro.epoch, rows, looker(loader.next()))
             bar.update(micro.total)
-            if (index + 1) % len(loader) == 0:
+            if (index + 1) % len(loader) == 0 or signals.number:
                 writer.finish()
                 cache.flush(micro.epoch)
+            if signals.number:  # each process fills its own share, so each stops by itself
+                raise Interrupted(f"stopped by signal {signals.number}; the same command goes on", signals.number)
     loader.close()
 
 

@@ -201,7 +201,6 @@ class Loop:
             self.accelerator, self.folder.path.name, total=self.total_steps, initial=progress.step, unit="step"
         )
         clock = _Clock(self.loader, progress.step)
-        asks_every = 1 if self.accelerator.num_processes == 1 else min(options.log_every, _STOP_EVERY)
         with bar:
             if progress.step == (progress.epochs + 1) * self.steps_per_epoch:  # stopped in the middle of its evaluation
                 self._end_epoch()
@@ -216,7 +215,7 @@ class Loop:
                     clock.restart()
                 elif options.checkpoint_every and progress.step % options.checkpoint_every == 0:
                     self.save()
-                if (end_of_epoch or progress.step % asks_every == 0) and (number := signals.agreed()):
+                if number := signals.agreed(progress.step, 1 if end_of_epoch else min(options.log_every, _STOP_EVERY)):
                     self.save()
                     raise Interrupted(f"stopped by signal {number}; go on with --resume {self.folder.path}", number)
 

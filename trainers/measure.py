@@ -41,10 +41,12 @@ from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher
 from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
+from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tracking import check_writable, versions
 
 __all__ = ["build_scorer", "check_measuring", "measure", "measure_all", "measure_branches", "results_table"]
 
+_STOP_EVERY = 16  # batches: several processes ask each other so often whether one was told to stop
 _FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
 
 
@@ -188,18 +190,30 @@ class _Pass:
 
     @torch.no_grad()
     def go(self) -> None:
-        """Measure to the end."""
+        """Measure to the end.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came, to any of the processes; the state is saved if it is kept.
+        """
         total = self.options.epochs * len(self.loader)
         images = self.options.epochs * len(self.loader.source)
         title = "measure" if len(self.measurement.stddev) > 1 else next(iter(self.measurement.stddev))
         bar = progress(
             self.accelerator, title, total=images, initial=self.measurement.images, unit="image", leave=False
         )
-        with bar:
+        with bar, StopSignals(self.accelerator) as signals:
             while self.batches < total and self.settled is None:
                 batch = self.loader.next()
                 self._step(batch)
                 bar.update(batch.total)
+                if number := signals.agreed(self.batches, _STOP_EVERY):
+                    self._save()
+                    kept = (
+                        "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint FILE"
+                    )
+                    raise Interrupted(
+                        f"stopped by signal {number} after {self.measurement.images} images; {kept}", number
+                    )
         if self.options.compile != "off":
             torch.compiler.reset()  # what many passes of one process leave behind would pass torch's limit
         self._save()

@@ -52,11 +52,16 @@ class StopSignals:
         """The signal that this process had, or 0."""
         return self._number
 
-    def agreed(self) -> int:
-        """A signal that any process had, the same on all of them, or 0. All of them call this, and wait for each other
-        and for the device."""
+    def agreed(self, step: int, every: int = 1) -> int:
+        """A signal that any process had, the same on all of them, or 0.
+
+        All of them call this at the same steps. Several ask each other, and wait for that and for the device, at every
+        `every`-th step; one alone knows at once.
+        """
         if self._accelerator.num_processes == 1:
             return self._number
+        if step % every:
+            return 0
         own = torch.tensor([self._number], device=self._accelerator.device)
         return int(self._accelerator.gather(own).max())  # type: ignore[union-attr]
 

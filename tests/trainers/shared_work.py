@@ -1,6 +1,8 @@
 """What one process and several must agree on. Run by test_processes.py, by itself under torchrun: PROCESSES FILE."""
 
 import importlib.util
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,12 @@ from torch.optim import SGD
 from dalikd.kd.backbones import factory
 from dalikd.trainers import measure
 from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.checkpoint import read_state
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.stopping import Interrupted
 
 # images, mode, picks of a mix group. With 90 images the second of two processes gets no rows of the last batch
 SETTINGS = [(110, "per_sample", None), (90, "per_batch", 11)]
@@ -50,6 +54,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         "evaluated": _evaluate(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
         "fixed": _observe(accelerator, folder),
+        "stopped": _stop_one(accelerator, folder),
     }
 
 
@@ -114,6 +119,27 @@ def _observe(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     last = loop.run()["last"]
     stayed = all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     return {"val": last["val"], "metrics": loop.method.metrics(), "stayed": stayed}
+
+
+def _stop_one(accelerator: Accelerator, folder: Path) -> list[tuple[int, int]]:
+    """The last process alone gets a signal in the fifth step: which signal each obeys, and the step that is saved."""
+    loop = helpers.loop(
+        folder / "stopped", accelerator, options=TrainOptions(batch_size=32, mix_group=8, epochs=9, log_every=3)
+    )
+    inputs = loop.method.inputs
+
+    def interrupting(batch: Any) -> Any:
+        if loop.progress.step == 4 and accelerator.is_last_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inputs(batch)
+
+    loop.method.inputs = interrupting
+    try:
+        loop.run()
+    except Interrupted as stop:
+        accelerator.wait_for_everyone()
+        return gather_object([(stop.signal, read_state(loop.folder.state_file)["step"])])
+    raise AssertionError("not stopped")
 
 
 if __name__ == "__main__":

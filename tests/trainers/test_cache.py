@@ -1,6 +1,7 @@
 """Filling, verifying, and distilling from what was filled."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from dalikd.trainers.cache import Comparison, fill_cache, verify_cache
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import CacheOptions, DistillOptions
+from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.tracking import RunFolder
 
 PICKS = "cutmixpick_teacher"
@@ -206,23 +208,27 @@ def test_smaller_storage_trains_nearly_as_the_teacher_does(
 # -------------------------------------------------------------------------------------------------- filling
 
 
-def test_a_stopped_fill_goes_on_where_it_stopped(fill, monkeypatch):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, Interrupted])
+def test_a_stopped_fill_goes_on_where_it_stopped(fill, monkeypatch, end):
     """The second call looks at what is missing only; the result is that of one call, to the last bit."""
     whole, put, calls = _columns(fill("whole")), filling._Writer.put, []
 
     def counting(writer, *arguments):
         calls.append(arguments[0])
+        if len(calls) == 5 and end is KeyboardInterrupt:
+            raise end
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         put(writer, *arguments)
 
     monkeypatch.setattr(filling._Writer, "put", counting)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end):
         fill("stopped")
-    assert calls == [0, 0, 0, 1, 1]  # three batches an epoch; that of the last but one was still waiting
-    calls.clear()
+    assert calls == [0, 0, 0, 1, 1]  # three batches an epoch
+    calls[:] = [1] * 10
     stopped = fill("stopped")
-    assert calls == [1, 1, 1]
+    # killed, that of the last but one was still waiting; a signal loses nothing
+    assert calls[10:] == ([1, 1, 1] if end is KeyboardInterrupt else [1])
     calls.clear()
     fill("stopped")
     assert calls == []

@@ -1,3 +1,5 @@
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +16,12 @@ from dalikd.pipelines.augment import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names
+from dalikd.trainers.checkpoint import read_state
 from dalikd.trainers.measure import measure, measure_all, results_table
 from dalikd.trainers.measurement import Measurement
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import MeasureOptions
+from dalikd.trainers.stopping import Interrupted
 
 RESULT_FIELDS = {"augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images", "window"}
 #: picks of each criterion on other bases
@@ -187,7 +191,9 @@ def test_equals_never_settle(data, small_weights, accelerator):
     assert report["separation"]["check"] == 5
 
 
-def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, accelerator, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, Interrupted])
+def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, accelerator, tmp_path, monkeypatch, end):
+    """Killed it does again what was not saved; stopped by a signal it loses nothing."""
     options = {
         "augmentation": ["cutmixpick_student", "flip", "patchmix"], "batch_size": 24, "mix_group": 8,
         "metrics": ["probability_covariance", "cross_entropy_covariance"], "per_class": True,
@@ -200,16 +206,21 @@ def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, acceler
     original, steps = Measurement.update, []
 
     def die(self, *arguments):
-        if len(steps) == 7:
-            raise KeyboardInterrupt
+        if len(steps) == 7 and end is KeyboardInterrupt:
+            raise end
         steps.append(None)
+        if len(steps) == 7 and end is Interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
         original(self, *arguments)
 
     monkeypatch.setattr(Measurement, "update", die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end):
         _pass(data, small_weights, accelerator, **resumed)
-    monkeypatch.setattr(Measurement, "update", original)
+    done = read_state(tmp_path / "state.pt")["step"]
+    assert done == (6 if end is KeyboardInterrupt else 7)
+    steps[:] = [None] * 8
     again = _pass(data, small_weights, accelerator, **resumed)
+    assert len(steps) == 8 + 12 - done
     assert again["results"] == whole["results"]
     assert again["separation"] == whole["separation"]
     for name in options["augmentation"]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,8 @@ def test_a_fixed_student_is_observed_by_several(one, two):
     assert theirs["val"] == pytest.approx(ours["val"], rel=0, abs=1e-9)
     assert ours["metrics"]["windows"] == 3
     assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=0, abs=1e-9)
+
+
+def test_a_signal_to_one_process_stops_all_where_the_state_is_saved(one, two):
+    assert one["stopped"] == [(signal.SIGTERM, 5)]
+    assert two["stopped"] == [(signal.SIGTERM, 6)] * 2  # the next time that they ask each other
