@@ -37,6 +37,7 @@ class Teacher:
         device: where it runs.
         autocast: compute type of mixed precision, or None for the parameters' own.
         fold_bn: fold batch norms into convolutions; the model is then nobody else's to save or train.
+        digest: of the weights as they were loaded, where a run is to know them again.
 
     Attributes:
         folded: how many batch norms were folded.
@@ -49,7 +50,9 @@ class Teacher:
         autocast: torch.dtype | None = None,
         *,
         fold_bn: bool = False,
+        digest: str = "",
     ) -> None:
+        self.digest = digest
         self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
         self.folded = fold_batch_norms(model.model if isinstance(model, Normalized) else model) if fold_bn else 0
         self._device_type = torch.device(device).type

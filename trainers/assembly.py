@@ -27,6 +27,7 @@ from dalikd.trainers.launch import model_type
 from dalikd.trainers.loop import Loop, Method
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher, reinitialise
 from dalikd.trainers.options import DistillOptions, RunOptions, TrainingOptions
+from dalikd.trainers.resume import identity
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [
@@ -231,6 +232,11 @@ def run_training(
     Raises:
         ValueError: the folder is not free, or holds another run.
     """
+    if options.resume and options.output and Path(options.output).resolve() != Path(options.resume).resolve():
+        raise ValueError(
+            f"--resume {options.resume} goes on in that folder, not in --output {options.output}: leave --output out, "
+            "or copy the folder and resume the copy"
+        )
     path = Path(options.resume or options.output or f"runs/{command}-{options.data.name}-{options.model}")
     folder = RunFolder(path, accelerator.is_main_process)
     if options.resume is None:
@@ -257,7 +263,13 @@ def run_training(
     if data.cached is not None:
         header["teacher_cache"] = data.cached.describe(round(options.epochs * options.epoch_factor))
         accelerator.print(header["teacher_cache"]["summary"], flush=True)
-    loop = Loop(method, data.loader, data.val_loader, options, accelerator, folder, header)
+    contents: dict[str, Any] = {"validation_images": data.val.fingerprint}
+    if isinstance(method, Distillation):
+        contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
+    loop = Loop(
+        method, data.loader, data.val_loader, options, accelerator, folder, header,
+        identity(command, config, **contents),
+    )  # fmt: skip
     if options.resume is not None:
         loop.load()
     folder.start(config, loop.progress.step if options.resume is not None else None)
@@ -267,6 +279,17 @@ def run_training(
         method.entropy_log.save(path / "entropies.npz")
         plot_entropies(method.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
     return {**results, "folder": str(path)}
+
+
+def _teacher_digest(teacher: Teacher | CachedLooks) -> str:
+    """What a teacher's outputs depend on in the teacher; the same whether it is asked or read from a cache."""
+    if isinstance(teacher, CachedLooks):
+        asked = teacher.cache.layout.fingerprint
+        weights, mean, std = (asked[f"teacher.{name}"] for name in ("weights", "mean", "std"))
+    else:
+        assert isinstance(teacher.model, Normalized)
+        weights, (mean, std) = teacher.digest, teacher.model.normalisation
+    return " ".join([str(weights), *(f"{value:.6g}" for value in (*mean, *std))])
 
 
 def check_training(options: TrainingOptions, accelerator: Accelerator) -> None:

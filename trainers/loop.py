@@ -20,6 +20,7 @@ from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
+from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tracking import Meter, RunFolder, versions
@@ -81,6 +82,7 @@ class Loop:
         accelerator: devices and processes.
         folder: where the run is written.
         header: what results.json says of the run besides the figures.
+        identity: what a resumed run is compared with.
 
     Raises:
         ValueError: something is to be compiled and there is no compiler.
@@ -95,9 +97,11 @@ class Loop:
         accelerator: Accelerator,
         folder: RunFolder,
         header: dict[str, Any],
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.method, self.loader, self.val_loader = method, loader, val_loader
         self.options, self.accelerator, self.folder, self.header = options, accelerator, folder, header
+        self.identity = identity or {"options": {}, "contents": {}}
         task = method.task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_bn and accelerator.num_processes > 1:
             task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
@@ -307,7 +311,9 @@ class Loop:
         scaler = self.accelerator.scaler
         return {
             "step": self.progress.step,
+            "total_steps": self.total_steps,
             "epochs": self.progress.epochs,
+            "identity": self.identity,
             "last": self.progress.last,
             "best": self.progress.best,
             "task": self.accelerator.unwrap_model(self.task).state_dict(),
@@ -322,13 +328,14 @@ class Loop:
         }
 
     def load(self) -> None:
-        """Take up the folder's saved state.
+        """Take up the folder's saved state, and say what goes on otherwise than before.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it belongs to other data, another net or another seed.
+            ValueError: it belongs to another run.
         """
         state = read_state(self.folder.state_file)
+        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path)
         try:
             self.accelerator.unwrap_model(self.task).load_state_dict(state["task"])
         except RuntimeError as error:
@@ -346,6 +353,15 @@ class Loop:
         self.progress = _Progress(state["step"], state["epochs"], state["last"], state["best"])
         position = self.progress.step * self.options.accumulation
         self.loader.load_state_dict({**state["loader"], "position": position})
+        if (planned := state.get("total_steps", self.total_steps)) != self.total_steps:
+            ended = "finished" if self.progress.step >= planned else "planned"
+            rate = self.base_rates[0] * self._rate_factor()
+            changes.append(
+                f"a run {ended} with {planned} steps has {self.total_steps} now, and the {self.options.schedule.name} "
+                f"schedule is that of the new length: the learning rate goes on with {rate:.4g}"
+            )
+        if changes:
+            self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take the optimizer's state; its settings stay those of this run's options."""

@@ -13,6 +13,7 @@ from dalikd.kd.checkpoints import Origin, class_order, load_weights, order_class
 from dalikd.kd.known_weights import file_sha256, identify, published_classes
 from dalikd.kd.normalize import Normalisation, Normalized
 from dalikd.kd.teacher import Teacher
+from dalikd.kd.teacher_cache import weights_digest
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
@@ -146,8 +147,11 @@ def open_teacher(
     Raises:
         ValueError: as for `build_teacher`.
     """
-    net = build_teacher(config, source, view).to(model_type(precision))
-    return Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn)
+    net = build_teacher(config, source, view)
+    digest = weights_digest(net)
+    return Teacher(
+        net.to(model_type(precision)), device, autocast_type(precision), fold_bn=config.fold_bn, digest=digest
+    )
 
 
 def describe_teacher(config: TeacherConfig, teacher: Normalized) -> dict[str, Any]:

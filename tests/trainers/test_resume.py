@@ -224,25 +224,45 @@ def test_results_lost_in_a_kill_are_written_again(finished, monkeypatch):
     assert _results(finished) == before
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--seed", "1"], "seed was 0, now it is 1; resume with the same data, --seed and --batch_size"),
-        (["--batch_size", "16"], "batch_size was 32, now it is 16"),
-        (["--data.limit", "90"], "fingerprint was "),
-        (["--model", "resnet8"], "belongs to another --model than resnet8"),
-        (["--optimizer", "torch.optim.Adam"], "belongs to the optimizer SGD, now it is Adam"),
-    ],
-)
-def test_another_run_is_not_resumed(finished, capsys, change, message):
-    before = {path: path.read_bytes() for path in finished.glob("*.*")}
+CHANGES = {
+    "--seed 1": "--seed was 0, now it is 1",
+    "--batch_size 16": "--batch_size was 32, now it is 16",
+    "--data.limit 90": "--data.limit was None, now it is 90",
+    "--data.val_limit 9": "--data.val_limit was None, now it is 9; validation images: others than before",
+    "--data.image_size 28": "--data.image_size was 32, now it is 28",
+    "--model resnet8": "--model was small, now it is resnet8",
+    "--augmentation cutmix --mode per_batch": "--augmentation was identity, now it is cutmix",
+    "--optimizer torch.optim.Adam": "belongs to the optimizer SGD, now it is Adam",
+    "--output elsewhere": "goes on in that folder, not in --output elsewhere: leave --output out, or copy the folder",
+    "--teacher.weights OTHER": "the teacher's weights or normalisation: others than before",
+    "--teacher.mean [0.5,0.5,0.5] --teacher.std [0.1,0.1,0.1]": "the teacher's weights or normalisation: others than",
+    "--loss.temperature 2": "--loss.temperature was 4.0, now it is 2.0",
+    "train": "it is of dalikd distill, not train",
+}
+
+
+@pytest.fixture(scope="module")
+def distilled_once(tree, teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    distill.main([*_distill_arguments(tree, teacher, "--epochs", "1"), "--output", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_run_is_not_resumed(distilled_once, tmp_path, capsys, change):
+    finished = shutil.copytree(distilled_once, tmp_path / "run")
+    torch.manual_seed(4)
+    torch.save(create_model("small", 3).state_dict(), tmp_path / "other.pt")
+    command = train if change == "train" else distill
+    words = change.replace("OTHER", str(tmp_path / "other.pt")).replace("train", "").split()
+    before = {path: path.read_bytes() for path in finished.rglob("*.*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
-        train.main(["--resume", str(finished), *change, "--epochs", "3"])
+        command.main(["--resume", str(finished), *words, "--epochs", "3"])
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert message in error
+    assert CHANGES[change] in error
     assert error.count("\n") == 1
-    assert before == {path: path.read_bytes() for path in finished.glob("*.*")}
+    assert before == {path: path.read_bytes() for path in finished.rglob("*.*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +283,7 @@ def test_a_folder_without_a_state_is_refused(finished, capsys, spoil, message):
     assert message in error
 
 
-def test_settings_of_the_optimizer_are_those_of_the_call(finished, monkeypatch):
+def test_settings_of_the_optimizer_are_those_of_the_call(finished, monkeypatch, capsys):
     """No option is read and then ignored: a saved state does not bring old settings back."""
     seen, step = [], Loop.step
 
@@ -276,6 +296,12 @@ def test_settings_of_the_optimizer_are_those_of_the_call(finished, monkeypatch):
     changed = ("--optimizer.lr", "0.01", "--optimizer.weight_decay", "0.1", "--schedule.name", "constant")
     train.main(["--resume", str(finished), "--epochs", "2", *changed])
     assert seen == [(0.01, 0.1, 0.9)] * 4
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "resumed, but otherwise than before: --epochs was 1, now it is 2; --optimizer.lr was 0.02, now it is "
+        "0.01; --optimizer.weight_decay was 0.0005, now it is 0.1; --schedule.name was cosine, now it is "
+        "constant; a run finished with 4 steps has 8 now, and the constant schedule is that of the new length: the "
+        "learning rate goes on with 0.01"
+    )
 
 
 def test_the_config_of_a_run_can_start_another(finished, tmp_path, monkeypatch):
