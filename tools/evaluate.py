@@ -1,5 +1,6 @@
 """`dalikd evaluate`: loss and accuracy on every validation image."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ import torch
 
 from dalikd.pipelines.data import open_split
 from dalikd.tools.cli import run_command
-from dalikd.trainers.assembly import validation_loader
+from dalikd.trainers.assembly import reading, validation_loader
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.models import build_model
 from dalikd.trainers.options import EvaluateOptions
 from dalikd.trainers.tracking import check_writable, versions, write_json
+from dalikd.trainers.trial import check_class_order, try_net
 
 
 def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +32,14 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
         options.model, source, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std
     )
     model = model.to(accelerator.device, model_type(options.precision), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    result = evaluate(model, validation_loader(source, options, accelerator), accelerator)
+    loader = validation_loader(source, options, accelerator)
+    view, device, who = loader.spec.view, accelerator.device, f"--model {options.model}"
+    with accelerator.autocast():
+        try_net(model.eval(), who, view.size, len(source.classes), device)
+        check_class_order(model, who, options.weights, source, view, device, **reading(options.data))
+    result = evaluate(model, loader, accelerator)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(f"{who} answers some images with NaN or infinity: --precision is too coarse for its weights")
     report = {
         **result,
         "normalisation": model.normalisation._asdict(),

@@ -24,11 +24,12 @@ from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.cached import CachedLooks, open_cached
 from dalikd.trainers.distill import Distillation
 from dalikd.trainers.launch import model_type
-from dalikd.trainers.loop import Loop, Method
+from dalikd.trainers.loop import Loop, Method, parameter_groups
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher, reinitialise
 from dalikd.trainers.options import DistillOptions, RunOptions, TrainingOptions
 from dalikd.trainers.resume import identity
 from dalikd.trainers.tracking import RunFolder
+from dalikd.trainers.trial import check_class_order, try_training
 
 __all__ = [
     "TrainingData",
@@ -37,6 +38,7 @@ __all__ = [
     "check_training",
     "make_loader",
     "open_training_data",
+    "reading",
     "resident_pictures",
     "run_training",
     "validation_loader",
@@ -138,7 +140,7 @@ def make_loader(
         resident=resident,
         buffers=buffers if accelerator.device.type == "cuda" else 0,
         attach=attach,
-        **_reading(data),
+        **reading(data),
     )
 
 
@@ -150,10 +152,11 @@ def resident_pictures(source: Source, view: View, data: DataConfig, accelerator:
     """
     if not data.resident or source.arrays is not None:
         return None
-    return decode_source(source, view, device=accelerator.device, **_reading(data))
+    return decode_source(source, view, device=accelerator.device, **reading(data))
 
 
-def _reading(data: DataConfig) -> dict[str, Any]:
+def reading(data: DataConfig) -> dict[str, Any]:
+    """The data options that a Loader takes."""
     return {
         "threads": data.threads,
         "prefetch": data.prefetch,
@@ -197,6 +200,10 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
     else:
         seen_in_training = data.val_loader.spec.view
         teacher = open_teacher(options.teacher, data.train, seen_in_training, accelerator.device, options.precision)
+        check_class_order(
+            teacher, f"the teacher {options.teacher.name}", options.teacher.weights, data.val, seen_in_training,
+            accelerator.device, **reading(options.data),
+        )  # fmt: skip
     student = build_student(options, data.train).to(model_type(options.precision))
     asked = teacher.model if isinstance(teacher, Teacher) else None
     data.augmenter.check_nets(options.compile, ("the teacher", asked), ("the student", student))
@@ -266,6 +273,14 @@ def run_training(
     contents: dict[str, Any] = {"validation_images": data.val.fingerprint}
     if isinstance(method, Distillation):
         contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
+    try_training(
+        method.student,
+        lambda net: options.optimizer(parameter_groups(net, options.no_decay_norms)),
+        f"--model {options.model}",
+        data.view.size,
+        len(data.train.classes),
+        accelerator,
+    )
     loop = Loop(
         method, data.loader, data.val_loader, options, accelerator, folder, header,
         identity(command, config, **contents),

@@ -29,7 +29,7 @@ from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.assembly import make_loader, resident_pictures
+from dalikd.trainers.assembly import make_loader, reading, resident_pictures
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.cached import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
 from dalikd.trainers.looking import Looker
@@ -37,6 +37,7 @@ from dalikd.trainers.models import open_teacher
 from dalikd.trainers.options import CacheOptions
 from dalikd.trainers.progress import progress
 from dalikd.trainers.stopping import Interrupted, StopSignals
+from dalikd.trainers.trial import check_class_order, check_finite
 
 __all__ = ["Comparison", "fill_cache", "verify_cache"]
 
@@ -113,6 +114,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
 def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
     options = work.options
     loader, looker, writer = work.loader(sampler), work.looker(), _Writer(cache, options.mix_group)
+    asked = False
     bar = progress(work.accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
     with bar, StopSignals(work.accelerator) as signals:
         for index in range(options.epochs * len(loader)):
@@ -123,7 +125,11 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
                     loader.seek(index)
                 if options.compile != "off":
                     torch.compiler.cudagraph_mark_step_begin()  # the last look may be overwritten
-                writer.put(micro.epoch, rows, looker(loader.next()))
+                seen = looker(loader.next())
+                if not asked:
+                    asked = True  # the first time, at the cost of a wait
+                    check_finite(torch.cat((seen.logits, seen.augmented_logits)), "the teacher")
+                writer.put(micro.epoch, rows, seen)
             bar.update(micro.total)
             if (index + 1) % len(loader) == 0 or signals.number:
                 writer.finish()
@@ -348,6 +354,10 @@ def _open_work(options: CacheOptions, accelerator: Accelerator) -> _Work:
     layout = _layout(options, source, augmenter, run_fingerprint(options, source, view, accelerator.device))
     usual = evaluation_view(options.data, source)
     teacher = open_teacher(options.teacher, source, usual, accelerator.device, options.precision)
+    check_class_order(
+        teacher, f"the teacher {options.teacher.name}", options.teacher.weights, source, usual, accelerator.device,
+        **reading(options.data),
+    )  # fmt: skip
     return _Work(options, accelerator, source, view, augmenter, teacher, layout)
 
 

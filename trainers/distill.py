@@ -20,6 +20,7 @@ from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
 from dalikd.trainers.cached import CachedLooks
 from dalikd.trainers.looking import CompileMode, Looker
+from dalikd.trainers.trial import check_finite
 
 __all__ = ["Distillation", "DistillationTask", "gather_rows", "score_groups"]
 
@@ -110,10 +111,14 @@ class Distillation:
         )
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.entropy_log, self._batches = entropy_log, 0
+        self._asked = False
 
     def inputs(self, batch: Batch) -> Sequence[Any]:
         """What the task takes: pixels, labels and what the teacher said."""
         seen = self._look(batch)
+        if not self._asked:
+            self._asked = True  # the first time, at the cost of a wait
+            check_finite(torch.cat((seen.logits, seen.augmented_logits)), "the teacher")
         self._measure(seen, batch)
         self._log(seen, batch)
         augmented = seen.augmented if self._augmenter.makes_candidates else None

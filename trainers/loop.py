@@ -25,7 +25,7 @@ from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
-__all__ = ["Loop", "Method"]
+__all__ = ["Loop", "Method", "parameter_groups"]
 
 _STOP_EVERY = 50  # steps: several processes ask each other so often at least whether one was told to stop
 
@@ -107,7 +107,7 @@ class Loop:
             task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
         self._student_is_fixed = not any(values.requires_grad for values in method.student.parameters())
         self._trains = any(values.requires_grad for values in task.parameters())
-        optimizer = options.optimizer(_parameter_groups(task, options.no_decay_norms))
+        optimizer = options.optimizer(parameter_groups(task, options.no_decay_norms))
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._trains:
             self.task, self.optimizer = accelerator.prepare(task, optimizer)
@@ -411,7 +411,8 @@ class _Clock:
         return self._started - started, self._waited - waited
 
 
-def _parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
+def parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
+    """What an optimizer takes of a task: all that is trained, with or without weight decay for biases and norms."""
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     if not parameters:
         return [nn.Parameter(torch.zeros(0))]  # optimizers refuse to have nothing

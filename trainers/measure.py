@@ -26,7 +26,7 @@ from dalikd.pipelines.data import evaluation_view, open_split, training_view
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.assembly import make_loader, resident_pictures
+from dalikd.trainers.assembly import make_loader, reading, resident_pictures
 from dalikd.trainers.augmentation import (
     Augmenter,
     Branches,
@@ -43,6 +43,7 @@ from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
 from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tracking import check_writable, versions
+from dalikd.trainers.trial import check_class_order, check_finite, try_net
 
 __all__ = ["build_scorer", "check_measuring", "measure", "measure_all", "measure_branches", "results_table"]
 
@@ -68,6 +69,10 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     student = build_scorer(options, source, augmenters)
     seen_in_training = evaluation_view(options.data, source)
     teacher = open_teacher(options.teacher, source, seen_in_training, accelerator.device, options.precision)
+    check_class_order(
+        teacher, f"the teacher {options.teacher.name}", options.teacher.weights, source, seen_in_training,
+        accelerator.device, **reading(options.data),
+    )  # fmt: skip
     sampler = Sampler(
         len(source), options.batch_size, options.seed, drop_last=False, world=accelerator.num_processes,
         rank=accelerator.process_index, group=options.mix_group,
@@ -75,6 +80,8 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     resident = resident_pictures(source, view, options.data, accelerator)
     loader = make_loader(source, sampler, branches.draw_spec, options.data, accelerator, resident=resident, buffers=2)
     run = _Pass(branches, loader, teacher, accelerator, student, options)
+    if student is not None:
+        try_net(student, f"--model {options.model}", view.size, len(source.classes), accelerator.device)
     if options.checkpoint is not None:
         run.keep_state(Path(options.checkpoint), _identity(options, source, view, teacher, student))
     run.go()
@@ -252,6 +259,8 @@ class _Pass:
         if self.options.compile != "off":
             torch.compiler.cudagraph_mark_step_begin()  # the last batch's look may be overwritten
         seen = self.look(batch)
+        if self.batches == 0:  # at the cost of a wait
+            check_finite(torch.cat([seen.logits, *(of.logits for of in seen.branches)]), "the teacher")
         self.measurement.update(seen, batch, self.loader.sampler.microbatch)
         self.logs.add(self.batches, seen)
         self.batches += 1

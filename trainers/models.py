@@ -17,11 +17,19 @@ from dalikd.kd.teacher_cache import weights_digest
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
+from dalikd.trainers.trial import try_net
 
 __all__ = ["TeacherConfig", "build_model", "build_teacher", "describe_teacher", "open_teacher", "reinitialise"]
 
 _PRETRAINED = "pretrained"  # in place of a weights file
 _IMAGENET_CLASSES = 1000
+_SET_HERE = {  # options of nets that follow from others, and how
+    "num_classes": "it follows from the data's classes",
+    "in_chans": "images have three channels",
+    "features_only": "losses on features take them from the whole net",
+    "pretrained": 'say "pretrained" in place of the weights file',
+    "checkpoint_path": "name the weights file as weights",
+}
 
 
 @dataclass
@@ -83,6 +91,8 @@ def build_model(
     given = _given_normalisation(mean, std)
     classes = len(source.classes)
     args = dict(args or {})
+    if set_here := sorted(args.keys() & _SET_HERE.keys()):
+        raise ValueError(f"{name}: {set_here[0]} is no option to give: {_SET_HERE[set_here[0]]}; leave it out")
     file = None if weights == _PRETRAINED else weights
     if sha256 is not None and file is None:
         raise ValueError("sha256 is the checksum of a weights file: leave it out, or give the file")
@@ -140,18 +150,19 @@ def open_teacher(
     Args:
         config: of the teacher.
         source: the data set it is asked about.
-        view: what it will see, compared with what pretrained weights were made for.
+        view: what it will see, compared with what pretrained weights were made for; it is tried on two blank images.
         device: where it runs.
         precision: of the run.
 
     Raises:
-        ValueError: as for `build_teacher`.
+        ValueError: as for `build_teacher`; or it cannot take such images, or answers with NaN.
     """
     net = build_teacher(config, source, view)
-    digest = weights_digest(net)
-    return Teacher(
-        net.to(model_type(precision)), device, autocast_type(precision), fold_bn=config.fold_bn, digest=digest
-    )
+    digest, net = weights_digest(net), net.to(model_type(precision))
+    teacher = Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn, digest=digest)
+    if view is not None:
+        try_net(teacher, f"the teacher {config.name}", view.size, len(source.classes), device)
+    return teacher
 
 
 def describe_teacher(config: TeacherConfig, teacher: Normalized) -> dict[str, Any]:

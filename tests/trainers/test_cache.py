@@ -186,6 +186,7 @@ def test_reading_a_look_does_not_wait_for_the_device(fill, memory, accelerator, 
             batch_size=32, mix_group=8, augmentation=PICKS,
         )  # fmt: skip
         method, opened = build_distillation(run, accelerator)
+        method.inputs(opened.loader.next())  # looks for NaN
         batch = opened.loader.next()
         with no_sync():
             method.inputs(batch)

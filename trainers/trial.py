@@ -1,0 +1,197 @@
+"""Nets and optimizers are tried out at set-up, on two blank images and on a few of the data, before a folder exists."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dalikd.kd.checkpoints import read_origin
+from dalikd.kd.normalize import Normalized
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.classes import shorten
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import Source
+
+__all__ = ["check_class_order", "check_finite", "try_net", "try_training"]
+
+_CLASSES = 10  # that are looked at
+_FEWEST_IMAGES = 20
+_PIXELS = 240 * 64 * 64  # of all images that are looked at, on a CPU: about a second
+
+
+@torch.no_grad()
+def try_net(answer: Callable[[Tensor], Tensor], who: str, size: int, classes: int, device: torch.device) -> None:
+    """Ask a net about two blank images.
+
+    Args:
+        answer: pixels [B, 3, S, S] -> logits [B, C].
+        who: the net, for messages.
+        size: S.
+        classes: C.
+        device: of the images.
+
+    Raises:
+        ValueError: it cannot take images of that size, gives something else, or answers with NaN.
+    """
+    logits = _answer(answer, _blank(size, device), who)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{who} gives {found} for two images, not logits [2, {classes}]: leave its options out")
+    check_finite(logits, who)
+
+
+def check_finite(logits: Tensor, who: str) -> None:
+    """Wait for a net's answers, and look for NaN.
+
+    Raises:
+        ValueError: there is one, or infinity.
+    """
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{who} answers with NaN or infinity: its weights are damaged, or --precision is too coarse for them"
+        )
+
+
+def try_training(
+    student: Normalized,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    who: str,
+    size: int,
+    classes: int,
+    accelerator: Accelerator,
+) -> None:
+    """Train a copy of a net for one step on two blank images; where nothing of it is trained, only ask it.
+
+    Args:
+        student: stays as it is, as do torch's random numbers.
+        optimizer: of a net's parameters.
+        who: the net, for messages.
+        size: of the images, in pixels.
+        classes: of the data.
+        accelerator: gives device and precision.
+
+    Raises:
+        ValueError: as for `try_net`; or the optimizer cannot do a step as the training loop asks for it.
+    """
+    device = accelerator.device
+    trains = any(values.requires_grad for values in student.parameters())
+    copy = deepcopy(student).to(device, memory_format=torch.channels_last).train(trains)  # type: ignore[call-overload]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
+        try_net(deepcopy(copy), who, size, classes, device)  # batch statistics of its own
+        if not trains:
+            return
+        logits = copy(_blank(size, device))
+        functional.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.int64, device=device)).backward()
+    made = optimizer(copy)
+    try:
+        made.step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # optimizers raise what they like
+        raise ValueError(
+            f"--optimizer {type(made).__name__} cannot do a step of its own on dense gradients ({_reason(error)}): "
+            "take one that can, such as torch.optim.SGD or torch.optim.AdamW"
+        ) from error
+
+
+def check_class_order(
+    answer: Callable[[Tensor], Tensor], who: str, weights: str | None, source: Source, view: View, device: torch.device,
+    **reading,
+) -> None:  # fmt: skip
+    """Check that weights which do not say their classes are for those of the data, in their order.
+
+    A net that was trained on these classes in another order tells them apart and names them wrongly. So up to ten
+    classes are looked at, and how many images are right is compared with how many would be if the logits had the
+    order that fits best.
+
+    Args:
+        answer: pixels [B, 3, S, S] -> logits [B, C].
+        who: the net, for messages.
+        weights: its file, "pretrained", or None; files of this project know their classes.
+        source: images with labels.
+        view: that the net was trained for: an evaluation view.
+        device: where batches go.
+        reading: options of the Loader.
+
+    Raises:
+        ValueError: the net fits another order at least twice as well; it lists the classes.
+    """
+    if weights is None or (Path(weights).is_file() and _knows_its_classes(weights)):
+        return
+    chosen = _some_of_each(source, view.size, device)
+    sampler = Sampler(len(chosen), min(len(chosen), 256), shuffle=False, drop_last=False)
+    loader = Loader(chosen, sampler, DrawSpec(view), device=device, **reading)
+    batch = loader.next()
+    loader.close()
+    with torch.no_grad():
+        sure, best_logit = answer(batch.pixels).softmax(1).max(1)
+    answers, confidence = best_logit.cpu().numpy(), float(sure.mean())
+    labels = batch.labels.cpu().numpy()
+    seen = np.unique(labels)
+    if len(labels) < max(_FEWEST_IMAGES, 4 * len(seen)) or len(seen) < 2:
+        return
+    counts = np.zeros((len(seen), len(source.classes)), np.int64)
+    np.add.at(counts, (np.searchsorted(seen, labels), answers), 1)
+    _, fitting = linear_sum_assignment(counts, maximize=True)
+    right, best = (answers == labels).mean(), counts[np.arange(len(seen)), fitting].mean() * len(seen) / len(labels)
+    # an untrained net may tell two or three classes apart as well, but is not sure of it
+    if best < 0.5 + 0.9 / len(seen) or right >= best / 2 or confidence < 0.7 * best:
+        return
+    listed = [f"{source.classes[label]} (class {label}) as {other}" for label, other in zip(seen, fitting, strict=True)]
+    raise ValueError(
+        f"{who} gives the right class for {100 * right:.0f} % of {len(labels)} images, and would for {100 * best:.0f} "
+        f"% if its classes came in another order: it answers {shorten(listed, _CLASSES)}. The data's classes are "
+        f"{shorten(source.classes, 20)}. Name the class folders so that they come in the order of the weights"
+    )
+
+
+def _knows_its_classes(weights: str) -> bool:
+    origin = read_origin(weights)
+    return origin.class_names is not None and not origin.published
+
+
+def _some_of_each(source: Source, size: int, device: torch.device) -> Source:
+    """A few images of up to ten classes; of containers, which are shuffled, all: the first batch is looked at."""
+    if source.records is not None:
+        return source
+    most = _PIXELS // max(size, 64) ** 2 if device.type == "cpu" else 256
+    classes = np.unique(source.labels)
+    classes = classes[np.linspace(0, len(classes) - 1, min(_CLASSES, len(classes))).astype(int)]
+    rows = []
+    for label in classes:
+        own = np.flatnonzero(source.labels == label)
+        count = min(len(own), max(4, most // len(classes)))
+        rows.append(own[np.linspace(0, len(own) - 1, count).astype(int)])
+    taken = np.concatenate(rows)
+    files = None if source.files is None else source.files.take(taken)
+    arrays = None if source.arrays is None else source.arrays[taken]
+    return replace(source, labels=source.labels[taken], files=files, arrays=arrays)
+
+
+def _blank(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+
+
+def _answer(answer: Callable[[Tensor], Tensor], pixels: Tensor, who: str) -> Tensor:
+    try:
+        return answer(pixels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # nets raise what they like
+        size = pixels.shape[-1]
+        raise ValueError(
+            f"{who} cannot take images of {size} x {size} pixels ({_reason(error)}): set --data.image_size, or the "
+            "net's own option, such as img_size of timm's transformers"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
