@@ -36,7 +36,12 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
 def comparison(report: dict[str, Any]) -> str:
     """What the windows that all augmentations have in common say of their ranking."""
     found, stopped = report["separation"], report["stopped"]
-    lines = []
+    lines, window, first = [], report["window"], report["results"][0]
+    if first["stddev"] is None:
+        lines.append(
+            f"T. stddev needs two windows of {window} teacher outputs ({window} originals and their augmented images); "
+            f"{first['images']} originals filled {first['windows']}: raise --epochs, or lower --window"
+        )
     if found is not None:
         level = stopped["confidence"] if stopped else report["confidence"]
         open_pairs = [f"{pair['a']} / {pair['b']}" for pair in found["pairs"] if not pair["separated"]]

@@ -19,8 +19,11 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
             f"{name} epoch ({epoch['epoch']}): top1 {100 * val['top1']:.2f} %, top5 {100 * val['top5']:.2f} %, "
             f"loss {val['loss']:.4f} on {val['images']} images"
         )
-    if results["last"].get("t_stddev") is not None:
-        print(f"T. stddev while training: {results['last']['t_stddev']:.6f}")
+    last = results["last"]
+    if last.get("t_stddev") is not None:
+        print(f"T. stddev while training: {last['t_stddev']:.6f}")
+    elif "windows" in last:
+        print(f"T. stddev while training: too few windows ({last['windows']} of at least 2; 640 teacher outputs each)")
     print(f"run folder: {results['folder']}")
 
 

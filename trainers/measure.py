@@ -360,7 +360,9 @@ class _Column(NamedTuple):
         value: Any = result
         for key in self.keys:
             value = None if value is None else value.get(key)
-        return "-" if value is None else format(value, self.digits)
+        if value is None:
+            return "too few windows" if self.keys == ("stddev",) else "-"
+        return format(value, self.digits)
 
 
 _COLUMNS = (

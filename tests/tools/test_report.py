@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from dalikd.tools.cli import parse
+from dalikd.tools.measure import comparison
 from dalikd.tools.report import next_steps, print_training, ranking_table
 
 VAL = {"top1": 0.5, "top5": 0.9, "loss": 1.25, "images": 10}
@@ -21,8 +22,22 @@ def test_a_training_report_says_last_and_best(capsys):
         "T. stddev while training: 0.012346",
         "run folder: runs/x",
     ]
+    results["last"] |= {"t_stddev": None, "windows": 1}
+    print_training(results, SimpleNamespace(is_main_process=True))
+    assert "T. stddev while training: too few windows (1 of at least 2; " in capsys.readouterr().out
     print_training(results, SimpleNamespace(is_main_process=False))
     assert capsys.readouterr().out == ""
+
+
+def test_too_few_windows_are_said_with_what_would_be_enough():
+    report = {
+        "separation": None, "stopped": None, "entropy_plots": [], "window": 640, "confidence": 0.95,
+        "results": [{"stddev": None, "images": 400, "windows": 1}],
+    }  # fmt: skip
+    assert comparison(report) == (
+        "T. stddev needs two windows of 640 teacher outputs (640 originals and their augmented images); 400 originals "
+        "filled 1: raise --epochs, or lower --window"
+    )
 
 
 def test_the_ranking_has_the_lowest_loss_first():
