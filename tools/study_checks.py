@@ -24,6 +24,7 @@ from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainingOpti
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.work import Sizes, Work, work
 from dalikd.trainers.supervised import Supervised
+from dalikd.trainers.trial import try_step
 
 __all__ = ["Opened", "check_cell", "check_machine", "check_teacher"]
 
@@ -147,6 +148,9 @@ def _check_options(options: Any, opened: Opened) -> list[Augmenter]:
         check_measuring(replace(options, checkpoint=None), names)  # the study says where it lies
     else:
         check_training(options, cast(Accelerator, _AnyMachine()))
+        weights = torch.nn.Parameter(torch.zeros(2, 2))
+        weights.grad = torch.zeros(2, 2)
+        try_step(options.optimizer([weights]))
     augmenters = [opened.augmenter(name, options) for name in names]
     _check_batches(options, opened.sizes(options))
     parts = ("model", "model_args", "mean", "std", "reinit", "fix_student", "compile")

@@ -20,7 +20,7 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 
-__all__ = ["check_class_order", "check_finite", "try_net", "try_training"]
+__all__ = ["ask", "check_class_order", "check_finite", "try_net", "try_step", "try_training"]
 
 _CLASSES = 10  # that are looked at
 _FEWEST_IMAGES = 20
@@ -41,7 +41,7 @@ def try_net(answer: Callable[[Tensor], Tensor], who: str, size: int, classes: in
     Raises:
         ValueError: it cannot take images of that size, gives something else, or answers with NaN.
     """
-    logits = _answer(answer, _blank(size, device), who)
+    logits = ask(answer, _blank(size, device), who)
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{who} gives {found} for two images, not logits [2, {classes}]: leave its options out")
@@ -90,15 +90,23 @@ def try_training(
             return
         logits = copy(_blank(size, device))
         functional.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.int64, device=device)).backward()
-    made = optimizer(copy)
+    try_step(optimizer(copy))
+
+
+def try_step(optimizer: torch.optim.Optimizer) -> None:
+    """Do a step with what gradients there are.
+
+    Raises:
+        ValueError: it needs a closure, sparse gradients or something else that the training loop does not give.
+    """
     try:
-        made.step()
+        optimizer.step()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # optimizers raise what they like
         raise ValueError(
-            f"--optimizer {type(made).__name__} cannot do a step of its own on dense gradients ({_reason(error)}): "
-            "take one that can, such as torch.optim.SGD or torch.optim.AdamW"
+            f"--optimizer {type(optimizer).__name__} cannot do a step of its own on dense gradients "
+            f"({_reason(error)}): take one that can, such as torch.optim.SGD or torch.optim.AdamW"
         ) from error
 
 
@@ -180,7 +188,12 @@ def _blank(size: int, device: torch.device) -> Tensor:
     return torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
 
 
-def _answer(answer: Callable[[Tensor], Tensor], pixels: Tensor, who: str) -> Tensor:
+def ask(answer: Callable[[Tensor], Tensor], pixels: Tensor, who: str) -> Tensor:
+    """What a net answers.
+
+    Raises:
+        ValueError: it cannot take images of that size.
+    """
     try:
         return answer(pixels)
     except torch.OutOfMemoryError:

@@ -98,6 +98,16 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"study": {"augmentation": ["flop"]}}, "", 'unknown --augmentation "flop"'),
         ({"study": {"augmentation": ["all", "flip"]}}, "--cutout_side -3", "--cutout_side -3"),
+        (
+            _pairs({"teacher": "resnet14", "student": "timm:vit_tiny_patch16_224"}),
+            "",
+            "timm:vit_tiny_patch16_224 cannot take images of 32 x 32 pixels (Input height (32) doesn't match",
+        ),
+        (
+            {"optimizer": {"class_path": "torch.optim.LBFGS", "init_args": {"lr": 1}}},
+            "",
+            "teachers/resnet14: --optimizer LBFGS cannot do a step of its own on dense gradients",
+        ),
         ({"data": {"root": "nowhere"}}, "", "nowhere"),
         ({"batch_size": 20}, "", "20"),
         ({"batch_size": 128}, "", "--batch_size 128 is larger than the data set (99 images)"),

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalikd.kd.backbones import create_model
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainingOptions
+from dalikd.trainers.trial import ask
 
 __all__ = ["Sizes", "Work", "forward_flops", "work"]
 
@@ -119,14 +120,14 @@ def forward_flops(name: str, args: dict[str, Any], sizes: Sizes) -> float:
     """Floating-point operations of a net for one image, without computing anything.
 
     Raises:
-        ValueError: an unknown net, or options that it does not take.
+        ValueError: an unknown net, options that it does not take, or images.
     """
     key = (name, repr(args), sizes.classes, sizes.side)
     if key not in _FLOPS:
         with torch.device("meta"):
             net = create_model(name, sizes.classes, **args).eval()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                net(torch.empty(1, 3, sizes.side, sizes.side))
+                ask(net, torch.empty(1, 3, sizes.side, sizes.side), name)
         _FLOPS[key] = float(counter.get_total_flops())
     return _FLOPS[key]
 
