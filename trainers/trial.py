@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.checkpoints import read_origin
+from dalikd.kd.checkpoints import Origin, read_origin
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.classes import shorten
@@ -132,7 +132,8 @@ def check_class_order(
     Raises:
         ValueError: the net fits another order at least twice as well; it lists the classes.
     """
-    if weights is None or (Path(weights).is_file() and _knows_its_classes(weights)):
+    origin = read_origin(weights) if weights is not None and Path(weights).is_file() else Origin()
+    if weights is None or (origin.class_names is not None and not origin.published):
         return
     chosen = _some_of_each(source, view.size, device)
     sampler = Sampler(len(chosen), min(len(chosen), 256), shuffle=False, drop_last=False)
@@ -153,17 +154,13 @@ def check_class_order(
     # an untrained net may tell two or three classes apart as well, but is not sure of it
     if best < 0.5 + 0.9 / len(seen) or right >= best / 2 or confidence < 0.7 * best:
         return
+    theirs = f"; those of the weights are {shorten(origin.class_names, 20)}" if origin.class_names else ""
     listed = [f"{source.classes[label]} (class {label}) as {other}" for label, other in zip(seen, fitting, strict=True)]
     raise ValueError(
         f"{who} gives the right class for {100 * right:.0f} % of {len(labels)} images, and would for {100 * best:.0f} "
         f"% if its classes came in another order: it answers {shorten(listed, _CLASSES)}. The data's classes are "
-        f"{shorten(source.classes, 20)}. Name the class folders so that they come in the order of the weights"
+        f"{shorten(source.classes, 20)}{theirs}. Name the class folders so that they come in the order of the weights"
     )
-
-
-def _knows_its_classes(weights: str) -> bool:
-    origin = read_origin(weights)
-    return origin.class_names is not None and not origin.published
 
 
 def _some_of_each(source: Source, size: int, device: torch.device) -> Source:
