@@ -119,19 +119,35 @@ class Sampler:
 
 
 def _check_sizes(size: int, batch_size: int, world: int, accumulation: int, group: int, drop_last: bool) -> None:
+    parts = world * accumulation
+    advice = _fitting(size if drop_last else None, parts, group)
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: give at least {parts}: {advice}")
     if drop_last and batch_size > size:
         raise ValueError(
-            f"--batch_size {batch_size} is larger than the data set ({size} images): no full batch; "
-            f"set --batch_size to at most {size}"
+            f"--batch_size {batch_size} is larger than the data set ({size} images): no full batch; {advice}"
         )
-    parts = world * accumulation
-    if batch_size < 1 or batch_size % parts:
+    if batch_size % parts:
         raise ValueError(
             f"--batch_size {batch_size} cannot be divided evenly over {world} process(es) x --accumulation "
-            f"{accumulation}: use a multiple of {parts}"
+            f"{accumulation}: use a multiple of {parts}{'' if group == 1 else f'; for --mix_group {group} {advice}'}"
         )
     if (batch_size // parts) % group:
         raise ValueError(
             f"--batch_size {batch_size} gives each process microbatches of {batch_size // parts}, which is not a "
-            f"multiple of --mix_group {group}: use a multiple of {parts * group}, or another --mix_group"
+            f"multiple of --mix_group {group}: {advice}{'' if '--mix_group' in advice else ', or another --mix_group'}"
         )
+
+
+def _fitting(most: int | None, parts: int, group: int) -> str:
+    """Which batch sizes would do for steps of `parts` microbatches, and of `most` rows at most."""
+    unit = parts * group
+    if most is not None and most < parts:
+        return (
+            f"use fewer processes or a smaller --accumulation: a step has {parts} microbatches, the data {most} images"
+        )
+    if most is not None and most < unit:
+        fitting = f"--batch_size {most // parts * parts} with --mix_group {most // parts}"
+        return f"use a multiple of {unit} with more images, or {fitting}"
+    ways = [f"a multiple of {unit}"] if unit > 1 else []
+    return f"use {', '.join([*ways, *([] if most is None else [f'at most {most // unit * unit}'])])}"
