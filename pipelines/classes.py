@@ -1,11 +1,32 @@
-"""Which classes of a data set are used: all, those of a list, or a seeded choice; and whether two splits agree."""
+"""Which classes of a data set are used: all, those of a list, or a seeded choice; their order; whether splits agree."""
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["check_equal_classes", "draw_classes", "keep_listed", "read_class_list", "shorten"]
+__all__ = ["check_equal_classes", "draw_classes", "in_order", "keep_listed", "read_class_list", "shorten"]
+
+_RENAME = "rename one of them, for example with `convmv -f utf8 -t utf8 --nfc -r --notest FOLDER`"
+
+
+def _visible(name: str) -> str:
+    """Without spaces, byte order marks and other signs that are not seen."""
+    return "".join(sign for sign in name if unicodedata.category(sign) not in ("Zs", "Cc", "Cf"))
+
+
+#: How two names may look alike, what to do, and what is equal then; each also allows for those before.
+_ALIKE: tuple[tuple[str, str, Callable[[str], str]], ...] = (
+    ("Unicode form (NFC, NFD)", _RENAME, lambda name: unicodedata.normalize("NFC", name)),
+    ("upper and lower case", "write them alike", lambda name: unicodedata.normalize("NFC", name).casefold()),
+    (
+        "spaces or signs that are not seen",
+        "write them alike",
+        lambda name: _visible(unicodedata.normalize("NFC", name).casefold()),
+    ),
+)
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
@@ -33,7 +54,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--data.classes {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(
+            f"--data.classes {path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from None
 
 
 def keep_listed(present: Sequence[str], path: Path, where: str) -> tuple[str, ...]:
@@ -52,9 +75,32 @@ def keep_listed(present: Sequence[str], path: Path, where: str) -> tuple[str, ..
     if missing:
         raise ValueError(
             f"--data.classes {path}: {len(missing)} of {len(listed)} classes are not in {where}: {shorten(missing)}; "
-            f"it has {shorten(present)}"
+            f"it has {shorten(present)}{_lookalikes(missing, present)}"
         )
     return tuple(name for name in present if name in set(listed))
+
+
+def in_order(names: Iterable[str], where: str | Path) -> tuple[tuple[str, ...], list[str]]:
+    """Class folders in the order of their labels: by number where all are whole numbers, else as text.
+
+    Returns:
+        the names, and a line to print where the order by number is not that of the text.
+
+    Raises:
+        ValueError: two names are the same number, such as 1 and 01.
+    """
+    names = sorted(names)
+    if not all(re.fullmatch("-?[0-9]+", name) for name in names):
+        return tuple(names), []
+    ordered = sorted(names, key=int)
+    for one, other in pairwise(ordered):
+        if int(one) == int(other):
+            raise ValueError(f"{where}: the class folders {one} and {other} are the same number: merge or rename them")
+    if ordered == names:
+        return tuple(names), []
+    return tuple(ordered), [
+        f"class folders that are whole numbers are ordered by number: {shorten(ordered)}; not as text: {shorten(names)}"
+    ]
 
 
 def draw_classes(present: Sequence[str], count: int, seed: int, where: str) -> tuple[str, ...]:
@@ -99,8 +145,19 @@ def check_equal_classes(name: str, one: tuple[str, Sequence[str]], other: tuple[
         differences = [f"label {label} is {classes[label]} and {other_classes[label]}"]
     raise ValueError(
         f"{name}: {split} has {len(classes)} classes, {other_split} {len(other_classes)}; "
-        f"{'; '.join(differences)}: both must have the same class folders"
+        f"{'; '.join(differences)}{_lookalikes(classes, other_classes)}: both must have the same class folders"
     )
+
+
+def _lookalikes(names: Iterable[str], others: Iterable[str]) -> str:
+    """What to add where a name has a twin among the others that differs in what is hardly seen; else nothing."""
+    missing, found = sorted(set(names) - set(others)), sorted(set(others) - set(names))
+    for difference, advice, form in _ALIKE:
+        twins = {form(name): name for name in found}
+        for name in missing:
+            if form(name) in twins:
+                return f"; {name!a} and {twins[form(name)]!a} differ only in {difference}: {advice}"
+    return ""
 
 
 def shorten(names: Sequence[str], count: int = 5) -> str:

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from dalikd import configs
-from dalikd.pipelines.classes import check_equal_classes, draw_classes, keep_listed, read_class_list, shorten
+from dalikd.pipelines.classes import (
+    check_equal_classes,
+    draw_classes,
+    in_order,
+    keep_listed,
+    read_class_list,
+    shorten,
+)
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ class TestReadClassList:
             read_class_list(listing(content))
 
     def test_no_text_and_no_file(self, listing, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 text \(.* at byte 2\)$"):
+        with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 text \(.* at byte 2\): save it as UTF-8$"):
             read_class_list(listing(b"a\n\xff\xfe\n"))
         for path in (tmp_path, tmp_path / "missing"):
             with pytest.raises(FileNotFoundError, match=f"--data.classes {path} is no file: name a text file"):
@@ -56,9 +63,57 @@ class TestKeepListed:
         assert keep_listed(("a", "b", "c", "d"), listing("d\na\nc\n"), "DATA") == ("a", "c", "d")
         assert keep_listed(("d", "c", "b", "a"), listing("a\nd\n"), "DATA") == ("d", "a")
 
+    @pytest.mark.parametrize(
+        ("name", "there", "hint"),
+        [
+            (
+                "caf\u00e9",
+                "cafe\u0301",
+                r"'caf\\xe9' and 'cafe\\u0301' differ only in Unicode form \(NFC, NFD\): rename",
+            ),
+            ("Dog", "dog", "'Dog' and 'dog' differ only in upper and lower case: write them alike"),
+            ("dog", "dog ", "'dog' and 'dog ' differ only in spaces or signs that are not seen: "),
+            ("\ufeffdog", "Dog", r"'\\ufeffdog' and 'Dog' differ only in spaces or signs"),  # of two lists in one file
+        ],
+    )
+    def test_a_class_that_looks_like_one_that_is_there(self, listing, name: str, there: str, hint: str) -> None:
+        with pytest.raises(ValueError, match=f"1 of 2 classes are not in DATA: .*; {hint}"):
+            keep_listed(("ant", there), listing(f"ant\n{name}\n"), "DATA")
+
     def test_a_class_that_is_not_there(self, listing) -> None:
         with pytest.raises(ValueError, match=r"2 of 3 classes are not in DATA: e, f; it has a, b, c$"):
             keep_listed(("a", "b", "c"), listing("f\na\ne\n"), "DATA")
+
+
+class TestInOrder:
+    @pytest.mark.parametrize(
+        ("names", "ordered"),
+        [
+            ("b a 10 9", "10 9 a b"),
+            ("10 9 -2 8", "-2 8 9 10"),
+            ("3 02 1", "1 02 3"),
+            ("10 9 ²", "10 9 ²"),
+            ("n02 n10 n1", "n02 n1 n10"),
+        ],
+    )
+    def test_whole_numbers_by_number_all_others_as_text(self, names: str, ordered: str) -> None:
+        assert in_order(names.split(), "DATA")[0] == tuple(ordered.split())
+
+    def test_it_is_said_where_it_matters(self) -> None:
+        names = [str(number) for number in range(1, 11)]
+        assert in_order(names, "DATA") == (
+            tuple(names),
+            ["class folders that are whole numbers are ordered by number: 1, 2, 3, 4, 5 and 5 more; not as text: "
+             "1, 10, 2, 3, 4 and 5 more"],
+        )  # fmt: skip
+        assert in_order(names[:9], "DATA")[1] == in_order(("01", "02", "10"), "DATA")[1] == []
+
+    @pytest.mark.parametrize("names", [("1", "01", "2"), ("0", "-0")])
+    def test_one_number_twice(self, names: tuple[str, ...]) -> None:
+        with pytest.raises(
+            ValueError, match=r"^DATA: the class folders \S+ and \S+ are the same number: merge or rename"
+        ):
+            in_order(names, "DATA")
 
 
 class TestDrawClasses:
@@ -104,6 +159,10 @@ class TestCheckEqualClasses:
             self.check("abcdefgh", "a")
         with pytest.raises(ValueError, match=r"only in train: a; only in val: c: both must have the same .*folders$"):
             self.check("ab", "bc")
+
+    def test_names_of_another_unicode_form(self) -> None:
+        with pytest.raises(ValueError, match=r"'caf\\xe9' and 'cafe\\u0301' differ only in Unicode form .* `convmv "):
+            check_equal_classes("pets", ("train", ("bee", "caf\u00e9")), ("val", ("bee", "cafe\u0301")))
 
     def test_another_order(self) -> None:
         with pytest.raises(ValueError, match="label 1 is b and c"):
