@@ -64,7 +64,8 @@ def check_fits(count: int, size: int, device: torch.device) -> None:
         raise ValueError(
             f"{count} pictures of {size} x {size} pixels need {needed / 2**30:.1f} GiB to stay in memory, of which "
             f"{device.type} has {free / 2**30:.1f} GiB free (at most {100 * _LARGEST_SHARE:.0f} % of it is taken): "
-            "leave out --data.resident true, or use a smaller --data.image_size or --data.limit"
+            "leave out --data.resident true if you gave it, or use a smaller --data.image_size, or fewer images with "
+            "--data.limit and --data.val_limit"
         )
 
 
