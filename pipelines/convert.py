@@ -242,10 +242,8 @@ def _samples(source: Source, order: np.ndarray, short_side: int | None, pool: Th
 
 def _sample(source: Source, row: int, short_side: int | None) -> _Sample:
     path = source.path(row)
-    if source.arrays is not None:
-        encoded = _encode(Image.fromarray(source.arrays[row]), "PNG")
-    else:
-        encoded = Path(path).read_bytes()
+    arrays = source.arrays
+    encoded = source.read(row) if arrays is None else _encode(Image.fromarray(arrays[row]), "PNG")
     extension = _extension(encoded, path)
     if short_side is not None:
         encoded = _resized(encoded, short_side, path)
@@ -311,8 +309,9 @@ def _check_space(source: Source, folder: Path, resize: int | None) -> None:
     if source.arrays is not None:
         needed = source.arrays.nbytes
     else:
+        assert source.files is not None
         rows = np.linspace(0, len(source) - 1, min(_SAMPLED, len(source)), dtype=np.int64)
-        needed = sum(Path(source.path(int(row))).stat().st_size for row in rows) * len(source) // len(rows)
+        needed = int(source.files.take(rows).measure().sum()) * len(source) // len(rows)
     if resize is not None:
         needed = min(needed, 2 * resize * resize * len(source))
     needed += 4 * tarfile.BLOCKSIZE * len(source)

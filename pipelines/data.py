@@ -1,5 +1,6 @@
 """The data options of a run, and what follows from them: sources and views."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,14 +88,27 @@ def open_sources(config: DataConfig, seed: int) -> tuple[Source, Source]:
         ValueError: the data set is not as it should be, or the splits have different classes.
         FileNotFoundError: a folder or file is missing.
     """
-    train = open_split(config, "train", seed)
-    val = open_split(config, "val", seed)
+    train, val = _open(config, "train", seed), _open(config, "val", seed)
+    _print_notes(train, val)
     check_same_classes(train, val)
     return train, val
 
 
 def open_split(config: DataConfig, role: Literal["train", "val"], seed: int) -> Source:
-    """Open one split, limited as the options say."""
+    """Open one split, limited as the options say; print what was left out of it and how its classes are ordered."""
+    source = _open(config, role, seed)
+    _print_notes(source)
+    return source
+
+
+def _print_notes(*sources: Source) -> None:
+    """Each line once, by the first process: accelerate and torchrun number them in RANK."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in dict.fromkeys(note for source in sources for note in source.notes):
+            print(note, flush=True)
+
+
+def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Source:
     train = role == "train"
     split, limit = (config.train_split, config.limit) if train else (config.val_split, config.val_limit)
     return open_source(
@@ -107,6 +121,7 @@ def open_split(config: DataConfig, role: Literal["train", "val"], seed: int) -> 
         download=config.download,
         classes=config.classes,
         class_seed=config.class_seed,
+        train_split=config.train_split,
     )
 
 
@@ -129,5 +144,6 @@ def evaluation_view(config: DataConfig, source: Source) -> View:
 def _padding(config: DataConfig, size: int) -> int:
     padding = config.padding if config.padding is not None else _PADDING.get(size, size // 8)
     if not 0 < padding < size:
-        raise ValueError(f"--data.padding {padding} must lie between 1 and {size - 1}, below the image size")
+        given = f"{padding}" if config.padding is not None else f"is {padding} where it is not given, but"
+        raise ValueError(f"--data.padding {given} must lie between 1 and {size - 1}, below the image size")
     return padding

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterable
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -40,10 +39,10 @@ def find_bad_files(source: Source, rows: Iterable[int]) -> list[BadFile]:
 
 def _why_bad(source: Source, row: int) -> str | None:
     try:
-        encoded = source.records.read(row) if source.records is not None else Path(source.path(row)).read_bytes()
+        encoded = source.read(row)
         return _why_undecodable(encoded) if encoded else "the file is empty"
-    except FileNotFoundError:
-        return "the file is missing"
+    except FileNotFoundError as error:
+        return "the file is missing" + str(error).partition(" is missing")[2]
     except Image.DecompressionBombError:
         return None  # a huge picture: slow, but DALI reads it
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others

@@ -1,5 +1,6 @@
 """What is asked of a data set and what is found: the two ends of every reader of a layout or format."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from dalikd.pipelines.classes import draw_classes, keep_listed, shorten
 from dalikd.pipelines.facts import FACTS
-from dalikd.pipelines.manifest import FileList, list_folders
+from dalikd.pipelines.manifest import FileList, list_folder
 
 __all__ = ["Found", "Request", "Role"]
 
@@ -19,12 +20,16 @@ _DRAWN = 100  # classes of imagenet100 where none are named
 
 
 class Found(NamedTuple):
-    """The N images of a split: `classes` (index = label), `labels` int64 [N], and `files`, or `arrays` [N, H, W, 3]."""
+    """The N images of a split: `classes` (index = label), `labels` int64 [N], and `files`, or `arrays` [N, H, W, 3].
+
+    `notes` are lines that a run prints at its start: what was left out, how classes were ordered.
+    """
 
     classes: tuple[str, ...]
     labels: np.ndarray
     files: FileList | None = None
     arrays: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def keep(self, classes: tuple[str, ...]) -> "Found":
         """The images of some of the classes alone, labelled by the places in `classes`."""
@@ -36,7 +41,7 @@ class Found(NamedTuple):
         rows = np.flatnonzero(labels >= 0)
         files = None if self.files is None else self.files.take(rows)
         arrays = None if self.arrays is None else self.arrays[rows]
-        return Found(classes, labels[rows], files, arrays)
+        return Found(classes, labels[rows], files, arrays, self.notes)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Request:
         download: fetch what is missing.
         classes: file that lists the classes to keep; None: all, or for imagenet100 a seeded choice.
         class_seed: of that choice.
+        train_split: the training split's name: Tiny-ImageNet's validation split takes its classes from there.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Request:
     download: bool = False
     classes: Path | None = None
     class_seed: int = 0
+    train_split: str = "train"
 
     @property
     def takes_part(self) -> bool:
@@ -110,7 +117,11 @@ class Request:
             ValueError, FileNotFoundError, NotADirectoryError: it is not there; says which folders are.
         """
         root = self.check_root()
-        folder = (root / self.split).resolve()
+        folder = Path(os.path.realpath(root / self.split))  # Path.resolve fails on links in a circle
+        if not folder.is_dir() and (root / self.split).is_symlink():
+            raise FileNotFoundError(
+                f"{self.name}: {root / self.split} is a link, but not to a folder: restore its target or remove it"
+            )
         if not folder.is_dir():
             raise FileNotFoundError(f"{self.name}: {root} has no folder {self.split!r}; {self._advice(root)}")
         return folder
@@ -125,7 +136,7 @@ class Request:
 
     def _advice(self, root: Path) -> str:
         """What to say instead of a split that is missing."""
-        folders = list_folders(root)
+        folders = list_folder(root).folders
         if not folders:
             return f"it has no folders at all: check --data.root{self._or_get_it(root)}"
         usual = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}[self.role]

@@ -1,6 +1,7 @@
 """What images there are: paths or arrays, labels, classes, splits. Nothing is decoded here."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -30,7 +31,10 @@ __all__ = [
     "default_statistics",
     "open_source",
     "stratified_rows",
+    "why_fingerprints_differ",
 ]
+
+_WITHOUT_SIZES, _WITH_SIZES = 16, 20  # hex digits of a fingerprint: its length says what it holds
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,6 +52,7 @@ class Source:
         files: encoded files on disk, or None.
         arrays: uint8 [N, H, W, 3] in memory, or None.
         records: containers that `dalikd prepare` has written, or None; a row is an image's row in its first source.
+        notes: lines that a run prints at its start: what was left out, how classes were ordered.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Source:
     files: FileList | None = None
     arrays: np.ndarray | None = None
     records: Records | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         held = [images for images in (self.files, self.arrays, self.records) if images is not None]
@@ -71,9 +77,13 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 over name, split, classes, labels and relative paths (or pixels).
+        """Hex digits of a SHA-256 over name, split, classes, labels and pixels; or relative paths and sizes of files.
 
         The same for a data set that has moved to another folder, or into containers; computed when first asked for.
+        Two sets of files with the same fingerprint have the same classes, names, labels and file sizes, except that
+        images re-made to exactly the same sizes pass, and of more than 20,000 files, whose sizes are remembered, those
+        that were rewritten in place without a change of size in one of the 32,768 or more that each start looks at.
+        It has 20 digits where sizes are in it, else 16, as those of files had in earlier versions.
         """
         if self.records is not None:
             return self.records.description.fingerprint
@@ -82,10 +92,12 @@ class Source:
         if self.files is not None:
             for chunk in self.files.relative_chunks():
                 digest.update(chunk.data)
+            digest.update(np.ascontiguousarray(self.files.measure(), "<i8").data)
+            return digest.hexdigest()[:_WITH_SIZES]
         if self.arrays is not None:
             digest.update(f"{self.arrays.shape}".encode())
             digest.update(np.ascontiguousarray(self.arrays).data)
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:_WITHOUT_SIZES]
 
     def path(self, row: int) -> str:
         """Path of an image; for one in memory or in a container, a name to print."""
@@ -93,10 +105,26 @@ class Source:
             return self.records.name(row)
         return self.files.path(row) if self.files is not None else f"{self.name}/{self.split}[{row}]"
 
-    def limit(self, n: int, seed: int = 0) -> "Source":
+    def read(self, row: int) -> bytes:
+        """The encoded bytes of an image in a file or container.
+
+        Raises:
+            FileNotFoundError: the file is missing; says where the list of files is remembered, if it is.
+            OSError: it cannot be read.
+            ValueError: the container is damaged there.
+        """
+        if self.records is not None:
+            return self.records.read(row)
+        assert self.files is not None, "images in memory are decoded"
+        try:
+            return Path(self.files.path(row)).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(self.files.missing(row)) from None
+
+    def limit(self, n: int, seed: int = 0, *, option: str = "--data.limit") -> "Source":
         """A subset of `n` images with the classes in the same proportions, in the same order.
 
-        With the same seed, a smaller subset is part of every larger one.
+        With the same seed, a smaller subset is part of every larger one. `option` is what messages call `n`.
 
         Raises:
             ValueError: `n` is smaller than the number of classes or larger than the source, `seed` is negative, or
@@ -104,11 +132,11 @@ class Source:
         """
         if self.records is not None:
             raise ValueError(
-                f"--data.limit {n}: containers are read whole; write smaller ones by `dalikd prepare --data.limit {n}`"
+                f"{option} {n}: containers are read whole; write smaller ones by `dalikd prepare {option} {n}`"
             )
         if not len(self.classes) <= n <= len(self):
             raise ValueError(
-                f"--data.limit {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
+                f"{option} {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
                 f"say a number from {len(self.classes)} to {len(self)}"
             )
         rows = stratified_rows(self.labels, n, seed)
@@ -140,6 +168,13 @@ def stratified_rows(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.sort(chosen).astype(np.int64)
 
 
+def why_fingerprints_differ(before: str, now: str) -> str:
+    """What two fingerprints that differ tell of their images, in words."""
+    if len(before.partition("-")[0]) == _WITHOUT_SIZES < len(now.partition("-")[0]):
+        return "one is of an earlier version of dalikd, whose fingerprints held no file sizes: they cannot be compared"
+    return "the classes, or the images' names, labels or sizes, are others"
+
+
 def check_same_classes(train: Source, val: Source) -> None:
     """Check that a label means the same in both.
 
@@ -160,6 +195,7 @@ def open_source(
     download: bool = False,
     classes: str | Path | None = None,
     class_seed: int | None = None,
+    train_split: str | None = None,
 ) -> Source:
     """Find the images of one split.
 
@@ -173,6 +209,7 @@ def open_source(
         download: fetch what torchvision can fetch if it is missing.
         classes: file that lists the classes to keep; default: all, for imagenet100 a hundred chosen by `class_seed`.
         class_seed: of that choice; default: 0.
+        train_split: the training split's own name, where Tiny-ImageNet's validation split finds its classes.
 
     Raises:
         ValueError: unknown name, role, split or layout; a class without pictures or one that is not there; a limit out
@@ -183,11 +220,15 @@ def open_source(
     _check_name(name)
     if role not in ("train", "val"):
         raise ValueError(f"role {role!r} is unknown: say train or val")
-    folder, listed = (None if path is None else Path(path).expanduser().resolve() for path in (root, classes))
+    folder, listed = (
+        None if path is None else Path(os.path.realpath(Path(path).expanduser())) for path in (root, classes)
+    )
     _check_options(name, folder, download, listed, class_seed)
-    request = Request(name, folder, role, split or _default_split(name, role), download, listed, class_seed or 0)
+    split = split or _default_split(name, role)
+    request = Request(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
     source = _open_records(request) if name in EXTENSIONS else _source(request, _FINDERS[name](request))
-    return source if limit is None else source.limit(limit, seed)
+    option = "--data.limit" if role == "train" else "--data.val_limit"
+    return source if limit is None else source.limit(limit, seed, option=option)
 
 
 def _check_name(name: str) -> None:
@@ -243,6 +284,7 @@ def _source(request: Request, found: Found) -> Source:
         labels=found.labels,
         files=found.files,
         arrays=found.arrays,
+        notes=found.notes,
         **default_statistics(request.name)._asdict(),
     )
 

@@ -10,12 +10,12 @@ from jsonargparse import auto_cli
 
 from dalikd.pipelines.containers import DESCRIPTION
 from dalikd.pipelines.convert import WriteOptions, check_pictures, check_target, write_records
-from dalikd.pipelines.data import DataConfig, open_split
+from dalikd.pipelines.data import DataConfig, open_sources, open_split
 from dalikd.pipelines.inspection import PUBLISHED, check_count, remedy, verify_files
 from dalikd.pipelines.published import Finding
 from dalikd.pipelines.records import Records
 from dalikd.pipelines.request import Role
-from dalikd.pipelines.sources import Source, check_same_classes
+from dalikd.pipelines.sources import Source
 from dalikd.tools.cli import guarded
 
 
@@ -96,10 +96,9 @@ def prepare(options: PrepareOptions) -> None:
 def open_splits(options: PrepareOptions) -> dict[Role, Source]:
     """The splits that are asked for, downloaded if that is asked for too."""
     config = DataConfig(**vars(options.data))
-    sources: dict[Role, Source] = {role: open_split(config, role, options.seed) for role in _roles(options)}
-    if len(sources) == 2:
-        check_same_classes(*sources.values())
-    return sources
+    if options.split == "both":
+        return dict(zip(_roles(options), open_sources(config, options.seed), strict=True))
+    return {options.split: open_split(config, options.split, options.seed)}
 
 
 def look(options: PrepareOptions) -> dict[Role, Source]:

@@ -110,6 +110,33 @@ def test_open_sources_takes_each_split_with_its_own_limit(tree):
     assert again.fingerprint == train.fingerprint != other.fingerprint
 
 
+def test_what_was_left_out_and_how_classes_are_ordered_is_printed_once(tmp_path, monkeypatch, capsys):
+    for split in ("train", "val"):
+        for number in range(1, 11):
+            (tmp_path / split / str(number)).mkdir(parents=True)
+            (tmp_path / split / str(number) / "a.jpg").touch()
+    for name in ("1/a.gif", "2/b.gif", "2/b.txt"):
+        (tmp_path / "train" / name).touch()
+    config = DataConfig(root=str(tmp_path))
+    open_sources(config, 0)
+    order = "class folders that are whole numbers are ordered by number: 1, 2, 3, 4, 5 and 5 more; not as text: 1, 10,"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(order)
+    assert lines[1:] == [f"{tmp_path}/train: 3 files are left out: 2 .gif, 1 .txt"]
+    open_split(config, "val", 0)
+    assert [line.startswith(order) for line in capsys.readouterr().out.splitlines()] == [True]
+    monkeypatch.setenv("RANK", "1")  # the first process says it
+    open_sources(config, 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_option_that_was_given_is_named(tree):
+    with pytest.raises(ValueError, match=r"^--data\.val_limit 1000: imagefolder val has 300 images of 3 classes"):
+        open_sources(DataConfig(root=str(tree), limit=30, val_limit=1000), 0)
+    with pytest.raises(ValueError, match=r"^--data\.limit 0: imagefolder train has"):
+        open_sources(DataConfig(root=str(tree), limit=0, val_limit=0), 0)
+
+
 def test_some_classes_in_both_splits(tree, tmp_path):
     (tmp_path / "two.txt").write_text("cat\nant\n")
     train, val = open_sources(DataConfig(root=str(tree), classes=str(tmp_path / "two.txt"), limit=20), seed=0)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,9 @@ def test_missing_file_and_order_of_rows(tmp_path: Path) -> None:
         BadFile(0, str(tmp_path / "a.jpg"), "the file is empty"),
     ]
     assert find_bad_files(source, []) == []
+    assert source.files is not None
+    (bad,) = find_bad_files(replace(source, files=replace(source.files, kept_in="KEPT")), [1])
+    assert bad.reason.startswith("the file is missing; the list of files is remembered in KEPT: restore the file, or")
 
 
 def test_huge_picture_is_not_bad(tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalikd.pipelines import manifest
-from dalikd.pipelines.manifest import manifest_folder
+from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.data import DataConfig, open_sources
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.manifest import IMAGE_EXTENSIONS, manifest_folder
+from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import check_same_classes, open_source
 
 
@@ -88,6 +93,53 @@ class TestImageFolder:
         with pytest.raises(ValueError, match=r"flat has no class folders: put pictures in .*flat/<class>/"):
             open_source("imagefolder", pets, "train", split="flat")
 
+    def test_whole_numbers_are_ordered_by_number_in_both_splits(self, tmp_path: Path) -> None:
+        names = [f"{split}/{number}/0.jpg" for split in ("train", "val") for number in (1, 2, 10)]
+        root, note = touch(tmp_path / "numbers", *names), "ordered by number: 1, 2, 10; not as text: 1, 10, 2"
+        for source in open_sources(DataConfig(root=str(root)), 0):
+            assert source.classes == ("1", "2", "10")
+            assert [Path(source.path(row)).parent.name for row in range(3)] == ["1", "2", "10"]
+            assert source.notes == (f"class folders that are whole numbers are {note}",)
+        touch(root, "val/extra/0.jpg")  # beside words they are words
+        with pytest.raises(ValueError, match="only in val: extra"):
+            open_sources(DataConfig(root=str(root)), 0)
+        (tmp_path / "list.txt").write_text("10\n2\n1\n")
+        for source in open_sources(DataConfig(root=str(root), classes=str(tmp_path / "list.txt")), 0):
+            assert source.classes == ("1", "2", "10")
+
+    def test_every_ending_is_decoded(self, tmp_path: Path) -> None:
+        written = {
+            "JPEG": ".jpg .jpeg .jpe .jif .jfif .jfi .mpo", "PNG": ".png .apng", "BMP": ".bmp", "WEBP": ".webp",
+            "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm", "JPEG2000": ".jp2 .j2k .j2c .jpc .jpf .jpx",
+        }  # fmt: skip
+        colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+        modes, expected = {".pgm": "L", ".pbm": "1"}, []
+        (tmp_path / "all/class").mkdir(parents=True)
+        for form, endings in written.items():
+            for ending in endings.split():
+                image, path = colour.convert(modes.get(ending, "RGB")), tmp_path / f"all/class/a{ending}"
+                image.save(path, form, **({"no_jp2": True} if ending in (".j2k", ".j2c", ".jpc") else {}))
+                expected.append(ending)
+        source = open_source("imagefolder", tmp_path, "train", split="all")
+        assert (
+            sorted(expected)
+            == sorted(IMAGE_EXTENSIONS)
+            == [Path(source.path(row)).suffix for row in range(len(source))]
+        )
+        sampler = Sampler(len(source), len(source), shuffle=False, drop_last=False)
+        loader = Loader(source, sampler, DrawSpec(View(16, "center_crop", resize=16)), threads=1)
+        for row, pixels in enumerate(loader.next().images.numpy()):
+            assert np.array_equal(pixels, np.asarray(Image.open(source.path(row)).convert("RGB"))), source.path(row)
+        loader.close()
+
+    def test_a_split_that_is_a_link_to_nothing(self, pets: Path) -> None:
+        (pets / "val").rename(pets / "gone")
+        for target in ("nowhere", "val"):
+            (pets / "val").unlink(missing_ok=True)
+            (pets / "val").symlink_to(pets / target)
+            with pytest.raises(FileNotFoundError, match=r"pets/val is a link, but not to a folder: restore its target"):
+                open_source("imagefolder", pets, "val")
+
     def test_large_trees_are_remembered(self, pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for path in [pets / "train", *(pets / "train").iterdir()]:
             os.utime(path, (1_000_000_000, 1_000_000_000))
@@ -144,6 +196,43 @@ class TestTinyImageNet:
         assert val.classes == ("n01", "n02")
         assert val.labels.tolist() == [0, 1, 1]
 
+    @pytest.mark.parametrize("annotations", [True, False])
+    @pytest.mark.parametrize("split", ["val", "val/images"])
+    def test_sorted_into_folders_below_images(self, root: Path, annotations: bool, split: str) -> None:
+        for number, wnid in enumerate(("n02", "n01", "n02")):
+            (root / "val/images" / wnid).mkdir(exist_ok=True)
+            (root / f"val/images/val_{number}.JPEG").rename(root / f"val/images/{wnid}/val_{number}.JPEG")
+        if not annotations:
+            (root / "val" / "val_annotations.txt").unlink()
+        val = open_source("tinyimagenet", root, "val", split=split)
+        assert [(val.classes[label], Path(val.path(row)).name) for row, label in enumerate(val.labels)] == [
+            ("n01", "val_1.JPEG"),
+            ("n02", "val_0.JPEG"),
+            ("n02", "val_2.JPEG"),
+        ]
+        touch(root / "val/images", "val_9.JPEG")
+        if split == "val":
+            with pytest.raises(ValueError, match="val/images has 2 class folders, and 1 images beside"):
+                open_source("tinyimagenet", root, "val")
+        else:
+            val = open_source("tinyimagenet", root, "val", split=split)
+            assert val.notes == (f"{root}/val/images: 1 file is left out: 1 image(s) beside the class folders",)
+
+    def test_val_is_a_link_and_train_has_another_name(self, root: Path, tmp_path: Path) -> None:
+        touch(tmp_path / "shared", "train/n07/a.JPEG")  # a neighbour of the link's target, of other data
+        (root / "val").rename(tmp_path / "shared/val")
+        (root / "val").symlink_to(tmp_path / "shared/val")
+        (root / "train").rename(root / "training")
+        train, val = open_sources(DataConfig("tinyimagenet", str(root), train_split="training"), 0)
+        assert train.classes == val.classes == ("n01", "n02")
+        assert val.labels.tolist() == [1, 0, 1]
+
+    def test_images_that_are_not_listed_are_said(self, root: Path) -> None:
+        self.annotate(root, *self.LINES[:2])
+        touch(root / "val/images", "notes.txt")
+        note = f"{root}/val/images: 2 files are left out: 1 .txt, 1 image(s) that val_annotations.txt does not list"
+        assert open_source("tinyimagenet", root, "val").notes == (note,)
+
     def test_converted_with_other_classes(self, root: Path) -> None:
         touch(root / "val", "n01/a.JPEG", "n03/a.JPEG")
         with pytest.raises(ValueError, match=r"train has 2 classes, val 2; only in train: n02; only in val: n03"):
@@ -181,6 +270,10 @@ class TestTinyImageNet:
     def test_test_split_has_no_labels(self, root: Path) -> None:
         with pytest.raises(ValueError, match=r"published test split has no labels\): say --data\.val_split val"):
             open_source("tinyimagenet", root, "val", split="test")
+        for split in ("test", "val"):  # what was given, or is not there, is no advice
+            (root / "val").rename(root / "old") if split == "test" else (root / "test").rename(root / "val")
+            with pytest.raises(ValueError, match=r"no labels\): unpack the data set again, or put images in"):
+                open_source("tinyimagenet", root, "val", split=split)
 
 
 class TestSomeClasses:

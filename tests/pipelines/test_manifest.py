@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from dalikd.pipelines.manifest import (
     FileList,
     build_once,
     cache_folder,
-    list_folders,
-    list_pictures,
+    count_of,
+    list_folder,
     manifest_folder,
     open_tree,
     scan,
@@ -59,7 +60,7 @@ def forbid_scanning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_small(folder: Path) -> manifest.Tree:
-    return open_tree(folder, list_folders(folder), remember_above=3)
+    return open_tree(folder, list_folder(folder).folders, remember_above=3)
 
 
 class TestFileList:
@@ -102,22 +103,28 @@ class TestFileList:
 class TestScan:
     def test_order_labels_and_what_is_a_picture(self, tmp_path: Path) -> None:
         names = ["b/2.jpg", "b/10.PNG", "b/z/1.tif", "b/a/1.TIFF", "a/q.ppm", "a/p.bmp", "a/o.WebP", "a/n.jpeg"]
-        ignored = ["a/notes.txt", "a/._n.jpeg", "a/.hidden/n.jpeg", "a/jpg", "a/n.jpeg.bak", "stray.jpg", ".git/x.jpg"]
-        folder = make_tree(tmp_path / "tree", names + ignored)
-        (folder / "a" / "folder.jpg").mkdir()
-        assert list_folders(folder) == ("a", "b")
+        left_out = ["a/notes.txt", "b/z/B.TXT", "a/jpg", "a/n.jpeg.bak", "stray.jpg", "b/1.gif"]
+        passed_over = ["a/._n.jpeg", "a/.hidden/n.jpeg", ".git/x.jpg", "readme.txt", "a/Thumbs.db", "a/desktop.ini"]
+        passed_over += ["a/@eaDir/n.jpeg", "__MACOSX/a/n.jpeg", "$RECYCLE.BIN/n.jpeg", "lost+found/n.jpeg"]
+        folder = make_tree(tmp_path / "tree", names + left_out + passed_over)
+        assert list_folder(folder).folders == ["a", "b"]
         tree = scan(folder, ("a", "b"))
         expected = ["a/n.jpeg", "a/o.WebP", "a/p.bmp", "a/q.ppm", "b/10.PNG", "b/2.jpg", "b/a/1.TIFF", "b/z/1.tif"]
         assert paths(tree) == [str(folder / name) for name in expected]
         assert tree.labels.tolist() == [0] * 4 + [1] * 4
         assert tree.labels.dtype == np.int64
-        assert set(tree.directories) == {".", "a", "a/folder.jpg", "b", "b/a", "b/z"}
+        assert set(tree.directories) == {".", "a", "b", "b/a", "b/z"}
+        assert (
+            count_of(tree.left_out)
+            == "2 .txt, 1 .bak, 1 .gif, 1 image(s) beside the class folders, 1 without an ending"
+        )
 
     def test_empty_class_is_named(self, tree: Path) -> None:
         (tree / "bird").mkdir()
         (tree / "bird" / "readme.md").touch()
-        with pytest.raises(ValueError, match=r"tree/bird has no picture \(\.jpg .*add some or remove the folder"):
-            scan(tree, list_folders(tree))
+        message = r"tree/bird has no picture \(\.jpg .*; it has 1 \.md: add some or remove the folder"
+        with pytest.raises(ValueError, match=message):
+            scan(tree, list_folder(tree).folders)
 
     def test_links_are_followed(self, tree: Path, tmp_path: Path) -> None:
         (tmp_path / "links").mkdir()
@@ -129,13 +136,23 @@ class TestScan:
         with pytest.raises(ValueError, match="dog/again links back to a folder above it"):
             scan(tree, ("dog",))
 
-    def test_link_to_nothing(self, tree: Path) -> None:
-        (tree / "dog" / "gone.jpg").symlink_to(tree / "nowhere.jpg")
-        with pytest.raises(FileNotFoundError, match=r"dog/gone\.jpg is a link to nothing"):
+    @pytest.mark.parametrize("name", ["dog/gone.jpg", "dog/gone", "gone"])
+    def test_link_to_nothing(self, tree: Path, name: str) -> None:
+        (tree / name).symlink_to(tree / "nowhere")
+        with pytest.raises(FileNotFoundError, match=rf"tree/{name} is a link to nothing \(No such file"):
+            scan(tree, ("dog",))
+        (tree / name).unlink()
+        (tree / name).symlink_to(tree / name)
+        with pytest.raises(FileNotFoundError, match=rf"tree/{name} is a link to nothing \(Too many levels"):
             scan(tree, ("dog",))
 
-    def test_list_pictures_is_flat(self, tree: Path) -> None:
-        assert list_pictures(tree / "cat") == ["a.jpg", "b.jpg"]
+    @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
+    def test_what_is_no_file_but_is_named_like_an_image(self, tree: Path, make: Callable[[Path], None]) -> None:
+        make(tree / "dog" / "x.jpg")
+        with pytest.raises(
+            ValueError, match=r"dog/x\.jpg is a (folder|pipe, socket or device), but its name ends as an"
+        ):
+            scan(tree, ("dog",))
 
 
 class TestOpenTree:
@@ -150,9 +167,9 @@ class TestOpenTree:
         assert type(second.files.buffer) is np.ndarray
 
     def test_small_trees_are_not_remembered(self, tree: Path) -> None:
-        open_tree(tree, list_folders(tree), remember_above=5)
+        open_tree(tree, list_folder(tree).folders, remember_above=5)
         assert not manifest_folder(tree).exists()
-        open_tree(tree, list_folders(tree))
+        open_tree(tree, list_folder(tree).folders)
         assert not manifest_folder(tree).exists()
 
     def test_fresh_folders_are_not_remembered(self, tree: Path) -> None:
@@ -160,6 +177,7 @@ class TestOpenTree:
         assert len(open_small(tree).files) == 6
         assert not manifest_folder(tree).exists()
 
+    @pytest.mark.parametrize("times_tell", [True, False])
     @pytest.mark.parametrize(
         ("change", "count"),
         [
@@ -172,13 +190,37 @@ class TestOpenTree:
         ],
         ids=["added", "added below", "removed", "folder moved", "class added", "class renamed"],
     )
-    def test_a_change_is_seen(self, tree: Path, change, count: int) -> None:
+    def test_a_change_is_seen(
+        self, tree: Path, change, count: int, times_tell: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not times_tell:  # as on mounted object stores
+            monkeypatch.setattr(manifest, "_times", lambda _: (0, 0))
         before = open_small(tree)
         change(tree)
         after = open_small(tree)
         assert len(after.files) == count
-        assert paths(after) == paths(scan(tree, list_folders(tree)))
+        assert paths(after) == paths(scan(tree, list_folder(tree).folders))
         assert paths(after) != paths(before)
+
+    def test_a_file_replaced_under_its_name_is_seen_by_time_or_size(
+        self, tree: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert open_small(tree).files.measure().tolist() == [0] * 5
+        (tree / "dog/x.JPEG").write_bytes(b"1")  # in place: the folder stays as it was
+        assert open_small(tree).files.measure().tolist() == [0, 0, 0, 1, 0]
+        (tree / "new").write_bytes(b"22")
+        (tree / "new").rename(tree / "dog/x.JPEG")
+        age(tree)
+        monkeypatch.setattr(manifest, "_has_same_sizes", lambda _: True)
+        assert open_small(tree).files.measure().tolist() == [0, 0, 0, 2, 0]  # ctime: no tool sets it back
+
+    def test_what_was_left_out_is_remembered_too(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_tree(tree, ["dog/a.gif"])
+        opened = [open_small(tree)]
+        forbid_scanning(monkeypatch)
+        opened.append(open_small(tree))
+        assert [tree.left_out for tree in opened] == [{".gif": 1}] * 2
+        assert [tree.files.kept_in for tree in opened] == [str(manifest_folder(tree))] * 2
 
     def test_a_new_manifest_replaces_the_old(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mapped = open_small(tree)
@@ -188,7 +230,7 @@ class TestOpenTree:
         os.utime(tree / "dog", (LONG_AGO + 1, LONG_AGO + 1))
         assert len(open_small(tree).files) == 6
         assert paths(mapped) == before  # its files are gone, the mapping is not
-        assert len(list(manifest_folder(tree).iterdir())) == 4
+        assert len(list(manifest_folder(tree).iterdir())) == 5
         forbid_scanning(monkeypatch)
         assert len(open_small(tree).files) == 6
 
@@ -202,7 +244,7 @@ class TestOpenTree:
         assert [paths(tree) for tree in again] == [paths(tree) for tree in parts]
         assert sorted(paths(again[0]) + paths(again[1])) == sorted(paths(open_small(tree))) == sorted(paths(whole))
 
-    @pytest.mark.parametrize("name", ["paths", "offsets", "labels"])
+    @pytest.mark.parametrize("name", ["paths", "offsets", "labels", "sizes"])
     @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
     def test_damaged_array(self, tree: Path, name: str, damage: str) -> None:
         expected = paths(open_small(tree))
@@ -244,11 +286,11 @@ class TestOpenTree:
         folder = make_tree(tmp_path / "many", names)
         program = (
             "import sys, pathlib\n"
-            "from dalikd.pipelines.manifest import list_folders, open_tree\n"
+            "from dalikd.pipelines.manifest import list_folder, open_tree\n"
             "folder = pathlib.Path(sys.argv[1])\n"
             "sys.stdin.readline()\n"  # all start at the same moment
             "for _ in range(10):\n"
-            "    tree = open_tree(folder, list_folders(folder), remember_above=10)\n"
+            "    tree = open_tree(folder, list_folder(folder).folders, remember_above=10)\n"
             "    assert len(tree.files) == 2000 and tree.files.path(1999).endswith('class9/199.jpg')\n"
         )
         command = [sys.executable, "-W", "error", "-c", program, str(folder)]
@@ -260,7 +302,7 @@ class TestOpenTree:
         for worker in workers:
             _, errors = worker.communicate(timeout=60)
             assert worker.returncode == 0, errors.decode()
-        assert sorted(path.suffix for path in manifest_folder(folder).iterdir()) == [".json", ".npy", ".npy", ".npy"]
+        assert sorted(path.suffix for path in manifest_folder(folder).iterdir()) == [".json", *[".npy"] * 4]
 
 
 class TestCacheFolder:

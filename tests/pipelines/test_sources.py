@@ -14,6 +14,7 @@ from dalikd.pipelines.sources import (
     default_statistics,
     open_source,
     stratified_rows,
+    why_fingerprints_differ,
 )
 
 
@@ -36,6 +37,10 @@ def pets(tmp_path: Path) -> Path:
     )
 
 
+def listed(*names: str, sizes: object = 7) -> FileList:
+    return replace(FileList.from_paths(names, "/r"), sizes=np.broadcast_to(sizes, len(names)))
+
+
 def make_source(labels: list[int], names: list[str] | None = None, **changes: object) -> Source:
     names = names or [f"/r/{row}.jpg" for row in range(len(labels))]
     source = Source(
@@ -46,7 +51,7 @@ def make_source(labels: list[int], names: list[str] | None = None, **changes: ob
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         image_size=32,
-        files=FileList.from_paths(names, "/r"),
+        files=listed(*names),
     )
     return replace(source, **changes)
 
@@ -121,7 +126,7 @@ class TestOpenSource:
 class TestFingerprint:
     def test_moves_with_the_folder(self, pets: Path, tmp_path: Path) -> None:
         before = open_source("imagefolder", pets, "train").fingerprint
-        assert len(before) == 16
+        assert len(before) == 20
         assert int(before, 16) >= 0
         pets.rename(tmp_path / "a much longer name")
         assert open_source("imagefolder", tmp_path / "a much longer name", "train").fingerprint == before
@@ -133,16 +138,33 @@ class TestFingerprint:
             {"split": "val"},
             {"classes": ("class0", "other")},
             {"labels": np.array([0, 1, 1])},
-            {"files": FileList.from_paths(["/r/0.jpg", "/r/1.jpg", "/r/3.jpg"], "/r")},
-            {"files": FileList.from_paths(["/r/0.jpg1", "/r/.jpg", "/r/2.jpg"], "/r")},
-            {"files": FileList.from_paths(["/r/1.jpg", "/r/0.jpg", "/r/2.jpg"], "/r")},
+            {"classes": ("class1", "class0")},
+            {"files": listed("/r/0.jpg", "/r/1.jpg", "/r/3.jpg")},
+            {"files": listed("/r/0.jpg1", "/r/.jpg", "/r/2.jpg")},
+            {"files": listed("/r/1.jpg", "/r/0.jpg", "/r/2.jpg")},
+            {"files": listed("/r/0.jpg", "/r/1.jpg", "/r/2.jpg", sizes=[7, 7, 8])},
         ],
-        ids=["name", "split", "classes", "labels", "path", "path bounds", "order"],
+        ids=["name", "split", "classes", "labels", "order of classes", "path", "path bounds", "order", "size"],
     )
     def test_sees_every_change(self, changes: dict[str, object]) -> None:
         source = make_source([0, 1, 0])
         assert replace(source, **changes).fingerprint != source.fingerprint  # pyright: ignore[reportArgumentType]
         assert copy.deepcopy(source).fingerprint == source.fingerprint
+
+    def test_sizes_are_those_of_the_files(self, pets: Path) -> None:
+        before = open_source("imagefolder", pets, "train")
+        assert before.fingerprint == open_source("imagefolder", pets, "train").fingerprint
+        (pets / "train/cat/2.jpg").write_bytes(b"1")
+        after = open_source("imagefolder", pets, "train")
+        assert after.fingerprint != before.fingerprint
+
+    def test_what_a_difference_tells(self) -> None:
+        assert why_fingerprints_differ("a" * 16, "b" * 20).startswith("one is of an earlier version of dalikd, whose")
+        assert why_fingerprints_differ("a" * 16 + "-short64", "b" * 20 + "-short64").startswith("one is of an earlier")
+        for one, other in (("a" * 20, "b" * 20), ("a" * 16, "b" * 16), ("a" * 20 + "-short64", "b" * 20)):
+            assert (
+                why_fingerprints_differ(one, other) == "the classes, or the images' names, labels or sizes, are others"
+            )
 
     def test_type_of_labels_does_not_matter(self) -> None:
         source = make_source([0, 1, 0])
@@ -150,6 +172,17 @@ class TestFingerprint:
 
 
 class TestSource:
+    def test_a_file_that_is_gone(self, pets: Path) -> None:
+        source = open_source("imagefolder", pets, "train")
+        assert source.read(1) == b""
+        (pets / "train/cat/2.jpg").unlink()
+        for look in (lambda: source.read(1), replace(source.files, sizes=None).measure):
+            with pytest.raises(FileNotFoundError, match=r"cat/2\.jpg is missing$"):
+                look()
+        with pytest.raises(FileNotFoundError, match=r"cat/2\.jpg is missing; the list of files is remembered in KEPT:"):
+            replace(source, files=replace(source.files, kept_in="KEPT")).read(1)
+        assert source.fingerprint  # of the sizes when it was opened
+
     def test_either_files_or_arrays(self) -> None:
         with pytest.raises(AssertionError, match="either files or arrays"):
             make_source([0], arrays=np.zeros((1, 2, 2, 3), np.uint8))
@@ -211,6 +244,8 @@ class TestLimit:
         message = f"--data.limit {n}: imagefolder train has 200 images of 5 classes; say a number from 5 to 200"
         with pytest.raises(ValueError, match=message):
             self.source.limit(n)
+        with pytest.raises(ValueError, match=message.replace("limit", "val_limit", 1)):
+            self.source.limit(n, option="--data.val_limit")
 
     def test_negative_seed(self) -> None:
         with pytest.raises(ValueError, match="seed -1 is negative: say 0 or more"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from dalikd.pipelines.augment import DrawSpec
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.manifest import list_folders, manifest_folder, open_tree, scan
+from dalikd.pipelines.manifest import list_folder, manifest_folder, open_tree, scan
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
 from dalikd.tools.bench.images import describe
@@ -51,7 +51,7 @@ def measure_startup(count: int, job: Job, rounds: int, header: Mapping[str, Any]
         paths = [Path(job.source.path(row)) for row in range(len(job.source))]
         record.notes.append(grow_tree(paths, root, count))
         time.sleep(_SETTLED_SECONDS)
-        open_tree(root, list_folders(root), remember_above=0)
+        open_tree(root, list_folder(root).folders, remember_above=0)
         values = alternate(_steps(root, job), rounds)
         record.rows = [{"what": what, "seconds": summary(seconds)} for what, seconds in values.items()]
         record.notes.append(_cache_note(root))
@@ -103,7 +103,7 @@ def _steps(root: Path, job: Job) -> dict[str, Callable[[], float]]:
         loader.close()
 
     return {
-        "scan (first start)": lambda: _seconds(lambda: scan(root, list_folders(root))),
+        "scan (first start)": lambda: _seconds(lambda: scan(root, list_folder(root).folders)),
         "open from the cached list": lambda: _seconds(lambda: _open(root)),
         "open and hash (for checkpoints)": lambda: _seconds(lambda: _open(root).fingerprint),
         f"open, build, first batch of {job.batch_size}": lambda: _seconds(first_batch),
