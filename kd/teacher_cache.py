@@ -342,10 +342,17 @@ def differing(cached: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """What differs between a cache's fingerprint and that of a run, in words; names the run leaves out do not count."""
     plain = json.loads(json.dumps(dict(own)))  # tuples become lists, as in cache.json
     return [
-        f"{name}: cache has {cached.get(name)}, this run has {value}"
+        f"{name}: cache has {cached.get(name)}, this run has {value}{_older(name, cached.get(name), value)}"
         for name, value in plain.items()
         if name not in cached or cached[name] != value
     ]
+
+
+def _older(name: str, cached: Any, own: Any) -> str:
+    """What to add where the cache is of an earlier dalikd: its fingerprints of files had fewer digits."""
+    if name != "data.fingerprint" or not isinstance(cached, str) or len(cached) >= len(own):
+        return ""
+    return " (which holds file sizes, as none did in earlier versions of dalikd: they cannot be compared)"
 
 
 # -------------------------------------------------------------------------------------------------------- files

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.records import reads_shares
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source
+from dalikd.pipelines.sources import Source, why_fingerprints_differ
 
 __all__ = ["BadFileError", "Batch", "Loader"]
 
@@ -126,6 +126,8 @@ class Loader:
         self.position = 0
         self.wait_seconds = 0.0
         self.replaced: dict[int, int] = dict(resident.replaced) if resident is not None else {}
+        self._damaged: dict[int, int] = {}  # row that could not be decoded -> size of its file, which may be mended
+        self._note_damaged(self.replaced)
         self._attach = attach
         self._hand = HandOver(self.device, buffers)
         work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
@@ -163,23 +165,41 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, and what it must be fed with to go on from there."""
-        return {"position": self.position, "replaced": dict(self.replaced), **self._identity()}
+        replaced, damaged = dict(self.replaced), dict(self._damaged)
+        return {"position": self.position, "replaced": replaced, "damaged": damaged, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the following batches are those of the saved run, bit for bit.
+        """Go to a saved position; the following batches are those of the saved run, bit for bit. Files that could not
+        be decoded then may have been mended.
 
         Raises:
             ValueError: the state belongs to other data, another seed or another batch size.
         """
         saved = {"order": _BY_ROW, **state}
         for key, value in self._identity().items():
-            if saved.get(key) != value:
+            if saved.get(key) != value and not (key == "fingerprint" and self._is_mended(state)):
+                why = f" ({why_fingerprints_differ(saved.get(key, ''), value)})" if key == "fingerprint" else ""
                 raise ValueError(
-                    f"cannot resume the data loader: {key} was {saved.get(key)}, now it is {value}; "
+                    f"cannot resume the data loader: {key} was {saved.get(key)}, now it is {value}{why}; "
                     "resume with the same data, --seed and --batch_size, from containers also on as many processes"
                 )
         self.replaced = dict(state["replaced"])
+        self._note_damaged(state.get("damaged", {}))
         self.seek(state["position"])
+
+    def _is_mended(self, state: dict[str, Any]) -> bool:
+        """Whether the data are those of a saved state but for files that could not be decoded then."""
+        damaged, files = state.get("damaged", {}), self.source.files
+        if not damaged or files is None or max(damaged) >= len(files):
+            return False
+        sizes = files.measure().copy()
+        sizes[list(damaged)] = list(damaged.values())
+        return replace(self.source, files=replace(files, sizes=sizes)).fingerprint == state["fingerprint"]
+
+    def _note_damaged(self, rows: Collection[int]) -> None:
+        if rows and self.source.files is not None:
+            sizes = self.source.files.measure()
+            self._damaged |= {row: int(sizes[row]) for row in rows}
 
     def seek(self, position: int) -> None:
         """Continue at microbatch number `position`."""
@@ -249,6 +269,7 @@ class Loader:
                 f"DALI cannot decode a picture of the batch that starts with {self.source.path(int(plan.rows[0]))}, "
                 f"though Pillow reads them all; DALI says: {' '.join(str(error).split())[:300]}"
             ) from error
+        self._note_damaged([item.row for item in bad])
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad)
         if self.bad_files == "stop":
             raise BadFileError(

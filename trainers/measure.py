@@ -25,7 +25,7 @@ from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source
+from dalikd.pipelines.sources import Source, why_fingerprints_differ
 from dalikd.trainers.assembly import make_loader, reading, resident_pictures
 from dalikd.trainers.augmentation import (
     Augmenter,
@@ -336,9 +336,10 @@ class _Checkpoint:
         saved = state.get("identity", {})
         for name, value in self._identity.items():
             if saved.get(name) != value:
+                why = f" ({why_fingerprints_differ(saved.get(name, ''), value)})" if name == "fingerprint" else ""
                 raise ValueError(
-                    f"--checkpoint {self._path} was saved with {name} {saved.get(name)}, now it is {value}: measure "
-                    "with the same options, or name another file"
+                    f"--checkpoint {self._path} was saved with {name} {saved.get(name)}, now it is {value}{why}: "
+                    "measure with the same options, or name another file"
                 )
         return state
 

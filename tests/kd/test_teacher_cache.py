@@ -284,6 +284,11 @@ def test_every_difference_is_named(tmp_path):
         "seed: cache has 0, this run has 3",
         "decoder: cache has None, this run has cpu",
     ]
+    earlier, now = {"data.fingerprint": "0" * 16}, {"data.fingerprint": "1" * 20}
+    assert differing(earlier, now)[0].endswith(
+        f"{'1' * 20} (which holds file sizes, as none did in earlier versions of dalikd: they cannot be compared)"
+    )
+    assert differing(now, {"data.fingerprint": "2" * 20})[0].endswith("2")
     with pytest.raises(ValueError, match=r"seed: cache has 0, this run has 3; decoder: .* has cpu. Do this"):
         cache.check_made_for(own, "Do this")
 

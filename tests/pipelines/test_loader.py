@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -404,6 +405,28 @@ def test_replaced_rows_are_part_of_the_state(copy_tree, tmp_path):
     assert second.replaced == {11: 12}
     for _ in range(len(first)):
         assert _equal(first.next(), second.next())
+
+
+@pytest.mark.parametrize("bad_files", ["stop", "replace"])
+def test_a_mended_file_is_no_other_data_and_a_changed_one_is(copy_tree, bad_files):
+    root = copy_tree()
+    path = root / "bee" / "003.jpg"
+    content = path.read_bytes()
+    _spoil(path, "text")
+    loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files=bad_files)
+    with contextlib.suppress(BadFileError):
+        _run_to_the_end(loader)
+    for mend in (lambda: None, lambda: path.write_bytes(content), lambda: path.write_bytes(content + b"1")):
+        mend()  # and once more: it is named by the state of the run that went on
+        again = _loader(open_source("imagefolder", root, "train", split="."))
+        again.load_state_dict(loader.state_dict())
+        assert again.replaced == loader.replaced
+        loader = again
+    _spoil(root / "cat" / "003.jpg", "text")
+    with pytest.raises(
+        ValueError, match=r"fingerprint was \w{20}, now it is \w{20} \(the classes, or the images' names, "
+    ):
+        _loader(open_source("imagefolder", root, "train", split=".")).load_state_dict(loader.state_dict())
 
 
 def test_when_nothing_can_be_decoded_replacing_ends(copy_tree):

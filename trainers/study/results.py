@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from dalikd.kd.correlation import FEWEST_POINTS, Point, Spread, correlate
+from dalikd.pipelines.sources import why_fingerprints_differ
 from dalikd.trainers.study.options import Pair
 from dalikd.trainers.study.plan import Axes, Cell, alone_name, distill_name, measure_name, teacher_name
 from dalikd.trainers.study.state import read_result
@@ -78,9 +79,11 @@ def check_images(results: Mapping[str, dict[str, Any] | None]) -> None:
     for by_fingerprint in seen.values():
         if len(by_fingerprint) > 1:
             found = "; ".join(f"{fingerprint}: {_listed(names)}" for fingerprint, names in by_fingerprint.items())
+            shortest, *_, longest = sorted(by_fingerprint, key=len)
             raise ValueError(
                 f"the runs of this study have different images, by the data's fingerprints {found}: name the same data "
-                "on every machine with --data.root, and delete the results of other data"
+                "on every machine with --data.root, and delete the results of other data "
+                f"({why_fingerprints_differ(shortest, longest)})"
             )
 
 

@@ -101,6 +101,13 @@ def test_shares_are_compared_by_seed_and_size_and_not_by_folder():
         check_images({"a": _result("x", 0), "b": _result("y", 1)})  # all images: the seed does not choose
 
 
+def test_results_of_an_earlier_version_are_told_apart():
+    with pytest.raises(
+        ValueError, match=r"delete the results of other data \(one is of an earlier version of dalikd, "
+    ):
+        check_images({"a": _result("x" * 20, 0), "b": _result("y" * 16, 0)})
+
+
 def test_many_runs_are_named_by_a_few():
     results = {f"run{number}": _result("x", 0) for number in range(7)} | {"odd": _result("y", 0)}
     with pytest.raises(ValueError, match="x: run0, run1, run2, run3, run4 and 2 more; y: odd: "):
