@@ -5,6 +5,7 @@ import gc
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
+from dalikd.pipelines.content import lacks_app14, refusal
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
@@ -26,11 +28,17 @@ __all__ = [
     "Pixels",
     "Plan",
     "RecordsEngine",
+    "UnfitError",
     "Work",
     "can_gather",
 ]
 
 _READ_AHEAD = 4  # batches that DALI may ask for beyond those that are made ahead
+_PNG, _JPEG = 0x50, 0xD8  # second bytes
+
+
+class UnfitError(RuntimeError):
+    """DALI has decoded an image of a kind that it gets wrong."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +177,24 @@ class DaliEngine:
         self._graph: Any = None
         self._first = 0
         self._plans: deque[Plan] = deque()
+        self._fit: set[int] = set()  # rows of rare formats whose headers have been looked at
+        self._mend_cmyk = False
 
     def fetch(self, position: int) -> Pixels:
-        """The pixels of a microbatch; the pipeline is built at the first one."""
+        """The pixels of a microbatch; the pipeline is built at the first one.
+
+        Raises:
+            RuntimeError: DALI fails.
+            UnfitError: DALI does not, but has made wrong pixels.
+        """
         if self._graph is None:
             self._build(position)
         outputs = self._run()
+        if self._reader != "arrays":
+            *outputs, second, channels = outputs
+            if self._look(self._plans[0], np.asarray(second.as_tensor()), np.asarray(channels.as_tensor())):
+                self.restart()
+                return self.fetch(position)
         if self._windows is not None:
             plan, (windows,) = self._plans.popleft(), outputs
             views = self._windows((np.asarray(windows[slot]) for slot in range(len(windows))), plan.draws.views)
@@ -212,6 +232,35 @@ class DaliEngine:
         source = self._work.source
         return source.files.encoded(plan.rows) if source.files is not None else list(source.arrays[plan.rows])  # type: ignore[index]
 
+    def _look(self, plan: Plan, second: np.ndarray, channels: np.ndarray) -> bool:
+        """Look at the headers of images, once each, that are neither PNG nor JPEG of one or three channels.
+
+        Args:
+            plan: of a batch that DALI has decoded.
+            second: second byte of each image, uint8 [B].
+            channels: of each image, [B].
+
+        Returns:
+            whether the batch must be made again, CMYK mended.
+        """
+        rare = np.flatnonzero((second != _PNG) & ((second != _JPEG) | (channels == 4)))
+        for slot in rare.tolist():
+            row = int(plan.rows[slot])
+            if row in self._fit:
+                continue
+            encoded = self._content(plan, slot)
+            if refusal(encoded) is not None:
+                raise UnfitError
+            if not self._mend_cmyk and second[slot] == _JPEG and lacks_app14(encoded):
+                self._mend_cmyk = True
+                return True
+            self._fit.add(row)
+        return False
+
+    def _content(self, plan: Plan, slot: int) -> bytes:
+        """The encoded image in a slot of a batch."""
+        return Path(self._work.source.path(int(plan.rows[slot]))).read_bytes()
+
     def _build(self, position: int) -> None:
         from dalikd.pipelines.graphs import build_graph
 
@@ -226,6 +275,7 @@ class DaliEngine:
             threads=self._options.threads,
             prefetch=self._options.prefetch,
             hw_decoder_load=self._options.hw_decoder_load,
+            mend_cmyk=self._mend_cmyk,
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
@@ -280,6 +330,9 @@ class RecordsEngine(DaliEngine):
         super().close()
         self._read.clear()
         self._microbatches.close()
+
+    def _content(self, plan: Plan, slot: int) -> bytes:
+        return self._pictures(plan)[slot].tobytes()
 
     def _pictures(self, plan: Plan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]

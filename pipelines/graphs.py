@@ -59,6 +59,7 @@ def build_graph(
     device_id: int | None,
     prefetch: int = 2,
     hw_decoder_load: float | None = None,
+    mend_cmyk: bool = False,
 ) -> Pipeline:
     """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
 
@@ -73,10 +74,12 @@ def build_graph(
         device_id: the CUDA device, or None for a graph that runs on the CPU.
         prefetch: batches made ahead.
         hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
+        mend_cmyk: take a JPEG of four channels without an APP14 segment for inverted CMYK, as Pillow does; DALI takes
+            it for CMYK that is not, which makes most of them black.
 
     Returns:
         a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
-        each sample.
+        each sample; where these were encoded, also their second byte (uint8) and their channels (float64).
     """
     with _quiet_build():
         graph = _graph(
@@ -85,6 +88,7 @@ def build_graph(
             tuple(views),
             reader,
             {} if hw_decoder_load is None or device_id is None else {"hw_decoder_load": hw_decoder_load},
+            mend_cmyk,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -109,12 +113,13 @@ def _quiet_build():
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(callback, view: View, views: tuple[ViewRun, ...], reader: Reader, decoder: dict[str, Any]):
+def _graph(callback, view: View, views: tuple[ViewRun, ...], reader: Reader, decoder: dict[str, Any], mend_cmyk: bool):
     draws = _inputs(callback, input_names(view, views))
-    outputs = [_VIEWS[view.crop](_READERS[reader](draws["source"], decoder), view, draws)]
+    source = _READERS[reader](draws["source"], decoder, mend_cmyk)
+    outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
-    return tuple(outputs)
+    return (*outputs, *source.signs)
 
 
 @do_not_convert
@@ -132,14 +137,37 @@ def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- readers
 
 
-class _Encoded:
-    """Encoded pictures. Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where
-    the bare decoder of DALI 2.4 may crash the process."""
+_ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an APP14 segment: CMYK, inverted
 
-    def __init__(self, encoded, decoder: dict[str, Any]) -> None:
+
+def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool) -> "_Encoded":
+    """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
+    of DALI 2.4 may crash the process. Peeking at a damaged JPEG 2000 file does crash it: that sees nothing of those."""
+    second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
+    if second % 0x4F == 0:
+        encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT64)
+    if mend_cmyk:
+        encoded = _with_app14(encoded, (shape[2] == 4) & (second == 0xD8))
+    return _Encoded(encoded, second, shape, decoder)
+
+
+def _with_app14(encoded, wanted):
+    """Put an APP14 segment at the front. Where another one follows, that has the last word."""
+    if wanted:
+        start = fn.slice(encoded, start=[0], shape=[2], axes=[0])
+        rest = fn.slice(encoded, start=[2], end=fn.shapes(encoded, dtype=types.INT32), axes=[0])
+        encoded = fn.cat(start, types.Constant(_ADOBE), rest)
+    return encoded
+
+
+class _Encoded:
+    """Encoded images with their second byte and their sides in pixels and channels."""
+
+    def __init__(self, encoded, second, shape, decoder: dict[str, Any]) -> None:
         self.bytes, self.decoder = encoded, decoder
-        shape = fn.peek_image_shape(self.bytes, adjust_orientation=False, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
+        self.signs = (second, shape[2])
 
     def window(self, start, shape):
         """Decode rows and columns of `start` and `shape`, (y, x) in pixels."""
@@ -160,14 +188,16 @@ class _Encoded:
         )
 
 
-def _files(paths, decoder: dict[str, Any]) -> _Encoded:
-    return _Encoded(fn.io.file.read(paths, dont_use_mmap=True), decoder)
+def _files(paths, decoder: dict[str, Any], mend_cmyk: bool) -> _Encoded:
+    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoder, mend_cmyk)
 
 
 class _Pixels:
     """Arrays that were decoded before."""
 
-    def __init__(self, pixels, decoder: dict[str, Any]) -> None:  # noqa: ARG002 - all readers have one form
+    signs = ()
+
+    def __init__(self, pixels, decoder: dict[str, Any], mend_cmyk: bool) -> None:  # noqa: ARG002 - readers have one form
         shape = fn.shapes(pixels, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
         on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
@@ -178,7 +208,7 @@ class _Pixels:
         return fn.slice(self.pixels, fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32), axes=[0, 1])
 
 
-_READERS = {"files": _files, "bytes": _Encoded, "arrays": _Pixels}
+_READERS = {"files": _files, "bytes": _encoded, "arrays": _Pixels}
 
 
 # ------------------------------------------------------------------------------------------------- views

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
 from dalikd.pipelines.augment import DrawSpec, MixArrays
-from dalikd.pipelines.doctor import find_bad_files
+from dalikd.pipelines.doctor import find_bad_files, is_decode_failure, printable
 from dalikd.pipelines.engines import (
     DaliEngine,
     DaliOptions,
@@ -21,6 +21,7 @@ from dalikd.pipelines.engines import (
     Pixels,
     Plan,
     RecordsEngine,
+    UnfitError,
     Work,
     can_gather,
 )
@@ -130,8 +131,9 @@ class Loader:
         self._note_damaged(self.replaced)
         self._attach = attach
         self._hand = HandOver(self.device, buffers)
+        self._threads = threads or _cores()
         work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
-        self._engine = _engine(work, DaliOptions(threads or _cores(), prefetch, hw_decoder_load), resident, sampler)
+        self._engine = _engine(work, DaliOptions(self._threads, prefetch, hw_decoder_load), resident, sampler)
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -155,7 +157,7 @@ class Loader:
                 pixels = self._engine.fetch(self.position)
                 break
             except RuntimeError as error:
-                if "in pipeline" not in str(error):  # not DALI's: out of memory and others go on up
+                if not isinstance(error, UnfitError) and not is_decode_failure(error):
                     raise
                 self._handle_bad_files(error)
         batch = self._batch(pixels)
@@ -263,11 +265,11 @@ class Loader:
         """After a failed decode: name the pictures, then stop or replace them and start again at the same batch."""
         self._engine.restart()
         plan = self._engine.plan(self.position)
-        bad = find_bad_files(self.source, np.unique(plan.rows))
+        bad = find_bad_files(self.source, np.unique(plan.rows), device=self.device, threads=self._threads)
         if not bad:
             raise BadFileError(
-                f"DALI cannot decode a picture of the batch that starts with {self.source.path(int(plan.rows[0]))}, "
-                f"though Pillow reads them all; DALI says: {' '.join(str(error).split())[:300]}"
+                f"DALI fails on the batch that starts with {printable(self.source.path(int(plan.rows[0])))}, though it "
+                f"decodes each image of it alone; DALI says: {_words(error)}"
             ) from error
         self._note_damaged([item.row for item in bad])
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad)
@@ -278,7 +280,7 @@ class Loader:
         rows = {item.row for item in bad} | set(self.replaced)
         for row in sorted(rows):
             self.replaced[row] = self._substitute(row, rows)
-        print(f"dalikd: cannot decode {names}; using the next picture in its place from now on", flush=True)
+        print(f"dalikd: cannot decode {names}; using the next image in its place from now on", flush=True)
 
     def _substitute(self, row: int, bad: set[int]) -> int:
         for step in range(1, len(self.source)):
@@ -295,6 +297,12 @@ def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler
         assert work.source.arrays is not None
         resident = Resident.from_arrays(work.source.arrays, work.device)
     return GatherEngine(work, resident)
+
+
+def _words(error: RuntimeError) -> str:
+    """What DALI says, without the lines of its graph and of its own code."""
+    text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
+    return " ".join(text.split())[:300]
 
 
 def _named(draws: MixArrays) -> dict[str, np.ndarray]:

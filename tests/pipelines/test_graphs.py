@@ -61,7 +61,7 @@ def _run(
         threads=1,
         device_id=None,
     )
-    return [np.array(output.as_tensor()) for output in graph.run()]
+    return [np.array(output.as_tensor()) for output in graph.run()[: 1 + len(runs)]]
 
 
 def _view_of_all(source: Source, view: View, seed: int = 1) -> tuple[np.ndarray, dict[str, np.ndarray]]:

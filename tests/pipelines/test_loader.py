@@ -1,5 +1,6 @@
 import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -441,12 +442,70 @@ def test_when_nothing_can_be_decoded_replacing_ends(copy_tree):
 def test_an_error_that_no_file_explains_is_passed_on(copy_tree, monkeypatch):
     root = copy_tree()
     _spoil(root / "bee" / "003.jpg", "text")
-    monkeypatch.setattr("dalikd.pipelines.loader.find_bad_files", lambda *_: [])
+    monkeypatch.setattr("dalikd.pipelines.loader.find_bad_files", lambda *_, **__: [])
     with pytest.raises(
-        BadFileError, match=r"DALI cannot decode .* though Pillow reads them all; DALI says: "
+        BadFileError, match=r"DALI fails on the batch that .*; DALI says: nvImageCodec failure"
     ) as stopped:
         _run_to_the_end(_loader(open_source("imagefolder", root, "train", split="."), bad_files="replace"))
     assert "\n" not in str(stopped.value)
+
+
+def _jpeg_2000(photo: Image.Image, damaged: bool) -> bytes:
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG2000", no_jp2=damaged)
+    encoded = bytearray(buffer.getvalue())
+    if damaged:  # tiles of no size, which ended the process by SIGFPE
+        place = encoded.index(b"\xff\x51") + 22
+        encoded[place : place + 8] = bytes(8)
+    return bytes(encoded)
+
+
+def test_what_only_its_header_tells_is_named_and_replaced(copy_tree, capfd):
+    """DALI decodes the first two, to wrong pixels; JPEG 2000 it must not be asked about."""
+    root = copy_tree()
+    photo = Image.open(root / "ant" / "000.jpg").copy()
+    photo.save(root / "ant" / "001.jpg", "TIFF", tiffinfo={274: 6})
+    (root / "bee" / "001.jpg").write_bytes(b"P6\n32 32\n15\n" + bytes(32 * 32 * 3))
+    (root / "bee" / "005.jpg").write_bytes(_jpeg_2000(photo, damaged=True))
+    (root / "cat" / "005.jpg").write_bytes(_jpeg_2000(photo, damaged=False))
+    photo.save(root / "cat" / "006.jpg", "PNG", icc_profile=bytes(3_000_000))  # well, though Pillow refuses it
+    photo.save(root / "cat" / "007.jpg", "TIFF")
+    loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace")
+    _run_to_the_end(loader)
+    assert loader.replaced == {1: 2, 9: 10, 13: 14, 21: 22}
+    said = capfd.readouterr().out
+    assert all(
+        said.count(words) == count
+        for words, count in {"orientation tag (6)": 1, "highest value is 15": 1, "JPEG 2000": 2}.items()
+    )
+
+
+@pytest.mark.parametrize("crop", ["pad_crop", "random_resized_crop"])
+def test_cmyk_without_app14_is_what_pillow_sees(copy_tree, crop):
+    root = copy_tree()
+    path = root / "bee" / "003.jpg"
+    other = open_source("imagefolder", root, "train", split=".")
+    before = _run_to_the_end(_loader(other, DrawSpec(View(32, crop), 7)))
+    Image.open(path).convert("CMYK").save(path, "JPEG", quality=95)
+    encoded = path.read_bytes()
+    place = encoded.index(b"\xff\xee\0\x0eAdobe")
+    path.write_bytes(encoded[:place] + encoded[place + 16 :])
+    after = _run_to_the_end(_loader(open_source("imagefolder", root, "train", split="."), DrawSpec(View(32, crop), 7)))
+    for one, two in zip(before, after, strict=True):
+        own = one.ids == 11
+        assert torch.equal(one.ids, two.ids)
+        assert torch.equal(one.images[~own], two.images[~own])
+        if own.any():  # it was black
+            assert (one.images[own].float() - two.images[own].float()).abs().mean() < 12
+
+
+def test_a_name_that_is_no_utf8_is_printed(copy_tree, capfdbinary):
+    root = copy_tree()
+    (root / "bee" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace")
+    _run_to_the_end(loader)
+    assert loader.replaced == {16: 17}
+    assert rb"bee/caf\xe9.jpg (the file is empty)" in capfdbinary.readouterr().out
 
 
 BAD_HEADERS = """

@@ -1,0 +1,221 @@
+"""What an encoded image holds, by its bytes: its format, and whether DALI decodes it to the pixels that others see."""
+
+import re
+import struct
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+__all__ = ["extension_of", "lacks_app14", "refusal", "why_damaged"]
+
+_FORMATS = (  # that DALI decodes: first bytes, name, extension
+    (b"\xff\xd8\xff", "JPEG", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "PNG", "png"),
+    (b"BM", "BMP", "bmp"),
+    *((start, "TIFF", "tiff") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    *((b"P%d" % kind, "PNM", "ppm") for kind in range(1, 7)),
+)
+_OTHER_IMAGES = (
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"GIF8", "GIF"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\1\0", "ICO"),
+    (b"8BPS", "PSD"),
+    (b"DDS ", "DDS"),
+    *((b"P" + kind, "PNM of a rare kind") for kind in (b"7\n", b"f\n", b"F\n")),
+)
+_NO_IMAGES = (
+    (b"\x1f\x8b", "gzip: unpack it"),
+    (b"PK\3\4", "a zip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"%PDF", "PDF"),
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the file with git lfs pull"),
+)
+
+
+def _format(encoded: bytes) -> tuple[str, str] | None:
+    """Name and extension of a format that DALI decodes, by the first bytes, whatever the file is called."""
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "WebP", "webp"
+    return next((tuple(named) for start, *named in _FORMATS if encoded.startswith(start)), None)  # type: ignore[return-value]
+
+
+def extension_of(encoded: bytes) -> str:
+    """The extension that fits the content of an image that is not refused."""
+    found = _format(encoded)
+    assert found is not None
+    return found[1]
+
+
+def refusal(encoded: bytes) -> str | None:
+    """Why an encoded image is not for DALI, as its header tells; None where it is.
+
+    Some microseconds; pixel data are not looked at. JPEG 2000 is refused because damaged files of it end the process.
+    """
+    found = _format(encoded)
+    if found is None:
+        return _describe(encoded)
+    try:
+        kind = _CHECKS[found[0]](encoded) if found[0] in _CHECKS else None
+    except (struct.error, ValueError, IndexError, KeyError):
+        return f"the header of the {found[0]} is damaged"
+    return None if kind is None else f"{found[0]} {kind}; save it as PNG or JPEG"
+
+
+def _describe(encoded: bytes) -> str:
+    """What it holds that DALI does not decode."""
+    if not encoded:
+        return "the file is empty"
+    image, other = _named(_OTHER_IMAGES, encoded), _named(_NO_IMAGES, encoded)
+    text = encoded[:4096].decode("utf-8", "ignore")
+    words = text.lstrip("\ufeff \t\r\n").lower()
+    if encoded[4:8] == b"ftyp":
+        image = "AVIF" if encoded[8:11] == b"avi" else "HEIC or a video"
+    elif "<svg" in words:
+        image = "SVG"
+    elif words.startswith(("<!doctype html", "<html", "<head", "<body")):
+        other = "HTML"
+    elif other is None and _is_text(encoded[:4096]):
+        other = "text"
+    if image is not None:
+        return f"the content is {image}, which DALI does not decode; save it as PNG or JPEG"
+    if other is not None:
+        return f"the content is no image but {other}"
+    return f"the content is unknown; it begins with the bytes {encoded[:8].hex(' ')}"
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether the first bytes are UTF-8 without control characters; the last character may be cut off."""
+    text = start.decode("utf-8", "ignore")
+    return len(start) - len(text.encode()) < 4 and all(sign.isprintable() or sign.isspace() for sign in text)
+
+
+def _named(kinds: Iterable[tuple[bytes, str]], encoded: bytes) -> str | None:
+    return next((name for start, name in kinds if encoded.startswith(start)), None)
+
+
+def why_damaged(encoded: bytes) -> str:
+    """Why DALI fails on an image whose header is not refused."""
+    found = _format(encoded)
+    assert found is not None
+    ends_early = {
+        "JPEG": encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda") or b"\xff\xda" not in encoded,
+        "PNG": b"IEND" not in encoded[-1024:],
+        "WebP": len(encoded) < 8 + int.from_bytes(encoded[4:8], "little"),
+        "BMP": len(encoded) < int.from_bytes(encoded[2:6], "little"),
+    }
+    if ends_early.get(found[0], False):
+        return f"the {found[0]} is truncated"
+    return f"DALI fails on this {found[0]}: it is damaged, or of a rare kind"
+
+
+# ---------------------------------------------------------------------------- what DALI decodes to wrong pixels
+
+
+def lacks_app14(encoded: bytes) -> bool:
+    """Whether it is a JPEG without Adobe's APP14 segment."""
+    place = 2
+    while encoded[place : place + 1] == b"\xff" and place + 4 <= len(encoded):
+        marker, (length,) = encoded[place + 1], struct.unpack_from(">H", encoded, place + 2)
+        if marker == 0xEE and encoded[place + 4 : place + 9] == b"Adobe":
+            return False
+        if marker == 0xDA:
+            break
+        place += 1 if marker == 0xFF else 2 + length  # 0xFF: a fill byte
+    return encoded.startswith(b"\xff\xd8")
+
+
+def _check_bmp(encoded: bytes) -> str | None:
+    (header,) = struct.unpack_from("<I", encoded, 14)
+    if header < 40:
+        return None
+    bits, compression = struct.unpack_from("<HI", encoded, 28)
+    if bits == 16:
+        return "of 16 bits a pixel"
+    if bits == 32 and compression in (3, 6) and struct.unpack_from("<III", encoded, 54) != (0xFF0000, 0xFF00, 0xFF):
+        return "with channels in an order of their own"
+    return None
+
+
+def _check_pnm(encoded: bytes) -> str | None:
+    kind = encoded[1:2]
+    if kind in b"14":
+        return None
+    gap = rb"(?:\s|#[^\r\n]*[\r\n])+"
+    found = re.match(rb"P\d" + gap + rb"\d+" + gap + rb"\d+" + gap + rb"(\d+)", encoded[:65536])
+    if found is None:
+        raise ValueError("no header")
+    highest = int(found[1])
+    if highest in (255, 65535) or (kind in b"23" and highest < 255):
+        return None
+    return f"whose highest value is {highest} instead of 255 or 65535"
+
+
+_ORIENTATION, _PLANAR, _EXTRA, _SAMPLE_FORMAT, _BITS, _PHOTOMETRIC, _SAMPLES = 274, 284, 338, 339, 258, 262, 277
+_TIFF_TAGS = {_ORIENTATION, _PLANAR, _EXTRA, _SAMPLE_FORMAT, _BITS, _PHOTOMETRIC, _SAMPLES}
+_TIFF_KINDS = {  # photometric interpretation -> samples, bits of each
+    0: {(1, 1), (1, 8)},
+    1: {(1, 1), (1, 8), (1, 16)},
+    2: {(3, 8), (3, 16), (4, 8), (4, 16)},
+    3: {(1, 1), (1, 4), (1, 8)},
+    5: {(4, 8)},
+    6: {(3, 8)},
+}
+_INTERPRETATIONS = {
+    0: "white is 0",
+    1: "grey",
+    2: "RGB",
+    3: "palette",
+    4: "mask",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "Lab",
+    9: "Lab",
+    10: "Lab",
+}
+
+
+def _check_tiff(encoded: bytes) -> str | None:
+    """What DALI decodes to the pixels that others see, kind by kind; in doubt, not."""
+    tags = _tiff_tags(encoded)
+    orientation = tags.get(_ORIENTATION, (1,))[0]
+    if orientation != 1:
+        return f"with an orientation tag ({orientation}), which DALI passes over"
+    if set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}:
+        return "of floating-point or signed numbers"
+    photometric, samples = tags[_PHOTOMETRIC][0], tags.get(_SAMPLES, (1,))[0]
+    bits = set(tags.get(_BITS, (1,)))
+    kind = f"{_INTERPRETATIONS.get(photometric, photometric)}, {samples} x {'/'.join(map(str, sorted(bits)))} bits"
+    if len(bits) != 1 or (samples, *bits) not in _TIFF_KINDS.get(photometric, ()):
+        return f"of a kind that DALI decodes otherwise or not ({kind})"
+    if samples == 4 and photometric == 2 and tags.get(_EXTRA, (0,))[0] == 1:
+        return "whose colors are multiplied with their transparency"
+    if tags.get(_PLANAR, (1,))[0] != 1 and samples > 1 and (photometric, samples, *bits) not in ((2, 3, 8), (5, 4, 8)):
+        return f"whose channels are kept apart ({kind})"
+    return None
+
+
+def _tiff_tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
+    """Those of the first image that say what its numbers mean."""
+    order = "<" if encoded[:2] == b"II" else ">"
+    big = encoded[2:4] in (b"+\0", b"\0+")
+    pointer, count_type, entry, room = ("Q", "Q", 20, 8) if big else ("I", "H", 12, 4)
+    (start,) = struct.unpack_from(order + pointer, encoded, 8 if big else 4)
+    (count,) = struct.unpack_from(order + count_type, encoded, start)
+    first, tags = start + struct.calcsize(count_type), {}
+    for place in islice(range(first, first + entry * count, entry), 4096):
+        tag, type_, values = struct.unpack_from(f"{order}HH{pointer}", encoded, place)
+        if tag not in _TIFF_TAGS:
+            continue
+        form = {1: "B", 3: "H", 4: "I"}[type_]
+        values = min(values, 64)
+        at = place + entry - room
+        if values * struct.calcsize(form) > room:
+            (at,) = struct.unpack_from(order + pointer, encoded, at)
+        tags[tag] = struct.unpack_from(f"{order}{values}{form}", encoded, at)
+    return tags
+
+
+_CHECKS: dict[str, Callable[[bytes], str | None]] = {"BMP": _check_bmp, "PNM": _check_pnm, "TIFF": _check_tiff}

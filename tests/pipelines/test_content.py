@@ -1,0 +1,240 @@
+"""What DALI decodes is what Pillow decodes, or it is refused by its header; what is no image for it is told apart."""
+
+import gzip
+import io
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalikd.pipelines.content import extension_of, refusal, why_damaged
+from dalikd.pipelines.doctor import Decoder
+
+SIDES = (40, 48)  # rows, columns
+RGB = np.asarray(
+    Image.fromarray(np.random.default_rng(3).integers(30, 220, (4, 4, 3), dtype=np.uint8)).resize(SIDES[::-1], 3)
+)
+GREY = np.asarray(Image.fromarray(RGB).convert("L"))
+ALPHA = np.tile(np.linspace(0, 255, SIDES[1]).astype(np.uint8), (SIDES[0], 1))
+RGBA = np.dstack([RGB, ALPHA])
+DEEP = GREY.astype(np.uint16) * 250 + 77  # 16 bits whose low bytes are not the high ones
+
+
+def _save(pixels: np.ndarray, format: str, mode: str | None = None, **options: Any) -> bytes:
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    (image if mode is None else image.convert(mode)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _without_app14(encoded: bytes) -> bytes:
+    place = encoded.index(b"\xff\xee\0\x0eAdobe")
+    return encoded[:place] + encoded[place + 16 :]
+
+
+def _tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, list[int]], planar: int = 1) -> bytes:
+    """One uncompressed strip, or one a channel; `more` tags of shorts win."""
+    samples, bits = pixels.size // (SIDES[0] * SIDES[1]), 8 * pixels.itemsize
+    strips = [pixels] if planar == 1 else [pixels[..., channel] for channel in range(samples)]
+    tags = {256: [SIDES[1]], 257: [SIDES[0]], 258: [bits] * samples, 259: [1], 262: [photometric], 277: [samples]}
+    tags |= {278: [SIDES[0]], 284: [planar], **dict(more)}
+    body, starts = b"", []
+    for strip in strips:
+        starts.append(8 + len(body))
+        body += np.ascontiguousarray(strip).tobytes()
+    entries, tail, end = b"", b"", 8 + len(body) + 2 + 12 * (len(tags) + 2) + 4
+    for tag, values in sorted({**tags, 273: starts, 279: [strips[0].nbytes] * len(strips)}.items()):
+        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
+        packed = struct.pack(f"<{len(values)}{letter}", *values)
+        field = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", end + len(tail))
+        tail += packed if len(packed) > 4 else b""
+        entries += struct.pack("<HHI", tag, kind, len(values)) + field
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(body))
+        + body
+        + struct.pack("<H", len(tags) + 2)
+        + entries
+        + bytes(4)
+        + tail
+    )
+
+
+def _pnm(kind: int, pixels: np.ndarray, highest: int) -> bytes:
+    header = b"P%d # made by hand\n%d %d\n%d\n" % (kind, SIDES[1], SIDES[0], highest)
+    if kind < 4:
+        return header + " ".join(map(str, pixels.ravel())).encode() + b"\n"
+    return header + pixels.astype(">u2" if highest > 255 else np.uint8).tobytes()
+
+
+def _bmp(bits: int, pixels: np.ndarray, compression: int = 0, masks: tuple[int, ...] = ()) -> bytes:
+    body, start = pixels[::-1].tobytes(), 54 + 4 * len(masks)
+    header = struct.pack("<IiiHHIIiiII", 40, SIDES[1], SIDES[0], 1, bits, compression, len(body), 0, 0, 0, 0)
+    packed = struct.pack(f"<{len(masks)}I", *masks)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + header + packed + body
+
+
+def _scaled(levels: np.ndarray, highest: int) -> np.ndarray:
+    return np.round(levels / 255 * highest).astype(np.int64)
+
+
+def _bits(levels: np.ndarray, bits: tuple[int, int, int]) -> np.ndarray:
+    """RGB packed into words of 16 bits, red in the highest."""
+    red, green, blue = (levels[..., channel].astype(np.uint16) >> (8 - bits[channel]) for channel in range(3))
+    return ((red << (bits[1] + bits[2])) | (green << bits[2]) | blue).astype("<u2")
+
+
+BGRX = np.dstack([RGB[..., ::-1], np.zeros(SIDES, np.uint8)])
+FLOATS = (GREY / 255).astype(np.float32)
+DEEP_RGB = RGB.astype(np.uint16) * 257
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+#: Decoded as Pillow does, to within rounding.
+AS_PILLOW: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: _save(RGB, "JPEG", quality=90),
+    "JPEG, grey": lambda: _save(GREY, "JPEG"),
+    "JPEG, RGB inside": lambda: _save(RGB, "JPEG", keep_rgb=True),
+    "JPEG, CMYK": lambda: _save(RGB, "JPEG", "CMYK", quality=95),
+    "JPEG, CMYK without APP14": lambda: _without_app14(_save(RGB, "JPEG", "CMYK", quality=95)),
+    "JPEG, CMYK not inverted, without APP14": lambda: _without_app14(_save(255 - RGB, "JPEG", "CMYK", quality=95)),
+    "JPEG, progressive CMYK without APP14": lambda: _without_app14(_save(RGB, "JPEG", "CMYK", progressive=True)),
+    "JPEG, YCCK": lambda: (
+        (encoded := _save(RGB, "JPEG", "CMYK"))[: (place := encoded.index(b"Adobe") + 11)]
+        + b"\2"
+        + encoded[place + 1 :]
+    ),
+    "JPEG, turned": lambda: _save(RGB, "JPEG", exif=TURNED),
+    "PNG": lambda: _save(RGB, "PNG"),
+    "PNG, turned": lambda: _save(RGB, "PNG", exif=TURNED),
+    "PNG, grey": lambda: _save(GREY, "PNG"),
+    "PNG, 1 bit": lambda: _save(GREY, "PNG", "1"),
+    "PNG, grey and transparency": lambda: _save(RGBA, "PNG", "LA"),
+    "PNG, transparency": lambda: _save(RGBA, "PNG"),
+    "PNG, palette": lambda: _save(RGB, "PNG", "P"),
+    "PNG, palette with a transparent color": lambda: _save(RGB, "PNG", "P", transparency=5),
+    "PNG, palette with transparencies": lambda: _save(RGB, "PNG", "P", transparency=bytes(range(256))),
+    "WebP": lambda: _save(RGB, "WEBP"),
+    "WebP, transparency": lambda: _save(RGBA, "WEBP", lossless=True, exact=True),
+    "BMP": lambda: _save(RGB, "BMP"),
+    "BMP, grey": lambda: _save(GREY, "BMP"),
+    "BMP, palette": lambda: _save(RGB, "BMP", "P"),
+    "BMP, 32 bits": lambda: _bmp(32, BGRX),
+    "BMP, 32 bits with the usual masks": lambda: _bmp(32, BGRX, 3, (0xFF0000, 0xFF00, 0xFF)),
+    "PNM": lambda: _save(RGB, "PPM"),
+    "PNM, ASCII": lambda: _pnm(3, RGB, 255),
+    "PNM, ASCII to 15": lambda: _pnm(3, _scaled(RGB, 15), 15),
+    "PNM, 16 bits": lambda: _pnm(6, _scaled(RGB, 65535), 65535),
+    "TIFF": lambda: _tiff(RGB, 2),
+    "TIFF, 16 bits": lambda: _tiff(DEEP_RGB, 2),
+    "TIFF, upright": lambda: _tiff(RGB, 2, (274, [1])),
+    "TIFF, grey": lambda: _tiff(GREY, 1),
+    "TIFF, grey, white is 0": lambda: _tiff(255 - GREY, 0),
+    "TIFF, transparency": lambda: _tiff(RGBA, 2, (338, [2])),
+    "TIFF, palette": lambda: _save(RGB, "TIFF", "P"),
+    "TIFF, CMYK": lambda: _save(RGB, "TIFF", "CMYK"),
+    "TIFF, YCbCr": lambda: _save(RGB, "TIFF", "YCbCr"),
+    "TIFF, channels apart": lambda: _tiff(RGB, 2, planar=2),
+    "TIFF, LZW": lambda: _save(RGB, "TIFF", compression="tiff_lzw"),
+    "TIFF, JPEG inside": lambda: _save(RGB, "TIFF", compression="jpeg"),
+    "TIFF, 64 bit": lambda: _save(RGB, "TIFF", big_tiff=True),
+}
+#: 16 bits of grey keep their level. Pillow's convert("RGB") makes all above 255 white.
+DEEP_GREY: dict[str, Callable[[], bytes]] = {
+    "PNG": lambda: _save(DEEP, "PNG"),
+    "PNM": lambda: _pnm(5, DEEP, 65535),
+    "TIFF": lambda: _tiff(DEEP, 1),
+}
+#: DALI decodes these to wrong pixels or not at all.
+REFUSED: dict[str, Callable[[], bytes]] = {
+    "BMP of 16 bits": lambda: _bmp(16, _bits(RGB, (5, 5, 5))),
+    "BMP of 16 bits a pixel": lambda: _bmp(16, _bits(RGB, (5, 6, 5)), 3, (0xF800, 0x7E0, 0x1F)),
+    "BMP with channels": lambda: _bmp(32, BGRX, 3, (0xFF, 0xFF00, 0xFF0000)),
+    **{
+        f"PNM whose highest value is {highest} ": lambda kind=kind, highest=highest: _pnm(
+            kind, _scaled(RGB if kind in (3, 6) else GREY, highest), highest
+        )
+        for kind, highest in ((5, 1), (6, 15), (5, 100), (6, 254), (6, 256), (2, 1000), (5, 4095))
+    },
+    **{
+        rf"TIFF with an orientation tag \({turn}\)": lambda turn=turn: _tiff(RGB, 2, (274, [turn]))
+        for turn in (2, 3, 6)
+    },
+    "TIFF of floating-point": lambda: _tiff(FLOATS, 1, (339, [3])),
+    "TIFF of floating-point or": lambda: _save(GREY, "TIFF", "F"),
+    "TIFF of floating-point or signed": lambda: _tiff(DEEP // 2, 1, (339, [2])),
+    "TIFF .*white is 0, 1 x 16 bits": lambda: _tiff(65535 - DEEP, 0),
+    "TIFF .*grey, 2 x 8 bits": lambda: _save(RGBA, "TIFF", "LA"),
+    "TIFF .*palette, 2 x 8 bits": lambda: _save(RGBA, "TIFF", "PA"),
+    "TIFF .*grey, 1 x 32 bits": lambda: _tiff(GREY.astype(np.uint32) << 24, 1),
+    "TIFF .*Lab": lambda: _save(RGB, "TIFF", "LAB"),
+    "TIFF whose colors are multiplied": lambda: _tiff(RGBA, 2, (338, [1])),
+    "TIFF whose channels are kept apart .*RGB, 3 x 16": lambda: _tiff(DEEP_RGB, 2, planar=2),
+    "TIFF whose channels are kept apart .*RGB, 4 x 8": lambda: _tiff(RGBA, 2, (338, [2]), planar=2),
+    "JPEG 2000, which DALI does not decode; save it": lambda: _save(RGB, "JPEG2000"),
+    "JPEG 2000, which": lambda: _save(RGB, "JPEG2000", no_jp2=True),
+    "GIF, which": lambda: _save(RGB, "GIF"),
+    "AVIF, which": lambda: _save(RGB, "AVIF"),
+    "HEIC or a video, which": lambda: b"\0\0\0\x18ftypheic" + bytes(30),
+    "SVG, which": lambda: b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "no image but HTML": lambda: b"\n<!DOCTYPE html><html>404</html>",
+    "no image but gzip: unpack it": lambda: gzip.compress(_save(RGB, "JPEG")),
+    "no image but a zip archive": lambda: b"PK\3\4" + bytes(30),
+    "no image but a Git LFS pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n",
+    "no image but text": lambda: "Zugriff nicht möglich\n".encode(),
+    "unknown; it begins with the bytes 01 02 03$": lambda: b"\1\2\3",
+    "the file is empty": lambda: b"",
+    "the header of the TIFF is damaged": lambda: b"II*\0" + b"\xff" * 40,
+}
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(1)
+
+
+def _pillow(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.int64)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.parametrize("kind", AS_PILLOW)
+def test_pixels_are_those_of_pillow(decoder, kind):
+    encoded = AS_PILLOW[kind]()
+    assert refusal(encoded) is None
+    (pixels,) = decoder.decode([encoded])
+    assert pixels is not None
+    assert np.abs(pixels - _pillow(encoded)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", DEEP_GREY)
+def test_grey_of_16_bits_keeps_its_level(decoder, kind):
+    encoded = DEEP_GREY[kind]()
+    assert refusal(encoded) is None
+    (pixels,) = decoder.decode([encoded])
+    assert pixels is not None
+    assert np.abs(pixels - DEEP[..., None] / 257).max() <= 1
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_dali_gets_wrong_is_refused(reason):
+    refused = refusal(REFUSED[reason]())
+    assert refused is not None
+    assert "\n" not in refused
+    assert re.search(reason, refused)
+
+
+def test_extensions_follow_the_content():
+    kinds = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tiff", "WEBP": "webp", "PPM": "ppm"}
+    assert {kind: extension_of(_save(RGB, kind)) for kind in kinds} == kinds
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_what_ends_early_is_told_from_what_is_damaged(kind):
+    encoded = _save(RGB, kind)
+    assert "is truncated" in why_damaged(encoded[:-20])
+    assert "it is damaged" in why_damaged(encoded)
