@@ -30,7 +30,8 @@ from dalikd.pipelines.containers import (
     Shard,
     file_sha256,
 )
-from dalikd.pipelines.doctor import find_bad_files
+from dalikd.pipelines.content import extension_of, refusal, why_damaged
+from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.manifest import build_once
 from dalikd.pipelines.sources import Source
@@ -43,16 +44,7 @@ _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
 _USUAL_SHARD = 1000  # images
 _MOST_NAMED = 5
 _SAMPLED = 200  # files whose sizes stand for all of them
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "jpg"),
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"BM", "bmp"),
-    (b"II*\0", "tiff"),
-    (b"MM\0*", "tiff"),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "jp2"),
-    (b"\xff\x4f\xff\x51", "jp2"),
-    *((b"P%d" % kind, "ppm") for kind in range(1, 7)),
-)
+_REPAIR = "{} cannot be decoded ({}): repair or remove it (--check true names all such files before writing)"
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ def write_records(source: Source, folder: Path, options: WriteOptions) -> Descri
     shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
     with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
         if options.check:
-            check_pictures(source, pool)
+            check_pictures(source, options.threads)
         build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
     if target != folder:
         shutil.rmtree(folder)
@@ -129,7 +121,7 @@ def check_target(source: Source, folder: Path, options: WriteOptions) -> None:
 def _write_split(source: Source, folder: Path, prefix: str, options: WriteOptions, pool: ThreadPoolExecutor) -> None:
     order = permutation(options.seed, 0, len(source))
     count = -(-len(source) // (options.shard_images or max(_USUAL_SHARD, -(-len(source) // _MOST_SHARDS))))
-    samples = _samples(source, order, options.resize, pool)
+    samples = _samples(source, order, options, pool)
     shards = tuple(
         _write_shard(folder / f"{prefix}-{number:05d}{EXTENSIONS[options.format]}", options.format, samples, images)
         for number, images in enumerate(len(part) for part in np.array_split(order, count))
@@ -207,7 +199,7 @@ def _pack_example(sample: _Sample, offset: int) -> tuple[bytes, str]:
         Feature.ENCODED: sample.encoded,
         Feature.LABEL: sample.label,
         Feature.ID: sample.id,
-        Feature.FILENAME: sample.name.encode("utf-8", "surrogateescape"),
+        Feature.FILENAME: sample.name.encode(),
     }
     record = frame(encode_example(features))
     return record, f"{offset} {len(record)}"
@@ -230,56 +222,59 @@ _LAYOUTS: dict[str, _Layout] = {
 # ----------------------------------------------------------------------------------------------- samples
 
 
-def _samples(source: Source, order: np.ndarray, short_side: int | None, pool: ThreadPoolExecutor) -> Iterator[_Sample]:
-    """The images in storage order, read by the pool."""
+def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: ThreadPoolExecutor) -> Iterator[_Sample]:
+    """The images in storage order, read and resized by the pool."""
+    decoder = Decoder(options.threads)
+    chunk = _CHUNK if options.resize is None else decoder.at_once
     with tqdm(total=len(order), desc=f"writing {source.split}", unit=" images", delay=1, disable=None) as bar:
-        for start in range(0, len(order), _CHUNK):
-            rows = order[start : start + _CHUNK].tolist()
-            for sample in pool.map(lambda row: _sample(source, row, short_side), rows):
+        for start in range(0, len(order), chunk):
+            samples = list(pool.map(lambda row: _sample(source, row), order[start : start + chunk].tolist()))
+            if options.resize is not None:
+                samples = _resized(source, samples, options.resize, decoder, pool)
+            for sample in samples:
                 yield sample
                 bar.update()
 
 
-def _sample(source: Source, row: int, short_side: int | None) -> _Sample:
+def _sample(source: Source, row: int) -> _Sample:
+    """An image as it is.
+
+    Raises:
+        ValueError: DALI could not decode it, as its header tells.
+        OSError: it cannot be read.
+    """
     path = source.path(row)
     arrays = source.arrays
     encoded = source.read(row) if arrays is None else _encode(Image.fromarray(arrays[row]), "PNG")
-    extension = _extension(encoded, path)
-    if short_side is not None:
-        encoded = _resized(encoded, short_side, path)
-        extension = _extension(encoded, path)
+    reason = refusal(encoded)
+    if reason is not None:
+        raise ValueError(_REPAIR.format(printable(path), reason))
     name = path if source.files is None else path[len(source.files.root) :].lstrip("/")
-    return _Sample(row, int(source.labels[row]), encoded, extension, name)
+    return _Sample(row, int(source.labels[row]), encoded, extension_of(encoded), printable(name))
 
 
-def _extension(encoded: bytes, path: str) -> str:
-    """By the first bytes, whatever the file is called.
+def _resized(
+    source: Source, samples: list[_Sample], short_side: int, decoder: Decoder, pool: ThreadPoolExecutor
+) -> list[_Sample]:
+    """JPEGs of what training would see, their short side `short_side`, the long one floored; those that are not larger
+    than that stay as they are.
 
     Raises:
-        ValueError: DALI could not decode it.
+        ValueError: DALI cannot decode one.
     """
-    for signature, extension in _SIGNATURES:
-        if encoded.startswith(signature):
-            return extension
-    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        return "webp"
-    reason = "has none of the formats that DALI decodes" if encoded else "is empty"
-    raise ValueError(f"{path} {reason}: repair or remove it (--check true names all such files before writing)")
 
-
-def _resized(encoded: bytes, short_side: int, path: str) -> bytes:
-    """A JPEG whose short side is `short_side`, the long one floored; as it is, if it is not larger than that."""
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        width, height = image.size
-        short = min(width, height)
+    def resize(sample: _Sample, pixels: np.ndarray | None) -> _Sample:
+        if pixels is None:
+            raise ValueError(_REPAIR.format(printable(source.path(sample.id)), why_damaged(sample.encoded)))
+        height, width = pixels.shape[:2]
+        short = min(height, width)
         if short <= short_side:
-            return encoded
+            return sample
         size = (short_side * width // short, short_side * height // short)
-        return _encode(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be decoded ({reason}): repair or remove it") from error
+        image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        return sample._replace(encoded=_encode(image, "JPEG", quality=95), extension="jpg")
+
+    return list(pool.map(resize, samples, decoder.decode([sample.encoded for sample in samples])))
 
 
 def _encode(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -322,22 +317,14 @@ def _check_space(source: Source, folder: Path, resize: int | None) -> None:
         )
 
 
-def check_pictures(source: Source, pool: ThreadPoolExecutor) -> None:
-    """Decode everything; pictures in memory are decoded already.
+def check_pictures(source: Source, threads: int) -> None:
+    """Decode everything as training does; pictures in memory are decoded already.
 
     Raises:
         ValueError: names the first pictures that cannot be decoded, and says how many there are.
     """
-    chunks = [range(first, min(first + _CHUNK, len(source))) for first in range(0, len(source), _CHUNK)]
-    found = tqdm(
-        pool.map(lambda rows: find_bad_files(source, rows), chunks),
-        f"checking {source.split}",
-        total=len(chunks),
-        unit=f" x {_CHUNK} images",
-        delay=1,
-        disable=None,
-    )
-    bad = [item for items in found for item in items]
+    with tqdm(total=len(source), desc=f"checking {source.split}", unit=" images", delay=1, disable=None) as bar:
+        bad = find_bad_files(source, range(len(source)), threads=threads, done=bar.update)
     if bad:
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad[:_MOST_NAMED])
         more = f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""

@@ -1,7 +1,6 @@
 """`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in one sweep."""
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -116,9 +115,8 @@ def look(options: PrepareOptions) -> dict[Role, Source]:
     whole = ((_split(data, role), source) for role, source in sources.items() if limits[role] is None)
     _report(data, (check_count(source, split, part=part) for split, source in whole))
     if options.check and options.output is None:  # else they are decoded before they are written
-        with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
-            for source in sources.values():
-                check_pictures(source, pool)
+        for source in sources.values():
+            check_pictures(source, options.threads)
     return sources
 
 
