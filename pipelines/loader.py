@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -208,6 +208,16 @@ class Loader:
         self._engine.close()
         self.position = position
 
+    def replace(self, rows: Iterable[int]) -> None:
+        """Use the next row of the data set in the place of each of these from now on.
+
+        Raises:
+            BadFileError: none is left.
+        """
+        bad = {*rows, *self.replaced}
+        for row in sorted(bad):
+            self.replaced[row] = self._substitute(row, bad)
+
     def close(self) -> None:
         """Free the pipeline's threads and memory. The loader can be used again."""
         self._engine.close()
@@ -277,9 +287,7 @@ class Loader:
             raise BadFileError(
                 f"cannot decode {names}; repair or remove it, or go on without it by --data.bad_files replace"
             ) from error
-        rows = {item.row for item in bad} | set(self.replaced)
-        for row in sorted(rows):
-            self.replaced[row] = self._substitute(row, rows)
+        self.replace(item.row for item in bad)
         print(f"dalikd: cannot decode {names}; using the next image in its place from now on", flush=True)
 
     def _substitute(self, row: int, bad: set[int]) -> int:

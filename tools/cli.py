@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 
+from dalikd.pipelines.doctor import printable
 from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
 from dalikd.tools.bench.training import ScalingOptions, StepOptions
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
@@ -105,18 +107,20 @@ def run_function(
 @contextmanager
 def guarded(command: str) -> Iterator[None]:
     """End the process with one line where a user can mend things; DALIKD_TRACEBACK=1 shows where it came from."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file may end a run by being printed
     try:
         yield
     except (ArgumentError, ValueError, OSError) as error:
         if os.environ.get("DALIKD_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"dalikd {command}: error: {message}", file=sys.stderr)
+        print(f"dalikd {command}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         after = " (what torch.distributed.elastic prints next is its report of that, no failure)" if launched else ""
-        print(f"dalikd {command}: {stop}{after}", file=sys.stderr)
+        print(f"dalikd {command}: {printable(str(stop))}{after}", file=sys.stderr)
         sys.exit(128 + stop.signal)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from dalikd.pipelines.data import open_split
 from dalikd.tools.cli import run_command
+from dalikd.tools.report import evaluation_line
 from dalikd.trainers.assembly import reading, validation_loader
-from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.models import build_model
 from dalikd.trainers.options import EvaluateOptions
@@ -42,6 +43,7 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
         raise ValueError(f"{who} answers some images with NaN or infinity: --precision is too coarse for its weights")
     report = {
         **result,
+        "replaced_files": replaced_files((loader,), accelerator),
         "normalisation": model.normalisation._asdict(),
         "class_names": list(source.classes),  # index = label
         "fingerprint": source.fingerprint,
@@ -49,10 +51,7 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
         "versions": versions(accelerator.device),
     }
     if accelerator.is_main_process:
-        print(
-            f"top1 {100 * result['top1']:.2f} %, top5 {100 * result['top5']:.2f} %, loss {result['loss']:.4f} "
-            f"on {result['images']} images"
-        )
+        print(evaluation_line(result))
         if options.json is not None:
             write_json(Path(options.json), report)
             print(f"written: {options.json}")

@@ -27,6 +27,8 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
         if report["student_weights"]:
             print(f"student: {report['student']}, weights: {report['student_weights']}")
         print(comparison(report))
+        if report["replaced_files"]:
+            print(f"{len(report['replaced_files'])} images could not be decoded, and others stood in for them")
         if options.json is not None:
             write_json(Path(options.json), report)
             print(f"written: {options.json}")

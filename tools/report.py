@@ -5,7 +5,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-__all__ = ["next_steps", "print_training", "ranking_table"]
+__all__ = ["evaluation_line", "next_steps", "print_training", "ranking_table"]
+
+
+def evaluation_line(val: dict[str, Any]) -> str:
+    """What `evaluate` has found, in words."""
+    replaced = val.get("replaced")  # runs of earlier versions do not say
+    note = f"; {replaced} of them stand in for others that cannot be decoded" if replaced else ""
+    return (
+        f"top1 {100 * val['top1']:.2f} %, top5 {100 * val['top5']:.2f} %, loss {val['loss']:.4f} "
+        f"on {val['images']} images{note}"
+    )
 
 
 def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
@@ -13,12 +23,7 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     for name in ("last", "best"):
-        epoch = results[name]
-        val = epoch["val"]
-        print(
-            f"{name} epoch ({epoch['epoch']}): top1 {100 * val['top1']:.2f} %, top5 {100 * val['top5']:.2f} %, "
-            f"loss {val['loss']:.4f} on {val['images']} images"
-        )
+        print(f"{name} epoch ({results[name]['epoch']}): {evaluation_line(results[name]['val'])}")
     last = results["last"]
     if last.get("t_stddev") is not None:
         print(f"T. stddev while training: {last['t_stddev']:.6f}")

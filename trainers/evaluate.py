@@ -1,16 +1,19 @@
 """Loss and accuracy on every image exactly once, over any number of processes."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.nn import functional
 
+from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.loader import Loader
 from dalikd.trainers.progress import progress
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "replaced_files"]
 
 
 @torch.no_grad()
@@ -24,7 +27,8 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, label: 
         label: of the progress bar.
 
     Returns:
-        "loss" (cross-entropy, mean over all images), "top1" and "top5" (shares of 1), "images".
+        "loss" (cross-entropy, mean over all images), "top1" and "top5" (shares of 1), "images", and how many of these
+        were "replaced" by others because they cannot be decoded.
     """
     training = model.training
     model.eval()
@@ -37,7 +41,23 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, label: 
     total = cast(torch.Tensor, accelerator.reduce(sums))
     model.train(training)
     loss, top1, top5, images = total.tolist()  # waits for the device, once
-    return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "images": int(images)}
+    replaced = len(replaced_files((loader,), accelerator))
+    means = {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
+    return {**means, "images": int(images), "replaced": replaced}
+
+
+def replaced_files(loaders: Sequence[Loader], accelerator: Accelerator) -> dict[str, str]:
+    """The files that no process can decode, and the one used in the place of each, as they are printed.
+
+    Every process must call it; each knows afterwards what all have found, and its loaders' states hold it.
+    """
+    found: dict[str, str] = {}
+    for loader in loaders:
+        rows = list(loader.replaced)
+        loader.replace(gather_object(rows) if accelerator.num_processes > 1 else rows)
+        path = loader.source.path
+        found |= {printable(path(row)): printable(path(other)) for row, other in sorted(loader.replaced.items())}
+    return found
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
-from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
@@ -121,6 +121,7 @@ class Loop:
         self.average = MovingAverage(method.student, options.ema) if options.ema else None
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
+        self.replaced_files: dict[str, str] = {}  # of both splits and every process
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.total_steps = round(options.epochs * options.epoch_factor) * self.steps_per_epoch
 
@@ -269,6 +270,10 @@ class Loop:
         self.save()
         self.folder.results(self._results(finished=False))
 
+    def _note_replaced(self) -> None:
+        """Every process must come here: what one of them has replaced, the main process writes down."""
+        self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
+
     def _share_buffers(self, net: nn.Module) -> None:
         """Take the main process's running statistics, as every training forward does, so that all evaluate one net."""
         if self.accelerator.num_processes > 1:
@@ -286,7 +291,7 @@ class Loop:
             "best_is": "the epoch with the highest top1 on the validation split itself; compare runs by last",
             "evaluated": "ema" if self.average is not None else "model",
             "compile": self.options.compile,
-            "replaced_files": [self.loader.source.path(row) for row in self.loader.replaced],
+            "replaced_files": self.replaced_files,
             **self.header,
             "processes": self.accelerator.num_processes,
             "versions": versions(self.accelerator.device),
@@ -300,6 +305,7 @@ class Loop:
         if not every_process:
             self.meter.share(self.accelerator)
             self.epoch_meter.share(self.accelerator)
+            self._note_replaced()
         if not (self.accelerator.is_main_process or every_process):
             return
         # the state last: after a kill in between, the run goes on from the one before and writes these weights again
@@ -325,6 +331,7 @@ class Loop:
             "meter": self.meter.state_dict(),
             "epoch_meter": self.epoch_meter.state_dict(),
             "loader": self.loader.state_dict(),
+            "replaced_files": dict(self.replaced_files),
         }
 
     def load(self) -> None:
@@ -353,6 +360,7 @@ class Loop:
         self.progress = _Progress(state["step"], state["epochs"], state["last"], state["best"])
         position = self.progress.step * self.options.accumulation
         self.loader.load_state_dict({**state["loader"], "position": position})
+        self.replaced_files = dict(state.get("replaced_files", {}))
         if (planned := state.get("total_steps", self.total_steps)) != self.total_steps:
             ended = "finished" if self.progress.step >= planned else "planned"
             rate = self.base_rates[0] * self._rate_factor()

@@ -35,6 +35,7 @@ from dalikd.trainers.augmentation import (
     is_picked_by_student,
 )
 from dalikd.trainers.checkpoint import read_state, save_state
+from dalikd.trainers.evaluate import replaced_files
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.looking import CompileMode
 from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor
@@ -143,7 +144,7 @@ def measure_branches(
         student: in eval mode; for augmentations and metrics that need it.
 
     Returns:
-        "results", what `measure` returns of each; "separation", "stopped" and "entropy_plots".
+        "results", what `measure` returns of each; "separation", "stopped", "entropy_plots" and "replaced_files".
     """
     run = _Pass(branches, loader, teacher, accelerator, student, options)
     run.go()
@@ -226,7 +227,7 @@ class _Pass:
         self._save()
 
     def report(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-        """What was found: "results", "separation" and "stopped"."""
+        """What was found, as `measure_branches` returns it. Every process must ask."""
         confidence = self.options.confidence
         results = self.measurement.results(confidence, class_names)
         final = self.settled or self._separation()
@@ -236,6 +237,7 @@ class _Pass:
             "separation": None if final is None else asdict(final),
             "stopped": self._stopped(),
             "entropy_plots": [str(path) for path in self.logs.save()],
+            "replaced_files": replaced_files((self.loader,), self.accelerator),
         }
 
     def keep_state(self, path: Path, identity: dict[str, Any]) -> None:
@@ -306,6 +308,7 @@ class _Pass:
 
     def _save(self) -> None:
         if self._checkpoint is not None:
+            replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
             self._checkpoint.write(
                 {
                     "step": self.batches,

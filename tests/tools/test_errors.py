@@ -265,15 +265,33 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
     _same_end(broken, whole)
 
 
-def test_a_broken_picture_can_be_replaced(command, own_tree, data_options, tmp_path):
-    training = [*data_options(own_tree), "--model", "small", "--batch_size", 16, "--mix_group", 8, "--epochs", 2]
-    picture = own_tree / "train" / "class1" / "004.jpg"
-    picture.write_bytes(picture.read_bytes()[:200])
-    ended = command("train", *training, "--data.bad_files", "replace", "--output", tmp_path / "run")
+def test_broken_images_can_be_replaced_and_are_recorded(command, own_tree, data_options, tmp_path):
+    """Those of both splits, also after the run was resumed and where a name is no UTF-8."""
+    bare = [*data_options(own_tree), "--model", "small", "--data.bad_files", "replace"]
+    broken = own_tree / "train" / "class1" / "004.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    unnamed = own_tree / "val" / "class2" / os.fsdecode(b"02\xe9.jpg")  # the last but one: 023, 026, 029, 02é
+    unnamed.write_bytes(b"")
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    arguments = ("--batch_size", 16, "--mix_group", 8, "--epochs", 2, "--output", run)
+    ended = command("train", *bare, *arguments)
     assert ended.code == 0
-    assert ended.out.count("cannot decode") == 1
-    assert str(picture) in ended.out
-    assert _results(tmp_path / "run")["replaced_files"] == [str(picture)]
+    assert ended.out.count("cannot decode") == 2
+    replaced = {
+        str(broken): str(broken.with_name("007.jpg")),
+        str(unnamed.with_name(r"02\xe9.jpg")): str(own_tree / "val" / "class0" / "000.jpg"),
+    }
+    assert _results(run)["replaced_files"] == replaced
+    assert _results(run)["last"]["val"]["replaced"] == 1
+    assert ended.out.count("on 31 images; 1 of them stand in for others that cannot be decoded") == 2
+
+    (run / "results.json").unlink()
+    assert command("train", "--resume", run).code == 0  # nothing is left to do, and nothing is looked at again
+    assert _results(run)["replaced_files"] == replaced
+
+    ended = command("evaluate", *bare, "--weights", run / "last" / "student.safetensors", "--json", report)
+    assert "on 31 images; 1 of them" in ended.out
+    assert list(json.loads(report.read_text())["replaced_files"]) == list(replaced)[1:]
 
 
 def test_a_diverged_run_says_so(command, training, tmp_path):

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -5,7 +8,8 @@ from torch.nn import functional
 from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers import evaluate as evaluate_module
+from dalikd.trainers.evaluate import evaluate, replaced_files
 
 
 def _loader(source, batch_size):
@@ -23,8 +27,8 @@ def test_equals_a_plain_loop(make_net, make_source, accelerator, classes, batch_
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)  # how many classes are liked better
 
     found = evaluate(model, _loader(source, batch_size), accelerator)
-    assert set(found) == {"loss", "top1", "top5", "images"}
-    assert found["images"] == 101
+    assert set(found) == {"loss", "top1", "top5", "images", "replaced"}
+    assert (found["images"], found["replaced"]) == (101, 0)
     assert found["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found["top1"] == (ranks == 0).sum().item() / 101
     assert found["top5"] == (ranks < 5).sum().item() / 101
@@ -40,3 +44,16 @@ def test_the_net_is_left_as_it_was(make_net, make_source, accelerator, training)
     assert all(module.training == training for module in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_other_processes_have_replaced_is_known_to_all(make_source, monkeypatch):
+    loader = _loader(make_source(6), 3)
+    loader.replace([2])
+    asked: list[list[int]] = []
+    monkeypatch.setattr(evaluate_module, "gather_object", lambda rows: asked.append(rows) or [*rows, 3, 5])
+    accelerator: Any = SimpleNamespace(num_processes=2)
+    found = replaced_files((loader,), accelerator)
+    assert asked == [[2]]
+    assert list(map(loader.replaced.get, (2, 3, 5))) == [4, 4, 0]
+    assert found == {loader.source.path(row): loader.source.path(other) for row, other in ((2, 4), (3, 4), (5, 0))}
+    assert loader.state_dict()["replaced"] == loader.replaced
