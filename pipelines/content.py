@@ -59,7 +59,7 @@ def refusal(encoded: bytes) -> str | None:
         return _describe(encoded)
     try:
         kind = _CHECKS[found[0]](encoded) if found[0] in _CHECKS else None
-    except (struct.error, ValueError, IndexError, KeyError):
+    except (struct.error, ValueError, IndexError, KeyError, OverflowError):
         return f"the header of the {found[0]} is damaged"
     return None if kind is None else f"{found[0]} {kind}; save it as PNG or JPEG"
 

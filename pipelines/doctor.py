@@ -18,7 +18,7 @@ from dalikd.pipelines.augment import View
 from dalikd.pipelines.content import refusal, why_damaged
 from dalikd.pipelines.sources import Source
 
-__all__ = ["BadFile", "Decoder", "find_bad_files", "is_decode_failure", "printable"]
+__all__ = ["BadFile", "Decoder", "dali_words", "find_bad_files", "is_decode_failure", "printable"]
 
 _EACH_THREAD = 2  # images at once
 
@@ -149,3 +149,9 @@ def is_decode_failure(error: RuntimeError) -> bool:
     """Whether DALI failed on what it was given, rather than for lack of a GPU's memory or another fault of the GPU."""
     text = str(error)
     return "in pipeline" in text and not re.search(r"CUDA (runtime|driver|allocation)|cudaError|CUDABadAlloc", text)
+
+
+def dali_words(error: RuntimeError) -> str:
+    """What DALI says in one line, without the lines of its graph and of its own code."""
+    text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
+    return " ".join(text.split())[:300]

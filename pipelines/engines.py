@@ -38,7 +38,7 @@ _PNG, _JPEG = 0x50, 0xD8  # second bytes
 
 
 class UnfitError(RuntimeError):
-    """DALI has decoded an image of a kind that it gets wrong."""
+    """DALI has decoded an image of a kind that it gets wrong; `doctor` says which and why."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,10 @@ class DaliEngine:
             row = int(plan.rows[slot])
             if row in self._fit:
                 continue
-            encoded = self._content(plan, slot)
+            try:
+                encoded = self._content(plan, slot)
+            except OSError as error:  # it has just been there
+                raise UnfitError from error
             if refusal(encoded) is not None:
                 raise UnfitError
             if not self._mend_cmyk and second[slot] == _JPEG and lacks_app14(encoded):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
 from dalikd.pipelines.augment import DrawSpec, MixArrays
-from dalikd.pipelines.doctor import find_bad_files, is_decode_failure, printable
+from dalikd.pipelines.doctor import dali_words, find_bad_files, is_decode_failure, printable
 from dalikd.pipelines.engines import (
     DaliEngine,
     DaliOptions,
@@ -279,7 +279,7 @@ class Loader:
         if not bad:
             raise BadFileError(
                 f"DALI fails on the batch that starts with {printable(self.source.path(int(plan.rows[0])))}, though it "
-                f"decodes each image of it alone; DALI says: {_words(error)}"
+                f"decodes each image of it alone; DALI says: {dali_words(error)}"
             ) from error
         self._note_damaged([item.row for item in bad])
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad)
@@ -305,12 +305,6 @@ def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler
         assert work.source.arrays is not None
         resident = Resident.from_arrays(work.source.arrays, work.device)
     return GatherEngine(work, resident)
-
-
-def _words(error: RuntimeError) -> str:
-    """What DALI says, without the lines of its graph and of its own code."""
-    text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
-    return " ".join(text.split())[:300]
 
 
 def _named(draws: MixArrays) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from nvidia.dali import fn, tfrecord
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from dalikd.pipelines.containers import PICTURE_EXTENSIONS, REMEDY, Feature
+from dalikd.pipelines.doctor import dali_words
 from dalikd.pipelines.draws import Stream, permutation, philox
 from dalikd.pipelines.records import Records, reads_shares
 from dalikd.pipelines.sampler import Sampler
@@ -111,10 +112,9 @@ class RecordStream:
         try:
             return self._graph.run()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
             raise OSError(
                 f"{self._folder} cannot be read: look for damage with `dalikd prepare --verify {self._folder}`, "
-                f"then copy it again or {REMEDY}; DALI says: {reason}"
+                f"then copy it again or {REMEDY}; DALI says: {dali_words(error)}"
             ) from error
 
 

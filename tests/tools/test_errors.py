@@ -1,5 +1,6 @@
 """Every mistake of a user is one line on stderr, exit code 2, and no run folder."""
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from dalikd.kd.backbones import create_model
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
+from dalikd.tools.cli import guarded
 
 
 @pytest.fixture(autouse=True)
@@ -289,9 +291,24 @@ def test_broken_images_can_be_replaced_and_are_recorded(command, own_tree, data_
     assert command("train", "--resume", run).code == 0  # nothing is left to do, and nothing is looked at again
     assert _results(run)["replaced_files"] == replaced
 
-    ended = command("evaluate", *bare, "--weights", run / "last" / "student.safetensors", "--json", report)
+    student = run / "last" / "student.safetensors"
+    ended = command("evaluate", *bare, "--weights", student, "--json", report)
     assert "on 31 images; 1 of them" in ended.out
     assert list(json.loads(report.read_text())["replaced_files"]) == list(replaced)[1:]
+    teacher = ("--teacher.name", "small", "--teacher.weights", student, "--augmentation", "flip", "--window", 16)
+    assert command("measure", *bare, *teacher, "--batch_size", 16, "--mix_group", 8, "--json", report).code == 0
+    assert list(json.loads(report.read_text())["replaced_files"]) == list(replaced)[:1]
+
+
+def test_no_name_ends_a_command_by_being_printed(monkeypatch, capsys):
+    strict = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", strict)
+    with guarded("train"):
+        print("caf\udce9", flush=True)
+    with pytest.raises(SystemExit), guarded("train"):
+        raise ValueError("no caf\udce9")
+    assert strict.buffer.getvalue() == b"caf\\udce9\n"  # type: ignore[attr-defined]
+    assert capsys.readouterr().err == "dalikd train: error: no caf\\xe9\n"
 
 
 def test_a_diverged_run_says_so(command, training, tmp_path):
