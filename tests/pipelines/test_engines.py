@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from dalikd.pipelines import convert
 from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.convert import WriteOptions, write_records
 from dalikd.pipelines.decode import decode_source
@@ -219,6 +221,32 @@ def test_a_resident_set_holds_the_replacements(spoiled):
     assert set(resident.replaced) == set(rows)
     for row, other in resident.replaced.items():
         assert torch.equal(resident.pixels[row], resident.pixels[other])
+
+
+def test_rare_kinds_in_containers_are_looked_at_too(tmp_path, small_images, monkeypatch):
+    photo = Image.open(small_images / "ant" / "000.jpg").copy()
+    folder = tmp_path / "tree" / "class"
+    folder.mkdir(parents=True)
+    photo.save(folder / "0.jpg")
+    photo.save(folder / "1.tif")
+    photo.convert("CMYK").save(folder / "2.jpg", quality=95)
+    cmyk = (folder / "2.jpg").read_bytes()
+    (folder / "2.jpg").write_bytes(cmyk.replace(b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\0", b""))
+    photo.save(folder / "3.tif", tiffinfo={274: 3})
+    monkeypatch.setattr(convert, "refusal", lambda _: None)  # as an earlier version wrote them
+    write_records(
+        open_source("imagefolder", tmp_path / "tree", "train", split="."),
+        tmp_path / "out/train",
+        WriteOptions(threads=1),
+    )
+    source = open_source("webdataset", tmp_path / "out", "train")
+    sampler, spec = Sampler(4, 4, shuffle=False, drop_last=False), DrawSpec(View(32, "square"))
+    with pytest.raises(BadFileError, match=r"tar:000000003\.tiff \(TIFF with an orientation tag \(3\)"):
+        Loader(source, sampler, spec, threads=1).next()
+    batch = Loader(source, sampler, spec, threads=1, bad_files="replace").next()
+    assert sorted(batch.ids.tolist()) == [0, 0, 1, 2]
+    for image in batch.images.numpy():
+        assert np.abs(image.astype(np.int64) - np.asarray(photo)).mean() < 12  # JPEG's own loss
 
 
 def test_a_reader_does_not_keep_more_than_it_needs(written):
