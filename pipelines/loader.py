@@ -177,17 +177,30 @@ class Loader:
         Raises:
             ValueError: the state belongs to other data, another seed or another batch size.
         """
+        self.check_images(state)
         saved = {"order": _BY_ROW, **state}
         for key, value in self._identity().items():
-            if saved.get(key) != value and not (key == "fingerprint" and self._is_mended(state)):
-                why = f" ({why_fingerprints_differ(saved.get(key, ''), value)})" if key == "fingerprint" else ""
+            if key != "fingerprint" and saved.get(key) != value:
                 raise ValueError(
-                    f"cannot resume the data loader: {key} was {saved.get(key)}, now it is {value}{why}; "
+                    f"cannot resume the data loader: {key} was {saved.get(key)}, now it is {value}; "
                     "resume with the same data, --seed and --batch_size, from containers also on as many processes"
                 )
         self.replaced = dict(state["replaced"])
         self._note_damaged(state.get("damaged", {}))
         self.seek(state["position"])
+
+    def check_images(self, state: dict[str, Any]) -> None:
+        """Check that the images are those of a saved state. Files that could not be decoded may have been mended.
+
+        Raises:
+            ValueError: they are others.
+        """
+        saved, own = state.get("fingerprint", ""), self.source.fingerprint
+        if saved != own and not self._is_mended(state):
+            raise ValueError(
+                f"cannot resume with other images ({self.source.name}, {self.source.split}): their fingerprint was {saved}, now it is {own} "
+                f"({why_fingerprints_differ(saved, own)}); resume with the same data"
+            )
 
     def _is_mended(self, state: dict[str, Any]) -> bool:
         """Whether the data are those of a saved state but for files that could not be decoded then."""
@@ -215,6 +228,7 @@ class Loader:
             BadFileError: none is left.
         """
         bad = {*rows, *self.replaced}
+        self._note_damaged(bad)
         for row in sorted(bad):
             self.replaced[row] = self._substitute(row, bad)
 

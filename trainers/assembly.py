@@ -270,7 +270,7 @@ def run_training(
     if data.cached is not None:
         header["teacher_cache"] = data.cached.describe(round(options.epochs * options.epoch_factor))
         accelerator.print(header["teacher_cache"]["summary"], flush=True)
-    contents: dict[str, Any] = {"validation_images": data.val.fingerprint}
+    contents: dict[str, Any] = {}
     if isinstance(method, Distillation):
         contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
     try_training(

@@ -331,6 +331,7 @@ class Loop:
             "meter": self.meter.state_dict(),
             "epoch_meter": self.epoch_meter.state_dict(),
             "loader": self.loader.state_dict(),
+            "val_loader": self.val_loader.state_dict(),
             "replaced_files": dict(self.replaced_files),
         }
 
@@ -343,6 +344,7 @@ class Loop:
         """
         state = read_state(self.folder.state_file)
         changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path)
+        self.val_loader.check_images(state.get("val_loader", self.val_loader.state_dict()))
         try:
             self.accelerator.unwrap_model(self.task).load_state_dict(state["task"])
         except RuntimeError as error:
