@@ -198,8 +198,8 @@ class Loader:
         saved, own = state.get("fingerprint", ""), self.source.fingerprint
         if saved != own and not self._is_mended(state):
             raise ValueError(
-                f"cannot resume with other images ({self.source.name}, {self.source.split}): their fingerprint was {saved}, now it is {own} "
-                f"({why_fingerprints_differ(saved, own)}); resume with the same data"
+                f"cannot resume with other images ({self.source.name}, {self.source.split}): their fingerprint was "
+                f"{saved}, now it is {own} ({why_fingerprints_differ(saved, own)}); resume with the same data"
             )
 
     def _is_mended(self, state: dict[str, Any]) -> bool:
