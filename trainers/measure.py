@@ -23,9 +23,9 @@ from dalikd.kd.teacher import Teacher
 from dalikd.kd.teacher_cache import weights_digest
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, why_fingerprints_differ
+from dalikd.pipelines.sources import Source
 from dalikd.trainers.assembly import make_loader, reading, resident_pictures
 from dalikd.trainers.augmentation import (
     Augmenter,
@@ -84,7 +84,7 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     if student is not None:
         try_net(student, f"--model {options.model}", view.size, len(source.classes), accelerator.device)
     if options.checkpoint is not None:
-        run.keep_state(Path(options.checkpoint), _identity(options, source, view, teacher, student))
+        run.keep_state(Path(options.checkpoint), _identity(options, view, teacher, student))
     run.go()
     loader.close()
     return {
@@ -211,14 +211,16 @@ class _Pass:
         )
         with bar, StopSignals(self.accelerator) as signals:
             while self.batches < total and self.settled is None:
-                batch = self.loader.next()
+                try:
+                    batch = self.loader.next()
+                except BadFileError:
+                    self._save()  # the loader's state knows the file, which may be mended
+                    raise
                 self._step(batch)
                 bar.update(batch.total)
                 if number := signals.agreed(self.batches, _STOP_EVERY):
                     self._save()
-                    kept = (
-                        "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint FILE"
-                    )
+                    kept = "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint"
                     raise Interrupted(
                         f"stopped by signal {number} after {self.measurement.images} images; {kept}", number
                     )
@@ -339,10 +341,9 @@ class _Checkpoint:
         saved = state.get("identity", {})
         for name, value in self._identity.items():
             if saved.get(name) != value:
-                why = f" ({why_fingerprints_differ(saved.get(name, ''), value)})" if name == "fingerprint" else ""
                 raise ValueError(
-                    f"--checkpoint {self._path} was saved with {name} {saved.get(name)}, now it is {value}{why}: "
-                    "measure with the same options, or name another file"
+                    f"--checkpoint {self._path} was saved with {name} {saved.get(name)}, now it is {value}: measure "
+                    "with the same options, or name another file"
                 )
         return state
 
@@ -468,10 +469,8 @@ def _header(
     }
 
 
-def _identity(
-    options: MeasureOptions, source: Source, view: View, teacher: Teacher, student: Normalized | None
-) -> dict[str, Any]:
-    """What a saved measurement depends on."""
+def _identity(options: MeasureOptions, view: View, teacher: Teacher, student: Normalized | None) -> dict[str, Any]:
+    """What a saved measurement depends on besides its images, which the loader compares."""
     return {
         "augmentation": augmentation_names(options.augmentation),
         **_mix_options(options),
@@ -480,7 +479,6 @@ def _identity(
         "student": None if student is None else weights_digest(student),
         **{name: getattr(options, name) for name in ("seed", "window", "precision", "stop_confidence")},
         "metrics": list(options.metrics),
-        "fingerprint": source.fingerprint,
     }
 
 

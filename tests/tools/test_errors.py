@@ -19,6 +19,7 @@ from dalikd.kd.backbones import create_model
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
 from dalikd.tools.cli import guarded
+from dalikd.trainers.checkpoint import save_weights
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +266,30 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
     picture.write_bytes(content)
     assert command("train", "--resume", broken).code == 0
     _same_end(broken, whole)
+
+
+def test_a_measurement_goes_on_once_a_broken_image_is_mended(command, own_tree, data_options, tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    save_weights(weights, create_model("small", 3), None, ["class0", "class1", "class2"])
+    bare = [*data_options(own_tree), "--batch_size", 16, "--mix_group", 8, "--window", 16, "--epochs", 1]
+    asked = ["--teacher.name", "small", "--teacher.weights", weights, "--augmentation", "flip"]
+    reports = [tmp_path / "whole.json", tmp_path / "mended.json"]
+    assert command("measure", *bare, *asked, "--json", reports[0]).code == 0
+    image = Path(open_source("imagefolder", own_tree, "train").path(int(Sampler(99, 16).order(0)[16 * 3 + 5])))
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    kept = ["--checkpoint", tmp_path / "state.pt", "--json", reports[1]]
+    assert command("measure", *bare, *asked, *kept).code == 2
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
+    image.write_bytes(content)
+    assert command("measure", *bare, *asked, *kept).code == 0
+    whole, mended = (json.loads(path.read_text())["results"] for path in reports)
+    assert mended == whole
+    other = next(path for path in image.parent.glob("*.jpg") if path != image)
+    other.write_bytes(other.read_bytes() + bytes(1))
+    ended = command("measure", *bare, *asked, *kept)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "cannot resume with other images (imagefolder, train): their fingerprint was" in ended.err
 
 
 def test_broken_images_can_be_replaced_and_are_recorded(command, own_tree, data_options, tmp_path):
