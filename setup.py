@@ -1,8 +1,26 @@
 """Maps the top-level folders into one namespace: `kd/` is imported as `dalikd.kd`, and so on."""
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOMS = ("pipelines", "trainers", "kd", "tools")
+
+
+class BuildWithMain(build_py):
+    """Adds `__main__.py` to the namespace. Named in `py_modules` it would make the namespace a package."""
+
+    def finalize_options(self) -> None:
+        """For a wheel: a module of this command alone."""
+        super().finalize_options()
+        self.py_modules, self.package_dir = ["dalikd.__main__"], {**(self.package_dir or {}), "dalikd": ""}
+
+    def run(self) -> None:
+        """For an editable install: one more name that its finder maps to a file."""
+        super().run()
+        if self.editable_mode:
+            self.distribution.packages = [*self.distribution.packages, "dalikd.__main__"]
+            self.distribution.package_dir["dalikd.__main__"] = "__main__"
+
 
 setup(
     name="dalikd",
@@ -20,6 +38,7 @@ setup(
         "dalikd.configs",
     ],
     package_dir={"dalikd." + room: room for room in (*ROOMS, "configs")},
+    cmdclass={"build_py": BuildWithMain},
     package_data={"dalikd.configs": ["**/*.yaml", "**/*.txt"]},
     install_requires=[
         "torch>=2.11,<2.16",

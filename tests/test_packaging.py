@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,21 +17,31 @@ import pytest
 
 _ROOT = Path(__file__).parents[1]
 _ROOMS = ("kd", "pipelines", "trainers", "tools")
-_SOURCES = ("LICENSE", "README.md", "pyproject.toml", "setup.py", "configs", "tests", *_ROOMS)
+_SOURCES = ("LICENSE", "README.md", "pyproject.toml", "setup.py", "__main__.py", "configs", "tests", *_ROOMS)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy: building in place would leave files behind, and might pick up old ones."""
-    copy, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: building in place would leave files behind, and might pick up old ones."""
+    copy = tmp_path_factory.mktemp("source")
     for name in _SOURCES:
         if (_ROOT / name).is_dir():
             shutil.copytree(_ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(_ROOT / name, copy)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(target)]
-    built = subprocess.run([*command, str(copy)], capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
+    return copy
+
+
+def _pip(*words: object) -> None:
+    command = [sys.executable, "-m", "pip", *map(str, words), "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    _pip("wheel", "--wheel-dir", target, sources)
     (path,) = target.glob("dalikd-*.whl")
     return path
 
@@ -38,6 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_config_and_nothing_else(wheel: Path) -> None:
     kept = [(room, "*.py") for room in (*_ROOMS, "configs")] + [("configs", "*.yaml"), ("configs", "*.txt")]
     expected = {f"dalikd/{path.relative_to(_ROOT)}" for room, kind in kept for path in (_ROOT / room).rglob(kind)}
+    expected.add("dalikd/__main__.py")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {"dalikd/kd/losses/kd.py", "dalikd/configs/demo.yaml", "dalikd/tools/main.py"} <= names
@@ -67,6 +79,24 @@ def test_unpacked_wheel_is_importable_and_finds_its_configs(wheel: Path, tmp_pat
     *files, demo_is_there = json.loads(done.stdout)
     assert all(Path(file).is_relative_to(tmp_path) for file in files)
     assert demo_is_there
+
+
+def _says(python: str | Path, *words: str, **environment: str) -> str:
+    command, kept = [str(python), *words], {key: os.environ[key] for key in os.environ if key != "PYTHONPATH"}
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=True).stdout
+
+
+def test_python_m_dalikd_is_the_console_script(wheel: Path, sources: Path, tmp_path: Path) -> None:
+    """From a wheel, from an editable install, and from the folder that type checkers read."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    venv.create(tmp_path / "venv", with_pip=False)
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    _pip("install", "--editable", sources, "--target", packages)
+    version = re.compile(r"dalikd 0\.\d+\.\d+, torch .+, DALI .+\n")
+    assert version.fullmatch(_says(sys.executable, "-m", "dalikd", "--version", PYTHONPATH=str(tmp_path / "installed")))
+    assert version.fullmatch(_says(sys.executable, "-m", "dalikd", "--version", PYTHONPATH=str(_ROOT / ".typing")))
+    assert version.fullmatch(_says(tmp_path / "venv/bin/python", "-m", "dalikd", "--version"))
 
 
 def test_dalikd_is_importable_in_a_spawned_child() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["main"]
 
@@ -25,9 +26,24 @@ def main() -> None:
     if command in ("-h", "--help"):
         print("usage: dalikd COMMAND [options]\n\ncommands:")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
-        print("\ndalikd COMMAND --help explains every option of a command.")
+        print("\ndalikd COMMAND --help explains every option of a command. dalikd --version says what is installed.")
+        return
+    if command == "--version":
+        print(_versions())
         return
     if command not in COMMANDS:
         print(f"dalikd: error: unknown command {command}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     importlib.import_module(f"dalikd.tools.{command}").main(sys.argv[2:])
+
+
+def _versions() -> str:
+    """Of the package and of what it stands on, without importing any of them."""
+    packages = {"dalikd": "dalikd", "torch": "torch", "DALI": "nvidia-dali-cuda120"}
+    found = []
+    for name, package in packages.items():
+        try:
+            found.append(f"{name} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
