@@ -1,5 +1,8 @@
+import os
 import runpy
+import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,35 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, name):
     assert code == 2
     assert err.count("\n") == 1
     assert err.startswith(f"dalikd {name}: error: ")
+
+
+def test_versions_are_one_line(monkeypatch, capsys):
+    code, out, err = _call(monkeypatch, capsys, "--version")
+    assert (code, err) == (0, "")
+    assert out == f"dalikd {version('dalikd')}, torch {version('torch')}, DALI {version('nvidia-dali-cuda120')}\n"
+
+
+def _fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_", "KMP_"))}
+    command = [sys.executable, "-c", f"import os, sys, dalikd.tools.main; assert 'torch' not in sys.modules; {code}"]
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_waiting_threads_sleep_soon_unless_the_user_says_else():
+    """OpenMP reads its variables when torch is loaded; they are there before, and child processes inherit them."""
+    code = "print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert int(_fresh(code).stdout) > 0
+    assert _fresh(code, GOMP_SPINCOUNT="7").stdout == "7\n"
+    assert _fresh(code, OMP_WAIT_POLICY="active").stdout == "None\n"
+    assert int(_fresh(code, OMP_NUM_THREADS="1").stdout) > 0
+
+
+def test_ctrl_c_before_a_command_is_loaded_is_one_line():
+    ended = _fresh("sys.orig_argv[:] = ['python', '/bin/dalikd', 'train', '--epochs', '1']; raise KeyboardInterrupt")
+    assert (ended.returncode, ended.stderr) == (130, "dalikd train: stopped (Ctrl-C)\n")
+    module = _fresh("sys.orig_argv[:] = ['python', '-m', 'dalikd.tools.bench.step']; raise KeyboardInterrupt")
+    assert (module.returncode, module.stderr) == (130, "dalikd bench step: stopped (Ctrl-C)\n")
+    assert "ValueError: ours" in _fresh("raise ValueError('ours')").stderr
 
 
 def test_commands_are_files():
