@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dalikd.pipelines.containers import (
     ARRAYS,
@@ -34,6 +33,7 @@ from dalikd.pipelines.content import extension_of, refusal, why_damaged
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.manifest import build_once
+from dalikd.pipelines.progress import progress
 from dalikd.pipelines.sources import Source
 from dalikd.pipelines.tfrecord import encode_example, frame
 
@@ -226,7 +226,7 @@ def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: Thr
     """The images in storage order, read and resized by the pool."""
     decoder = Decoder(options.threads)
     chunk = _CHUNK if options.resize is None else decoder.at_once
-    with tqdm(total=len(order), desc=f"writing {source.split}", unit=" images", delay=1, disable=None) as bar:
+    with progress(f"writing {source.split}", total=len(order), unit=" images") as bar:
         for start in range(0, len(order), chunk):
             samples = list(pool.map(lambda row: _sample(source, row), order[start : start + chunk].tolist()))
             if options.resize is not None:
@@ -323,7 +323,7 @@ def check_pictures(source: Source, threads: int) -> None:
     Raises:
         ValueError: names the first pictures that cannot be decoded, and says how many there are.
     """
-    with tqdm(total=len(source), desc=f"checking {source.split}", unit=" images", delay=1, disable=None) as bar:
+    with progress(f"checking {source.split}", total=len(source), unit=" images") as bar:
         bad = find_bad_files(source, range(len(source)), threads=threads, done=bar.update)
     if bad:
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad[:_MOST_NAMED])

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+
+from dalikd.pipelines.progress import progress
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -125,7 +126,7 @@ class FileList:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="dalikd-sizes") as pool:
             found = pool.map(lambda start: self._stat(start, min(start + _STAT_ROWS, len(self))), starts)
             unit = f" x {_STAT_ROWS} files"
-            bar = tqdm(found, f"sizes in {self.root}", total=len(starts), unit=unit, delay=2, disable=None)
+            bar = progress(f"sizes in {self.root}", found, total=len(starts), unit=unit)
             return np.concatenate([np.empty(0, np.int64), *bar])
 
     def _stat(self, start: int, stop: int) -> np.ndarray:
@@ -240,7 +241,7 @@ def scan(folder: Path, classes: Sequence[str]) -> Tree:
     directories = {".": (*times, listing.digest)}
     left_out = Counter({"image(s) beside the class folders": len(listing.images)} if listing.images else {})
     buffers, lengths, labels = [], [], []
-    for label, name in enumerate(tqdm(classes, f"scanning {folder}", unit=" classes", delay=2, disable=None)):
+    for label, name in enumerate(progress(f"scanning {folder}", classes, unit=" classes")):
         others = Counter[str]()
         paths = [os.fsencode(path) for path in _walk(folder, name, directories, others, frozenset())]
         if not paths:

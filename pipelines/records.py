@@ -7,7 +7,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dalikd.pipelines.containers import (
     ARRAYS,
@@ -20,6 +19,7 @@ from dalikd.pipelines.containers import (
     Shard,
     file_sha256,
 )
+from dalikd.pipelines.progress import progress
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.tfrecord import decode_example, unframe
 
@@ -111,7 +111,7 @@ class Records:
             ValueError: names every file that differs.
         """
         checks = list(self._checksums())
-        bar = tqdm(checks, f"verifying {self.folder.name}", unit=" files", delay=1, disable=None)
+        bar = progress(f"verifying {self.folder.name}", checks, unit=" files")
         wrong = [str(path) for path, expected in bar if file_sha256(path) != expected]
         if wrong:
             raise ValueError(f"checksum differs: {', '.join(wrong)}; {REMEDY}")

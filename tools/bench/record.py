@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from dalikd.pipelines.progress import progress
 from dalikd.tools.bench.plots import bars
 from dalikd.trainers.tracking import check_writable, write_json
 
@@ -121,7 +120,7 @@ def alternate(
     names = list(sides)
     values: dict[str, list[float]] = {name: [] for name in names}
     turns = [names[first:] + names[:first] for first in (number % len(names) for number in range(rounds + 1))]
-    with tqdm(total=len(names) * (rounds + 1), unit=" runs", leave=False, delay=1, disable=None) as bar:
+    with progress("rounds", total=len(names) * (rounds + 1), unit=" runs", leave=False) as bar:
         for number, order in enumerate(turns):
             for name in order:
                 bar.set_description(name if number else f"{name} (warm-up)")

@@ -1,0 +1,47 @@
+"""The progress bar of everything that takes longer than two seconds."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["progress"]
+
+_DELAY, _LINES_EVERY = 2.0, 10.0  # seconds
+
+
+def progress(label: str, iterable: Iterable[Any] | None = None, *, hidden: bool = False, **options: Any) -> tqdm:
+    """A bar on a terminal; into a file or pipe a whole line every ten seconds and at the end.
+
+    Args:
+        label: what goes on.
+        iterable: what is gone through; otherwise `update` counts.
+        hidden: show nothing; as the processes of a launcher do, but for the first.
+        options: of tqdm, such as total and unit.
+    """
+    hidden = hidden or os.environ.get("RANK", "0") != "0"
+    if sys.stderr.isatty():
+        return tqdm(iterable, label, delay=_DELAY, dynamic_ncols=True, disable=hidden, **options)
+    return _Lines(iterable, label, delay=_DELAY, mininterval=_LINES_EVERY, ncols=100, disable=hidden, **options)
+
+
+class _Lines(tqdm):
+    """Its state as lines that end."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line."""
+        del msg, pos
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+    def close(self) -> None:
+        """Write the last line, if it took long enough for one."""
+        if self.disable:
+            return
+        self.disable = True
+        self._decr_instances(self)  # pyright: ignore[reportAttributeAccessIssue]
+        if time.time() >= self.start_t + self.delay:
+            self.display()

@@ -1,0 +1,37 @@
+import pytest
+
+from dalikd.pipelines import progress as module
+from dalikd.pipelines.progress import progress
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(module, "_DELAY", 0.0)
+    monkeypatch.setattr(module, "_LINES_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_file_gets_whole_lines(capsys, leave):
+    assert list(progress("scanning", range(3), unit=" classes", leave=leave)) == [0, 1, 2]
+    with progress("writing", total=4, leave=leave) as bar:
+        bar.update(4)
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    lines = text.splitlines()
+    assert [line for line in lines if not line.startswith(("scanning: ", "writing: "))] == []
+    assert "3/3" in next(line for line in reversed(lines) if line.startswith("scanning"))
+    assert "4/4" in lines[-1]
+    assert text.endswith("\n")
+
+
+def test_what_is_soon_done_says_nothing(capsys):
+    assert list(progress("scanning", range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("at_once")
+def test_one_process_shows_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert list(progress("scanning", range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
