@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from dalikd.kd.checkpoints import ORIGIN_KEY
@@ -65,5 +65,6 @@ def save_weights(
     mean, std = normalisation or (None, None)
     origin = {"mean": mean, "std": std, "class_names": None if class_names is None else list(class_names)}
     # one entry: several are written in any order, and the file's checksum would not be reproducible
-    save_file(tensors, temporary, {ORIGIN_KEY: json.dumps(origin)})
+    content = save(tensors, {ORIGIN_KEY: json.dumps(origin)})
+    temporary.write_bytes(content)  # save_file makes files for the owner alone, whatever the umask
     temporary.replace(path)

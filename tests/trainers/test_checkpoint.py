@@ -1,3 +1,5 @@
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,18 @@ def test_a_state_comes_back_and_leaves_nothing_beside_it(tmp_path):
     assert state["step"] == 2
     assert torch.equal(state["task"]["weight"], torch.ones(3))
     assert [file.name for file in path.parent.iterdir()] == ["trainer.pt"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_are_as_the_umask_says(tmp_path, make_net, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / "last" / "student.safetensors", make_net().model)
+        save_state(tmp_path / "last" / "trainer.pt", {"step": 1})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "last").iterdir()} == {mode}
+    assert stat.S_IMODE((tmp_path / "last").stat().st_mode) == 0o777 & ~umask
 
 
 def test_a_missing_state_names_the_way_out(tmp_path):
