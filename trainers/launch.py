@@ -2,6 +2,9 @@
 
 import ctypes
 import os
+import shlex
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +63,7 @@ def _keep_freed_memory() -> None:
 
 
 def _check_environment(device: Device, precision: Precision) -> None:
+    _check_launcher()
     if not torch.cuda.is_available() and device != "cpu":
         if Path("/dev/nvidia0").exists():
             raise ValueError(_hidden_gpu())
@@ -72,6 +76,29 @@ def _check_environment(device: Device, precision: Precision) -> None:
         raise ValueError(
             f"--precision {precision}, but ACCELERATE_MIXED_PRECISION is {launched}: leave one of them out"
         )
+
+
+def _check_launcher() -> None:
+    """On the CPU `accelerate launch` starts one process, however many are asked for; then it names an address to meet
+    at, and no number of processes."""
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    counted = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys()
+    if not asked_for_cpu or "MASTER_PORT" not in os.environ or counted:
+        return
+    import psutil
+
+    launcher = psutil.Process().parent()
+    words = launcher.cmdline() if launcher is not None else []
+    given = [after for word, after in pairwise(words) if word.replace("-", "_") == "__num_processes"]
+    given += [word.partition("=")[2] for word in words if word.replace("-", "_").startswith("__num_processes=")]
+    if given[-1:] == ["1"]:  # the address is another program's
+        return
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {module.name}" if module is not None else sys.argv[0]
+    raise ValueError(
+        "accelerate launch starts one process on the CPU, and several were asked for: torchrun starts them, "
+        f"torchrun --nproc_per_node {given[-1] if given else 'NUMBER'} {program} {shlex.join(sys.argv[1:])}"
+    )
 
 
 def _hidden_gpu() -> str:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dalikd.trainers.launch import autocast_type, model_type, start
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -100,6 +101,22 @@ def test_the_launchers_word_against_the_gpu_is_a_conflict(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match="--device cuda, but ACCELERATE_USE_CPU is set"):
         start("cuda", "fp32")
+
+
+@pytest.mark.parametrize("asked", [["--num_processes", "2"], ["--num-processes=2"], []])
+def test_one_process_of_several_is_refused(monkeypatch, asked):
+    """What `accelerate launch --cpu --num_processes 2` sets for the one process that it starts."""
+    launcher = SimpleNamespace(cmdline=lambda: ["accelerate", "launch", *asked, "--cpu", "-m", "dalikd.tools.train"])
+    monkeypatch.setattr("psutil.Process.parent", lambda _: launcher)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data.root", "my images"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="dalikd.tools.train"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert start("cpu", "fp32").num_processes == 1  # one was asked for
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    number = "2" if asked else "NUMBER"
+    command = f"torchrun --nproc_per_node {number} -m dalikd.tools.train --data.root 'my images'"
+    with pytest.raises(ValueError, match=f"one process on the CPU, and several were asked for: .* {command}$"):
+        start("cpu", "fp32")
 
 
 @pytest.mark.gpu
