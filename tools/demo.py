@@ -19,7 +19,7 @@ STUDENTS = ["identity", "cutout", "autoaugment", "mixup", "cutmix", "cutmixpick_
 
 
 def run(
-    output: str = "runs/demo",
+    output: Path = Path("runs/demo"),
     augmentation: list[str] = STUDENTS,
     limit: int | None = None,
     device: Device = "auto",
@@ -38,41 +38,40 @@ def run(
     """
     if len(augmentation_names(augmentation)) < 3:
         raise ValueError("--augmentation: name at least three, a correlation needs as many points")
-    folder = Path(output)
-    if (folder / "points.json").exists() and not overwrite:
+    if (output / "points.json").exists() and not overwrite:
         raise ValueError(
-            f"{folder} holds a demo: name another folder with --output, or replace it with --overwrite true"
+            f"{output} holds a demo: name another folder with --output, or replace it with --overwrite true"
         )
-    RunFolder(folder / "teacher", writes=False).check_new(overwrite)
+    RunFolder(output / "teacher", writes=False).check_new(overwrite)
     common = ["--config", str(Path(configs.__file__).with_name("demo.yaml"))]
     common += ["--device", device, "--precision", precision]
     common += [] if limit is None else ["--data.limit", str(limit)]
-    weights = ["--teacher.weights", str(folder / "teacher/last/student.safetensors")]
     redo = ["--overwrite", str(overwrite).lower()]
 
     print("1. a teacher", flush=True)
-    train(*parse("train", [*common, "--output", str(folder / "teacher"), *redo]))
+    teacher = train(*parse("train", [*common, "--output", str(output / "teacher"), *redo]))
+    weights = ["--teacher.weights", str(output / "teacher/last" / teacher["evaluated"])]
     print("\n2. how good each augmentation is, by the teacher alone", flush=True)
-    measured = measure(*parse("measure", [*common, *weights, "--json", str(folder / "measure.json")]))
+    measured = measure(*parse("measure", [*common, *weights, "--json", str(output / "measure.json")]))
     stddev = {result["augmentation"]: result["stddev"] for result in measured["results"]}
     if None in stddev.values():
         raise ValueError(f"--limit {limit} fills less than two windows of teacher outputs: give at least 320")
     points = []
     for number, name in enumerate(augmentation_names(augmentation), start=1):
         print(f"\n3.{number} a student with {name}", flush=True)
-        arguments = [*common, *weights, "--augmentation", name, "--output", str(folder / name), *redo]
+        arguments = [*common, *weights, "--augmentation", name, "--output", str(output / name), *redo]
         val = distill(*parse("distill", arguments))["last"]["val"]
         points.append({"da": name, "t_stddev": stddev[name], "s_test_loss": val["loss"], "top1": val["top1"]})
-    write_json(folder / "points.json", {"points": points})
+    write_json(output / "points.json", {"points": points})
     print(f"\n4. the ranking, best student first\n{ranking_table(points)}\n")
-    result = correlate.run(folder / "points.json", folder / "scatter.png", folder / "correlation.json", "digits")
-    print(next_steps(folder))
+    result = correlate.run(output / "points.json", output / "scatter.png", output / "correlation.json", "digits")
+    print(next_steps(output))
     return {"points": points, **result}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_function("demo", run, argv)
+    run_function("demo", run, argv, lists=("augmentation",))
 
 
 if __name__ == "__main__":

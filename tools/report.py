@@ -19,7 +19,7 @@ def evaluation_line(val: dict[str, Any]) -> str:
 
 
 def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
-    """Last and best epoch of a training run, and where it lies."""
+    """Last and best epoch of a training run, the weights that these figures are of, and where all lies."""
     if not accelerator.is_main_process:
         return
     for name in ("last", "best"):
@@ -29,6 +29,7 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
         print(f"T. stddev while training: {last['t_stddev']:.6f}")
     elif "windows" in last:
         print(f"T. stddev while training: too few windows ({last['windows']} of at least 2; 640 teacher outputs each)")
+    print(f"weights: {results['folder']}/last/{results['evaluated']}")
     print(f"run folder: {results['folder']}")
 
 

@@ -289,7 +289,7 @@ class Loop:
             "last": progress.last,
             "best": progress.best,
             "best_is": "the epoch with the highest top1 on the validation split itself; compare runs by last",
-            "evaluated": "ema" if self.average is not None else "model",
+            "evaluated": "ema.safetensors" if self.average is not None else "student.safetensors",
             "compile": self.options.compile,
             "replaced_files": self.replaced_files,
             **self.header,

@@ -14,12 +14,14 @@ def test_a_training_report_says_last_and_best(capsys):
         "last": {"epoch": 4, "val": VAL, "t_stddev": 0.0123456},
         "best": {"epoch": 2, "val": VAL},
         "folder": "runs/x",
+        "evaluated": "ema.safetensors",
     }
     print_training(results, SimpleNamespace(is_main_process=True))
     assert capsys.readouterr().out.splitlines() == [
         "last epoch (4): top1 50.00 %, top5 90.00 %, loss 1.2500 on 10 images",
         "best epoch (2): top1 50.00 %, top5 90.00 %, loss 1.2500 on 10 images",
         "T. stddev while training: 0.012346",
+        "weights: runs/x/last/ema.safetensors",
         "run folder: runs/x",
     ]
     results["last"] |= {"t_stddev": None, "windows": 1}

@@ -243,7 +243,7 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
 
     results = loop.run()
-    assert results["evaluated"] == "ema"
+    assert results["evaluated"] == "ema.safetensors"
     last = loop.folder.path / "last"
     assert {path.name for path in last.iterdir()} == {"trainer.pt", "student.safetensors", "ema.safetensors"}
     assert (last / "ema.safetensors").read_bytes() != (last / "student.safetensors").read_bytes()
@@ -299,7 +299,7 @@ def test_a_run_logs_evaluates_and_saves(make_loop):
     assert (results["finished"], results["steps"], results["epochs"]) == (True, 9, 3.0)
     assert results["last"]["epoch"] == 3
     assert results["last"]["val"]["images"] == 41
-    assert results["evaluated"] == "model"
+    assert results["evaluated"] == "student.safetensors"
     log = _log(loop)
     assert [entry["step"] for entry in log if "lr" in entry] == [2, 3, 4, 6, 8, 9]  # and at each end of an epoch
     assert [entry["epoch"] for entry in log if "val" in entry] == [2, 3]  # every second epoch, and the last
