@@ -32,10 +32,13 @@ class _Lines(tqdm):
     """Its state as lines that end."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write a line."""
+        """Write a line, if it is time for one; a new label or postfix alone is not worth one."""
         del msg, pos
-        self.fp.write(f"{self}\n")
-        self.fp.flush()
+        now = time.time()
+        if self.disable or now - getattr(self, "written", getattr(self, "start_t", now)) >= self.mininterval:
+            self.written = now
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
 
     def close(self) -> None:
         """Write the last line, if it took long enough for one."""

@@ -25,6 +25,15 @@ def test_a_file_gets_whole_lines(capsys, leave):
     assert text.endswith("\n")
 
 
+def test_labels_make_no_lines(monkeypatch, capsys):
+    monkeypatch.setattr(module, "_DELAY", 0.0)
+    with progress("rounds", total=9) as bar:
+        for number in range(9):
+            bar.set_description(f"round {number}")
+            bar.update()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_what_is_soon_done_says_nothing(capsys):
     assert list(progress("scanning", range(3))) == [0, 1, 2]
     assert capsys.readouterr().err == ""
