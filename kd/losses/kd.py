@@ -39,8 +39,8 @@ class KD(DistillationLoss):
     Without them: `ce_weight * CE(x) + kd_weight * lw_mix[0] * KL(x)`. KL is `kd_loss`, CE(x') `mixed_cross_entropy`.
 
     Args:
-        ce_weight: Weight of the cross-entropy of the original images (gamma in the paper).
-        kd_weight: Weight of everything else (alpha in the paper).
+        ce_weight: Weight of the cross-entropy of the original images (gamma in the paper), 0 or more.
+        kd_weight: Weight of everything else (alpha in the paper), 0 or more.
         temperature: Divides the logits of both nets in every KL term; above 0.
         label_smoothing: Share of each label spread evenly over the classes, in [0, 1); for the cross-entropies only.
         lw_mix: Inner weights of KL on originals, cross-entropy on augmented images and KL on augmented images.
@@ -55,6 +55,9 @@ class KD(DistillationLoss):
         lw_mix: tuple[float, float, float] = (1.0, 0.0, 1.0),
     ) -> None:
         super().__init__()
+        for name, weight in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}: give 0 or more")
         _check(temperature, label_smoothing, lw_mix)
         kd_share, ce_mix_share, kd_mix_share = lw_mix
         self.temperature = temperature
