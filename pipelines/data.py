@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NewType
 
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.sources import Source, check_same_classes, open_source
 
-__all__ = ["DataConfig", "evaluation_view", "open_sources", "open_split", "training_view"]
+__all__ = ["DataConfig", "FilePath", "evaluation_view", "open_sources", "open_split", "training_view"]
+
+#: the type of options that are paths: command lines and configs may use ~ and $VAR in them
+FilePath = NewType("FilePath", str)
 
 _PADDING = {32: 4, 64: 8, 224: 28}
 
@@ -60,10 +63,10 @@ class DataConfig:
         "webdataset",
         "tfrecord",
     ] = "imagefolder"
-    root: str | None = None
+    root: FilePath | None = None
     train_split: str | None = None
     val_split: str | None = None
-    classes: str | None = None
+    classes: FilePath | None = None
     class_seed: int | None = None
     image_size: int | None = None
     limit: int | None = None

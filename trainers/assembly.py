@@ -1,5 +1,6 @@
 """Joins the parts of a run: data, augmentation, loaders, run folder. All is checked before a folder is touched."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.normalize import Normalized
@@ -308,21 +310,19 @@ def _teacher_digest(teacher: Teacher | CachedLooks) -> str:
 
 
 def check_training(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Check the numbers of a training command.
+    """Check what the options of a training command say beyond their own numbers.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: the optimizer cannot work with its numbers, or the device not with an option.
     """
-    for name in ("epochs", "accumulation", "log_every", "eval_every"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")
-    if round(options.epochs * options.epoch_factor) < 1:
-        raise ValueError(f"--epochs {options.epochs} x --epoch_factor {options.epoch_factor} is no whole epoch")
-    if not 0 <= options.ema < 1:
-        raise ValueError(f"--ema {options.ema}: give a decay below 1, such as 0.999, or 0 for none")
-    if isinstance(options, DistillOptions) and options.entropy_log_every < 0:
-        raise ValueError(f"--entropy_log_every {options.entropy_log_every}: give at least 1, or 0 for no log")
-    if options.clip is not None and options.clip <= 0:
-        raise ValueError(f"--clip {options.clip}: give a norm above 0, or leave it out")
+    for name, value in getattr(options.optimizer, "keywords", {}).items():  # those of a class; a function keeps its own
+        numbers = [one for one in (value if isinstance(value, tuple | list) else [value]) if isinstance(one, float)]
+        if not all(map(math.isfinite, numbers)) or (name == "lr" and numbers and numbers[0] <= 0):
+            wanted = "a number above 0" if name == "lr" else "finite numbers"
+            raise ValueError(f"--optimizer.{name} {value}: give {wanted}")
+    try:
+        options.optimizer([nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        raise ValueError(f"--optimizer: {error}") from error
     if options.sync_bn and accelerator.device.type != "cuda":
         raise ValueError("--sync_bn true needs GPUs: leave it out on the CPU")

@@ -333,12 +333,6 @@ def _check_options(options: CacheOptions, accelerator: Accelerator) -> None:
         raise ValueError("--teacher.cache is read by dalikd distill: name the folder of a new cache with --output")
     if options.precision == "fp64":
         raise ValueError("--precision fp64: a teacher cache holds float32 at most; use fp32")
-    if options.epochs < 1:
-        raise ValueError(f"--epochs {options.epochs}: give at least 1")
-    if not 0 < options.share <= 1:
-        raise ValueError(f"--share {options.share}: give a share of the images above 0, up to 1")
-    if options.tolerance is not None and not options.tolerance >= 0:
-        raise ValueError(f"--tolerance {options.tolerance}: give 0 or more")
     if options.verify is not None and accelerator.num_processes > 1:
         raise ValueError("--verify runs in one process: start it without a launcher")
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)

@@ -398,24 +398,13 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def check_measuring(options: MeasureOptions, names: Sequence[str]) -> None:
-    """Check the sizes.
+    """Check what the options say beyond their own numbers.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: there is no ranking to stop by, or the checkpoint cannot be written.
     """
-    if options.epochs < 1:
-        raise ValueError(f"--epochs {options.epochs}: give at least 1")
-    if options.window < 2 or options.window % 2:
-        raise ValueError(f"--window {options.window}: give a positive even number (published: 640)")
-    for name in ("confidence", "stop_confidence"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"--{name} {value}: give a share between 0 and 1, such as 0.95")
     if options.stop_confidence is not None and len(names) < 2:
         raise ValueError("--stop_confidence: there is no ranking of one augmentation; name at least two")
-    for name in ("images_per_call", "checkpoint_every", "entropy_log_every"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")
     if options.checkpoint is not None:
         check_writable("--checkpoint", Path(options.checkpoint))
 

@@ -1,15 +1,18 @@
 """The options of the commands, a class for each: a field is an option, its text here the help."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dalikd.kd.losses import KD, DistillationLoss
 from dalikd.kd.teacher_cache import Storage
-from dalikd.pipelines.data import DataConfig
+from dalikd.pipelines.data import DataConfig, FilePath
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.launch import Device, Precision
 from dalikd.trainers.looking import CompileMode
@@ -17,6 +20,8 @@ from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.schedules import ScheduleConfig
 
 __all__ = [
+    "FROM_0",
+    "FROM_1",
     "CacheOptions",
     "DistillOptions",
     "EvaluateOptions",
@@ -25,10 +30,73 @@ __all__ = [
     "RunOptions",
     "TrainOptions",
     "TrainingOptions",
+    "check_numbers",
 ]
 
 MetricName = Literal["probability_covariance", "cross_entropy_covariance"]
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+
+
+class _Range(NamedTuple):
+    """Which numbers an option takes, and that in words."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+FROM_1 = _Range(lambda value: value >= 1, "at least 1")
+FROM_0 = _Range(lambda value: value >= 0, "0 or more")
+_ABOVE_0 = _Range(lambda value: 0 < value < math.inf, "a number above 0")
+_SHARE = _Range(lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.95")
+# NaN fits nowhere
+_RUN = {
+    "batch_size": FROM_1,
+    "seed": _Range(lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1"),
+    **dict.fromkeys(
+        [f"data.{name}" for name in ("image_size", "limit", "val_limit", "val_resize", "threads", "prefetch")], FROM_1
+    ),
+    "data.class_seed": FROM_0,
+    "data.hw_decoder_load": _Range(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+}
+_TRAINING = {
+    "epochs": FROM_1,
+    "epoch_factor": _ABOVE_0,
+    "accumulation": FROM_1,
+    "clip": _Range(lambda value: 0 < value < math.inf, "a norm above 0, or leave it out"),
+    "ema": _Range(lambda value: 0 <= value < 1, "a decay below 1, such as 0.999, or 0 for none"),
+    "log_every": FROM_1,
+    "eval_every": FROM_1,
+    "checkpoint_every": _Range(lambda value: value >= 0, "at least 1, or 0 for none"),
+    "schedule.milestones": _Range(
+        lambda values: all(map(math.isfinite, values)) and all(a < b for a, b in pairwise([-1e-9, *values])),
+        "epochs from 0 on, each later than the one before",
+    ),
+    "schedule.gamma": _Range(lambda value: 0 < value <= 1, "a factor above 0, up to 1"),
+    "schedule.warmup_epochs": _Range(lambda value: 0 <= value < math.inf, "0 or more epochs"),
+    "schedule.final": _Range(lambda value: 0 <= value <= 1, "a share of the base rate, from 0 to 1"),
+}
+_MEASURING = {
+    "epochs": FROM_1,
+    "window": _Range(lambda value: value >= 2 and value % 2 == 0, "a positive even number (published: 640)"),
+    "confidence": _SHARE,
+    "stop_confidence": _SHARE,
+    "images_per_call": FROM_1,
+    "entropy_log_every": FROM_1,
+    "checkpoint_every": FROM_1,
+}
+_CACHING = {
+    "epochs": FROM_1,
+    "share": _Range(lambda value: 0 < value <= 1, "a share of the images above 0, up to 1"),
+    "tolerance": _Range(lambda value: 0 <= value < math.inf, "0 or more"),
+}
+
+
+def check_numbers(options: Any, ranges: Mapping[str, _Range]) -> None:
+    """Raise ValueError for the first option, of those that are named and given, whose number is out of its range."""
+    for name, allowed in ranges.items():
+        value = attrgetter(name)(options)
+        if value is not None and not allowed.fits(value):
+            raise ValueError(f"--{name} {value}: give {allowed.words}")
 
 
 def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
@@ -55,15 +123,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no command can work with."""
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"--seed {self.seed}: give a whole number from 0 to 2^63 - 1")
-        for name in ("threads", "prefetch"):
-            value = getattr(self.data, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--data.{name} {value}: give at least 1")
-        load = self.data.hw_decoder_load
-        if load is not None and not 0 <= load <= 1:
-            raise ValueError(f"--data.hw_decoder_load {load}: give a share from 0 to 1")
+        check_numbers(self, _RUN)
 
 
 @dataclass
@@ -90,7 +150,8 @@ class TrainingOptions(RunOptions, MixOptions):
         accumulation: microbatches whose gradients make one optimizer step.
         clip: largest norm of the gradient, or none.
         no_decay_norms: no weight decay for biases and normalisation.
-        ema: decay of an exponential moving average of the weights, such as 0.999, which is evaluated then; 0: none.
+        ema: decay of an exponential moving average of the weights, such as 0.999; 0: none. The average is what is
+            evaluated then, and lies beside student.safetensors as ema.safetensors.
         sync_bn: batch statistics over all processes (GPU only).
         compile: torch.compile's mode for teacher and task. The first steps then take minutes; losses are the same up to
             rounding, except that dropout draws otherwise.
@@ -104,7 +165,7 @@ class TrainingOptions(RunOptions, MixOptions):
 
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: FilePath | None = None
     reinit: bool = False
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -119,12 +180,22 @@ class TrainingOptions(RunOptions, MixOptions):
     ema: float = 0.0
     sync_bn: bool = False
     compile: CompileMode = "off"
-    output: str | None = None
-    resume: str | None = None
+    output: FilePath | None = None
+    resume: FilePath | None = None
     overwrite: bool = False
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can work with."""
+        super().__post_init__()
+        check_numbers(self, _TRAINING)
+        length, warmup = round(self.epochs * self.epoch_factor), self.schedule.warmup_epochs
+        if length < 1:
+            raise ValueError(f"--epochs {self.epochs} x --epoch_factor {self.epoch_factor} is no whole epoch")
+        if warmup > length:
+            raise ValueError(f"--schedule.warmup_epochs {warmup}: give at most as many as are trained, {length}")
 
 
 @dataclass
@@ -136,6 +207,11 @@ class TrainOptions(TrainingOptions):
     """
 
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can work with."""
+        super().__post_init__()
+        check_numbers(self, {"label_smoothing": _Range(lambda value: 0 <= value < 1, "a share from 0 to below 1")})
 
 
 @dataclass
@@ -160,6 +236,11 @@ class DistillOptions(TrainingOptions):
     joint_forward: bool = False
     metric: bool = True
     entropy_log_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can work with."""
+        super().__post_init__()
+        check_numbers(self, {"entropy_log_every": _Range(lambda value: value >= 0, "at least 1, or 0 for no log")})
 
 
 @dataclass
@@ -201,7 +282,7 @@ class MeasureOptions(RunOptions, MixOptions):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: FilePath | None = None
     epochs: int = 10
     window: int = 640
     metrics: list[MetricName] = field(default_factory=list)
@@ -209,12 +290,17 @@ class MeasureOptions(RunOptions, MixOptions):
     stop_confidence: float | None = None
     per_class: bool = False
     images_per_call: int = 1024
-    entropy_log: str | None = None
+    entropy_log: FilePath | None = None
     entropy_log_every: int = 100
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     checkpoint_every: int = 500
     compile: CompileMode = "off"
-    json: str | None = None
+    json: FilePath | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be measured with."""
+        super().__post_init__()
+        check_numbers(self, _MEASURING)
 
 
 @dataclass
@@ -244,13 +330,18 @@ class CacheOptions(RunOptions, MixOptions):
     augmentation: str = "identity"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     epochs: int = 1
-    output: str | None = None
+    output: FilePath | None = None
     storage: Storage = "float32"
     k: int = 16
     compile: CompileMode = "off"
-    verify: str | None = None
+    verify: FilePath | None = None
     share: float = 0.01
     tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no cache can have."""
+        super().__post_init__()
+        check_numbers(self, _CACHING)
 
 
 @dataclass
@@ -269,7 +360,7 @@ class EvaluateOptions(RunOptions):
 
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: FilePath | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
-    json: str | None = None
+    json: FilePath | None = None

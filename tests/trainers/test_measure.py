@@ -417,10 +417,8 @@ def test_the_table_has_the_best_first():
 )
 def test_what_cannot_be_measured_is_refused(data, weights, accelerator, change, message):
     options = _options(data, weights, **{"augmentation": ["identity"]})
-    for name, value in change.items():
-        setattr(options, name, value)
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("?", r"\?")):
-        measure_all(options, accelerator)
+        measure_all(replace(options, **change), accelerator)
 
 
 def test_sets_of_augmentations_have_names():

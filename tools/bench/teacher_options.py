@@ -7,12 +7,13 @@ import torch
 
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.augment import View
+from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.options import RESULTS
 from dalikd.tools.bench.training import StepOptions
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import build_model, build_teacher
-from dalikd.trainers.options import MeasureOptions
+from dalikd.trainers.options import FROM_1, MeasureOptions, check_numbers
 
 __all__ = ["PublishedOptions", "TeacherOptions", "teacher_net"]
 
@@ -27,28 +28,27 @@ class TeacherOptions(MeasureOptions):
     Args:
         images: training images that a round goes over, class shares kept; fewer if there are not as many.
         rounds: repetitions of each measurement, in turn.
-        output: folder of the results, or a path that ends in .json.
+        output: folder of the results, or a path that ends in .json; default: runs/bench.
     """
 
     images: int = 2000
     rounds: int = 5
-    output: str | None = str(RESULTS)
+    output: FilePath | None = None
     # of results, which a benchmark has none of
     epochs: int = field(default=1, init=False)
-    json: str | None = field(default=None, init=False)
+    json: FilePath | None = field(default=None, init=False)
     confidence: float = field(default=0.95, init=False)
     stop_confidence: float | None = field(default=None, init=False)
     per_class: bool = field(default=False, init=False)
-    entropy_log: str | None = field(default=None, init=False)
+    entropy_log: FilePath | None = field(default=None, init=False)
     entropy_log_every: int = field(default=100, init=False)
-    checkpoint: str | None = field(default=None, init=False)
+    checkpoint: FilePath | None = field(default=None, init=False)
     checkpoint_every: int = field(default=500, init=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be measured with."""
         super().__post_init__()
-        if self.images < 1:
-            raise ValueError(f"--images {self.images}: give at least 1")
+        check_numbers(self, {"images": FROM_1})
 
     @property
     def folder(self) -> Path:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dalikd.pipelines.data import FilePath
 from dalikd.tools.bench.options import RESULTS
-from dalikd.trainers.options import DistillOptions
+from dalikd.trainers.options import FROM_0, FROM_1, DistillOptions, check_numbers
 
 __all__ = ["ScalingOptions", "StepOptions"]
 
@@ -17,18 +18,18 @@ class StepOptions(DistillOptions):
     teacher without weights gets fresh ones: its answers mean nothing then, and take as long.
 
     Args:
-        output: folder of the results, or a path that ends in .json.
+        output: folder of the results, or a path that ends in .json; default: runs/bench.
         steps: optimizer steps in a round.
         rounds: repetitions of each measurement, in turn.
         warmup: steps before each round that do not count; as many come before everything, with what torch compiles.
     """
 
-    output: str | None = str(RESULTS)
+    output: FilePath | None = None
     steps: int = 50
     rounds: int = 5
     warmup: int = 10
     # of a run that is written and gone on with
-    resume: str | None = field(default=None, init=False)
+    resume: FilePath | None = field(default=None, init=False)
     overwrite: bool = field(default=False, init=False)
     log_every: int = field(default=50, init=False)
     eval_every: int = field(default=1, init=False)
@@ -37,8 +38,7 @@ class StepOptions(DistillOptions):
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that cannot be measured with."""
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"--steps {self.steps}: give at least 1")
+        check_numbers(self, {"steps": FROM_1, "warmup": FROM_0})
 
     def check_warm_up(self) -> None:
         """Raises ValueError for a warm-up that leaves to the count what was made ahead of it."""
