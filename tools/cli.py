@@ -2,24 +2,28 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from argparse import ArgumentError
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from io import TextIOWrapper
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 
 from dalikd.pipelines.doctor import printable
 from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
 from dalikd.tools.bench.training import ScalingOptions, StepOptions
+from dalikd.tools.classes import CLASSES, find_class, same_class, say_what_goes, settings_of, whole
+from dalikd.tools.signature import check_words, check_yaml, element, expand_path, expand_paths, is_word, option_types
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
 from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.study.options import StudyOptions
@@ -61,19 +65,45 @@ _BENCHMARKS_OF = {
     "bench passes": "measure",
     "bench published": "distill",
 }
-_DEFAULTS = {
-    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}},
-    "loss": {"class_path": "dalikd.kd.losses.KD"},
-}
 # options that take several words
-_LISTS = {"measure": ("augmentation", "metrics"), "study": ("augmentation", "seeds", "epoch_factor", "pair")}
+_LISTS = {
+    "measure": ("augmentation", "metrics"),
+    "study": ("augmentation", "seeds", "epoch_factor", "pair"),
+    "bench scaling": ("processes",),
+}
 
 
 class _Piece(NamedTuple):
-    """Words of a command line, and the config file they come from."""
+    """A part of a command line: an option with its value, or what a config file holds for the command."""
 
     words: list[str]
     path: Path | None = None
+    content: Mapping[str, Any] = {}
+
+    def to_words(self) -> list[str]:
+        """What the parser reads."""
+        if self.path is None:
+            return self.words
+        return ["--config", yaml.safe_dump(dict(self.content), default_flow_style=True, width=1 << 30)]
+
+    def get(self, option: str) -> Any:
+        """What is said of a class option in it: a class, options of one, or both; None: nothing."""
+        if self.path is None:
+            name, value = self.words[0].removeprefix("--"), self.words[-1]
+            if name in (option, f"{option}.class_path"):
+                return yaml.safe_load(value) if value.startswith("{") else value
+            inner = name.removeprefix(f"{option}.").removeprefix("init_args.")
+            return {"init_args": {inner: value}} if name.startswith(f"{option}.") and inner != "help" else None
+        dotted = {
+            key.removeprefix(f"{option}."): self.content[key] for key in self.content if key.startswith(f"{option}.")
+        }
+        given = whole(self.content.get(option))
+        return {**given, "init_args": {**(given.get("init_args") or {}), **dotted}} if dotted else given or None
+
+    def without(self, option: str) -> "_Piece":
+        """The same without it."""
+        kept = {key: value for key, value in self.content.items() if key.split(".")[0] != option}
+        return self._replace(words=[], content=kept)
 
 
 def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], argv: Sequence[str] | None = None) -> Any:
@@ -89,7 +119,13 @@ def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], ar
 
 
 def run_function(
-    name: str, function: Callable[..., Any], argv: Sequence[str] | None = None, *, positional: bool = False
+    name: str,
+    function: Callable[..., Any],
+    argv: Sequence[str] | None = None,
+    *,
+    options: type | None = None,
+    lists: Collection[str] = (),
+    positional: bool = False,
 ) -> None:
     """Call a function whose signature is its command line, with the same one-line errors.
 
@@ -97,18 +133,34 @@ def run_function(
         name: what comes after `dalikd` in messages.
         function: its parameters are the options.
         argv: the arguments; default: sys.argv's.
+        options: a dataclass whose fields are the options, if the function takes one of them in their place.
+        lists: names of the options that take several words.
         positional: parameters without a default are given without their name.
     """
-    arguments = None if argv is None else list(argv)
+    component = options or function
+    types = option_types(component)
     with guarded(name):
-        auto_cli(function, args=arguments, prog=f"dalikd {name}", exit_on_error=False, as_positional=positional)
+        parser = _new_parser(f"dalikd {name}", component, positional=positional)
+        words = sys.argv[1:] if argv is None else argv
+        pieces = _expand(words, types, lists, partial(_own_config, types=types, lists=lists), positional=positional)
+        if options is None:
+            made, _ = _read(parser, pieces, types, partial(partial, function))
+            made()
+        else:
+            function(_read(parser, pieces, types, options)[0])
 
 
 @contextmanager
 def guarded(command: str) -> Iterator[None]:
-    """End the process with one line where a user can mend things; DALIKD_TRACEBACK=1 shows where it came from."""
+    """End the process with one line where a user can mend things; DALIKD_TRACEBACK=1 shows where it came from.
+
+    Exit codes: 2 for a mistake, 128 and the signal's number for a signal. SIGTERM unwinds the stack, so that temporary
+    folders go.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file may end a run by being printed
+    alone = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
         yield
     except (ArgumentError, ValueError, OSError) as error:
@@ -120,8 +172,23 @@ def guarded(command: str) -> Iterator[None]:
     except Interrupted as stop:
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         after = " (what torch.distributed.elastic prints next is its report of that, no failure)" if launched else ""
-        print(f"dalikd {command}: {printable(str(stop))}{after}", file=sys.stderr)
+        _say_stopped(f"dalikd {command}: {printable(str(stop))}{after}")
         sys.exit(128 + stop.signal)
+    except KeyboardInterrupt:
+        _say_stopped(f"dalikd {command}: stopped (Ctrl-C)")
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _say_stopped(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # a launcher's processes are stopped together
+        print(line, file=sys.stderr)
 
 
 def parse(
@@ -142,43 +209,73 @@ def parse(
         ValueError, ArgumentError: an unknown key, a wrong value.
         FileNotFoundError: no such config file.
     """
-    parser = build_parser(command)
+    parser, types = build_parser(command), option_types(OPTIONS[command])
+    folders = {"--resume", "--verify"} & {f"--{name}" for name in types}
     pieces = [] if content is None else _config_pieces(command, path, content)
-    pieces += _expand(command, list(argv))
-    optimizer = _named_optimizer([word for piece in pieces if piece.path is None for word in piece.words])
-    if optimizer not in (None, "SGD", "torch.optim.SGD"):  # its own defaults, not SGD's learning rate and weight decay
-        parser.set_defaults({"optimizer": {"class_path": optimizer}})
-    config = _parse_pieces(parser, pieces)
-    del config["config"]
+    pieces += _expand(argv, types, _lists(command), partial(_read_config, command), folders)
+    for name in CLASSES.keys() & types.keys():
+        pieces, default = _settle(name, pieces)
+        parser.set_defaults({name: default})
+    options, config = _read(parser, pieces, types, OPTIONS[command])
     plain = yaml.safe_load(parser.dump(config))
     for name in ("resume", "overwrite", "verify"):  # of one call: later ones that read this config say them themselves
         plain.pop(name, None)
-    return _as_options(command, parser.instantiate(config)), plain
+    return options, plain
 
 
 def build_parser(command: str) -> ArgumentParser:
     """The parser of a command, made from its options class."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    options = OPTIONS[command]
-    description = (options.__doc__ or "").partition("Args:")[0].strip()
-    parser = ArgumentParser(prog=f"dalikd {command}", description=description, exit_on_error=False)
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file of options; may be repeated, later ones win"
-    )
-    parser.add_class_arguments(options)
+    parser = _new_parser(f"dalikd {command}", OPTIONS[command])
     names = option_names(command)
-    parser.set_defaults({name: value for name, value in _DEFAULTS.items() if name in names})
+    parser.set_defaults({name: default for name, (default, _) in CLASSES.items() if name in names})
     return parser
 
 
-def _named_optimizer(words: list[str]) -> str | None:
-    named = [after for word, after in pairwise(words) if word == "--optimizer"]
-    named += [word.partition("=")[2] for word in words if word.startswith("--optimizer=")]
-    return named[-1] if named else None
+def _new_parser(prog: str, component: Callable[..., Any], *, positional: bool = False) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    description = (component.__doc__ or "").partition("Args:")[0].strip()
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file of options; may be repeated, later ones win"
+    )
+    if isinstance(component, type):
+        parser.add_class_arguments(component)
+    else:
+        parser.add_function_arguments(component, as_group=False, as_positional=positional)
+    return parser
 
 
-def _as_options(command: str, namespace: Any) -> Any:
-    return OPTIONS[command](**{name: namespace[name] for name in option_names(command)})
+def _settle(option: str, pieces: list[_Piece]) -> tuple[list[_Piece], dict[str, Any]]:
+    """Take out what was given for another class than the one that is named last, and say so.
+
+    On one command line all options are of the class that it names, whatever their order.
+
+    Returns:
+        the pieces, and what the option is before they are read.
+    """
+    default, _ = CLASSES[option]
+    pieces, former, current = list(pieces), [], default["class_path"]
+    for index, piece in enumerate(pieces):
+        given = piece.get(option)
+        if given is None:
+            continue
+        named = str(whole(given).get("class_path", current))
+        if not same_class(option, named, current):
+            gone = [i for i in former if piece.path or pieces[i].path or "class_path" in whole(pieces[i].get(option))]
+            lost = {name: value for i in gone for name, value in settings_of(pieces[i].get(option)).items()}
+            places = dict.fromkeys(str(pieces[i].path or "the command line") for i in gone)
+            where = f"--{option} {named}" if piece.path is None else f"{piece.path}: {option} {named}"
+            if "." not in named and find_class(option, named) is None:
+                raise ValueError(f"{where}: there is no such class; give its whole path, such as {current}")
+            if find_class(option, named) is not None:  # else the parser says what is wrong with it
+                say_what_goes(where, named, current, lost, ", ".join(places))
+            for i in gone:
+                pieces[i] = pieces[i].without(option)
+            former, current = [i for i in former if i not in gone], named
+        former.append(index)
+    pieces = [piece for piece in pieces if piece.words or piece.content]
+    own = same_class(option, current, default["class_path"]) or find_class(option, current) is None
+    return pieces, default if own else {"class_path": current}
 
 
 def option_names(command: str) -> set[str]:
@@ -186,54 +283,86 @@ def option_names(command: str) -> set[str]:
     return {field.name for field in fields(OPTIONS[command]) if field.init}
 
 
-def _parse_pieces(parser: ArgumentParser, pieces: list[_Piece]) -> Any:
+def _read(
+    parser: ArgumentParser, pieces: Sequence[_Piece], types: Mapping[str, Any], make: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """The options that pieces give, made of their values, and these values.
+
+    Raises:
+        ValueError: a piece is wrong; a config file is named, if it is one that cannot be read after what precedes it.
+    """
+
+    def read(count: int) -> tuple[Any, Any]:
+        config = parser.parse_args([word for piece in pieces[:count] for word in piece.to_words()])
+        del config["config"]
+        expand_paths(config, types)
+        return make(**vars(parser.instantiate(config))), config
+
     try:
-        return parser.parse_args([word for piece in pieces for word in piece.words])
-    except ArgumentError as error:
-        raise ValueError(_culprit(parser, pieces) + str(error)) from error
+        return read(len(pieces))
+    except (ArgumentError, ValueError) as error:
+        for count, piece in enumerate(pieces, start=1):
+            try:
+                read(count)
+            except (ArgumentError, ValueError) as same:
+                if str(same) == str(error):
+                    place = "" if piece.path is None else f"{piece.path}: "
+                    raise ValueError(f"{place}{error}") from error
+        raise ValueError(str(error)) from error
 
 
-def _culprit(parser: ArgumentParser, pieces: list[_Piece]) -> str:
-    """The config file, of those that were given, that cannot be parsed after the ones before it."""
-    words: list[str] = []
-    for piece in pieces:
-        if piece.path is None:
-            continue
-        words += piece.words
-        try:
-            parser.parse_args(words)
-        except ArgumentError:
-            return f"{piece.path}: "
-    return ""
+def _expand(
+    argv: Sequence[str],
+    types: Mapping[str, Any],
+    lists: Collection[str],
+    read: Callable[[str], list[_Piece]],
+    folders: Collection[str] = (),
+    *,
+    positional: bool = False,
+) -> list[_Piece]:
+    """Take a command line apart. The content of config files takes their place; that of a folder goes in front.
 
-
-def _expand(command: str, argv: list[str]) -> list[_Piece]:
-    """Replace each `--config FILE` by its content for this command; that of a folder gone on with in front."""
-    of_folders = {"--resume", "--verify"} & {f"--{name}" for name in option_names(command)}
-    several = {f"--{name}" for name in _lists(command)}
+    Args:
+        argv: the arguments.
+        types: of the options, by their dotted names.
+        lists: names of the options that take several words.
+        read: makes pieces of a config file.
+        folders: options that name a folder whose config.yaml is read.
+        positional: words may stand without an option.
+    """
     expanded: list[_Piece] = []
     resumed: list[_Piece] = []
     words = deque(split_equals(argv))
     while words:
         option = words.popleft()
         if option == "--config":
-            expanded += _read_config(command, value_of(option, words))
-        elif option in of_folders:
-            folder = value_of(option, words)
-            resumed = _read_config(command, str(_folder_config(option, folder)))
-            expanded.append(_Piece([option, folder, "--output", folder]))
-        elif option in several:
-            expanded.append(_Piece([option, json.dumps(values_of(option, words))]))
+            expanded += read(value_of(option, words))
+        elif option in folders:
+            folder = expand_path(option, value_of(option, words))
+            resumed = read(str(_folder_config(option, folder)))
+            expanded += [_Piece([option, folder]), _Piece(["--output", folder])]
+        elif option.startswith("--") and option.removeprefix("--") in lists:
+            values = values_of(option, words)
+            expanded.append(_Piece([option, _as_list(values, types[option.removeprefix("--")])]))
         else:
-            expanded.append(_Piece([option]))
+            values = []
+            while option.startswith("--") and words and not words[0].startswith("--") and not (positional and values):
+                values.append(words.popleft())
+            check_words(option, values, types)
+            # a value may begin with a dash
+            expanded.append(
+                _Piece([f"{option}={values[0]}"] if len(values) == 1 and values[0][:1] == "-" else [option, *values])
+            )
     return resumed + expanded
 
 
 def split_equals(argv: Sequence[str]) -> list[str]:
-    """Take `--option=value` apart, where the option is read here and not by the parser."""
-    lists = {name for names in _LISTS.values() for name in names}
-    special = ("--config=", "--resume=", "--verify=", *(f"--{name}=" for name in lists))
-    pieces = (argument.split("=", 1) if argument.startswith(special) else [argument] for argument in argv)
+    """Take `--option=value` apart, but for what the parser alone reads."""
+    whole = ("--print_config", "--help")
+    pieces = (
+        word.split("=", 1) if word.startswith("--") and not word.startswith(whole) and ".help=" not in word else [word]
+        for word in argv
+    )
     return [piece for split in pieces for piece in split]
 
 
@@ -245,13 +374,17 @@ def value_of(option: str, words: deque[str]) -> str:
 
 
 def values_of(option: str, words: deque[str]) -> list[str]:
-    """Take all words up to the next option; commas divide too."""
+    """Take all words up to the next option; commas and brackets divide too."""
     values: list[str] = []
     while words and not words[0].startswith("--"):
-        values += words.popleft().replace(",", " ").split()
+        values += words.popleft().strip("[]").replace(",", " ").replace('"', " ").replace("'", " ").split()
     if not values:
         raise ValueError(f"{option} needs at least one value")
     return values
+
+
+def _as_list(values: Sequence[str], hint: Any) -> str:
+    return json.dumps(values) if is_word(element(hint)) else f"[{', '.join(values)}]"
 
 
 def _folder_config(option: str, folder: str) -> Path:
@@ -263,32 +396,60 @@ def _folder_config(option: str, folder: str) -> Path:
 
 def _read_config(command: str, name: str) -> list[_Piece]:
     """A config file's options for one command, then its section for it. Options of sibling commands are left out."""
-    return _config_pieces(command, Path(name), read_config(name))
+    path, content = read_config(name)
+    return _config_pieces(command, path, content)
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """What a config file holds: options, and sections named after commands. All keys are known.
+def _own_config(name: str, types: Mapping[str, Any], lists: Collection[str]) -> list[_Piece]:
+    """A config file of a command that shares none with others."""
+    path, content, text = _load(name)
+    check_yaml(f"{path}: ", content, text, _possible(types, lists))
+    return [_config_piece(lists, path, content)]
+
+
+def read_config(name: str) -> tuple[Path, dict[str, Any]]:
+    """What a config file holds: options, and sections named after commands. All keys are known; and the file's path.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, or a key that no command has.
+        ValueError: no YAML, a key that no command has, or a number where a word is meant.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {name}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold options as `name: value` lines")
+    path, content, text = _load(name)
     content = {key: content[key] or {} if key in OPTIONS else content[key] for key in content}
-    check_keys(path, {key: value for key, value in content.items() if key not in OPTIONS}, _all_names())
+    shared = {key: value for key, value in content.items() if key not in OPTIONS}
+    check_keys(path, shared, _all_names())
+    possible: dict[str, list[Any]] = {}
+    for command in OPTIONS:
+        for option, hints in _possible(option_types(OPTIONS[command]), _lists(command)).items():
+            possible.setdefault(option, []).extend(hints)
+    check_yaml(f"{path}: ", shared, text, possible)
     for section in OPTIONS.keys() & content.keys():
         if not isinstance(content[section], dict):
             raise ValueError(f"{path}: {section} must hold options as `name: value` lines")
         check_keys(path, content[section], option_names(section), f"{section}.")
-    return content
+        types = _possible(option_types(OPTIONS[section]), _lists(section))
+        check_yaml(f"{path}: {section}.", content[section], text[section], types)
+    return path, content
+
+
+def _load(name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A config file's path and content, and the same with every scalar as it is written."""
+    path = Path(expand_path("--config", name))
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {name}: no such file")
+    text = path.read_text("utf-8")
+    try:
+        content, written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options as `name: value` lines")
+    return path, content, written
+
+
+def _possible(types: Mapping[str, Any], lists: Collection[str]) -> dict[str, list[Any]]:
+    """The types that options may have in a config: one value is enough for those that take several words."""
+    return {name: [hint, element(hint)] if name in lists else [hint] for name, hint in types.items()}
 
 
 def _config_pieces(command: str, path: Path, content: dict[str, Any]) -> list[_Piece]:
@@ -297,7 +458,7 @@ def _config_pieces(command: str, path: Path, content: dict[str, Any]) -> list[_P
     layers = [_known(command, shared), sections.get(command, {})]
     if command in _BENCHMARKS_OF:
         layers.insert(1, _known(command, sections.get(_BENCHMARKS_OF[command], {})))
-    return [_config_piece(command, path, layer) for layer in layers if layer]
+    return [_config_piece(_lists(command), path, layer) for layer in layers if layer]
 
 
 def _all_names() -> set[str]:
@@ -312,12 +473,13 @@ def _known(command: str, content: dict[str, Any]) -> dict[str, Any]:
 
 def _lists(command: str) -> tuple[str, ...]:
     """Those options of a command that take several words."""
-    return _LISTS.get(_BENCHMARKS_OF.get(command, command), ())
+    return _LISTS.get(command, ()) or _LISTS.get(_BENCHMARKS_OF.get(command, ""), ())
 
 
-def _config_piece(command: str, path: Path, layer: dict[str, Any]) -> _Piece:
-    layer = layer | {key: [layer[key]] for key in _lists(command) if isinstance(layer.get(key), str | int | float)}
-    return _Piece(["--config", yaml.safe_dump(layer, default_flow_style=True, width=1 << 30)], path)
+def _config_piece(lists: Collection[str], path: Path, layer: dict[str, Any]) -> _Piece:
+    return _Piece(
+        [], path, layer | {key: [layer[key]] for key in lists if isinstance(layer.get(key), str | int | float)}
+    )
 
 
 def check_keys(path: Path | str, content: dict[str, Any], known: set[str], prefix: str = "") -> None:

@@ -5,17 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
-
 from dalikd.pipelines.containers import DESCRIPTION
 from dalikd.pipelines.convert import WriteOptions, check_pictures, check_target, write_records
-from dalikd.pipelines.data import DataConfig, open_sources, open_split
+from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
 from dalikd.pipelines.inspection import PUBLISHED, check_count, remedy, verify_files
 from dalikd.pipelines.published import Finding
 from dalikd.pipelines.records import Records
 from dalikd.pipelines.request import Role
 from dalikd.pipelines.sources import Source
-from dalikd.tools.cli import guarded
+from dalikd.tools.cli import run_function
 
 
 @dataclass
@@ -39,10 +37,10 @@ class SourceConfig:
     name: Literal[
         "imagefolder", "imagenet", "imagenet100", "tinyimagenet", "cifar10", "cifar100", "svhn", "stl10", "digits"
     ] = "imagefolder"
-    root: str | None = None
+    root: FilePath | None = None
     train_split: str | None = None
     val_split: str | None = None
-    classes: str | None = None
+    classes: FilePath | None = None
     class_seed: int | None = None
     limit: int | None = None
     val_limit: int | None = None
@@ -151,7 +149,7 @@ def _split(data: SourceConfig, role: Role) -> str:
 def _root(data: SourceConfig) -> Path:
     if data.root is None:
         raise ValueError(f"{data.name} needs a folder: say --data.root FOLDER")
-    return Path(data.root).expanduser().resolve()
+    return Path(data.root).resolve()
 
 
 def verify(folder: Path) -> None:
@@ -169,9 +167,7 @@ def verify(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with guarded("prepare"):
-        arguments = None if argv is None else list(argv)
-        prepare(auto_cli(PrepareOptions, args=arguments, prog="dalikd prepare", exit_on_error=False))
+    run_function("prepare", prepare, argv, options=PrepareOptions)
 
 
 if __name__ == "__main__":

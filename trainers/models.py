@@ -15,6 +15,7 @@ from dalikd.kd.normalize import Normalisation, Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.kd.teacher_cache import weights_digest
 from dalikd.pipelines.augment import View
+from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
 from dalikd.trainers.trial import try_net
@@ -50,13 +51,13 @@ class TeacherConfig:
     """
 
     name: str | None = None
-    weights: str | None = None
+    weights: FilePath | None = None
     args: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
     fold_bn: bool = True
-    cache: str | None = None
+    cache: FilePath | None = None
 
 
 def build_model(

@@ -1,5 +1,12 @@
+import re
+import shlex
+import signal
 from argparse import SUPPRESS
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -8,7 +15,13 @@ import yaml
 from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
-from dalikd.tools.cli import OPTIONS, build_parser, guarded, parse
+from dalikd.pipelines.data import DataConfig
+from dalikd.tools import correlate, demo, prepare
+from dalikd.tools.bench import all as bench_all
+from dalikd.tools.bench import images, loader, tables
+from dalikd.tools.cli import OPTIONS, _new_parser, build_parser, guarded, parse, run_function
+from dalikd.tools.signature import expand_path, is_path, option_types
+from dalikd.trainers.loop import Interrupted
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
 
 RUN = {"config", "print_config", "help", "batch_size", "seed", "device", "precision"}
@@ -188,10 +201,46 @@ def test_nested_values_and_lists_are_read():
     assert options.model_args == {"dropout": 0.1}
 
 
+LISTS = [
+    (["--schedule.milestones", "30", "60"], "--schedule.milestones '[30, 60]'"),
+    (["--schedule.milestones=30", "60"], "--schedule.milestones '[30, 60]'"),
+    (["--schedule.milestones", "30"], "--schedule.milestones '[30]'"),
+    (["--mean", "0.5,", "0.5,", "0.5"], "--mean '[0.5, 0.5, 0.5]'"),
+    (["--teacher.std", "0.2", "0.2", "0.2"], "--teacher.std '[0.2, 0.2, 0.2]'"),
+    (["--loss.lw_mix", "1", "0", "0.5", "--seed", "1"], "--loss.lw_mix '[1, 0, 0.5]'"),
+    (["--optimizer", "AdamW", "--optimizer.betas", "0.9", "0.99"], "--optimizer.betas '[0.9, 0.99]'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "written"), LISTS)
+def test_a_list_of_words_is_shown_how_it_is_written(arguments, written):
+    with pytest.raises(ValueError, match="a list is one value, in brackets and quotes: " + re.escape(written) + "$"):
+        parse("distill", arguments)
+    option, value = shlex.split(written)
+    before = [] if "betas" not in option else ["--optimizer", "AdamW"]
+    parse("distill", [*before, option, value])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.root", "my", "images"], "--data.root my images: --data.root takes one value; put quotes around"),
+        (["--epochs", "3", "4"], "--epochs 3 4: --epochs takes one value"),
+        (["--optimizer", "lamb"], "^--optimizer lamb: there is no such class; give its whole path"),
+        (["--no_such_option", "3", "4"], "unrecognized arguments: --no_such_option 3 4"),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path, arguments, message):
+    good = _write(tmp_path / "0.yaml", {"model": "resnet8"})
+    with pytest.raises(ValueError, match=message):
+        parse("distill", ["--config", good, *arguments])
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
         ([], ["published"]),
+        (["--augmentation", '["cutmix", "flip"]'], ["cutmix", "flip"]),
         (["--augmentation", "cutmix"], ["cutmix"]),
         (["--augmentation=cutmix,flip"], ["cutmix", "flip"]),
         (["--augmentation", "cutmix", "flip", "mixup", "--epochs", "2"], ["cutmix", "flip", "mixup"]),
@@ -321,6 +370,260 @@ def test_resuming_reads_the_folders_config_first(tmp_path):
         parse("train", ["--resume", "nowhere"])
 
 
+YAML_WORDS = [
+    ("compile: off", "1.yaml: compile: YAML reads off as false; put it in quotes, compile: 'off'"),
+    ("device: on", "device: 'on'"),
+    ("data: {root: 2012}", "1.yaml: data.root: YAML reads 2012 as a number; put it in quotes, root: '2012'"),
+    ("data: {val_split: no}", "val_split: 'no'"),
+    ("output: 2026-11-26", "1.yaml: output: YAML reads 2026-11-26 as a date; put it in quotes, output: '2026-11-26'"),
+    ("output: ~", "1.yaml: output: YAML reads ~ as nothing; put it in quotes, output: '~'"),
+    ("model: 1e5", "model: '1e5'"),
+    ("augmentation: no", "augmentation: 'no'"),
+    ("measure: {augmentation: [cutmix, off]}", "1.yaml: measure.augmentation: YAML reads off as false"),
+    (
+        "schedule: {milestones: 30, 60}",
+        "1.yaml: schedule.milestones is 30, 60: a list is written in brackets, .*[30, 60]",
+    ),
+    ("schedule:\n  milestones: 30, 60", "milestones: [30, 60]"),
+    ("mean: 0.5", "1.yaml: mean is 0.5: a list is written in brackets, mean: [0.5]"),
+    ("loss: {init_args: {lw_mix: 1, 0, 0.5}}", "loss.init_args.lw_mix is 1, 0, 0.5: .*, lw_mix: [1, 0, 0.5]"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), YAML_WORDS)
+def test_what_yaml_does_not_read_as_it_is_meant_is_shown_how_it_is_written(tmp_path, content, message):
+    names = [_write(tmp_path / f"{number}.yaml", text) for number, text in enumerate(("epochs: 1", content, "seed: 1"))]
+    pattern = message.replace("[", r"\[").replace("]", r"\]")
+    for command in ("distill", "measure"):
+        with pytest.raises(ValueError, match=pattern):
+            parse(command, [word for name in names for word in ("--config", name)])
+
+
+def test_words_in_quotes_and_numbers_with_an_exponent_are_what_they_are(tmp_path):
+    config = _write(tmp_path / "1.yaml", 'output: "1e5"\ndata: {root: "2012", val_split: "no"}\nclip: 1e-3\n')
+    options, plain = parse("train", ["--config", config])
+    assert (options.output, options.data.root, options.data.val_split, options.clip) == ("1e5", "2012", "no", 1e-3)
+    assert parse("train", ["--config", _write(tmp_path / "2.yaml", plain)])[1] == plain
+
+
+@pytest.mark.parametrize("bad", ["ema: 2", "loss: {init_args: {temperature: 0}}", "epochs: many"])
+def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
+    names = [_write(tmp_path / f"{number}.yaml", text) for number, text in enumerate(("ema: 0.5", bad, "seed: 1"))]
+    with pytest.raises(ValueError, match=r"^\S*/1.yaml: "):
+        parse("distill", [word for name in names for word in ("--config", name)])
+
+
+# ----------------------------------------------------------------------------------------------------- paths
+
+#: every option that is a path
+PATHS = {
+    *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
+    *("checkpoint", "entropy_log", "points", "plot", "root", "folder", "target", "readme", "benchmarks"),
+}
+#: the options of commands that share no configs
+ALONE = {
+    "prepare": prepare.PrepareOptions,
+    "correlate": correlate.run,
+    "demo": demo.run,
+    "bench loader": loader.LoaderOptions,
+    "bench all": bench_all.run,
+    "bench images": images.repeat_pictures,
+    "bench tables": tables.run,
+}
+
+
+@pytest.mark.parametrize("command", [*OPTIONS, *ALONE])
+def test_every_option_of_a_file_or_folder_is_a_path(command):
+    """Told by its help, so that no later one stays a plain text: its type is FilePath, or Path."""
+    component = OPTIONS.get(command) or ALONE[command]
+    types = option_types(component)
+    assert {name for name in types if is_path(types[name])} == PATHS & types.keys()
+    told = {action.dest: action.help or "" for action in _new_parser(command, component)._actions}
+    texts = {name for name in types if types[name] in (str, str | None)}
+    about_files = {name for name in texts if re.search(r"\b(file|folder|path)s?\b", told[name])}
+    assert about_files <= {"data.train_split", "data.val_split", "teacher.sha256", "shard"}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_paths_know_the_home_folder_and_variables(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "/some/place")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    names = sorted(PATHS & option_types(OPTIONS[command]).keys() - {"resume", "verify"})
+    options, plain = parse(command, [word for name in names for word in (f"--{name}", "${PLACE}/x")])
+    assert {attrgetter(name)(options) for name in names} == {"/some/place/x"}
+    assert "PLACE" not in yaml.safe_dump(plain)
+    in_config = [name for name in names if name != "output"]  # of which benchmarks leave a run's alone
+    options, _ = parse(command, ["--config", _write(tmp_path / "1.yaml", dict.fromkeys(in_config, "~/x"))])
+    assert {attrgetter(name)(options) for name in in_config} <= {f"{tmp_path}/x"}
+    with pytest.raises(ValueError, match=rf"--{names[-1]} \$NOWHERE/x: the environment variable NOWHERE is not set"):
+        parse(command, [f"--{names[-1]}", "$NOWHERE/x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("~", "/home/me"),
+        ("~/x", "/home/me/x"),
+        ("$PLACE/x", "/some/place/x"),
+        ("a/${PLACE}b~", "a//some/placeb~"),
+        ("../x", "../x"),
+        ("./~", "./~"),
+        ("pretrained", "pretrained"),
+        ("$NOWHERE/x", "--json $NOWHERE/x: the environment variable NOWHERE is not set"),
+        ("${PLACE:-x}", "--json ${PLACE:-x}: the environment variable PLACE:-x is not set"),
+        ("~no one/x", "--json ~no one/x: there is no such home folder; a file of that name is ./~no one/x"),
+    ],
+)
+def test_a_path_is_what_a_shell_makes_of_it(monkeypatch, given, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/some/place")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    if expected.startswith("--"):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            expand_path("--json", given)
+    else:
+        assert expand_path("--json", given) == expected
+
+
+def test_folders_that_are_gone_on_with_and_configs_are_paths_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _write(tmp_path / "config.yaml", {"epochs": 7})
+    for command, option in (("train", "resume"), ("cache", "verify")):
+        options, _ = parse(command, [f"--{option}", "~"])
+        assert (options.epochs, getattr(options, option), options.output) == (7, str(tmp_path), str(tmp_path))
+    assert parse("train", ["--config", "${HOME}/config.yaml"])[0].epochs == 7
+    with pytest.raises(ValueError, match=r"--config \$NOWHERE/x: the environment variable NOWHERE is not set"):
+        parse("train", ["--config", "$NOWHERE/x"])
+
+
+@dataclass
+class Own:
+    """Options of a command that shares none.
+
+    Args:
+        names: of things.
+        counts: of them.
+        place: a folder.
+        data: a group.
+    """
+
+    names: list[str] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    place: Path = Path()
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if 0 in self.counts:
+            raise ValueError("--counts must be\nabove 0")
+
+
+def test_a_command_that_shares_no_configs_has_the_same_rules(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = _write(tmp_path / "own.yaml", {"counts": [3], "place": "~/a", "data": {"root": "~/b"}})
+    found: list[Own] = []
+    words = ["--config", "~/own.yaml", "--names", "x", "y,z", "--counts", "1", "2"]
+    run_function("some", found.append, words, options=Own, lists=("names", "counts"))
+    assert (found[0].names, found[0].counts) == (["x", "y", "z"], [1, 2])
+    assert (found[0].place, found[0].data.root) == (tmp_path / "a", f"{tmp_path}/b")
+    _write(tmp_path / "off.yaml", "data: {val_split: off}")
+    for words, message in (
+        (["--config", config, "--counts", "0"], "--counts must be above 0"),
+        (["--config", "~/off.yaml"], f"{tmp_path}/off.yaml: data.val_split: YAML reads off as false"),
+        (["--naems", "1"], "--naems"),
+        (["--names"], "--names needs at least one value"),
+        (["--place", "$NOWHERE"], "--place $NOWHERE: the environment variable NOWHERE is not set"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_function("some", print, words, options=Own, lists=("names", "counts"))
+        error = capsys.readouterr().err
+        assert (stop.value.code, error.count("\n")) == (2, 1)
+        assert error.startswith("dalikd some: error: ")
+        assert message in error
+
+
+def test_a_function_takes_words_by_their_places():
+    found = []
+
+    def command(points: Path, plot: Path | None = None) -> None:
+        """Says what it was given."""
+        found.append((points, plot))
+
+    run_function("some", command, ["--plot", "out.png", "points.json"], positional=True)
+    assert found == [(Path("points.json"), Path("out.png"))]
+
+
+# --------------------------------------------------------------------------------------------------- classes
+
+SGD_LR_005 = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.07, "momentum": 0.8}}
+ADAMW_LR_01 = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+
+
+@pytest.mark.parametrize(
+    ("configs", "words", "name", "lr", "weight_decay", "said"),
+    [
+        ([{"optimizer": {"class_path": "torch.optim.AdamW"}}], "", "AdamW", 0.001, 0.01, ""),
+        ([{"optimizer": "AdamW"}], "", "AdamW", 0.001, 0.01, ""),
+        ([ADAMW_LR_01], "", "AdamW", 0.01, 0.01, ""),
+        ([], "--optimizer AdamW", "AdamW", 0.001, 0.01, ""),
+        ([], "--optimizer.lr 0.02 --optimizer AdamW", "AdamW", 0.02, 0.01, ""),
+        ([], "--optimizer=AdamW --optimizer.lr=0.02", "AdamW", 0.02, 0.01, ""),
+        ([], "--optimizer SGD --optimizer.lr 0.2", "SGD", 0.2, 5e-4, ""),
+        ([SGD_LR_005], "--optimizer AdamW", "AdamW", 0.001, 0.01, "--optimizer AdamW: lr 0.07, momentum 0.8 of "),
+        ([SGD_LR_005], "--optimizer torch.optim.AdamW --optimizer.lr 0.2", "AdamW", 0.2, 0.01, "lr 0.07, momentum 0.8"),
+        ([ADAMW_LR_01], "--optimizer SGD", "SGD", 0.05, 5e-4, "lr 0.01 of torch.optim.AdamW"),
+        ([ADAMW_LR_01], "--optimizer torch.optim.adamw.AdamW", "AdamW", 0.01, 0.01, ""),
+        ([SGD_LR_005, ADAMW_LR_01], "", "AdamW", 0.01, 0.01, "1.yaml: optimizer torch.optim.AdamW: lr 0.07, momentum"),
+        ([SGD_LR_005, "AdamW"], "", "AdamW", 0.001, 0.01, "0.yaml) no longer hold, AdamW has its own defaults"),
+        ([{"lr": 0.3}, "AdamW"], "", "AdamW", 0.001, 0.01, "lr 0.3 of torch.optim.SGD"),
+        (["AdamW", {"lr": 0.3}], "", "AdamW", 0.3, 0.01, ""),
+        ([SGD_LR_005, {"lr": 0.3}], "", "SGD", 0.3, 5e-4, ""),
+    ],
+)
+def test_another_class_has_its_own_defaults(
+    tmp_path, monkeypatch, capsys, configs, words, name, lr, weight_decay, said
+):
+    """What was given for the class before does not hold for it, and that is said in one line."""
+    monkeypatch.setattr("dalikd.tools.classes._SAID", set())
+    files = [
+        _write(tmp_path / f"{number}.yaml", content if "optimizer" in content else {"optimizer": content})
+        for number, content in enumerate(configs)
+    ]
+    options, plain = parse("train", [*(word for file in files for word in ("--config", file)), *words.split()])
+    built = options.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (type(built).__name__, built.defaults["lr"], built.defaults["weight_decay"]) == (name, lr, weight_decay)
+    assert plain["optimizer"]["init_args"]["lr"] == lr
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == bool(said)
+
+
+def test_a_section_may_name_another_class(tmp_path, capsys):
+    config = _write(tmp_path / "1.yaml", {"optimizer": SGD_LR_005, "train": {"optimizer": "Adagrad"}})
+    for _ in range(2):
+        assert parse("train", ["--config", config])[1]["optimizer"]["init_args"]["lr"] == 0.01
+    assert parse("distill", ["--config", config])[1]["optimizer"]["init_args"]["lr"] == 0.07
+    assert capsys.readouterr().err.count("lr 0.07, momentum 0.8 of torch.optim.SGD") == 1  # once in a process
+
+
+class OtherLoss(KD):
+    """Another loss.
+
+    Args:
+        temperature: of both nets.
+    """
+
+    def __init__(self, temperature: float = 1.5) -> None:
+        super().__init__(temperature=temperature)
+
+
+def test_another_loss_has_its_own_defaults(tmp_path, capsys):
+    config = _write(tmp_path / "1.yaml", {"loss": {"init_args": {"temperature": 7.0, "ce_weight": 0.5}}})
+    options, _ = parse("distill", ["--config", config, "--loss", f"{OtherLoss.__module__}.OtherLoss"])
+    assert (type(options.loss), options.loss.temperature) == (OtherLoss, 1.5)
+    assert "ce_weight 0.5, temperature 7.0 of dalikd.kd.losses.KD" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------- failing
 
 
@@ -337,6 +640,35 @@ def test_an_error_without_words_names_its_kind(capsys):
     assert capsys.readouterr().err == "dalikd train: error: FileNotFoundError\n"
 
 
+def test_a_signal_is_one_line_and_its_own_exit_code(capsys, tmp_path):
+    def ended(stop: Callable[[], object]) -> object:
+        with pytest.raises(SystemExit) as exit, guarded("prepare"), TemporaryDirectory(dir=tmp_path):
+            stop()
+        assert list(tmp_path.iterdir()) == []
+        return exit.value.code
+
+    def interrupt(number: int) -> None:
+        error = Interrupted("stopped by a signal")
+        error.__dict__["signal"] = number
+        raise error
+
+    handler = signal.getsignal(signal.SIGTERM)
+    assert ended(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "dalikd prepare: stopped (Ctrl-C)\n"
+    assert ended(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert capsys.readouterr().err == ""
+    assert ended(lambda: interrupt(signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "dalikd prepare: stopped by a signal\n"
+
+
+def test_of_several_processes_one_says_that_they_stop(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop, guarded("train"):
+        raise KeyboardInterrupt
+    assert (stop.value.code, capsys.readouterr().err) == (130, "")
+
+
 def test_a_traceback_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("DALIKD_TRACEBACK", "1")
     with pytest.raises(ValueError, match="inside"), guarded("train"):
@@ -346,17 +678,3 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(AssertionError), guarded("train"):
         raise AssertionError
-
-
-def test_another_optimizer_has_its_own_defaults():
-    built = parse("train", ["--optimizer", "AdamW"])[0].optimizer([torch.nn.Parameter(torch.zeros(1))])
-    assert built.defaults["lr"] == AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
-    assert built.defaults["weight_decay"] == AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults["weight_decay"]
-    before = parse("train", ["--optimizer.lr", "0.02", "--optimizer", "AdamW"])[0].optimizer(
-        [torch.nn.Parameter(torch.zeros(1))]
-    )
-    assert (before.defaults["lr"], before.defaults["weight_decay"]) == (0.02, built.defaults["weight_decay"])
-    named = parse("train", ["--optimizer", "SGD", "--optimizer.lr", "0.2"])[0].optimizer(
-        [torch.nn.Parameter(torch.zeros(1))]
-    )
-    assert (named.defaults["lr"], named.defaults["momentum"]) == (0.2, 0.9)

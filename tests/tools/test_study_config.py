@@ -109,6 +109,69 @@ def test_classes_in_pairs_stay_plain(read):
     assert read({}, words='--pairs [{"teacher":"a","student":"b"}]')[0].pairs == [{"teacher": "a", "student": "b"}]
 
 
+def test_paths_of_study_cells_and_nets_are_expanded(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "/some/place")
+    student = {"name": "vgg8", "data": {"classes": "~/c.txt"}}
+    pairs = [{"teacher": {"name": "vgg13", "weights": "~/t.pt"}, "student": student}]
+    options, shared, _ = read(
+        {"data": {"root": "~/d"}, "train": {"data": {"classes": "$PLACE/c"}}, "study": {"pairs": pairs}},
+        words="--output ~/s --measure.entropy_log ${PLACE}/e",
+    )
+    assert options.output == f"{tmp_path}/s"
+    assert options.pairs == [
+        {
+            "teacher": {"name": "vgg13", "weights": f"{tmp_path}/t.pt"},
+            "student": {"name": "vgg8", "data": {"classes": f"{tmp_path}/c.txt"}},
+        }
+    ]
+    assert shared == {
+        "data": {"root": f"{tmp_path}/d"},
+        "train": {"data": {"classes": "/some/place/c"}},
+        "measure": {"entropy_log": "/some/place/e"},
+    }
+    lost = [{"teacher": {"name": "vgg13", "weights": "$NOWHERE/t.pt"}, "student": "vgg8"}]
+    with pytest.raises(ValueError, match=r"pairs\[0\].teacher.weights \$NOWHERE/t.pt: the environment variable"):
+        read({"study": {"pairs": lost}})
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizer", "said"),
+    [
+        ("--optimizer AdamW", "AdamW", "command line: optimizer AdamW: lr 0.07, momentum 0.8 of torch.optim.SGD"),
+        ("--optimizer AdamW --optimizer.lr 0.2", {"class_path": "AdamW", "init_args": {"lr": 0.2}}, "lr 0.07"),
+        ("--optimizer.lr 0.2 --optimizer AdamW", {"class_path": "AdamW", "init_args": {"lr": 0.2}}, "lr 0.07"),
+        ("--optimizer.lr 0.2", {"class_path": "SGD", "init_args": {"lr": 0.2, "momentum": 0.8}}, ""),
+        (
+            "--optimizer torch.optim.SGD",
+            {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.07, "momentum": 0.8}},
+            "",
+        ),
+    ],
+)
+def test_another_class_leaves_the_options_of_the_one_before(read, monkeypatch, capsys, words, optimizer, said):
+    monkeypatch.setattr("dalikd.tools.classes._SAID", set())
+    config = {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.07, "momentum": 0.8}}}
+    assert read(config, words=words)[1] == {"optimizer": optimizer}
+    error = capsys.readouterr().err
+    assert said.replace("torch.optim.", "") in error
+    assert error.count("\n") == bool(said)
+
+
+def test_a_later_class_goes_before_an_earlier_section(read, monkeypatch, capsys):
+    monkeypatch.setattr("dalikd.tools.classes._SAID", set())
+    _, shared, _ = read({"train": {"optimizer": {"momentum": 0.8}}}, {"optimizer": "AdamW"})
+    assert shared == {"train": {}, "optimizer": "AdamW"}
+    assert "1.yaml: optimizer AdamW: momentum 0.8 of torch.optim.SGD" in capsys.readouterr().err
+
+
+def test_words_stay_words(read):
+    words = "--data.val_split no --data.root 2012 --train.device cpu --clip 1e-3 --measure.checkpoint null"
+    _, shared, _ = read({}, words=words)
+    assert shared["data"] == {"val_split": "no", "root": "2012"}
+    assert (shared["clip"], shared["measure"]) == (1e-3, {"checkpoint": None})
+
+
 def test_help_is_shown(capsys):
     with pytest.raises(SystemExit) as stop:
         read_study(["--help"])
@@ -125,6 +188,9 @@ def test_help_is_shown(capsys):
         ({}, "epochs 3", "epochs: options begin with --, and have a value"),
         ({}, "--epochs", "--epochs needs a value"),
         ({}, "--seeds --epochs 3", "--seeds needs at least one value"),
+        ({}, "--train.schedule.milestones 3 4", "--train.schedule.milestones '[3, 4]'"),
+        ({}, "--epochs 3 4", "--epochs takes one value"),
+        ({"study": {"pair": [False]}}, "", "0.yaml: study.pair: YAML reads false as false; put it in quotes"),
         ({}, "--config nowhere.yaml", "nowhere.yaml: no such file"),
         ({"epoch": 3}, "", "0.yaml: unknown key epoch; did you mean epochs"),
         ({"study": {"seed": 3}}, "", "0.yaml: unknown key study.seed; did you mean seeds"),

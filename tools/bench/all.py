@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from dalikd.tools.bench.dispatch import BENCHMARKS, Planned
-from dalikd.tools.bench.options import RESULTS, listed
-from dalikd.tools.cli import guarded, run_function
+from dalikd.tools.bench.options import RESULTS
+from dalikd.tools.cli import run_function
 from dalikd.trainers.tracking import check_writable
 
 __all__ = ["main", "planned", "run"]
@@ -66,9 +66,7 @@ def planned(root: Path, only: Sequence[str] | None = None) -> list[tuple[str, Pl
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with guarded("bench all"):
-        words = listed(sys.argv[1:] if argv is None else argv, ("only",))
-    run_function("bench all", run, words)
+    run_function("bench all", run, argv, lists=("only",))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Rounds alternate between the loaders, so that a noisy neighbour hits all. Before
 processes rest; what it has made in advance is taken off before the clock starts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,13 @@ from dalikd.tools.bench.comparison import Clock, Comparison, compare
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.feeding import measure_orders
 from dalikd.tools.bench.machine import cores, device_slug, environment
-from dalikd.tools.bench.options import RESULTS, check_names, check_rounds, run_options
+from dalikd.tools.bench.options import RESULTS, check_names, check_rounds
 from dalikd.tools.bench.record import Record, check_output, markdown, write
 from dalikd.tools.bench.sides import Job, runnable
 from dalikd.tools.bench.startup import measure_startup
 from dalikd.tools.bench.stores import STORES, open_pictures, own_store
 from dalikd.tools.bench.sweep import measure_sweep
+from dalikd.tools.cli import run_function
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import Device, start
 
@@ -85,7 +87,7 @@ class LoaderOptions:
         numbers |= {f"data.{name}": getattr(self.data, name) for name in ("threads", "prefetch", "image_size")}
         numbers |= {"orders": min(self.orders or [1])}
         for name, value in numbers.items():
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name} {value}: give a number above 0")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers {self.workers}: give 0 (the main process alone) or more")
@@ -167,7 +169,8 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_options("loader", LoaderOptions, run, argv, lists=("backends", "augmentations", "sources", "orders"))
+    lists = ("backends", "augmentations", "sources", "orders")
+    run_function("bench loader", run, argv, options=LoaderOptions, lists=lists)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import cores, device_slug, environment
-from dalikd.tools.bench.options import check_rounds, listed
+from dalikd.tools.bench.options import check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, ratio, summary, table, write
 from dalikd.tools.bench.step import cached, setting, unquiet, variant
 from dalikd.tools.bench.training import ScalingOptions
@@ -257,7 +257,7 @@ def _reason(errors: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_command("bench scaling", run, listed(sys.argv[1:] if argv is None else argv, ("processes",)))
+    run_command("bench scaling", run, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dalikd.pipelines.data import FilePath
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import DistillOptions, TrainOptions
 
@@ -59,7 +60,7 @@ class StudyOptions:
     dry_run: bool = False
     report: bool = False
     poll_seconds: float = 30.0
-    output: str | None = None
+    output: FilePath | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that no study can work with; pairs are read by `read_pairs`."""

@@ -140,7 +140,7 @@ def test_each_launch_gets_its_share_of_the_cores(words, tmp_path, monkeypatch):
 
 def test_what_all_runs_can_be_parsed(tmp_path):
     for planned in scaling.plan(tmp_path):
-        options, _ = parse("bench scaling", scaling.listed(planned.arguments, ("processes",)))
+        options, _ = parse("bench scaling", planned.arguments)
         options.check_warm_up()
         assert max(options.processes) <= max(planned.gpus, 2)
 
