@@ -1,4 +1,4 @@
-"""The progress bar of everything that takes longer than two seconds."""
+"""How far everything is that takes longer than a few seconds."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ _DELAY, _LINES_EVERY = 2.0, 10.0  # seconds
 
 
 def progress(label: str, iterable: Iterable[Any] | None = None, *, hidden: bool = False, **options: Any) -> tqdm:
-    """A bar on a terminal; into a file or pipe a whole line every ten seconds and at the end.
+    """A bar on a terminal, after two seconds; into a file or pipe a whole line every ten seconds, and one at the end.
 
     Args:
         label: what goes on.
@@ -25,7 +25,7 @@ def progress(label: str, iterable: Iterable[Any] | None = None, *, hidden: bool 
     hidden = hidden or os.environ.get("RANK", "0") != "0"
     if sys.stderr.isatty():
         return tqdm(iterable, label, delay=_DELAY, dynamic_ncols=True, disable=hidden, **options)
-    return _Lines(iterable, label, delay=_DELAY, mininterval=_LINES_EVERY, ncols=100, disable=hidden, **options)
+    return _Lines(iterable, label, delay=_LINES_EVERY, mininterval=_LINES_EVERY, ncols=100, disable=hidden, **options)
 
 
 class _Lines(tqdm):
