@@ -40,8 +40,10 @@ def _blocks(language: str) -> list[str]:
 
 
 def _commands() -> list[tuple[str, list[str]]]:
-    """Every command line of the README: the command's name and its arguments."""
-    lines = [line for block in _blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    """Every command line of the README: the command's name and its arguments; in a loop, one round of it."""
+    lines = [
+        line.replace("$name", "cutmix") for block in _blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [command for line in words if (command := _command(line)) is not None]
 

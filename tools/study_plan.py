@@ -129,4 +129,7 @@ class _Kinds:
         key = json.dumps([kind.command, kind.settings])
         if key not in self._parsed:
             self._parsed[key] = self.parse(kind.command, kind.words(Path()))
-        return replace(self._parsed[key], **varied)
+        try:
+            return replace(self._parsed[key], **varied)
+        except ValueError as error:
+            raise ValueError(f"{cell.name}: {error}") from error
