@@ -90,7 +90,7 @@ class _Piece(NamedTuple):
         """What is said of a class option in it: a class, options of one, or both; None: nothing."""
         if self.path is None:
             name, value = self.words[0].removeprefix("--"), self.words[-1]
-            if name in (option, f"{option}.class_path"):
+            if name in (option, f"{option}.class_path") and len(self.words) > 1:
                 return yaml.safe_load(value) if value.startswith("{") else value
             inner = name.removeprefix(f"{option}.").removeprefix("init_args.")
             return {"init_args": {inner: value}} if name.startswith(f"{option}.") and inner != "help" else None
@@ -143,11 +143,11 @@ def run_function(
         parser = _new_parser(f"dalikd {name}", component, positional=positional)
         words = sys.argv[1:] if argv is None else argv
         pieces = _expand(words, types, lists, partial(_own_config, types=types, lists=lists), positional=positional)
-        if options is None:
-            made, _ = _read(parser, pieces, types, partial(partial, function))
-            made()
-        else:
+        if options is not None:
             function(_read(parser, pieces, types, options)[0])
+        else:
+            _, values = _read(parser, pieces, types, dict)
+            function(**values.as_dict())
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def guarded(command: str) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     finally:
         if alone:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _terminate(number: int, _frame: object) -> None:

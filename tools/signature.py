@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
-_NUMBERS = re.compile(r"[-+.\w]*\d[-+.\w]*( *, *[-+.\w]*\d[-+.\w]*)+")
+_NUMBERS = re.compile(r"[-+.e\d]+( *, *[-+.e\d]+)+")
 
 # 1e5 is a number for jsonargparse and a word for PyYAML; it is one thing in a config, whoever reads or writes it
 for _part in (yaml.SafeLoader, yaml.SafeDumper):
@@ -158,7 +158,7 @@ def check_yaml(place: str, content: Mapping[Any, Any], text: Any, types: Mapping
             continue
         # {milestones: 30, 60} is {milestones: 30, 60: null}
         torn = list(takewhile(lambda after: content[after] is None and not isinstance(after, str), keys[number + 1 :]))
-        numbers = isinstance(value, str) and not hints and _NUMBERS.fullmatch(value) is not None
+        numbers = place.endswith("init_args.") and isinstance(value, str) and _NUMBERS.fullmatch(value) is not None
         one_for_list = bool(hints) and all(map(_is_list, hints)) and not (value is None or isinstance(value, list))
         if isinstance(key, str) and (torn or numbers or one_for_list):
             values = ", ".join(map(str, (written, *torn)))

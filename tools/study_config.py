@@ -145,7 +145,11 @@ def _without(section: dict[str, Any], top: dict[str, Any], place: str | None) ->
         if key not in top:
             kept[key] = value
         elif key in CLASSES and "class_path" in whole(top[key]):
-            _over_class(key, value, top[key], place)  # says what goes
+            former, named = _class_of(key, value), _class_of(key, top[key])
+            if same_class(key, former, named):
+                kept[key] = _without(whole(value), whole(top[key]), place)
+            else:
+                say_what_goes(f"{place}: {key} {named}", named, former, settings_of(value), "given before")
         elif isinstance(value, dict) and isinstance(top[key], dict):
             kept[key] = _without(value, top[key], place)
     return kept
@@ -168,13 +172,17 @@ def _over_class(option: str, old: Any, new: Any, place: str | None) -> Any:
     before, after = whole(old), whole(new)
     if before == {"init_args": old} and after == {"init_args": new}:
         return {**old, **new}
-    former = before.get("class_path", CLASSES[option][0]["class_path"])
+    former = _class_of(option, old)
     named = after.get("class_path", former)
     if place is not None and not same_class(option, named, former):
         say_what_goes(f"{place}: {option} {named}", named, former, settings_of(before), "given before")
         return new
     parts = {part for part in ("init_args", "dict_kwargs") if part in {**before, **after}}
     return {**before, **after, **{part: {**before.get(part, {}), **after.get(part, {})} for part in parts}}
+
+
+def _class_of(option: str, value: Any) -> str:
+    return whole(value).get("class_path", CLASSES[option][0]["class_path"])
 
 
 def _check_shared(content: dict[str, Any], path: Path) -> None:

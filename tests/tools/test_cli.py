@@ -227,6 +227,7 @@ def test_a_list_of_words_is_shown_how_it_is_written(arguments, written):
         (["--data.root", "my", "images"], "--data.root my images: --data.root takes one value; put quotes around"),
         (["--epochs", "3", "4"], "--epochs 3 4: --epochs takes one value"),
         (["--optimizer", "lamb"], "^--optimizer lamb: there is no such class; give its whole path"),
+        (["--optimizer"], "--optimizer.*expected one argument"),
         (["--no_such_option", "3", "4"], "unrecognized arguments: --no_such_option 3 4"),
     ],
 )

@@ -163,6 +163,12 @@ def test_a_later_class_goes_before_an_earlier_section(read, monkeypatch, capsys)
     _, shared, _ = read({"train": {"optimizer": {"momentum": 0.8}}}, {"optimizer": "AdamW"})
     assert shared == {"train": {}, "optimizer": "AdamW"}
     assert "1.yaml: optimizer AdamW: momentum 0.8 of torch.optim.SGD" in capsys.readouterr().err
+    _, shared, _ = read(
+        {"train": {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.07, "momentum": 0.8}}}},
+        {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.2}}},
+    )
+    assert shared["train"] == {"optimizer": {"init_args": {"momentum": 0.8}}}
+    assert capsys.readouterr().err == ""
 
 
 def test_words_stay_words(read):
