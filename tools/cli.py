@@ -296,7 +296,11 @@ def _read(
         config = parser.parse_args([word for piece in pieces[:count] for word in piece.to_words()])
         del config["config"]
         expand_paths(config, types)
-        return make(**vars(parser.instantiate(config))), config
+        try:
+            values = parser.instantiate(config)
+        except ValueError as error:
+            raise ValueError(f"--loss: {error}") from error  # of all options it alone is made here
+        return make(**vars(values)), config
 
     try:
         return read(len(pieces))

@@ -38,6 +38,8 @@ def run(
     """
     if len(augmentation_names(augmentation)) < 3:
         raise ValueError("--augmentation: name at least three, a correlation needs as many points")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: give at least 320")
     if (output / "points.json").exists() and not overwrite:
         raise ValueError(
             f"{output} holds a demo: name another folder with --output, or replace it with --overwrite true"

@@ -20,6 +20,7 @@ from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.schedules import ScheduleConfig
 
 __all__ = [
+    "DATA_RANGES",
     "FROM_0",
     "FROM_1",
     "CacheOptions",
@@ -49,14 +50,17 @@ FROM_0 = _Range(lambda value: value >= 0, "0 or more")
 _ABOVE_0 = _Range(lambda value: 0 < value < math.inf, "a number above 0")
 _SHARE = _Range(lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.95")
 # NaN fits nowhere
-_RUN = {
-    "batch_size": FROM_1,
-    "seed": _Range(lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1"),
+DATA_RANGES = {
     **dict.fromkeys(
         [f"data.{name}" for name in ("image_size", "limit", "val_limit", "val_resize", "threads", "prefetch")], FROM_1
     ),
     "data.class_seed": FROM_0,
     "data.hw_decoder_load": _Range(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+}
+_RUN = {
+    "batch_size": FROM_1,
+    "seed": _Range(lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1"),
+    **DATA_RANGES,
 }
 _TRAINING = {
     "epochs": FROM_1,

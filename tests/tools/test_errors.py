@@ -140,7 +140,8 @@ def test_no_model(refused, tree, data_options):
     ("arguments", "words"),
     [
         (["--loss", "dalikd.kd.losses.Nope"], ["Nope"]),
-        (["--loss.temperature", 0], ["temperature is 0", "above 0"]),
+        (["--loss.temperature", 0], ["--loss: temperature is 0", "above 0"]),
+        (["--loss.ce_weight", ".nan"], ["--loss: ce_weight is nan: give 0 or more"]),
         (["--loss.temprature", 1], ["temprature"]),
         (["--loss.lw_mix", "[1, 2]"], ["lw_mix"]),
         (["--teacher.name", "resnte8"], ["teacher resnte8", "did you mean resnet8"]),

@@ -30,6 +30,7 @@ from dalikd.tools.bench.sweep import measure_sweep
 from dalikd.tools.cli import run_function
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import Device, start
+from dalikd.trainers.options import DATA_RANGES, check_numbers
 
 __all__ = ["LoaderOptions", "main", "plan", "run"]
 
@@ -83,8 +84,8 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that cannot be measured with."""
         check_rounds(self.rounds)
+        check_numbers(self, DATA_RANGES)
         numbers = {name: getattr(self, name) for name in ("random", "batch_size", "seconds", "images", "startup")}
-        numbers |= {f"data.{name}": getattr(self.data, name) for name in ("threads", "prefetch", "image_size")}
         numbers |= {"orders": min(self.orders or [1])}
         for name, value in numbers.items():
             if value is not None and not 0 < value < math.inf:
