@@ -211,6 +211,8 @@ def test_a_signal_names_the_cell(tmp_path, accelerator):
     def stop(*_: object) -> None:
         raise Interrupted("stopped by signal 15; go on with --resume somewhere", 15)
 
-    with pytest.raises(Interrupted, match=r"^teachers/a stopped by signal 15; the same command goes on there$"):
+    message = r"^teachers/a stopped by signal 15; the same command goes on there$"
+    with pytest.raises(Interrupted, match=message) as raised:
         run_cells(_queue(tmp_path), stop, accelerator, 0.01)
+    assert raised.value.signal == 15
     _lock(tmp_path, "teachers/a").close()
