@@ -213,8 +213,10 @@ def parse(
     folders = {"--resume", "--verify"} & {f"--{name}" for name in types}
     pieces = [] if content is None else _config_pieces(command, path, content)
     pieces += _expand(argv, types, _lists(command), partial(_read_config, command), folders)
+    # a run is not gone on with as another class: that is an error, and no note
+    resumes = any(piece.words[:1] == ["--resume"] for piece in pieces)
     for name in CLASSES.keys() & types.keys():
-        pieces, default = _settle(name, pieces)
+        pieces, default = _settle(name, pieces, silent=resumes)
         parser.set_defaults({name: default})
     options, config = _read(parser, pieces, types, OPTIONS[command])
     plain = yaml.safe_load(parser.dump(config))
@@ -245,8 +247,8 @@ def _new_parser(prog: str, component: Callable[..., Any], *, positional: bool = 
     return parser
 
 
-def _settle(option: str, pieces: list[_Piece]) -> tuple[list[_Piece], dict[str, Any]]:
-    """Take out what was given for another class than the one that is named last, and say so.
+def _settle(option: str, pieces: list[_Piece], *, silent: bool) -> tuple[list[_Piece], dict[str, Any]]:
+    """Take out what was given for another class than the one that is named last, and say so unless silent.
 
     On one command line all options are of the class that it names, whatever their order.
 
@@ -267,7 +269,7 @@ def _settle(option: str, pieces: list[_Piece]) -> tuple[list[_Piece], dict[str, 
             where = f"--{option} {named}" if piece.path is None else f"{piece.path}: {option} {named}"
             if "." not in named and find_class(option, named) is None:
                 raise ValueError(f"{where}: there is no such class; give its whole path, such as {current}")
-            if find_class(option, named) is not None:  # else the parser says what is wrong with it
+            if not silent and find_class(option, named) is not None:  # else the parser says what is wrong with it
                 say_what_goes(where, named, current, lost, ", ".join(places))
             for i in gone:
                 pieces[i] = pieces[i].without(option)

@@ -648,13 +648,16 @@ def test_a_signal_is_one_line_and_its_own_exit_code(capsys, tmp_path):
         assert list(tmp_path.iterdir()) == []
         return exit.value.code
 
+    def press_ctrl_c() -> None:
+        raise KeyboardInterrupt
+
     def interrupt(number: int) -> None:
         error = Interrupted("stopped by a signal")
         error.__dict__["signal"] = number
         raise error
 
     handler = signal.getsignal(signal.SIGTERM)
-    assert ended(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    assert ended(press_ctrl_c) == 130
     assert capsys.readouterr().err == "dalikd prepare: stopped (Ctrl-C)\n"
     assert ended(lambda: signal.raise_signal(signal.SIGTERM)) == 143
     assert signal.getsignal(signal.SIGTERM) == handler
