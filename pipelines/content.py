@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-__all__ = ["extension_of", "lacks_app14", "refusal", "why_damaged"]
+__all__ = ["extension_of", "is_jpeg2000", "lacks_app14", "refusal", "why_damaged"]
 
 _FORMATS = (  # that DALI decodes: first bytes, name, extension
     (b"\xff\xd8\xff", "JPEG", "jpg"),
@@ -13,10 +13,9 @@ _FORMATS = (  # that DALI decodes: first bytes, name, extension
     (b"BM", "BMP", "bmp"),
     *((start, "TIFF", "tiff") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
     *((b"P%d" % kind, "PNM", "ppm") for kind in range(1, 7)),
+    *((start, "JPEG 2000", "jp2") for start in (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
 )
 _OTHER_IMAGES = (
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"GIF8", "GIF"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
@@ -49,10 +48,16 @@ def extension_of(encoded: bytes) -> str:
     return found[1]
 
 
+def is_jpeg2000(encoded: bytes) -> bool:
+    """Whether it is JPEG 2000, which only `doctor.Decoder` may be asked about: a damaged one can end the process."""
+    found = _format(encoded)
+    return found is not None and found[0] == "JPEG 2000"
+
+
 def refusal(encoded: bytes) -> str | None:
     """Why an encoded image is not for DALI, as its header tells; None where it is.
 
-    Some microseconds; pixel data are not looked at. JPEG 2000 is refused because damaged files of it end the process.
+    Some microseconds; pixel data are not looked at. JPEG 2000 passes, of which only `doctor.Decoder` can tell.
     """
     found = _format(encoded)
     if found is None:

@@ -29,7 +29,7 @@ from dalikd.pipelines.containers import (
     Shard,
     file_sha256,
 )
-from dalikd.pipelines.content import extension_of, refusal, why_damaged
+from dalikd.pipelines.content import extension_of, is_jpeg2000, refusal
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.manifest import build_once
@@ -229,7 +229,9 @@ def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: Thr
     with progress(f"writing {source.split}", total=len(order), unit=" images") as bar:
         for start in range(0, len(order), chunk):
             samples = list(pool.map(lambda row: _sample(source, row), order[start : start + chunk].tolist()))
-            if options.resize is not None:
+            if options.resize is None:
+                _check_jpeg2000(source, samples, decoder)
+            else:
                 samples = _resized(source, samples, options.resize, decoder, pool)
             for sample in samples:
                 yield sample
@@ -253,6 +255,20 @@ def _sample(source: Source, row: int) -> _Sample:
     return _Sample(row, int(source.labels[row]), encoded, extension_of(encoded), printable(name))
 
 
+def _check_jpeg2000(source: Source, samples: list[_Sample], decoder: Decoder) -> None:
+    """No header tells whether such an image is for DALI.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = [sample for sample in samples if is_jpeg2000(sample.encoded)]
+    for first in range(0, len(found), decoder.at_once):
+        part = found[first : first + decoder.at_once]
+        for sample, answer in zip(part, decoder.decode([sample.encoded for sample in part]), strict=True):
+            if isinstance(answer, str):
+                raise ValueError(_REPAIR.format(printable(source.path(sample.id)), answer))
+
+
 def _resized(
     source: Source, samples: list[_Sample], short_side: int, decoder: Decoder, pool: ThreadPoolExecutor
 ) -> list[_Sample]:
@@ -263,9 +279,9 @@ def _resized(
         ValueError: DALI cannot decode one.
     """
 
-    def resize(sample: _Sample, pixels: np.ndarray | None) -> _Sample:
-        if pixels is None:
-            raise ValueError(_REPAIR.format(printable(source.path(sample.id)), why_damaged(sample.encoded)))
+    def resize(sample: _Sample, pixels: np.ndarray | str) -> _Sample:
+        if isinstance(pixels, str):
+            raise ValueError(_REPAIR.format(printable(source.path(sample.id)), pixels))
         height, width = pixels.shape[:2]
         short = min(height, width)
         if short <= short_side:

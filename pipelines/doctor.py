@@ -1,22 +1,34 @@
 """Names the files that cannot be decoded: by what they hold, else by asking DALI about each image alone.
 
-DALI's error for a bad file often does not say which one it was.
+DALI's error for a bad file often does not say which one it was. Damaged JPEG 2000 images can end the process that
+decodes them: a process of their own does it, which imports this file, so that torch is no part of it.
 """
 
+import io
 import os
+import pickle
 import re
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
+from PIL import Image
 
 from dalikd.pipelines.augment import View
-from dalikd.pipelines.content import refusal, why_damaged
-from dalikd.pipelines.sources import Source
+from dalikd.pipelines.content import is_jpeg2000, refusal, why_damaged
+
+if TYPE_CHECKING:
+    import torch
+
+    from dalikd.pipelines.sources import Source
 
 __all__ = ["BadFile", "Decoder", "dali_words", "find_bad_files", "is_decode_failure", "printable"]
 
@@ -37,10 +49,10 @@ def printable(text: str) -> str:
 
 
 def find_bad_files(
-    source: Source,
+    source: "Source",
     rows: Iterable[int],
     *,
-    device: torch.device | None = None,
+    device: "torch.device | None" = None,
     threads: int = 1,
     done: Callable[[int], object] = lambda count: None,  # noqa: ARG005 - named for its callers
 ) -> list[BadFile]:
@@ -52,6 +64,9 @@ def find_bad_files(
         device: that decodes; None: the CPU.
         threads: that read and decode.
         done: called with the number of files that were looked at since its last call.
+
+    Raises:
+        RuntimeError: as `Decoder.decode`.
     """
     if source.arrays is not None:
         return []
@@ -69,7 +84,7 @@ def find_bad_files(
     return bad
 
 
-def _read(source: Source, row: int) -> bytes | str:
+def _read(source: "Source", row: int) -> bytes | str:
     """The encoded image, or why there is none."""
     try:
         return source.read(row)
@@ -83,13 +98,9 @@ def _read(source: Source, row: int) -> bytes | str:
 
 def _reasons(contents: Sequence[bytes | str], decoder: "Decoder") -> list[str | None]:
     """Why each image is bad; None for a good one."""
-    reasons = [content if isinstance(content, str) else refusal(content) for content in contents]
-    left = [place for place, reason in enumerate(reasons) if reason is None]
-    encoded = [content for content, reason in zip(contents, reasons, strict=True) if reason is None]
-    for place, pixels in zip(left, decoder.decode(encoded), strict=True):  # type: ignore[arg-type]
-        if pixels is None:
-            reasons[place] = why_damaged(contents[place])  # type: ignore[arg-type]
-    return reasons
+    decoded = iter(decoder.decode([content for content in contents if isinstance(content, bytes)]))
+    answers = [content if isinstance(content, str) else next(decoded) for content in contents]
+    return [answer if isinstance(answer, str) else None for answer in answers]
 
 
 class Decoder:
@@ -100,21 +111,45 @@ class Decoder:
         device: that decodes; None: the CPU.
 
     Attributes:
-        at_once: the images of a call that keep all threads busy; whole, they are large.
+        at_once: the most images of a call; they keep all threads busy, and whole they are large.
     """
 
-    def __init__(self, threads: int, device: torch.device | None = None) -> None:
-        self._threads, self.at_once = threads, _EACH_THREAD * threads
-        self._device_id = (device.index or 0) if device is not None and device.type == "cuda" else None
-        self._graph: Any = None
-        self._encoded: list[np.ndarray] = []
+    def __init__(self, threads: int, device: "torch.device | None" = None) -> None:
+        device_id = (device.index or 0) if device is not None and device.type == "cuda" else None
+        self.at_once = _EACH_THREAD * threads
+        self._here, self._apart = _Dali(threads, device_id, jpeg2000=False), _Apart(threads, device_id)
 
-    def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | None]:
-        """Pixels of each image, uint8 [H, W, 3]; None for one that DALI fails on.
+    def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
+        """Pixels of each image, uint8 [H, W, 3], or why there are none: its header is refused, DALI fails on it, or it
+        is a JPEG 2000 image that DALI decodes otherwise than Pillow.
 
         Raises:
-            RuntimeError: the GPU fails.
+            RuntimeError: the GPU fails, or the process that decodes JPEG 2000 images cannot work.
         """
+        answers: list[Any] = [refusal(content) for content in encoded]
+        kinds = [
+            is_jpeg2000(content) if reason is None else None for content, reason in zip(encoded, answers, strict=True)
+        ]
+        for kind, decoder in ((False, self._here), (True, self._apart)):
+            places = [place for place, own in enumerate(kinds) if own is kind]
+            for place, answer in zip(places, decoder.decode([encoded[place] for place in places]), strict=True):
+                answers[place] = answer
+        return answers
+
+    def close(self) -> None:
+        """End the process that decodes JPEG 2000 images. The next one starts another."""
+        self._apart.close()
+
+
+class _Dali:
+    """A graph that decodes in this process; of JPEG 2000 all or none."""
+
+    def __init__(self, threads: int, device_id: int | None, *, jpeg2000: bool) -> None:
+        self._threads, self._device_id, self._jpeg2000 = threads, device_id, jpeg2000
+        self._graph: Any = None
+        self._batch: tuple[Any, ...] = ()
+
+    def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
         if not encoded:
             return []
         try:
@@ -123,22 +158,27 @@ class Decoder:
             self._graph = None
             if not is_decode_failure(error):
                 raise
-            return [None] if len(encoded) == 1 else [pixels for one in encoded for pixels in self.decode([one])]
+            if len(encoded) == 1:
+                return [why_damaged(encoded[0])]
+            return [answer for one in encoded for answer in self.decode([one])]
 
-    def _run(self, encoded: Sequence[bytes]) -> list[np.ndarray | None]:
+    def _run(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
         from dalikd.pipelines.graphs import build_graph
 
-        self._encoded = [np.frombuffer(content, np.uint8) for content in encoded]
+        self._batch = ([np.frombuffer(content, np.uint8) for content in encoded],)
+        if self._jpeg2000:
+            self._batch += (np.ones(len(encoded), np.uint8),)
         if self._graph is None:
             self._graph = build_graph(
-                lambda _: (self._encoded,),
+                lambda _: self._batch,
                 View(1, "whole"),
                 reader="bytes",
-                batch_size=max(len(encoded), self.at_once),
+                batch_size=_EACH_THREAD * self._threads,
                 threads=self._threads,
                 device_id=self._device_id,
                 prefetch=1,  # no batch is asked for before its images are there
                 mend_cmyk=True,
+                jpeg2000=self._jpeg2000,
             )
         images, *_ = self._graph.run()
         images = images.as_cpu()
@@ -155,3 +195,106 @@ def dali_words(error: RuntimeError) -> str:
     """What DALI says in one line, without the lines of its graph and of its own code."""
     text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
     return " ".join(text.split())[:300]
+
+
+# -------------------------------------------------------------------------------------------- JPEG 2000
+
+
+class _Apart:
+    """Decodes JPEG 2000 images in a process of its own, which damaged ones can end."""
+
+    def __init__(self, threads: int, device_id: int | None) -> None:
+        # it finds modules where this process finds them
+        self._code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from dalikd.pipelines.doctor import serve; serve({threads}, {device_id})"
+        )
+        self._child: _Child | None = None
+
+    def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
+        if not encoded:
+            return []
+        child, self._child = self._child or _Child(self._code), None
+        answers = child.ask(encoded)
+        if not isinstance(answers, str):
+            self._child = child  # one that was interrupted is not asked again
+            return answers
+        if len(encoded) == 1:
+            return [f"this JPEG 2000 ends the process that decodes it ({answers}), as damaged ones do"]
+        return [answer for one in encoded for answer in self.decode([one])]
+
+    def close(self) -> None:
+        self._child = None
+
+
+class _Child:
+    """The process; it ends with this object."""
+
+    def __init__(self, code: str) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+        self._end = weakref.finalize(self, _end, self._process, self._errors)
+
+    def ask(self, encoded: Sequence[bytes]) -> list[np.ndarray | str] | str:
+        """Its answers, one an image; or the name of the signal that it has died by.
+
+        Raises:
+            RuntimeError: it has failed for a reason of its own.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            pickle.dump(encoded, stdin)
+            stdin.flush()
+            return pickle.load(stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            code = self._process.wait()
+        if code < 0:
+            return signal.Signals(-code).name
+        self._errors.seek(0)
+        words = self._errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise RuntimeError(f"the process that first decodes JPEG 2000 images has failed: {words}")
+
+
+def _end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
+    process.kill()
+    process.communicate()
+    errors.close()
+
+
+def serve(threads: int, device_id: int | None) -> None:
+    """That process: for each list of images from stdin a list of what `Decoder.decode` says of them to stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print
+    Image.MAX_IMAGE_PIXELS = None
+    dali = _Dali(threads, device_id, jpeg2000=True)
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            try:
+                encoded = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            pickle.dump(list(pool.map(_compare, encoded, dali.decode(encoded))), answers)
+            answers.flush()
+
+
+def _compare(encoded: bytes, answer: np.ndarray | str) -> np.ndarray | str:
+    """The pixels that DALI has made, if Pillow makes the same, to within rounding."""
+    if isinstance(answer, str):
+        return answer
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=["JPEG2000"])
+        deep = image.mode.startswith("I;16")  # whose convert("RGB") makes all levels above 255 white
+        pixels = np.asarray(image)[..., None] / 257 if deep else np.asarray(image.convert("RGB"), np.int16)
+    except Exception as error:  # it has many for damaged files
+        return f"Pillow fails on this JPEG 2000, which is damaged, or of a rare kind: {error}"
+    if pixels.shape[:2] != answer.shape[:2] or np.abs(pixels - answer).max() > 1:
+        return f"DALI decodes this JPEG 2000 ({image.mode}) to other pixels than Pillow; save it as PNG or JPEG"
+    return answer

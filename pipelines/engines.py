@@ -4,7 +4,9 @@ import ctypes
 import gc
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
-from dalikd.pipelines.content import lacks_app14, refusal
+from dalikd.pipelines.content import is_jpeg2000, lacks_app14, refusal
+from dalikd.pipelines.doctor import Decoder, is_decode_failure
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
@@ -177,8 +180,10 @@ class DaliEngine:
         self._graph: Any = None
         self._first = 0
         self._plans: deque[Plan] = deque()
-        self._fit: set[int] = set()  # rows of rare formats whose headers have been looked at
+        self._fit: set[int] = set()  # rows of rare formats that have been looked at
         self._mend_cmyk = False
+        self._judge: Decoder | None = None  # once a JPEG 2000 image has come
+        self._judged = np.zeros(len(work.source), bool)  # rows that it knows
 
     def fetch(self, position: int) -> Pixels:
         """The pixels of a microbatch; the pipeline is built at the first one.
@@ -189,7 +194,14 @@ class DaliEngine:
         """
         if self._graph is None:
             self._build(position)
-        outputs = self._run()
+        try:
+            outputs = self._run()
+        except RuntimeError as error:
+            if self._judge is not None or not is_decode_failure(error) or not self._holds_jpeg2000(position):
+                raise
+            self._judge = Decoder(self._options.threads, self._work.device)
+            self.restart()
+            return self.fetch(position)
         if self._reader != "arrays":
             *outputs, second, channels = outputs
             if self._look(self._plans[0], np.asarray(second.as_tensor()), np.asarray(channels.as_tensor())):
@@ -213,6 +225,8 @@ class DaliEngine:
 
     def close(self) -> None:
         """Free the pipeline."""
+        if self._judge is not None:
+            self._judge.close()
         if self._graph is None:
             return
         self._graph = None
@@ -226,7 +240,41 @@ class DaliEngine:
 
     def feed(self, plan: Plan) -> tuple[Any, ...]:
         """A plan as the graph's inputs."""
-        return (self._pictures(plan), *(np.ascontiguousarray(plan.draws.views[name]) for name in self._names))
+        trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
+        draws = (np.ascontiguousarray(plan.draws.views[name]) for name in self._names)
+        return (self._pictures(plan), *draws, *trusted)
+
+    def _holds_jpeg2000(self, position: int) -> bool:
+        """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
+        plan = self.plan(position)
+        return any(is_jpeg2000(self._content_or_nothing(plan, slot)) for slot in range(len(plan.rows)))
+
+    def _trusted(self, plan: Plan, judge: Decoder) -> np.ndarray:
+        """Which JPEG 2000 images DALI may decode: those that another process has decoded, each once.
+
+        Returns:
+            uint8 [B], 1 for these. Other formats need none.
+        """
+        new = np.flatnonzero(~self._judged[plan.rows])
+        with ThreadPoolExecutor(self._options.threads) as pool:
+            for first in range(0, len(new), judge.at_once):
+                slots = new[first : first + judge.at_once]
+                read = pool.map(partial(self._content_or_nothing, plan), slots)
+                contents = zip(plan.rows[slots].tolist(), read, strict=True)
+                found = {row: content for row, content in contents if is_jpeg2000(content)}
+                answers = zip(found, judge.decode(list(found.values())), strict=True)
+                self._fit |= {row for row, answer in answers if not isinstance(answer, str)}
+        self._judged[plan.rows] = True
+        if self._judged.all():
+            judge.close()
+        return np.array([row in self._fit for row in plan.rows.tolist()], np.uint8)
+
+    def _content_or_nothing(self, plan: Plan, slot: int) -> bytes:
+        """The encoded image in a slot; where it cannot be read DALI fails too."""
+        try:
+            return self._content(plan, slot)
+        except OSError:
+            return b""
 
     def _pictures(self, plan: Plan) -> list[np.ndarray]:
         source = self._work.source
@@ -279,6 +327,7 @@ class DaliEngine:
             prefetch=self._options.prefetch,
             hw_decoder_load=self._options.hw_decoder_load,
             mend_cmyk=self._mend_cmyk,
+            jpeg2000=self._judge is not None,
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
@@ -335,7 +384,8 @@ class RecordsEngine(DaliEngine):
         self._microbatches.close()
 
     def _content(self, plan: Plan, slot: int) -> bytes:
-        return self._pictures(plan)[slot].tobytes()
+        read, row = self._read[plan.micro.index], int(plan.rows[slot])
+        return read.contents[slot].tobytes() if row == read.ids[slot] else self._records.read(row)
 
     def _pictures(self, plan: Plan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]

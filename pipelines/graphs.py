@@ -10,6 +10,7 @@ epoch and the seed alone. `mixed` decode on a GPU, `cpu` otherwise; the rest of 
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 from dalikd.pipelines.augment import View, ViewRun
 
 __all__ = ["build_graph", "input_names"]
+
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # it warns of each JPEG 2000 image that names no color space
 
 Reader = Literal["files", "bytes", "arrays"]
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
@@ -34,8 +37,9 @@ _AUGMENTED_DRAWS = {
 }
 
 
-def input_names(view: View, views: Sequence[ViewRun] = ()) -> tuple[str, ...]:
-    """The graph's inputs in order: `source` (paths, encoded pictures or arrays), then the draws by name."""
+def input_names(view: View, views: Sequence[ViewRun] = (), *, jpeg2000: bool = False) -> tuple[str, ...]:
+    """The graph's inputs in order: `source` (paths, encoded pictures or arrays), the draws by name, then `trusted`
+    where JPEG 2000 images may come: uint8, 1 for those that another process has decoded."""
     base = {
         "center_crop": (),
         "square": (),
@@ -45,7 +49,7 @@ def input_names(view: View, views: Sequence[ViewRun] = ()) -> tuple[str, ...]:
         "random_resized_crop": ("tries", "offsets", "flip"),
     }
     more = (f"{name}{index}" for index, run in enumerate(views) for name in _AUGMENTED_DRAWS[run.kind])
-    return ("source", *base[view.crop], *more)
+    return ("source", *base[view.crop], *more, *(("trusted",) if jpeg2000 else ()))
 
 
 def build_graph(
@@ -60,11 +64,12 @@ def build_graph(
     prefetch: int = 2,
     hw_decoder_load: float | None = None,
     mend_cmyk: bool = False,
+    jpeg2000: bool = False,
 ) -> Pipeline:
     """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
 
     Args:
-        callback: returns one batch for each of `input_names(view, views)`, for ever.
+        callback: returns one batch for each of `input_names(view, views, jpeg2000=jpeg2000)`, for ever.
         view: the base view.
         views: the augmented views.
         reader: the source is "files": paths as uint8 arrays; "bytes": encoded pictures as uint8 arrays; "arrays":
@@ -76,6 +81,7 @@ def build_graph(
         hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
         mend_cmyk: take a JPEG of four channels without an APP14 segment for inverted CMYK, as Pillow does; DALI takes
             it for CMYK that is not, which makes most of them black.
+        jpeg2000: decode the JPEG 2000 images that are `trusted`. A graph without this fails on all of them.
 
     Returns:
         a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
@@ -89,6 +95,7 @@ def build_graph(
             reader,
             {} if hw_decoder_load is None or device_id is None else {"hw_decoder_load": hw_decoder_load},
             mend_cmyk,
+            jpeg2000,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -113,9 +120,17 @@ def _quiet_build():
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(callback, view: View, views: tuple[ViewRun, ...], reader: Reader, decoder: dict[str, Any], mend_cmyk: bool):
-    draws = _inputs(callback, input_names(view, views))
-    source = _READERS[reader](draws["source"], decoder, mend_cmyk)
+def _graph(
+    callback,
+    view: View,
+    views: tuple[ViewRun, ...],
+    reader: Reader,
+    decoder: dict[str, Any],
+    mend_cmyk: bool,
+    jpeg2000: bool,
+):
+    draws = _inputs(callback, input_names(view, views, jpeg2000=jpeg2000))
+    source = _READERS[reader](draws["source"], decoder, mend_cmyk, draws["trusted"] if jpeg2000 else 0)
     outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
@@ -140,11 +155,11 @@ def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
 _ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an APP14 segment: CMYK, inverted
 
 
-def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool) -> "_Encoded":
+def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> "_Encoded":
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
-    of DALI 2.4 may crash the process. Peeking at a damaged JPEG 2000 file does crash it: that sees nothing of those."""
+    of DALI 2.4 may crash the process. Peeking at a damaged JPEG 2000 file does crash it: that sees only trusted."""
     second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
-    if second % 0x4F == 0:
+    if second % 0x4F + trusted == 0:
         encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT64)
     if mend_cmyk:
@@ -188,8 +203,8 @@ class _Encoded:
         )
 
 
-def _files(paths, decoder: dict[str, Any], mend_cmyk: bool) -> _Encoded:
-    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoder, mend_cmyk)
+def _files(paths, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> _Encoded:
+    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoder, mend_cmyk, trusted)
 
 
 class _Pixels:
@@ -197,7 +212,7 @@ class _Pixels:
 
     signs = ()
 
-    def __init__(self, pixels, decoder: dict[str, Any], mend_cmyk: bool) -> None:  # noqa: ARG002 - readers have one form
+    def __init__(self, pixels, decoder, mend_cmyk, trusted) -> None:  # noqa: ARG002 - readers have one form
         shape = fn.shapes(pixels, dtype=types.FLOAT64)
         self.height, self.width = shape[0], shape[1]
         on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)

@@ -1,15 +1,26 @@
 """An image set in containers of both formats."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 from dalikd.pipelines.containers import ContainerFormat
 from dalikd.pipelines.convert import WriteOptions, write_records
 from dalikd.pipelines.sources import Source, open_source
 
 FORMATS: tuple[ContainerFormat, ...] = ("webdataset", "tfrecord")
+
+
+@pytest.fixture(scope="session")
+def crashing_jpeg2000() -> bytes:
+    """Its tiles have no size, by which the process that decodes it ends: SIGFPE."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 40)).save(buffer, "JPEG2000")
+    start, marker, rest = buffer.getvalue().partition(b"\xff\x51")
+    return start + marker + rest[:20] + bytes(8) + rest[28:]
 
 
 class Written(NamedTuple):

@@ -142,12 +142,19 @@ AS_PILLOW: dict[str, Callable[[], bytes]] = {
     "TIFF, LZW": lambda: _save(RGB, "TIFF", compression="tiff_lzw"),
     "TIFF, JPEG inside": lambda: _save(RGB, "TIFF", compression="jpeg"),
     "TIFF, 64 bit": lambda: _save(RGB, "TIFF", big_tiff=True),
+    "JPEG 2000": lambda: _save(RGB, "JPEG2000"),
+    "JPEG 2000, lossy": lambda: _save(RGB, "JPEG2000", irreversible=True, quality_layers=[10]),
+    "JPEG 2000, a bare codestream": lambda: _save(RGB, "JPEG2000", no_jp2=True),
+    "JPEG 2000, tiles": lambda: _save(RGB, "JPEG2000", tile_size=(16, 16)),
+    "JPEG 2000, grey": lambda: _save(GREY, "JPEG2000"),
+    "JPEG 2000, transparency": lambda: _save(RGBA, "JPEG2000"),
 }
 #: 16 bits of grey keep their level. Pillow's convert("RGB") makes all above 255 white.
 DEEP_GREY: dict[str, Callable[[], bytes]] = {
     "PNG": lambda: _save(DEEP, "PNG"),
     "PNM": lambda: _pnm(5, DEEP, 65535),
     "TIFF": lambda: _tiff(DEEP, 1),
+    "JPEG 2000": lambda: _save(DEEP, "JPEG2000"),
 }
 #: DALI decodes these to wrong pixels or not at all.
 REFUSED: dict[str, Callable[[], bytes]] = {
@@ -175,9 +182,7 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "TIFF whose colors are multiplied": lambda: _tiff(RGBA, 2, (338, [1])),
     "TIFF whose channels are kept apart .*RGB, 3 x 16": lambda: _tiff(DEEP_RGB, 2, planar=2),
     "TIFF whose channels are kept apart .*RGB, 4 x 8": lambda: _tiff(RGBA, 2, (338, [2]), planar=2),
-    "JPEG 2000, which DALI does not decode; save it": lambda: _save(RGB, "JPEG2000"),
-    "JPEG 2000, which": lambda: _save(RGB, "JPEG2000", no_jp2=True),
-    "GIF, which": lambda: _save(RGB, "GIF"),
+    "GIF, which DALI does not decode; save it": lambda: _save(RGB, "GIF"),
     "AVIF, which": lambda: _save(RGB, "AVIF"),
     "HEIC or a video, which": lambda: b"\0\0\0\x18ftypheic" + bytes(30),
     "SVG, which": lambda: b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
@@ -189,6 +194,12 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "unknown; it begins with the bytes 01 02 03$": lambda: b"\1\2\3",
     "the file is empty": lambda: b"",
     "the header of the TIFF is damaged": lambda: b"II*\0" + b"\xff" * 40,
+}
+#: Of JPEG 2000 the header does not tell.
+REFUSED_ONCE_DECODED: dict[str, Callable[[], bytes]] = {
+    "DALI fails on this JPEG 2000": lambda: _save(RGB, "JPEG2000")[:-20],
+    "DALI fails on this JPEG 2000: it is damaged, or of a rare kind": lambda: _save(GREY, "JPEG2000", no_jp2=True),
+    "DALI decodes this JPEG 2000 .RGB. to other pixels than Pillow; save it": lambda: _save(RGB, "JPEG2000", "YCbCr"),
 }
 
 
@@ -207,7 +218,7 @@ def test_pixels_are_those_of_pillow(decoder, kind):
     encoded = AS_PILLOW[kind]()
     assert refusal(encoded) is None
     (pixels,) = decoder.decode([encoded])
-    assert pixels is not None
+    assert isinstance(pixels, np.ndarray)
     assert np.abs(pixels - _pillow(encoded)).max() <= 1
 
 
@@ -216,7 +227,7 @@ def test_grey_of_16_bits_keeps_its_level(decoder, kind):
     encoded = DEEP_GREY[kind]()
     assert refusal(encoded) is None
     (pixels,) = decoder.decode([encoded])
-    assert pixels is not None
+    assert isinstance(pixels, np.ndarray)
     assert np.abs(pixels - DEEP[..., None] / 257).max() <= 1
 
 
@@ -228,8 +239,24 @@ def test_what_dali_gets_wrong_is_refused(reason):
     assert re.search(reason, refused)
 
 
+def test_jpeg_2000_is_refused_alone(decoder, crashing_jpeg2000):
+    """Whatever it does to the process that decodes it, the images beside it are decoded."""
+    good, ends_it = _save(RGB, "JPEG2000"), "this JPEG 2000 ends the process that decodes it .SIGFPE., as damaged ones"
+    for reason, encode in {ends_it: lambda: crashing_jpeg2000, **REFUSED_ONCE_DECODED}.items():
+        answer, beside = decoder.decode([encode(), good])
+        assert isinstance(answer, str)
+        assert re.search(reason, answer)
+        assert np.array_equal(beside, RGB)
+
+
+def test_a_failure_of_the_process_for_jpeg_2000_is_passed_on(monkeypatch):
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(RuntimeError, match=r"first decodes JPEG 2000 images has failed: ModuleNotFoundError"):
+        Decoder(1).decode([_save(RGB, "JPEG2000")])
+
+
 def test_extensions_follow_the_content():
-    kinds = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tiff", "WEBP": "webp", "PPM": "ppm"}
+    kinds = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tiff", "WEBP": "webp", "PPM": "ppm", "JPEG2000": "jp2"}
     assert {kind: extension_of(_save(RGB, kind)) for kind in kinds} == kinds
 
 

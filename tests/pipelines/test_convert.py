@@ -281,6 +281,28 @@ def test_a_file_that_cannot_be_resized_is_named(tree, tmp_path):
         write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, resize=16))
 
 
+@pytest.mark.parametrize("format", ["webdataset", "tfrecord"])
+def test_jpeg_2000_is_copied_once_it_has_been_decoded(tree, tmp_path, format):
+    pixels = []
+    for path in sorted(tree.glob("*/*.jpg")):
+        image = Image.open(path).convert("RGB")
+        image.save(path, "JPEG2000")
+        pixels.append(np.asarray(image))
+    source, options = _open(tree), WriteOptions(format, threads=1)
+    write_records(source, tmp_path / "out/train", options)
+    sampler = Sampler(len(source), 5, shuffle=False, drop_last=False)
+    view = View(32, "center_crop", resize=32)
+    for batch in Loader(open_source(format, tmp_path / "out", "train"), sampler, DrawSpec(view), threads=1):
+        assert np.array_equal(batch.images, [pixels[row] for row in batch.ids])
+
+
+@pytest.mark.parametrize("changes", [{}, {"resize": 16}, {"check": True}])
+def test_jpeg_2000_that_ends_a_process_is_named(tree, tmp_path, crashing_jpeg2000, changes):
+    (tree / "ant/001.jpg").write_bytes(crashing_jpeg2000)
+    with pytest.raises(ValueError, match=r"ant/001\.jpg .*this JPEG 2000 ends the process that decodes it \(SIGFPE\)"):
+        write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, **changes))
+
+
 def test_check_names_every_bad_file_before_writing(tree, tmp_path):
     source = _open(tree)
     (tree / "ant/001.jpg").write_bytes((tree / "ant/001.jpg").read_bytes()[:-200])  # a header, but not all pixels
