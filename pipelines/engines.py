@@ -199,6 +199,8 @@ class DaliEngine:
         except RuntimeError as error:
             if self._judge is not None or not is_decode_failure(error) or not self._holds_jpeg2000(position):
                 raise
+            outputs = None
+        if outputs is None:
             self._judge = Decoder(self._options.threads, self._work.device)
             self.restart()
             return self.fetch(position)
