@@ -157,7 +157,7 @@ _ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an A
 
 def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> "_Encoded":
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
-    of DALI 2.4 may crash the process. Peeking at a damaged JPEG 2000 file does crash it: that sees only trusted."""
+    of DALI 2.4 may crash the process. Peeking at damaged JPEG 2000 does crash it: of that only `trusted` is seen."""
     second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
     if second % 0x4F + trusted == 0:
         encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
