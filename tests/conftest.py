@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads of torch that wait for work spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # not by the load of the machine
 
 _PHOTOS = {  # width, height
     "bird/landscape": (500, 375),

@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 
 from dalikd.pipelines.doctor import printable
+from dalikd.tools import choose_threads
 from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
 from dalikd.tools.bench.training import ScalingOptions, StepOptions
 from dalikd.tools.classes import CLASSES, find_class, same_class, say_what_goes, settings_of, whole
@@ -115,7 +116,9 @@ def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], ar
         argv: the arguments; default: sys.argv's.
     """
     with guarded(command):
-        return function(*parse(command, sys.argv[1:] if argv is None else argv))
+        options = parse(command, sys.argv[1:] if argv is None else argv)
+        choose_threads()
+        return function(*options)
 
 
 def run_function(

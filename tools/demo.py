@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dalikd import configs
-from dalikd.tools import correlate
+from dalikd.tools import choose_threads, correlate
 from dalikd.tools.cli import parse, run_function
 from dalikd.tools.distill import distill
 from dalikd.tools.measure import measure
@@ -50,6 +50,7 @@ def run(
     common += [] if limit is None else ["--data.limit", str(limit)]
     redo = ["--overwrite", str(overwrite).lower()]
 
+    choose_threads()
     print("1. a teacher", flush=True)
     teacher = train(*parse("train", [*common, "--output", str(output / "teacher"), *redo]))
     weights = ["--teacher.weights", str(output / "teacher/last" / teacher["evaluated"])]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dalikd.tools import choose_threads
 from dalikd.tools.cli import guarded, parse
 from dalikd.tools.distill import distill
 from dalikd.tools.evaluate import evaluate_net
@@ -86,6 +87,7 @@ def _end(study: Study, queue: Queue, accelerator: Accelerator) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with guarded("study"):
+        choose_threads()
         run(make_ready(read_study(sys.argv[1:] if argv is None else argv)))
 
 

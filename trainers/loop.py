@@ -1,6 +1,7 @@
 """The one training loop: forward, backward, step, count; evaluate; checkpoint; track."""
 
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -318,6 +319,7 @@ class Loop:
         return {
             "step": self.progress.step,
             "total_steps": self.total_steps,
+            "threads": torch.get_num_threads(),
             "epochs": self.progress.epochs,
             "identity": self.identity,
             "last": self.progress.last,
@@ -370,8 +372,19 @@ class Loop:
                 f"a run {ended} with {planned} steps has {self.total_steps} now, and the {self.options.schedule.name} "
                 f"schedule is that of the new length: the learning rate goes on with {rate:.4g}"
             )
+        changes += self._take_threads(state.get("threads", torch.get_num_threads()))
         if changes:
             self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
+
+    def _take_threads(self, saved: int) -> list[str]:
+        """Compute with as many threads as before, on which the last bits depend; say so where the user wants others."""
+        now = torch.get_num_threads()
+        if self.accelerator.device.type != "cpu" or saved == now:
+            return []
+        if "OMP_NUM_THREADS" in os.environ or saved > (os.cpu_count() or 1):
+            return [f"{now} thread(s) of torch, not {saved}: the last bits of the weights come out otherwise"]
+        torch.set_num_threads(saved)
+        return []
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take the optimizer's state; its settings stay those of this run's options."""

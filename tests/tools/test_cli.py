@@ -652,9 +652,7 @@ def test_a_signal_is_one_line_and_its_own_exit_code(capsys, tmp_path):
         raise KeyboardInterrupt
 
     def interrupt(number: int) -> None:
-        error = Interrupted("stopped by a signal")
-        error.__dict__["signal"] = number
-        raise error
+        raise Interrupted("stopped by a signal", number)
 
     handler = signal.getsignal(signal.SIGTERM)
     assert ended(press_ctrl_c) == 130

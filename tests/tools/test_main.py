@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
+from dalikd import tools
 from dalikd.tools.main import COMMANDS, main
 
 
@@ -76,6 +78,33 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_else():
     assert _fresh(code, GOMP_SPINCOUNT="7").stdout == "7\n"
     assert _fresh(code, OMP_WAIT_POLICY="active").stdout == "None\n"
     assert int(_fresh(code, OMP_NUM_THREADS="1").stdout) > 0
+
+
+@pytest.mark.parametrize(
+    ("taken", "environment", "threads"),
+    [
+        (0.3, {}, None),  # of four cores: the system's own
+        (1.1, {}, 3),
+        (9.0, {}, 1),
+        (1.1, {"OMP_NUM_THREADS": "4"}, None),
+        (1.1, {"LOCAL_WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_cores_that_others_keep_busy_are_left_to_them(monkeypatch, capsys, taken, environment, threads):
+    chosen = []
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(tools, "_AT_START", (100.0, 50.0))
+    monkeypatch.setattr(tools, "_busy", lambda: (105.0, 50.0 + 5 * taken))
+    tools.choose_threads.__wrapped__()
+    assert chosen == ([] if threads is None else [threads])
+    said = f"other processes keep {taken:.1f} of 4 cores busy: torch computes with {threads} thread(s)"
+    assert (said in capsys.readouterr().err) == bool(chosen)
 
 
 def test_ctrl_c_before_a_command_is_loaded_is_one_line():

@@ -283,6 +283,22 @@ def test_a_folder_without_a_state_is_refused(finished, capsys, spoil, message):
     assert message in error
 
 
+def test_a_resumed_run_computes_with_as_many_threads_unless_told(finished, monkeypatch, capsys):
+    own, state = torch.get_num_threads(), torch.load(finished / "last" / "trainer.pt", weights_only=True)
+    assert state["threads"] == own
+    torch.save({**state, "threads": own + 1}, finished / "last" / "trainer.pt")
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: own + 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    train.main(["--resume", str(finished)])
+    assert chosen == [own + 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", str(own))
+    train.main(["--resume", str(finished)])
+    assert chosen == [own + 1]
+    assert f"{own} thread(s) of torch, not {own + 1}: the last bits" in capsys.readouterr().out
+
+
 def test_settings_of_the_optimizer_are_those_of_the_call(finished, monkeypatch, capsys):
     """No option is read and then ignored: a saved state does not bring old settings back."""
     seen, step = [], Loop.step
