@@ -171,7 +171,7 @@ def stratified_rows(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
 def why_fingerprints_differ(before: str, now: str) -> str:
     """What two fingerprints that differ tell of their images, in words."""
     if len(before.partition("-")[0]) == _WITHOUT_SIZES < len(now.partition("-")[0]):
-        return "one is of an earlier version of dalikd, whose fingerprints held no file sizes: they cannot be compared"
+        return "one holds no file sizes, as those of arrays and of earlier versions of dalikd: they cannot be compared"
     return "the classes, or the images' names, labels or sizes, are others"
 
 

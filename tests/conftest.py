@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads of torch that wait for work spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # not by the load of the machine
 
 _PHOTOS = {  # width, height
     "bird/landscape": (500, 375),
@@ -28,6 +27,11 @@ _PHOTOS = {  # width, height
     "tree/large": (640, 427),
 }
 _EXIF_ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_many_threads_under_any_load() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

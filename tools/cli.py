@@ -166,7 +166,7 @@ def guarded(command: str) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
         yield
-    except (ArgumentError, ValueError, OSError) as error:
+    except (ArgumentError, ValueError, OSError, yaml.YAMLError) as error:
         if os.environ.get("DALIKD_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
@@ -348,8 +348,8 @@ def _expand(
             expanded += read(value_of(option, words))
         elif option in folders:
             folder = expand_path(option, value_of(option, words))
-            resumed = read(str(_folder_config(option, folder)))
-            expanded += [_Piece([option, folder]), _Piece(["--output", folder])]
+            resumed = [*read(str(_folder_config(option, folder))), _Piece(["--output", folder])]
+            expanded.append(_Piece([option, folder]))
         elif option.startswith("--") and option.removeprefix("--") in lists:
             values = values_of(option, words)
             expanded.append(_Piece([option, _as_list(values, types[option.removeprefix("--")])]))

@@ -178,7 +178,7 @@ def _over_class(option: str, old: Any, new: Any, place: str | None) -> Any:
         say_what_goes(f"{place}: {option} {named}", named, former, settings_of(before), "given before")
         return new
     parts = {part for part in ("init_args", "dict_kwargs") if part in {**before, **after}}
-    return {**before, **after, **{part: {**before.get(part, {}), **after.get(part, {})} for part in parts}}
+    return {**before, **after, **{part: {**(before.get(part) or {}), **(after.get(part) or {})} for part in parts}}
 
 
 def _class_of(option: str, value: Any) -> str:

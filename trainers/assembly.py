@@ -182,8 +182,9 @@ def build_student(options: TrainingOptions, source: Source):
         )
     torch.manual_seed(options.seed)
     student = build_model(
-        options.model, source, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std
-    )
+        options.model, source, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std,
+        trained=not fixed,
+    )  # fmt: skip
     if options.reinit:
         reinitialise(student.model, options.seed)
     return student.requires_grad_(False) if fixed else student
@@ -275,6 +276,7 @@ def run_training(
     contents: dict[str, Any] = {}
     if isinstance(method, Distillation):
         contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
+        contents["the_teacher's_answers"] = _answers(data.cached, round(options.epochs * options.epoch_factor))
     try_training(
         method.student,
         lambda net: options.optimizer(parameter_groups(net, options.no_decay_norms)),
@@ -296,6 +298,15 @@ def run_training(
         method.entropy_log.save(path / "entropies.npz")
         plot_entropies(method.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
     return {**results, "folder": str(path)}
+
+
+def _answers(cached: CachedLooks | None, epochs: int) -> str:
+    """Whether a cache gives other answers or orders than the teacher would: it may round them, or repeat its epochs."""
+    if cached is None:
+        return "its own"
+    layout = cached.cache.layout
+    kept = "its own" if layout.storage == "float32" else f"of a cache, {layout.storage} {layout.k or ''}".rstrip()
+    return kept if layout.epochs >= epochs else f"{kept}, {layout.epochs} epochs repeated"
 
 
 def _teacher_digest(teacher: Teacher | CachedLooks) -> str:

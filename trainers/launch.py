@@ -87,8 +87,13 @@ def _check_launcher() -> None:
         return
     import psutil
 
-    launcher = psutil.Process().parent()
-    words = launcher.cmdline() if launcher is not None else []
+    try:
+        launcher = psutil.Process().parent()
+        words = launcher.cmdline() if launcher is not None else []
+    except psutil.Error:
+        words = []
+    if not any("accelerate" in word for word in words):  # a job's own variables
+        return
     given = [after for word, after in pairwise(words) if word.replace("-", "_") == "__num_processes"]
     given += [word.partition("=")[2] for word in words if word.replace("-", "_").startswith("__num_processes=")]
     if given[-1:] == ["1"]:  # the address is another program's

@@ -28,7 +28,7 @@ from dalikd.trainers.tracking import Meter, RunFolder, versions
 
 __all__ = ["Loop", "Method", "parameter_groups"]
 
-_STOP_EVERY = 50  # steps: several processes ask each other so often at least whether one was told to stop
+_STOP_EVERY = 20  # steps: processes on GPUs ask each other so often at least whether one was told to stop
 
 
 class Method(Protocol):
@@ -123,6 +123,7 @@ class Loop:
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
+        self._threads = torch.get_num_threads()  # outside of this run
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.total_steps = round(options.epochs * options.epoch_factor) * self.steps_per_epoch
 
@@ -192,6 +193,7 @@ class Loop:
             self.save(every_process=True)  # the others may never learn why they wait, so the one that knows saves
             raise
         finally:
+            torch.set_num_threads(self._threads)
             self.loader.close()
             self.val_loader.close()
             self.folder.close()
@@ -223,6 +225,7 @@ class Loop:
                     self.save()
                 if number := signals.agreed(progress.step, 1 if end_of_epoch else min(options.log_every, _STOP_EVERY)):
                     self.save()
+                    self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
                     raise Interrupted(f"stopped by signal {number}; go on with --resume {self.folder.path}", number)
 
     def _log_interval(self, clock: "_Clock", bar: tqdm) -> None:
@@ -289,7 +292,8 @@ class Loop:
             "epochs": progress.step / self.steps_per_epoch,
             "last": progress.last,
             "best": progress.best,
-            "best_is": "the epoch with the highest top1 on the validation split itself; compare runs by last",
+            "best_is": "the epoch with the highest top1 on the validation split itself, among equal ones with the "
+            "lowest loss; compare runs by last",
             "evaluated": "ema.safetensors" if self.average is not None else "student.safetensors",
             "compile": self.options.compile,
             "replaced_files": self.replaced_files,
@@ -381,10 +385,11 @@ class Loop:
         now = torch.get_num_threads()
         if self.accelerator.device.type != "cpu" or saved == now:
             return []
-        if "OMP_NUM_THREADS" in os.environ or saved > (os.cpu_count() or 1):
+        if "OMP_NUM_THREADS" in os.environ or saved > len(os.sched_getaffinity(0)):
             return [f"{now} thread(s) of torch, not {saved}: the last bits of the weights come out otherwise"]
         torch.set_num_threads(saved)
-        return []
+        self._threads = now
+        return [f"{saved} thread(s) of torch, not {now}, as the run had: the last bits of the weights depend on them"]
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take the optimizer's state; its settings stay those of this run's options."""

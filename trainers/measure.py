@@ -83,6 +83,10 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     run = _Pass(branches, loader, teacher, accelerator, student, options)
     if student is not None:
         try_net(student, f"--model {options.model}", view.size, len(source.classes), accelerator.device)
+        check_class_order(
+            student, f"--model {options.model}", options.weights, source, seen_in_training, accelerator.device,
+            **reading(options.data),
+        )  # fmt: skip
     if options.checkpoint is not None:
         run.keep_state(Path(options.checkpoint), _identity(options, view, teacher, student))
     run.go()
@@ -214,12 +218,14 @@ class _Pass:
                 try:
                     batch = self.loader.next()
                 except BadFileError:
-                    self._save()  # the loader's state knows the file, which may be mended
+                    # the loader's state knows the file, which may be mended; the others wait, so this one saves its own
+                    self._save(alone=True)
                     raise
                 self._step(batch)
                 bar.update(batch.total)
                 if number := signals.agreed(self.batches, _STOP_EVERY):
                     self._save()
+                    self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
                     kept = "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint"
                     raise Interrupted(
                         f"stopped by signal {number} after {self.measurement.images} images; {kept}", number
@@ -308,10 +314,13 @@ class _Pass:
             "checks": self.checks,
         }
 
-    def _save(self) -> None:
+    def _save(self, alone: bool = False) -> None:
+        """Keep the state, if it is kept: all processes together, or one `alone` that fails."""
         if self._checkpoint is not None:
-            replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
+            if not alone:
+                replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
             self._checkpoint.write(
+                alone,
                 {
                     "step": self.batches,
                     "checks": self.checks,
@@ -319,7 +328,7 @@ class _Pass:
                     "loader": self.loader.state_dict(),
                     "measurement": self.measurement.state_dict(),
                     "logs": self.logs.state_dict(),
-                }
+                },
             )
 
 
@@ -347,9 +356,9 @@ class _Checkpoint:
                 )
         return state
 
-    def write(self, state: dict[str, Any]) -> None:
-        """Save, whole or not at all."""
-        if self._writes:
+    def write(self, alone: bool, state: dict[str, Any]) -> None:
+        """Save, whole or not at all; one process for all, or this one `alone`."""
+        if self._writes or alone:
             save_state(self._path, {**state, "identity": self._identity})
 
 

@@ -1,5 +1,6 @@
 """Nets for a data set: built by name, filled with weights, wrapped with their own normalisation."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ def build_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     sha256: str | None = None,
+    trained: bool = False,
 ) -> Normalized:
     """Build a net for the classes of a data set, in their order where its weights say for which classes they are.
 
@@ -83,6 +85,7 @@ def build_model(
         mean: of each channel, of pixels scaled to 0..1.
         std: of each channel, of pixels scaled to 0..1.
         sha256: checksum of the weights file, or its leading digits.
+        trained: whether it is only a start, which may be for other classes of the same number; a warning says so.
 
     Raises:
         ValueError: unknown name, impossible mean or std, or weights that do not fit, have another checksum or are for
@@ -103,8 +106,11 @@ def build_model(
     model = create_model(name, classes, **args)
     origin = Origin()
     if file is not None:
-        load_weights(model, file, sha256=sha256, class_names=source.classes)
         origin = read_origin(file)
+        foreign = trained and not origin.published and set(origin.class_names or ()) - set(source.classes)
+        load_weights(model, file, sha256=sha256, class_names=None if foreign else source.classes)
+        if foreign:
+            warnings.warn(f"{file} is for other classes than the data: its last layer has to learn anew", stacklevel=2)
     elif weights == _PRETRAINED and classes == _IMAGENET_CLASSES:
         imagenet = Origin(class_names=published_classes("ImageNet"), published=True)
         order = class_order(imagenet, source.classes, f"{name}, pretrained,")
@@ -159,7 +165,7 @@ def open_teacher(
         ValueError: as for `build_teacher`; or it cannot take such images, or answers with NaN.
     """
     net = build_teacher(config, source, view)
-    digest, net = weights_digest(net), net.to(model_type(precision))
+    digest, net = weights_digest(net.model), net.to(model_type(precision))
     teacher = Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn, digest=digest)
     if view is not None:
         try_net(teacher, f"the teacher {config.name}", view.size, len(source.classes), device)
@@ -223,8 +229,6 @@ def _check_pretrained(name: str, classes: int) -> None:
 
 
 def _warn_of_other_view(teacher: Normalized, view: View) -> None:
-    import warnings
-
     config = getattr(teacher.model, "pretrained_cfg", {})
     interpolation = config.get("interpolation")
     if interpolation not in (None, view.interpolation):

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: noted at once, obeyed by all processes at one place, where the state is saved."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,18 +56,20 @@ class StopSignals:
     def agreed(self, step: int, every: int = 1) -> int:
         """A signal that any process had, the same on all of them, or 0.
 
-        All of them call this at the same steps. Several ask each other, and wait for that and for the device, at every
-        `every`-th step; one alone knows at once.
+        All of them call this at the same steps. One alone knows at once. Several ask each other: on a CPU, where steps
+        are slow and nothing runs ahead, at each step; on GPUs, which they wait for then, at every `every`-th.
         """
         if self._accelerator.num_processes == 1:
             return self._number
-        if step % every:
+        if step % every and self._accelerator.device.type != "cpu":
             return 0
         own = torch.tensor([self._number], device=self._accelerator.device)
         return int(self._accelerator.gather(own).max())  # type: ignore[union-attr]
 
     def _note(self, number: int, _frame: object) -> None:
         if self._number and time.monotonic() - self._since > _AGAIN:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
         if not self._number:
             self._number, self._since = number, time.monotonic()

@@ -1,5 +1,6 @@
 """Nets and optimizers are tried out at set-up, on two blank images and on a few of the data, before a folder exists."""
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +26,7 @@ __all__ = ["ask", "check_class_order", "check_finite", "try_net", "try_step", "t
 
 _CLASSES = 10  # that are looked at
 _FEWEST_IMAGES = 20
+_SURE = 0.8  # mean of the largest probabilities
 _PIXELS = 240 * 64 * 64  # of all images that are looked at, on a CPU: about a second
 
 
@@ -130,7 +133,8 @@ def check_class_order(
         reading: options of the Loader.
 
     Raises:
-        ValueError: the net fits another order at least twice as well; it lists the classes.
+        ValueError: the net fits another order at least twice as well; it lists the classes. A net that is no better
+            than chance in any order, and sure of it, is only told of: it may be one that has not been trained.
     """
     origin = read_origin(weights) if weights is not None and Path(weights).is_file() else Origin()
     if weights is None or (origin.class_names is not None and not origin.published):
@@ -151,10 +155,18 @@ def check_class_order(
     np.add.at(counts, (np.searchsorted(seen, labels), answers), 1)
     _, fitting = linear_sum_assignment(counts, maximize=True)
     right, best = (answers == labels).mean(), counts[np.arange(len(seen)), fitting].mean() * len(seen) / len(labels)
+    theirs = f"; those of the weights are {shorten(origin.class_names, 20)}" if origin.class_names else ""
     # an untrained net may tell two or three classes apart as well, but is not sure of it
     if best < 0.5 + 0.9 / len(seen) or right >= best / 2 or confidence < 0.7 * best:
+        chance = binom.ppf(0.95, len(labels), 1 / len(source.classes)) / len(labels)
+        if right <= chance and confidence > _SURE:
+            print(
+                f"dalikd: {who} gives the right class for {100 * right:.0f} % of {len(labels)} images, no more than by "
+                f"chance, and is sure of its answers: is it for the data's classes, {shorten(source.classes, 20)}"
+                f"{theirs}?",
+                file=sys.stderr,
+            )
         return
-    theirs = f"; those of the weights are {shorten(origin.class_names, 20)}" if origin.class_names else ""
     listed = [f"{source.classes[label]} (class {label}) as {other}" for label, other in zip(seen, fitting, strict=True)]
     raise ValueError(
         f"{who} gives the right class for {100 * right:.0f} % of {len(labels)} images, and would for {100 * best:.0f} "

@@ -10,6 +10,7 @@ from dalikd.kd.checkpoints import load_weights
 from dalikd.kd.known_weights import KnownWeights, file_sha256, published_classes
 from dalikd.kd.normalize import Normalisation
 from dalikd.pipelines.augment import View
+from dalikd.trainers.cached import teacher_fingerprint
 from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.models import (
     TeacherConfig,
@@ -110,6 +111,8 @@ def test_weights_of_other_classes_are_refused_by_name(make_source, tmp_path):
     message = r"student\.safetensors is for other classes than the data \(3 and 3\): only of the weights: class3"
     with pytest.raises(ValueError, match=f"teacher resnet8: .*{message}"):
         build_teacher(TeacherConfig("resnet8", str(path)), make_source())
+    with pytest.warns(UserWarning, match="is for other classes than the data: its last layer has to learn anew"):
+        build_model("resnet8", make_source(), weights=str(path), trained=True)  # a start for a student
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.Softmax(1))
     save_weights(path, net, TENTHS, ["class2", "class1", "class0"])
     other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.Linear(3, 3))
@@ -150,6 +153,7 @@ def test_an_opened_teacher_is_frozen_and_folded_in_the_runs_precision(
     teacher = open_teacher(config, source, None, torch.device("cpu"), precision)
     plain = open_teacher(replace(config, fold_bn=False), source, None, torch.device("cpu"), precision)
     assert (teacher.folded, plain.folded) == (9, 0)
+    assert teacher.digest == plain.digest == teacher_fingerprint(config, source)["teacher.weights"]
     assert {values.dtype for values in teacher.model.parameters()} == {kept_in}
     assert not teacher.model.training
     pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()

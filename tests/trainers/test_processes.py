@@ -116,4 +116,4 @@ def test_a_fixed_student_is_observed_by_several(one, two):
 
 def test_a_signal_to_one_process_stops_all_where_the_state_is_saved(one, two):
     assert one["stopped"] == [(signal.SIGTERM, 5)]
-    assert two["stopped"] == [(signal.SIGTERM, 6)] * 2  # the next time that they ask each other
+    assert two["stopped"] == [(signal.SIGTERM, 5)] * 2

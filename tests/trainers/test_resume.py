@@ -289,13 +289,14 @@ def test_a_resumed_run_computes_with_as_many_threads_unless_told(finished, monke
     torch.save({**state, "threads": own + 1}, finished / "last" / "trainer.pt")
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: own + 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(own + 1))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     train.main(["--resume", str(finished)])
-    assert chosen == [own + 1]
+    assert chosen == [own + 1, own]  # and back, for what comes after the run
+    assert f"{own + 1} thread(s) of torch, not {own}, as the run had" in capsys.readouterr().out
     monkeypatch.setenv("OMP_NUM_THREADS", str(own))
     train.main(["--resume", str(finished)])
-    assert chosen == [own + 1]
+    assert chosen == [own + 1, own, own]
     assert f"{own} thread(s) of torch, not {own + 1}: the last bits" in capsys.readouterr().out
 
 

@@ -102,9 +102,7 @@ def test_shares_are_compared_by_seed_and_size_and_not_by_folder():
 
 
 def test_results_of_an_earlier_version_are_told_apart():
-    with pytest.raises(
-        ValueError, match=r"delete the results of other data \(one is of an earlier version of dalikd, "
-    ):
+    with pytest.raises(ValueError, match=r"delete the results of other data \(one holds no file sizes, as those of "):
         check_images({"a": _result("x" * 20, 0), "b": _result("y" * 16, 0)})
 
 
