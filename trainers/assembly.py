@@ -274,9 +274,11 @@ def run_training(
         header["teacher_cache"] = data.cached.describe(round(options.epochs * options.epoch_factor))
         accelerator.print(header["teacher_cache"]["summary"], flush=True)
     contents: dict[str, Any] = {}
+    kept = data.cached.cache.layout if data.cached is not None else None
+    asked = "from the teacher itself" if kept is None else f"from a cache of {kept.epochs} epochs ({kept.storage})"
+    told = {"the teacher's answers come": asked}
     if isinstance(method, Distillation):
         contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
-        contents["the_teacher's_answers"] = _answers(data.cached, round(options.epochs * options.epoch_factor))
     try_training(
         method.student,
         lambda net: options.optimizer(parameter_groups(net, options.no_decay_norms)),
@@ -287,7 +289,7 @@ def run_training(
     )
     loop = Loop(
         method, data.loader, data.val_loader, options, accelerator, folder, header,
-        identity(command, config, **contents),
+        identity(command, config, told, **contents),
     )  # fmt: skip
     if options.resume is not None:
         loop.load()
@@ -298,15 +300,6 @@ def run_training(
         method.entropy_log.save(path / "entropies.npz")
         plot_entropies(method.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
     return {**results, "folder": str(path)}
-
-
-def _answers(cached: CachedLooks | None, epochs: int) -> str:
-    """Whether a cache gives other answers or orders than the teacher would: it may round them, or repeat its epochs."""
-    if cached is None:
-        return "its own"
-    layout = cached.cache.layout
-    kept = "its own" if layout.storage == "float32" else f"of a cache, {layout.storage} {layout.k or ''}".rstrip()
-    return kept if layout.epochs >= epochs else f"{kept}, {layout.epochs} epochs repeated"
 
 
 def _teacher_digest(teacher: Teacher | CachedLooks) -> str:

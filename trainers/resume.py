@@ -21,15 +21,16 @@ _SAID = (
 )
 
 
-def identity(command: str, config: Mapping[str, Any], **contents: Any) -> dict[str, Any]:
+def identity(command: str, config: Mapping[str, Any], told: Mapping[str, Any], **contents: Any) -> dict[str, Any]:
     """What is saved of a run to compare a resumed one with.
 
     Args:
         command: of the run.
         config: its options as plain values.
+        told: what may change and is said, by what it is called in messages.
         contents: of the files that options name, as digests, by what they are called in messages.
     """
-    return {"options": {"command": command, **_flat(config)}, "contents": contents}
+    return {"options": {"command": command, **_flat(config)}, "told": dict(told), "contents": contents}
 
 
 def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> list[str]:
@@ -63,6 +64,12 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
         f"{name.replace('_', ' ')}: others than before ({contents[name]}, now {value})"
         for name, value in own["contents"].items()
         if contents.get(name, value) != value
+    ]
+    told = saved.get("told", {})
+    said += [
+        f"{name} {value}, before {told[name]}"
+        for name, value in own.get("told", {}).items()
+        if told.get(name, value) != value
     ]
     if refused:
         raise ValueError(

@@ -63,9 +63,14 @@ def test_a_resumed_run_reads_its_cache(command, caching, training, tmp_path):
     whole = tmp_path / "whole"
     assert command("distill", *training, *pick, "--epochs", 4, "--output", whole).code == 0
     assert command("distill", *training, *pick, "--epochs", 2, "--output", run).code == 0
-    assert command("distill", "--resume", run, "--epochs", 4).code == 0
+    ended = command("distill", "--resume", run, "--epochs", 4)
+    assert (ended.code, "the teacher's answers" in ended.out) == (0, False)
     ours, theirs = (json.loads((folder / "results.json").read_text())["last"] for folder in (run, whole))
     assert ours == theirs
+    assert command("cache", *caching, "--epochs", 3, "--output", cache).code == 0
+    ended = command("distill", "--resume", run, "--epochs", 5)
+    said = "the teacher's answers come from a cache of 3 epochs (float32), before from a cache of 2 epochs (float32)"
+    assert (ended.code, said in ended.out) == (0, True)
 
 
 def test_top_k_is_judged_by_probabilities(command, caching, tmp_path):
