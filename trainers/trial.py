@@ -1,5 +1,6 @@
 """Nets and optimizers are tried out at set-up, on two blank images and on a few of the data, before a folder exists."""
 
+import os
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -154,12 +155,12 @@ def check_class_order(
     counts = np.zeros((len(seen), len(source.classes)), np.int64)
     np.add.at(counts, (np.searchsorted(seen, labels), answers), 1)
     _, fitting = linear_sum_assignment(counts, maximize=True)
-    right, best = (answers == labels).mean(), counts[np.arange(len(seen)), fitting].mean() * len(seen) / len(labels)
+    right, best = (answers == labels).mean(), counts[np.arange(len(seen)), fitting].sum() / len(labels)
     theirs = f"; those of the weights are {shorten(origin.class_names, 20)}" if origin.class_names else ""
     # an untrained net may tell two or three classes apart as well, but is not sure of it
     if best < 0.5 + 0.9 / len(seen) or right >= best / 2 or confidence < 0.7 * best:
         chance = binom.ppf(0.95, len(labels), 1 / len(source.classes)) / len(labels)
-        if right <= chance and confidence > _SURE:
+        if right <= chance and confidence > _SURE and os.environ.get("RANK", "0") == "0":
             print(
                 f"dalikd: {who} gives the right class for {100 * right:.0f} % of {len(labels)} images, no more than by "
                 f"chance, and is sure of its answers: is it for the data's classes, {shorten(source.classes, 20)}"
