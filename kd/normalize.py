@@ -46,4 +46,10 @@ class Normalized(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, in the parameters' dtype and the pixels' memory format."""
-        return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)  # one pass
+        if pixels.is_cuda or not pixels.is_contiguous(memory_format=torch.channels_last):
+            return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)  # one pass
+        # row by row: torch's vector code takes no innermost dimension of 3, and is three times as fast as what does
+        batch, channels, height, width = pixels.shape
+        rows = pixels.permute(0, 2, 3, 1).reshape(batch * height, width * channels).to(self.scale.dtype)
+        shift, scale = (values.flatten().repeat(width) for values in (self.shift, self.scale))
+        return torch.addcmul(shift, rows, scale).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
