@@ -1,11 +1,17 @@
 """What an encoded image holds, by its bytes: its format, and whether DALI decodes it to the pixels that others see."""
 
+import io
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-__all__ = ["extension_of", "is_jpeg2000", "lacks_app14", "refusal", "why_damaged"]
+__all__ = ["extension_of", "image_sides", "is_jpeg2000", "lacks_app14", "refusal", "why_damaged"]
+
+_HEADER_BYTES = 4096  # read at once where a header is looked for: nearly always all of it
+_NO_FRAME = {0xC4, 0xC8, 0xCC}  # JPEG's markers from 0xC0 to 0xCF that begin no frame
+_ENDS = {0xD9, 0xDA}  # JPEG's markers after which no header comes
 
 _FORMATS = (  # that DALI decodes: first bytes, name, extension
     (b"\xff\xd8\xff", "JPEG", "jpg"),
@@ -114,6 +120,42 @@ def why_damaged(encoded: bytes) -> str:
     if ends_early.get(found[0], False):
         return f"the {found[0]} is truncated"
     return f"DALI fails on this {found[0]}: it is damaged, or of a rare kind"
+
+
+def image_sides(read: Callable[[int, int], bytes]) -> tuple[int, int]:
+    """Height and width in pixels as the header says, before any orientation; (0, 0) where it does not.
+
+    Args:
+        read: offset and count -> so many bytes of the encoded image, fewer at its end.
+    """
+    start = read(0, _HEADER_BYTES)
+    if start.startswith(b"\xff\xd8"):
+        return _jpeg_sides(start, read)
+    if start.startswith(b"\x89PNG"):
+        return struct.unpack(">II", start[20:24] + start[16:20]) if len(start) >= 24 else (0, 0)
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(read(0, 1 << 31))) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow says of damaged headers
+        return 0, 0
+
+
+def _jpeg_sides(chunk: bytes, read: Callable[[int, int], bytes]) -> tuple[int, int]:
+    """From the frame's header, which comes after segments of any length."""
+    first, place = 0, 2  # where the chunk and the next marker lie in the file
+    while True:
+        if place + 9 > first + len(chunk):
+            chunk, first = read(place, _HEADER_BYTES), place
+            if len(chunk) < 9:
+                return 0, 0
+        filler, marker, *fields = chunk[place - first : place - first + 9]
+        if filler != 0xFF or marker in _ENDS:
+            return 0, 0
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            return fields[3] << 8 | fields[4], fields[5] << 8 | fields[6]
+        place += 1 if marker == 0xFF else 2 + (fields[0] << 8 | fields[1])  # 0xFF: a fill byte
 
 
 # ---------------------------------------------------------------------------- what DALI decodes to wrong pixels

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
-from dalikd.pipelines.content import is_jpeg2000, lacks_app14, refusal
+from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, refusal
 from dalikd.pipelines.doctor import Decoder, is_decode_failure
+from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.handover import HandOver
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
@@ -177,6 +178,9 @@ class DaliEngine:
             self._windows = WindowViews(work.spec, work.microbatch, options.threads)
             self._view, self._views = replace(self._view, crop="window"), ()
         self._names = input_names(self._view, self._views)[1:]
+        self._sides: np.ndarray | None = None  # height and width of each row, 0 where not known: int32 [N, 2]
+        if self._view.crop in ("window", "random_resized_crop"):
+            self._sides = self._known_sides()
         self._graph: Any = None
         self._first = 0
         self._plans: deque[Plan] = deque()
@@ -205,14 +209,13 @@ class DaliEngine:
             self.restart()
             return self.fetch(position)
         if self._reader != "arrays":
-            *outputs, second, channels = outputs
-            if self._look(self._plans[0], np.asarray(second.as_tensor()), np.asarray(channels.as_tensor())):
+            *outputs, second, shape = outputs
+            if self._look(self._plans[0], np.asarray(second.as_tensor()), np.asarray(shape.as_tensor())):
                 self.restart()
                 return self.fetch(position)
         if self._windows is not None:
             plan, (windows,) = self._plans.popleft(), outputs
-            views = self._windows((np.asarray(windows[slot]) for slot in range(len(windows))), plan.draws.views)
-            return Pixels(plan, *views)
+            return Pixels(plan, *self._windows(windows, plan.draws.views))
         tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         images, *augmented = (self._work.hand.pixels(f"view{number}", tensor) for number, tensor in enumerate(tensors))
         return Pixels(self._plans.popleft(), images, tuple(augmented))
@@ -243,8 +246,12 @@ class DaliEngine:
     def feed(self, plan: Plan) -> tuple[Any, ...]:
         """A plan as the graph's inputs."""
         trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
-        draws = (np.ascontiguousarray(plan.draws.views[name]) for name in self._names)
-        return (self._pictures(plan), *draws, *trusted)
+        pictures, draws = self._pictures(plan), plan.draws.views
+        if self._sides is not None:
+            sides = np.maximum(self._sides[plan.rows], 1)
+            start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
+            draws = {**draws, "start": start, "shape": shape}
+        return (pictures, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
     def _holds_jpeg2000(self, position: int) -> bool:
         """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
@@ -278,22 +285,34 @@ class DaliEngine:
         except OSError:
             return b""
 
-    def _pictures(self, plan: Plan) -> list[np.ndarray]:
+    def _known_sides(self) -> np.ndarray:
         source = self._work.source
-        return source.files.encoded(plan.rows) if source.files is not None else list(source.arrays[plan.rows])  # type: ignore[index]
+        if source.arrays is not None:
+            return np.full((len(source), 2), source.arrays.shape[1:3], np.int32)
+        return np.zeros((len(source), 2), np.int32) if source.files is None else source.files.sides()
 
-    def _look(self, plan: Plan, second: np.ndarray, channels: np.ndarray) -> bool:
-        """Look at the headers of images, once each, that are neither PNG nor JPEG of one or three channels.
+    def _pictures(self, plan: Plan) -> np.ndarray | list[np.ndarray]:
+        source = self._work.source
+        return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
+
+    def _look(self, plan: Plan, second: np.ndarray, shape: np.ndarray) -> bool:
+        """Compare the sides that windows were placed by. Look at the headers of images, once each, that are neither
+        PNG nor JPEG of one or three channels.
 
         Args:
             plan: of a batch that DALI has decoded.
             second: second byte of each image, uint8 [B].
-            channels: of each image, [B].
+            shape: height, width and channels of each image, [B, 3].
 
         Returns:
-            whether the batch must be made again, CMYK mended.
+            whether the batch must be made again, with the right sides or CMYK mended.
         """
-        rare = np.flatnonzero((second != _PNG) & ((second != _JPEG) | (channels == 4)))
+        if self._sides is not None:
+            wrong = (self._sides[plan.rows] != shape[:, :2]).any(1)
+            self._sides[plan.rows[wrong]] = shape[wrong, :2]
+            if wrong.any():
+                return True
+        rare = np.flatnonzero((second != _PNG) & ((second != _JPEG) | (shape[:, 2] == 4)))
         for slot in rare.tolist():
             row = int(plan.rows[slot])
             if row in self._fit:
@@ -391,10 +410,18 @@ class RecordsEngine(DaliEngine):
 
     def _pictures(self, plan: Plan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]
-        if np.array_equal(plan.rows, read.ids):
-            return read.contents
-        pictures = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
-        return [
-            content if row == own else np.frombuffer(self._records.read(row), np.uint8)
-            for row, own, content in pictures
-        ]
+        contents = read.contents
+        if not np.array_equal(plan.rows, read.ids):
+            pictures = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
+            contents = [
+                content if row == own else np.frombuffer(self._records.read(row), np.uint8)
+                for row, own, content in pictures
+            ]
+        if self._sides is not None:
+            for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once
+                self._sides[plan.rows[slot]] = image_sides(partial(_part, contents[slot]))
+        return contents
+
+
+def _part(content: np.ndarray, offset: int, count: int) -> bytes:
+    return content[offset : offset + count].tobytes()

@@ -38,15 +38,16 @@ _AUGMENTED_DRAWS = {
 
 
 def input_names(view: View, views: Sequence[ViewRun] = (), *, jpeg2000: bool = False) -> tuple[str, ...]:
-    """The graph's inputs in order: `source` (paths, encoded pictures or arrays), the draws by name, then `trusted`
-    where JPEG 2000 images may come: uint8, 1 for those that another process has decoded."""
+    """The graph's inputs in order: `source` (paths, encoded pictures or arrays); the draws by name, of windows their
+    `start` and `shape` (`draws.place_windows`); `trusted` where JPEG 2000 images may come: uint8, 1 for those that
+    another process has decoded."""
     base = {
         "center_crop": (),
         "square": (),
         "whole": (),
-        "window": ("tries", "offsets"),
+        "window": ("start", "shape"),
         "pad_crop": ("crop", "flip"),
-        "random_resized_crop": ("tries", "offsets", "flip"),
+        "random_resized_crop": ("start", "shape", "flip"),
     }
     more = (f"{name}{index}" for index, run in enumerate(views) for name in _AUGMENTED_DRAWS[run.kind])
     return ("source", *base[view.crop], *more, *(("trusted",) if jpeg2000 else ()))
@@ -72,8 +73,8 @@ def build_graph(
         callback: returns one batch for each of `input_names(view, views, jpeg2000=jpeg2000)`, for ever.
         view: the base view.
         views: the augmented views.
-        reader: the source is "files": paths as uint8 arrays; "bytes": encoded pictures as uint8 arrays; "arrays":
-            uint8 [H, W, 3] pixels.
+        reader: the source is "files": paths as uint8 arrays, zeros at their ends or none; "bytes": encoded pictures as
+            uint8 arrays; "arrays": uint8 [H, W, 3] pixels.
         batch_size: the largest batch.
         threads: DALI's CPU threads.
         device_id: the CUDA device, or None for a graph that runs on the CPU.
@@ -85,7 +86,8 @@ def build_graph(
 
     Returns:
         a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
-        each sample; where these were encoded, also their second byte (uint8) and their channels (float64).
+        each sample; where these were encoded, also their second byte (uint8) and their height, width and channels
+        (float32 [3]). A window that reaches beyond its image is cut off there: compare the sides.
     """
     with _quiet_build():
         graph = _graph(
@@ -130,7 +132,7 @@ def _graph(
     jpeg2000: bool,
 ):
     draws = _inputs(callback, input_names(view, views, jpeg2000=jpeg2000))
-    source = _READERS[reader](draws["source"], decoder, mend_cmyk, draws["trusted"] if jpeg2000 else 0)
+    source = _READERS[reader](draws["source"], decoder, mend_cmyk, draws["trusted"] if jpeg2000 else None)
     outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
@@ -159,9 +161,10 @@ def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> "_En
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
     of DALI 2.4 may crash the process. Peeking at damaged JPEG 2000 does crash it: of that only `trusted` is seen."""
     second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
-    if second % 0x4F + trusted == 0:
+    hidden = second % 0x4F == 0 if trusted is None else (second % 0x4F + trusted) == 0
+    if hidden:
         encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT64)
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT)
     if mend_cmyk:
         encoded = _with_app14(encoded, (shape[2] == 4) & (second == 0xD8))
     return _Encoded(encoded, second, shape, decoder)
@@ -177,20 +180,19 @@ def _with_app14(encoded, wanted):
 
 
 class _Encoded:
-    """Encoded images with their second byte and their sides in pixels and channels."""
+    """Encoded images with their second byte and their shape: height, width, channels."""
 
     def __init__(self, encoded, second, shape, decoder: dict[str, Any]) -> None:
-        self.bytes, self.decoder = encoded, decoder
-        self.height, self.width = shape[0], shape[1]
-        self.signs = (second, shape[2])
+        self.bytes, self.decoder, self.shape = encoded, decoder, shape
+        self.signs = (second, shape)
 
     def window(self, start, shape):
-        """Decode rows and columns of `start` and `shape`, (y, x) in pixels."""
+        """Decode rows and columns of `start` and `shape`, (y, x) in pixels, float32."""
         on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
         return fn.decoders.image_slice(
             self.bytes,
-            fn.cast(start, dtype=types.FLOAT),
-            fn.cast(shape, dtype=types.FLOAT),
+            start,
+            shape,
             axis_names="HW",
             normalized_anchor=False,
             normalized_shape=False,
@@ -213,8 +215,7 @@ class _Pixels:
     signs = ()
 
     def __init__(self, pixels, decoder, mend_cmyk, trusted) -> None:  # noqa: ARG002 - readers have one form
-        shape = fn.shapes(pixels, dtype=types.FLOAT64)
-        self.height, self.width = shape[0], shape[1]
+        self.shape = fn.shapes(pixels, dtype=types.FLOAT)
         on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
         named = fn.reshape(pixels, layout="HWC")
         self.pixels = named.gpu() if on_gpu else named
@@ -234,34 +235,15 @@ def _random_resized_crop(source, view: View, draws):
     return fn.flip(pixels, horizontal=draws["flip"])
 
 
-def _window(source, view: View, draws):
-    return source.window(*_crop_window(source.height, source.width, draws["tries"], draws["offsets"], view.ratio))
+def _window(source, view: View, draws):  # noqa: ARG001 - all views have one form
+    # the sides that a window was placed by may be out of date; and decoding must depend on the peeked shape
+    sides = source.shape[:2]
+    start = math.min(draws["start"], sides - 1.0)
+    return source.window(start, math.min(draws["shape"], sides - start))
 
 
 def _whole(source, view: View, draws):  # noqa: ARG001 - all views have one form
-    return source.window(fn.stack(source.height * 0.0, source.width * 0.0), fn.stack(source.height, source.width))
-
-
-def _crop_window(height, width, tries, offsets, ratio: tuple[float, float]):
-    """torchvision's RandomResizedCrop window: the first of ten tries that fits, else the largest centred one."""
-    area, aspect = tries[:, 0] * height * width, tries[:, 1]
-    widths, heights = _round(math.sqrt(area * aspect)), _round(math.sqrt(area / aspect))
-    fits = fn.cast((widths > 0) & (widths <= width) & (heights > 0) & (heights <= height), dtype=types.INT32)
-    order = fits * np.arange(10, 0, -1, dtype=np.int32)
-    best = fn.reductions.max(order)
-    found = fn.cast(best > 0, dtype=types.FLOAT64)
-    first = fn.cast(order == best, dtype=types.INT32) * fn.cast(found, dtype=types.INT32)
-    h, w = (fn.reductions.sum(first * fn.cast(sides, dtype=types.INT32)) for sides in (heights, widths))
-    y = math.floor(offsets[0] * (height - h + 1.0))
-    x = math.floor(offsets[1] * (width - w + 1.0))
-    # no try fitted: keep as much as the ratio range allows, in the middle
-    fallback_h = math.min(height, _round(width / _double(min(ratio))))
-    fallback_w = math.min(width, _round(height * _double(max(ratio))))
-    middle_y = math.floor((height - fallback_h) / 2.0)
-    middle_x = math.floor((width - fallback_w) / 2.0)
-    other = 1.0 - found
-    start = fn.stack(found * y + other * middle_y, found * x + other * middle_x)
-    return start, fn.stack(h + other * fallback_h, w + other * fallback_w)
+    return source.window(source.shape[:2] * 0.0, source.shape[:2])
 
 
 def _center_crop(source, view: View, draws):  # noqa: ARG001 - all views have one form
@@ -272,7 +254,7 @@ def _center_crop(source, view: View, draws):  # noqa: ARG001 - all views have on
 
 def _resize_and_crop(source, short_side: int, view: View, resize):
     """torchvision's Resize(short_side) and CenterCrop(size): the long side floored, offsets rounded half to even."""
-    height, width = (fn.cast(side, dtype=types.INT32) for side in (source.height, source.width))
+    height, width = (fn.cast(source.shape[axis], dtype=types.INT32) for axis in (0, 1))
     short = math.min(height, width)
     new_height, new_width = (short_side * height) // short, (short_side * width) // short
     pixels = resize(_whole(source, view, {}), (height, width), (new_height, new_width), view)
@@ -348,14 +330,6 @@ _VIEWS = {
 
 def _filter(view: View) -> dict[str, Any]:
     return {"interp_type": _FILTERS[view.interpolation], "antialias": True}
-
-
-def _double(number: float):
-    return types.Constant(number, dtype=types.FLOAT64)  # a bare float would be single precision
-
-
-def _round(number):
-    return math.floor(number + 0.5)
 
 
 def _half_to_even(difference):

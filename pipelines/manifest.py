@@ -9,6 +9,8 @@ files whose name does not end as an image's are counted as left out. What cannot
 link to nothing, and a folder, pipe, socket or device whose name ends as an image's.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -25,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dalikd.pipelines.content import image_sides
 from dalikd.pipelines.progress import progress
 
 __all__ = [
@@ -58,7 +61,7 @@ _VERSION = 2  # of the manifest's files; raise it also when the rules of what is
 _REMEMBER_ABOVE = 20_000  # files; a smaller tree is scanned in well under a second
 _SAMPLED = 32_768  # files of a remembered list whose sizes are compared at each start
 _THREADS = 8  # that ask for sizes and folders: a disk in the network answers many at once
-_STAT_ROWS = 512  # files a thread asks for at a time
+_CHUNK_FILES = 512  # that a thread asks for at a time
 _ARRAYS = ("paths", "offsets", "labels", "sizes")
 _SETTLED_NS = 2_000_000_000  # 2 s: the coarsest clock of a file system in use
 _CHUNK_ROWS = 16_384  # bounds the scratch memory of the vectorised passes over a long list
@@ -104,6 +107,16 @@ class FileList:
         buffer = self.buffer
         return [buffer[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """Paths as one array for `fn.io.file.read`, uint8 [n, longest], zeros after the shorter ones; rows in 0..N-1.
+
+        An array a path would cost DALI's input ten times as long.
+        """
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        places = np.arange(lengths.max())
+        letters = self.buffer[np.minimum(starts[:, None] + places, len(self.buffer) - 1)]
+        return np.where(places < lengths[:, None], letters, np.uint8(0))
+
     def take(self, rows: Sequence[int] | np.ndarray) -> "FileList":
         """The files of `rows`, in that order, in a buffer of their own."""
         rows = np.asarray(rows, np.int64)
@@ -122,23 +135,54 @@ class FileList:
         """
         if self.sizes is not None:
             return self.sizes
-        starts = range(0, len(self), _STAT_ROWS)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="dalikd-sizes") as pool:
-            found = pool.map(lambda start: self._stat(start, min(start + _STAT_ROWS, len(self))), starts)
-            unit = f" x {_STAT_ROWS} files"
-            bar = progress(f"sizes in {self.root}", found, total=len(starts), unit=unit)
-            return np.concatenate([np.empty(0, np.int64), *bar])
+        return self._each(f"sizes in {self.root}", lambda path: (os.stat(path).st_size,), 1)[:, 0]  # noqa: PTH116 (bytes)
 
-    def _stat(self, start: int, stop: int) -> np.ndarray:
-        bounds = self.offsets[start : stop + 1]
-        paths, cuts = self.buffer[bounds[0] : bounds[-1]].tobytes(), (bounds - bounds[0]).tolist()
-        sizes = np.empty(stop - start, np.int64)
-        for row in range(stop - start):
+    def sides(self) -> np.ndarray:
+        """Heights and widths in pixels as the headers say, int32 [N, 2]; zeros where one says nothing.
+
+        One look at each header, in threads; of a file that cannot be read it says nothing. Of a remembered list they
+        are remembered too; processes of one machine then wait for the first of them to look. A file may have changed
+        since: who uses them compares.
+        """
+        if not self.kept_in:
+            return self._look()
+        target = Path(self.kept_in) / f"sides-{_checksum((self.buffer, self.measure()))}.npy"
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # another user's folder, or one in the network without locks
+                lock = stack.enter_context((target.parent / "sides.lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                kept = np.load(target)
+                if (kept.shape, kept.dtype) == ((len(self), 2), np.int32):
+                    return kept
+            sides = self._look()
             try:
-                sizes[row] = os.stat(paths[cuts[row] : cuts[row + 1]]).st_size  # noqa: PTH116 (Path takes no bytes)
-            except FileNotFoundError:
-                raise FileNotFoundError(self.missing(start + row)) from None
-        return sizes
+                _replace(target, lambda path: _write_array(path, sides))
+            except OSError as error:
+                warnings.warn(f"the sides of images could not be kept in {target.parent}: {error}", stacklevel=2)
+            return sides
+
+    def _look(self) -> np.ndarray:
+        return self._each(f"headers in {self.root}", _sides_in_file, 2).astype(np.int32)
+
+    def _each(self, what: str, ask: Callable[[bytes], tuple[int, ...]], count: int) -> np.ndarray:
+        """`ask` every path for `count` numbers, in threads: int64 [N, count]."""
+
+        def chunk(start: int) -> np.ndarray:
+            bounds = self.offsets[start : start + _CHUNK_FILES + 1]
+            paths, cuts = self.buffer[bounds[0] : bounds[-1]].tobytes(), (bounds - bounds[0]).tolist()
+            found = np.empty((len(cuts) - 1, count), np.int64)
+            for row in range(len(found)):
+                try:
+                    found[row] = ask(paths[cuts[row] : cuts[row + 1]])
+                except FileNotFoundError:
+                    raise FileNotFoundError(self.missing(start + row)) from None
+            return found
+
+        starts = range(0, len(self), _CHUNK_FILES)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="dalikd-files") as pool:
+            bar = progress(what, pool.map(chunk, starts), total=len(starts), unit=f" x {_CHUNK_FILES} files")
+            return np.concatenate([np.empty((0, count), np.int64), *bar])
 
     def missing(self, row: int) -> str:
         """What to say of a file that is listed and not there."""
@@ -322,6 +366,16 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
         except OSError:
             if not target.is_dir() or _is_empty_folder(target):
                 raise
+
+
+def _sides_in_file(path: bytes) -> tuple[int, int]:
+    with contextlib.suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return image_sides(lambda offset, count: os.pread(file, min(count, os.fstat(file).st_size), offset))
+        finally:
+            os.close(file)
+    return 0, 0
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -4,14 +4,13 @@ DALI's resize takes longer than its decoder there. torch's vectorised resize of 
 treats borders as Pillow does (docs/log.md has the numbers). On a GPU DALI does it all.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, DrawSpec, View, ViewRun
 from dalikd.pipelines.resident import crop_and_flip
@@ -36,19 +35,18 @@ class WindowViews:
         in_dali = {index: run for index, run in enumerate(spec.views) if run.kind in AUGMENTED_VIEWS_IN_DALI}
         self._policies = _Policies(spec.view, in_dali, batch_size, threads) if in_dali else None
 
-    def __call__(
-        self, windows: Iterable[np.ndarray], draws: Mapping[str, np.ndarray]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __call__(self, windows: Any, draws: Mapping[str, np.ndarray]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Resize, flip, augment.
 
         Args:
-            windows: uint8 [h, w, 3], one for each picture; they may be views of memory that is used again later.
+            windows: uint8 [h, w, 3] for each picture, as DALI's TensorList or any sequence of arrays; they may lie in
+                memory that is used again later.
             draws: of the views, as named by `DrawSpec.draw`.
 
         Returns:
             images, and augmented images for each augmented view: uint8 [B, S, S, 3] each.
         """
-        images = resize_windows(list(windows), draws["flip"], self._view, self._pool, self._threads)
+        images = resize_windows(windows, draws["flip"], self._view, self._pool, self._threads)
         augmented = {} if self._policies is None else self._policies(images, draws)
         for index in range(len(self._views)):
             if index not in augmented:
@@ -68,13 +66,11 @@ class WindowViews:
         return crop_and_flip(images, own, crop, flip, self._view.padding, self._view.border)
 
 
-def resize_windows(
-    windows: list[np.ndarray], flip: np.ndarray, view: View, pool: ThreadPoolExecutor, threads: int
-) -> Tensor:
+def resize_windows(windows: Any, flip: np.ndarray, view: View, pool: ThreadPoolExecutor, threads: int) -> Tensor:
     """Resize windows to squares, with antialiasing, and mirror some.
 
     Args:
-        windows: uint8 [h, w, 3] each.
+        windows: uint8 [h, w, 3] each, in what has a length and can be indexed.
         flip: 1 to mirror left and right, [B].
         view: its size and interpolation.
         pool: of threads.
@@ -83,14 +79,19 @@ def resize_windows(
     Returns:
         uint8 [B, S, S, 3].
     """
-    images = torch.empty(len(windows), view.size, view.size, 3, dtype=torch.uint8)
+    size = (view.size, view.size)
+    images = torch.empty(len(windows), *size, 3, dtype=torch.uint8)
+    # what functional.interpolate calls: called directly, it writes to where the pixels are wanted
+    resize_to = getattr(torch._C._nn, f"_upsample_{view.interpolation}2d_aa")  # pyright: ignore[reportAttributeAccessIssue]
 
     def resize(first: int) -> None:
+        scratch = torch.empty(1, *size, 3, dtype=torch.uint8)
         for place in range(first, len(windows), threads):
-            pixels = torch.from_numpy(windows[place]).permute(2, 0, 1)[None]
-            square = functional.interpolate(pixels, (view.size, view.size), mode=view.interpolation, antialias=True)
-            square = square[0].permute(1, 2, 0)
-            images[place] = square.flip(1) if flip[place] else square
+            pixels = torch.from_numpy(np.asarray(windows[place])).permute(2, 0, 1)[None]
+            square = scratch if flip[place] else images[place : place + 1]
+            resize_to(pixels, size, False, None, None, out=square.permute(0, 3, 1, 2))
+            if flip[place]:
+                images[place] = scratch[0].flip(1)
 
     list(pool.map(resize, range(threads)))
     return images
@@ -117,7 +118,7 @@ class _Policies:
         from dalikd.pipelines.graphs import build_graph
 
         names = [f"{name}{index}" for index in self._views for name in ("operation", "magnitude", "sign")]
-        self._inputs = (list(images.numpy()), *(np.ascontiguousarray(draws[name]) for name in names))
+        self._inputs = (images.numpy(), *(np.ascontiguousarray(draws[name]) for name in names))
         if self._graph is None:
             self._graph = build_graph(
                 lambda _: self._inputs,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.content import extension_of, refusal, why_damaged
+from dalikd.pipelines.content import extension_of, image_sides, refusal, why_damaged
 from dalikd.pipelines.doctor import Decoder
 
 SIDES = (40, 48)  # rows, columns
@@ -265,3 +265,40 @@ def test_what_ends_early_is_told_from_what_is_damaged(kind):
     encoded = _save(RGB, kind)
     assert "is truncated" in why_damaged(encoded[:-20])
     assert "it is damaged" in why_damaged(encoded)
+
+
+# --------------------------------------------------------------------------------------------- sides by the header
+
+
+def _sides(encoded: bytes) -> tuple[int, int]:
+    return image_sides(lambda offset, count: encoded[offset : offset + count])
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.parametrize("kind", AS_PILLOW)
+def test_sides_are_those_of_the_pixels(kind):
+    assert _sides(AS_PILLOW[kind]()) == SIDES
+
+
+def _with_segments(*lengths: int, fill: int = 0) -> bytes:
+    """A JPEG with application segments of these lengths, one holds what looks like a frame's header."""
+    encoded = _save(RGB, "JPEG")
+    segments = (b"\xff" * fill + b"\xff\xe5" + struct.pack(">H", 2 + length) + bytes(length) for length in lengths)
+    decoy = b"\xff\xe6\0\x0d\xff\xc0\0\x0b\x08" + struct.pack(">HH", 7, 9) + b"\1\1"
+    return encoded[:2] + decoy + b"".join(segments) + encoded[2:]
+
+
+@pytest.mark.parametrize("lengths", [(4086,), (4096 - 20,), (65533, 65533, 11), (0, 1, 60000)])
+def test_sides_come_after_segments_of_any_length(lengths):
+    assert _sides(_with_segments(*lengths)) == _sides(_with_segments(*lengths, fill=3)) == SIDES
+
+
+@pytest.mark.parametrize("length", [0, 2, 10, 23, 100, 160])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_header_that_ends_early_says_its_sides_or_nothing(format, length):
+    assert _sides(_save(RGB, format)[:length]) in (SIDES, (0, 0))
+
+
+def test_what_is_no_image_has_no_sides():
+    damaged = (b"", b"no image", b"\xff\xd8\xff\xd9" + bytes(20), b"\xff\xd8" + bytes(5000), b"II*\0" + b"\xff" * 40)
+    assert {_sides(encoded) for encoded in damaged} == {(0, 0)}

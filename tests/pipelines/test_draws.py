@@ -4,10 +4,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
-from torchvision.transforms import RandomErasing
+from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from dalikd.pipelines.draws import Stream, crop_windows, derangements, erasing_boxes, permutation, philox, uniforms
+from dalikd.pipelines.draws import (
+    Stream,
+    crop_windows,
+    derangements,
+    erasing_boxes,
+    permutation,
+    philox,
+    place_windows,
+    uniforms,
+)
 
 # Random123's published known answers for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -159,7 +169,7 @@ def test_derangements_depend_on_group_epoch_run_and_seed_alone():
 
 
 def test_derangements_of_groups_that_need_more_than_one_round():
-    # 1 - 6e-4 of the groups are done after one round of attempts: among 5000 some are not
+    # a share of 0.16 of the groups is not done after one round of attempts, 6e-4 after four
     partners = derangements(1, 0, np.arange(5000), 8)
     assert not (partners == np.arange(8)).any()
 
@@ -174,6 +184,45 @@ def test_crop_windows_lie_in_their_ranges():
     low, high = np.log([3 / 4, 4 / 3])
     assert stats.kstest(np.log(ratios), stats.uniform(low, high - low).cdf).pvalue > 0.01
     assert np.array_equal(offsets, numbers[:, 20:])
+
+
+def _published_window(
+    width: int, height: int, tries: np.ndarray, offsets: np.ndarray, ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's algorithm in double precision, given its random numbers: y, x, height, width."""
+    for area, aspect in tries:
+        w = round(math.sqrt(height * width * area * aspect))
+        h = round(math.sqrt(height * width * area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor(offsets[0] * (height - h + 1)), math.floor(offsets[1] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < min(ratio):
+        h = round(width / min(ratio))
+    elif width / height > max(ratio):
+        w = round(height * max(ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 2.0), (1.0, 1.0)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
+def test_windows_are_those_of_torchvision(scale, ratio):
+    sides = np.random.default_rng(1).integers(1, 2000, (1500, 2), dtype=np.int32)
+    numbers = uniforms(1, 0, np.arange(1500), {Stream.BASE_VIEW: 22})[Stream.BASE_VIEW]
+    tries, offsets = crop_windows(numbers, scale, ratio)
+    found = np.hstack(place_windows(tries, offsets, sides, ratio))
+    drawn = zip(sides.tolist(), tries, offsets, strict=True)
+    expected = [_published_window(width, height, areas, pair, ratio) for (height, width), areas, pair in drawn]
+    assert np.array_equal(found, expected)
+
+
+def test_the_window_where_no_try_fits_is_torchvisions_own():
+    """Areas of 1 to 1.2 times a picture outside the ratio range never fit, whatever torchvision draws."""
+    ratio = (3 / 4, 4 / 3)
+    sides = np.array([(200, 800), (601, 150), (100, 199), (1, 900), (900, 1), (333, 101)], np.int32)
+    numbers = uniforms(1, 0, np.arange(len(sides)), {Stream.BASE_VIEW: 22})[Stream.BASE_VIEW]
+    found = np.hstack(place_windows(*crop_windows(numbers, (1.0, 1.2), ratio), sides, ratio))
+    for window, (height, width) in zip(found, sides.tolist(), strict=True):
+        assert tuple(window) == RandomResizedCrop.get_params(Image.new("L", (width, height)), [1.0, 1.2], list(ratio))
 
 
 # ---------------------------------------------------------------------------------------------------- erasing

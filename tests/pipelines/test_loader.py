@@ -492,6 +492,16 @@ def test_jpeg_2000_is_read_whatever_its_name(copy_tree, crop):
     assert _equal(loader.next(), expected[2])
 
 
+def test_an_image_of_other_sides_than_before_is_cut_as_it_is_now(copy_tree):
+    """The windows are placed before its header is read again."""
+    root, spec = copy_tree(), DrawSpec(View(32, "random_resized_crop"), 7)
+    loader = _loader(open_source("imagefolder", root, "train", split="."), spec)
+    for name, size in (("ant/003.jpg", (20, 90)), ("bee/003.jpg", (64, 33))):
+        Image.open(root / name).resize(size).save(root / name)
+    expected = _run_to_the_end(_loader(open_source("imagefolder", root, "train", split="."), spec))
+    assert all(_equal(one, two) for one, two in zip(_run_to_the_end(loader), expected, strict=True))
+
+
 @pytest.mark.parametrize("crop", ["pad_crop", "random_resized_crop"])
 def test_cmyk_without_app14_is_what_pillow_sees(copy_tree, crop):
     root = copy_tree()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalikd.pipelines import manifest
 from dalikd.pipelines.manifest import (
@@ -74,6 +75,12 @@ class TestFileList:
         views = self.files.encoded(np.array([2, 0, 2]))
         assert [view.tobytes() for view in views] == [b"/r/c/d.bmp", b"/r/a.jpg", b"/r/c/d.bmp"]
         assert all(view.dtype == np.uint8 and np.shares_memory(view, self.files.buffer) for view in views)
+
+    def test_padded_paths_end_in_zeros(self) -> None:
+        padded = self.files.padded(np.array([2, 1, 0]))
+        assert padded.dtype == np.uint8
+        assert [row.tobytes().rstrip(b"\0").decode() for row in padded] == ["/r/c/d.bmp", "/r/käse.png", "/r/a.jpg"]
+        assert (padded[:, -1] == 0).tolist() == [True, False, True]
 
     def test_name_that_is_not_utf8(self) -> None:
         assert os.fsencode(FileList.from_paths([b"/r/\xff.jpg"]).path(0)) == b"/r/\xff.jpg"
@@ -345,3 +352,31 @@ class TestBuildOnce:
         with pytest.raises(FileExistsError, match="a is already there"):
             build_once(tmp_path / "a", lambda folder: (folder / "y").touch())
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
+
+
+# --------------------------------------------------------------------------------------------- sides of the images
+
+
+def test_sides_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = {"cat/a.png": (5, 7), "cat/b.png": (300, 20), "dog/c.png": (1, 1), "dog/d.png": (0, 0)}
+    tree = make_tree(tmp_path / "tree", list(sides))
+    for name, (height, width) in sides.items():
+        if height:
+            Image.new("L", (width, height)).save(tree / name)
+    age(tree)
+    files = open_small(tree).files
+    assert files.kept_in
+    assert files.sides().tolist() == [list(pair) for pair in sides.values()]
+    assert files.sides().dtype == np.int32
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_sides_in_file", None)
+        assert open_small(tree).files.sides().tolist() == files.sides().tolist()
+    Image.new("L", (50, 40)).save(tree / "dog/d.png")  # another size in bytes
+    age(tree)
+    assert open_small(tree).files.sides().tolist()[-1] == [40, 50]
+
+
+def test_sides_of_a_list_that_is_not_kept(tmp_path: Path) -> None:
+    Image.new("L", (50, 40)).save(tmp_path / "a.png")
+    paths = [tmp_path / "a.png", tmp_path / "none.png", tmp_path]  # only the first can be read
+    assert FileList.from_paths([str(path) for path in paths]).sides().tolist() == [[40, 50], [0, 0], [0, 0]]
