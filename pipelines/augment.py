@@ -222,14 +222,15 @@ class DrawSpec:
     def draw(self, micro: Microbatch) -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
         groups = (micro.start + np.arange(len(micro.rows))) // self.mix_group
-        views = self._base_draws(micro.epoch, micro.rows)
-        addresses, spread = micro.rows, slice(None)
+        own, streams = {Stream.BASE_VIEW: n} if (n := self._base_count) else {}, self._streams
         if self.mode == "per_batch":
             addresses, spread = np.unique(groups, return_inverse=True)
-        streams = self._streams
-        if not streams:
-            return Draws(views, ())
-        numbers = {key: value[spread] for key, value in uniforms(self.seed, micro.epoch, addresses, streams).items()}
+            shared = uniforms(self.seed, micro.epoch, addresses, streams)
+            numbers = {key: value[spread] for key, value in shared.items()}
+            numbers |= uniforms(self.seed, micro.epoch, micro.rows, own)
+        else:
+            numbers = uniforms(self.seed, micro.epoch, micro.rows, {**own, **streams})
+        views = self._base_draws(numbers[Stream.BASE_VIEW]) if own else {}
         for index, run in enumerate(self.views):
             drawn = self._augmented_draws(run, numbers)
             views |= {f"{name}{index}": array for name, array in drawn.items()}
@@ -247,13 +248,14 @@ class DrawSpec:
             counts[stream] = max(count, counts.get(stream, 0))
         return counts
 
-    def _base_draws(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        if self.view.crop in ("center_crop", "square", "whole"):
-            return {}
+    @property
+    def _base_count(self) -> int:
+        """Numbers that an image takes for the base view."""
+        return {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)
+
+    def _base_draws(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         if self.view.crop == "pad_crop":
-            numbers = uniforms(self.seed, epoch, rows, {Stream.BASE_VIEW: 3})[Stream.BASE_VIEW]
             return {"crop": self._crop(numbers), "flip": _flip(numbers)}
-        numbers = uniforms(self.seed, epoch, rows, {Stream.BASE_VIEW: 23})[Stream.BASE_VIEW]
         tries, offsets = crop_windows(numbers[:, :22], self.view.scale, self.view.ratio)
         return {"tries": tries, "offsets": offsets, "flip": _flip(numbers[:, 20:])}
 

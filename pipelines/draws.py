@@ -23,8 +23,8 @@ __all__ = [
 
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array((0xD2511F53, 0xCD9E8D57), np.uint64)
+_WEYL = np.arange(10, dtype=np.uint64)[:, None] * np.array((0x9E3779B9, 0xBB67AE85), np.uint64)  # [rounds, 2]
 _ATTEMPTS = 4  # permutations tried at once; a share of (1 - 1/e)^4 = 0.16 of the groups needs another round
 
 
@@ -56,14 +56,21 @@ def philox(counter: Sequence[np.ndarray | np.integer], seed: int) -> np.ndarray:
     Returns:
         uint64 [4, *S], each word below 2**32.
     """
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in np.broadcast_arrays(*counter))
-    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(10):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (product1 >> _SHIFT) ^ c1 ^ np.uint64(key0), product1 & _MASK
-        c2, c3 = (product0 >> _SHIFT) ^ c3 ^ np.uint64(key1), product0 & _MASK
-        key0, key1 = (key0 + _WEYL[0]) & 0xFFFFFFFF, (key1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3))
+    shape = np.broadcast_shapes(*(np.shape(word) for word in counter))
+    words = np.empty((4, *shape), np.uint64)
+    for index, word in enumerate(counter):
+        words[index, ...] = word
+    even, odd = words[::2], words[1::2]
+    pair = (2, *(1 for _ in shape))
+    multipliers, key = _MULTIPLIERS.reshape(pair), np.array((seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), np.uint64)
+    for round_key in (key + _WEYL) & _MASK:
+        product = (even * multipliers)[::-1]
+        even = product >> _SHIFT
+        even ^= odd
+        even ^= round_key.reshape(pair)
+        odd = product & _MASK
+    words[::2], words[1::2] = even, odd
+    return words
 
 
 def uniforms(seed: int, epoch: int, addresses: np.ndarray, streams: dict[int, int]) -> dict[int, np.ndarray]:
@@ -78,6 +85,8 @@ def uniforms(seed: int, epoch: int, addresses: np.ndarray, streams: dict[int, in
     Returns:
         for each stream float64 [n, count], multiples of 2**-32.
     """
+    if not streams:
+        return {}
     blocks = {stream: -(-count // 4) for stream, count in streams.items()}
     stream_of_block = np.repeat(list(blocks), list(blocks.values()))
     number_of_block = np.concatenate([np.arange(count) for count in blocks.values()])
@@ -182,16 +191,18 @@ def place_windows(
     """
     height, width = sides.T.astype(np.float64)
     area, aspect = tries[:, :, 0] * height[:, None] * width[:, None], tries[:, :, 1]
-    tried = np.floor(np.sqrt(np.stack((area / aspect, area * aspect), -1)) + 0.5)  # [n, 10, 2]
-    fits = ((tried > 0) & (tried <= sides[:, None])).all(-1)
-    shape = np.take_along_axis(tried, fits.argmax(-1)[:, None, None], 1)[:, 0]
+    tried = np.sqrt((area / aspect, area * aspect))  # heights and widths, [2, n, 10]
+    tried = np.floor(tried + 0.5, out=tried)
+    fits = ((tried > 0) & (tried <= np.stack((height, width))[:, :, None])).all(0)
+    rows, first = np.arange(len(sides)), fits.argmax(-1)
+    shape, found = tried[:, rows, first].T, fits[rows, first][:, None]
     start = np.floor(offsets * (sides - shape + 1.0))
-    # no try fitted: keep as much as the ratio range allows, in the middle
-    largest = np.floor(np.stack((width / min(ratio), height * max(ratio)), -1) + 0.5)
-    largest = np.minimum(sides, largest)
-    found = np.any(fits, -1, keepdims=True)
-    start = np.where(found, start, np.floor((sides - largest) / 2.0))
-    return start.astype(np.float32), np.where(found, shape, largest).astype(np.float32)
+    if not found.all():  # keep as much as the ratio range allows, in the middle
+        largest = np.floor(np.stack((width / min(ratio), height * max(ratio)), -1) + 0.5)
+        largest = np.minimum(sides, largest)
+        start = np.where(found, start, np.floor((sides - largest) / 2.0))
+        shape = np.where(found, shape, largest)
+    return start.astype(np.float32), shape.astype(np.float32)
 
 
 def erasing_boxes(
