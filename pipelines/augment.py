@@ -222,7 +222,8 @@ class DrawSpec:
     def draw(self, micro: Microbatch) -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
         groups = (micro.start + np.arange(len(micro.rows))) // self.mix_group
-        own, streams = {Stream.BASE_VIEW: n} if (n := self._base_count) else {}, self._streams
+        own: dict[int, int] = {Stream.BASE_VIEW: n} if (n := self._base_count) else {}
+        streams = self._streams
         if self.mode == "per_batch":
             addresses, spread = np.unique(groups, return_inverse=True)
             shared = uniforms(self.seed, micro.epoch, addresses, streams)

@@ -193,9 +193,9 @@ def place_windows(
     area, aspect = tries[:, :, 0] * height[:, None] * width[:, None], tries[:, :, 1]
     tried = np.sqrt((area / aspect, area * aspect))  # heights and widths, [2, n, 10]
     tried = np.floor(tried + 0.5, out=tried)
-    fits = ((tried > 0) & (tried <= np.stack((height, width))[:, :, None])).all(0)
+    fits = np.all((tried > 0) & (tried <= np.stack((height, width))[:, :, None]), 0)
     rows, first = np.arange(len(sides)), fits.argmax(-1)
-    shape, found = tried[:, rows, first].T, fits[rows, first][:, None]
+    shape, found = tried[:, rows, first].T, fits[rows, first, None]
     start = np.floor(offsets * (sides - shape + 1.0))
     if not found.all():  # keep as much as the ratio range allows, in the middle
         largest = np.floor(np.stack((width / min(ratio), height * max(ratio)), -1) + 0.5)
