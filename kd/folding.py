@@ -18,7 +18,7 @@ __all__ = ["fold_batch_norms"]
 _Pair = tuple[str, str]  # module paths of a convolution and of the batch norm behind it
 
 _MOST_BRANCHES = 64  # paths through a net with conditions on its input
-_ENTRIES = ("forward", "forward_features_and_logits")  # what a folded net must still answer to
+_ENTRIES = ("forward", "outputs", "preactivations")  # what a folded net must still answer to
 
 
 def fold_batch_norms(model: nn.Module) -> int:

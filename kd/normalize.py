@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import NetOutput
+
 __all__ = ["Normalisation", "Normalized"]
 
 
@@ -43,6 +45,25 @@ class Normalized(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [B, C] of pixels [B, 3, H, W], uint8 or float, 0..255."""
         return self.model(self.normalize(pixels))
+
+    def outputs(self, pixels: Tensor, *, features: bool = False, preactivations: bool = False) -> NetOutput:
+        """Logits of pixels [B, 3, H, W], and features of the stages where they are asked for.
+
+        Args:
+            pixels: uint8 or float, 0..255.
+            features: after the stages' last ReLU.
+            preactivations: before it; these win.
+
+        Raises:
+            ValueError: the net does not give them.
+        """
+        if not features and not preactivations:
+            return NetOutput(self(pixels))
+        given = getattr(self.model, "preactivations" if preactivations else "outputs", None)
+        if given is None:
+            kind = "features before their last ReLU" if preactivations else "stage features"
+            raise ValueError(f"{type(self.model).__name__} gives no {kind}: take another net, or a loss without them")
+        return given(self.normalize(pixels))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, in the parameters' dtype and the pixels' memory format."""

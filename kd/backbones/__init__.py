@@ -1,6 +1,7 @@
 """Nets: those of the literature for small images, and any timm model."""
 
 from dalikd.kd.backbones.factory import create_model
+from dalikd.kd.backbones.layers import NetOutput, StagedNet
 from dalikd.kd.backbones.timm_models import input_statistics
 
-__all__ = ["create_model", "input_statistics"]
+__all__ = ["NetOutput", "StagedNet", "create_model", "input_statistics"]

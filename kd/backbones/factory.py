@@ -61,9 +61,10 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """Builds a freshly initialised net.
 
     `model(images)` gives logits [B, num_classes] of normalised images [B, 3, H, W], H and W >= 32 unless a timm
-    model asks for more. `model.forward_features_and_logits(images)` gives a list of stage features, the last one
-    pooled to [B, D], and the logits. `model.stage_modules()` lists the modules that give those of the stages, the stem
-    left out. The keys of the state_dict are the published ones.
+    model asks for more. `model.outputs(images)` gives a NetOutput: the logits, and the features of the stem and the
+    stages, the last one pooled to [B, D]; `model.preactivations(images)`, which timm models lack, those before the
+    stages' last ReLU. `model.stage_modules()` lists the modules that give those of the stages, the
+    stem left out. The keys of the state_dict are the published ones.
 
     Args:
         name: a net for small images, such as "resnet20", "wrn_40_2", "vgg13", "resnet20_option_a", "ResNet50",

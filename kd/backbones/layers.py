@@ -1,8 +1,110 @@
 """What several nets share."""
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
-__all__ = ["initialise_convolutions", "projection", "shuffle_channels"]
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["NetOutput", "ReluBlock", "StagedNet", "initialise_convolutions", "projection", "shuffle_channels"]
+
+
+class NetOutput(NamedTuple):
+    """What a net gives for n images; features and heads where they are asked for.
+
+    Attributes:
+        logits: [n, classes].
+        features: of the stem and of each stage, shallow to deep, [n, C, H, W]; then the pooled [n, D], which the
+            classifier sees.
+        heads: logits of auxiliary heads, [n, classes of the head] each.
+    """
+
+    logits: Tensor
+    features: tuple[Tensor, ...] = ()
+    heads: tuple[Tensor, ...] = ()
+
+
+class ReluBlock(nn.Module):
+    """A block whose last operation is a ReLU. A subclass gives `preactivation`."""
+
+    def preactivation(self, features: Tensor) -> Tensor:
+        """What enters the last ReLU."""
+        raise NotImplementedError
+
+    def activate(self, features: Tensor) -> Tensor:
+        """The block's output, of what `preactivation` gives."""
+        return F.relu(features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.activate(self.preactivation(features))
+
+
+class StagedNet(nn.Module):
+    """A net of a stem, stages one after the other, a tail that pools, and a linear classifier.
+
+    A subclass names its stages and its classifier as the published state_dict does, and gives a `stem`, a `tail` or
+    `around_last_relu` of its own where it differs.
+    """
+
+    conv1: nn.Module
+    bn1: nn.Module
+    _stages: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3")
+    _classifier: ClassVar[str] = "linear"
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """All of them, in order: the output of one is the input of the next."""
+        return [getattr(self, name) for name in self._stages]
+
+    @property
+    def head(self) -> nn.Module:
+        """The classifier: pooled features [B, D] -> logits."""
+        return getattr(self, self._classifier)
+
+    def stage_modules(self) -> list[nn.Module]:
+        """The stages whose outputs are features, shallow to deep."""
+        return self.stages
+
+    def stem(self, images: Tensor) -> Tensor:
+        """What comes before the first stage."""
+        return F.relu(self.bn1(self.conv1(images)))
+
+    def tail(self, features: Tensor) -> Tensor:
+        """The last stage's features, pooled to [B, D]."""
+        return features.mean(dim=(2, 3))
+
+    def around_last_relu(self, stage: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+        """A stage's output before its last ReLU, and its output; where it ends in none, the output twice."""
+        *first, last = [stage] if isinstance(stage, ReluBlock) else stage  # type: ignore[misc]
+        for block in first:
+            features = block(features)
+        if not isinstance(last, ReluBlock):
+            return (output := last(features)), output
+        before = last.preactivation(features)
+        return before, last.activate(before)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
+        return self.outputs(images).logits
+
+    def outputs(self, images: Tensor) -> NetOutput:
+        """Logits, and features after the stages' last ReLU, of normalised images [B, 3, H, W]."""
+        return self._outputs(images, lambda stage, hidden: (output := stage(hidden), output))
+
+    def preactivations(self, images: Tensor) -> NetOutput:
+        """Logits, and features before the stages' last ReLU, of normalised images [B, 3, H, W]; the stem's after."""
+        return self._outputs(images, self.around_last_relu)
+
+    def _outputs(self, images: Tensor, run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]) -> NetOutput:
+        """`run` gives the feature of a stage, and its output."""
+        hidden = self.stem(images)
+        features, featured = [hidden], self.stage_modules()
+        for stage in self.stages:
+            feature, hidden = run(stage, hidden)
+            if any(stage is other for other in featured):
+                features.append(feature)
+        pooled = self.tail(hidden)
+        return NetOutput(self.head(pooled), (*features, pooled))
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import StagedNet
+
 __all__ = ["MobileNetV2"]
 
 
@@ -33,7 +35,7 @@ _LAST_CHANNELS = 1280  # never fewer
 _STAGES_OF_FEATURES = (1, 2, 4, 6)  # the last ones at their resolution
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(StagedNet):
     """A MobileNetV2.
 
     Args:
@@ -43,6 +45,8 @@ class MobileNetV2(nn.Module):
     Raises:
         ValueError: the width leaves a layer without channels.
     """
+
+    _classifier = "classifier"
 
     def __init__(self, num_classes: int, width: float = 0.5) -> None:
         super().__init__()
@@ -59,27 +63,22 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
         _initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The seven of the paper."""
+        return list(self.blocks)
 
     def stage_modules(self) -> list[nn.Module]:
-        """The stages whose outputs are features, shallow to deep."""
+        """The stages whose outputs are features: 1, 2, 4 and 6. They end in linear bottlenecks, without a ReLU."""
         return [self.blocks[number] for number in _STAGES_OF_FEATURES]
 
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem (after ReLU) and of stages 1, 2, 4, 6, then the pooled [B, D]; and the logits.
+    def stem(self, images: Tensor) -> Tensor:
+        """What comes before the first stage."""
+        return self.conv1(images)
 
-        Stages end in linear bottlenecks: their features have passed no ReLU.
-        """
-        hidden = self.conv1(images)
-        features = [hidden]
-        for number, stage in enumerate(self.blocks):
-            hidden = stage(hidden)
-            if number in _STAGES_OF_FEATURES:
-                features.append(hidden)
-        pooled = self.conv2(hidden).mean(dim=(2, 3))
-        return [*features, pooled], self.classifier(pooled)
+    def tail(self, features: Tensor) -> Tensor:
+        """The features of one more convolution, pooled to [B, D]."""
+        return self.conv2(features).mean(dim=(2, 3))
 
 
 class _InvertedResidual(nn.Module):

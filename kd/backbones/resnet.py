@@ -9,12 +9,12 @@ The "x4" nets have four times the channels in every stage and twice in the stem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones.layers import initialise_convolutions, projection
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet, initialise_convolutions, projection
 
 __all__ = ["ResNet"]
 
 
-class ResNet(nn.Module):
+class ResNet(StagedNet):
     """A residual net of `depth` = 6n + 2 layers.
 
     Args:
@@ -22,6 +22,8 @@ class ResNet(nn.Module):
         widths: channels of the stem and of the three stages.
         num_classes: length of the logits.
     """
+
+    _classifier = "fc"
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], /, num_classes: int) -> None:
         super().__init__()
@@ -35,25 +37,8 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(widths[3], num_classes)
         initialise_convolutions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
 
-    def stage_modules(self) -> list[nn.Module]:
-        """The stages, whose outputs are their features, shallow to deep."""
-        return [self.layer1, self.layer2, self.layer3]
-
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
-        stem = F.relu(self.bn1(self.conv1(images)))
-        stage1 = self.layer1(stem)
-        stage2 = self.layer2(stage1)
-        stage3 = self.layer3(stage2)
-        pooled = stage3.mean(dim=(2, 3))
-        return [stem, stage1, stage2, stage3, pooled], self.fc(pooled)
-
-
-class _BasicBlock(nn.Module):
+class _BasicBlock(ReluBlock):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
@@ -62,10 +47,10 @@ class _BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = projection(in_channels, channels, stride)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def preactivation(self, features: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(features)))
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + self.downsample(features))
+        return residual + self.downsample(features)
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

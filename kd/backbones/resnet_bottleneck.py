@@ -7,20 +7,22 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones.layers import initialise_convolutions, projection
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet, initialise_convolutions, projection
 
 __all__ = ["BottleneckResNet"]
 
 _EXPANSION = 4  # output channels of a block over those of its 3x3 convolution
 
 
-class BottleneckResNet(nn.Module):
+class BottleneckResNet(StagedNet):
     """A residual net of four stages of bottleneck blocks with 256, 512, 1024 and 2048 output channels.
 
     Args:
         blocks: how many blocks each of the four stages has.
         num_classes: length of the logits.
     """
+
+    _stages = ("layer1", "layer2", "layer3", "layer4")
 
     def __init__(self, blocks: tuple[int, int, int, int], /, num_classes: int) -> None:
         super().__init__()
@@ -33,26 +35,8 @@ class BottleneckResNet(nn.Module):
         self.linear = nn.Linear(2048, num_classes)
         initialise_convolutions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
 
-    def stage_modules(self) -> list[nn.Module]:
-        """The stages, whose outputs are their features, shallow to deep."""
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
-
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
-        stem = F.relu(self.bn1(self.conv1(images)))
-        stage1 = self.layer1(stem)
-        stage2 = self.layer2(stage1)
-        stage3 = self.layer3(stage2)
-        stage4 = self.layer4(stage3)
-        pooled = stage4.mean(dim=(2, 3))
-        return [stem, stage1, stage2, stage3, stage4, pooled], self.linear(pooled)
-
-
-class _Bottleneck(nn.Module):
+class _Bottleneck(ReluBlock):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         out_channels = channels * _EXPANSION
@@ -64,11 +48,11 @@ class _Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut = projection(in_channels, out_channels, stride)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def preactivation(self, features: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(features)))
         residual = F.relu(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
-        return F.relu(residual + self.shortcut(features))
+        return residual + self.shortcut(features)
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

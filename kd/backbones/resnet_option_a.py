@@ -7,10 +7,12 @@ where a shortcut changes its shape, every second pixel is taken and the new chan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet
+
 __all__ = ["OptionAResNet"]
 
 
-class OptionAResNet(nn.Module):
+class OptionAResNet(StagedNet):
     """A residual net of `depth` = 6n + 2 layers and 16, 32, 64 channels.
 
     Args:
@@ -30,25 +32,8 @@ class OptionAResNet(nn.Module):
         self.linear = nn.Linear(64, num_classes)
         _initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
 
-    def stage_modules(self) -> list[nn.Module]:
-        """The stages, whose outputs are their features, shallow to deep."""
-        return [self.layer1, self.layer2, self.layer3]
-
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
-        stem = F.relu(self.bn1(self.conv1(images)))
-        stage1 = self.layer1(stem)
-        stage2 = self.layer2(stage1)
-        stage3 = self.layer3(stage2)
-        pooled = stage3.mean(dim=(2, 3))
-        return [stem, stage1, stage2, stage3, pooled], self.linear(pooled)
-
-
-class _Block(nn.Module):
+class _Block(ReluBlock):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
@@ -58,10 +43,10 @@ class _Block(nn.Module):
         self.stride = stride
         self.new_channels = channels - in_channels
 
-    def forward(self, features: Tensor) -> Tensor:
+    def preactivation(self, features: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(features)))
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + self._shortcut(features))
+        return residual + self._shortcut(features)
 
     def _shortcut(self, features: Tensor) -> Tensor:
         if self.stride == 1 and self.new_channels == 0:

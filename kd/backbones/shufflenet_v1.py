@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones.layers import shuffle_channels
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet, shuffle_channels
 
 __all__ = ["ShuffleNetV1"]
 
@@ -19,7 +19,7 @@ _BLOCKS = (4, 8, 4)
 _GROUPS = 3
 
 
-class ShuffleNetV1(nn.Module):
+class ShuffleNetV1(StagedNet):
     """A ShuffleNet with three groups and three stages of 240, 480 and 960 channels.
 
     Args:
@@ -35,25 +35,8 @@ class ShuffleNetV1(nn.Module):
         self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], _BLOCKS[2], first_groups=_GROUPS)
         self.linear = nn.Linear(_WIDTHS[2], num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
 
-    def stage_modules(self) -> list[nn.Module]:
-        """The stages, whose outputs are their features, shallow to deep."""
-        return [self.layer1, self.layer2, self.layer3]
-
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem and of each stage (after ReLU), then the pooled [B, D]; and the logits."""
-        stem = F.relu(self.bn1(self.conv1(images)))
-        stage1 = self.layer1(stem)
-        stage2 = self.layer2(stage1)
-        stage3 = self.layer3(stage2)
-        pooled = stage3.mean(dim=(2, 3))
-        return [stem, stage1, stage2, stage3, pooled], self.linear(pooled)
-
-
-class _Block(nn.Module):
+class _Block(ReluBlock):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; at stride 2 the pooled input is appended instead of added.
 
     Args:
@@ -76,13 +59,13 @@ class _Block(nn.Module):
         self.conv3 = nn.Conv2d(hidden, new_channels, 1, groups=_GROUPS, bias=False)
         self.bn3 = nn.BatchNorm2d(new_channels)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def preactivation(self, features: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(features)))
         residual = F.relu(self.bn2(self.conv2(shuffle_channels(residual, self.groups))))
         residual = self.bn3(self.conv3(residual))
         if self.appends:
-            return F.relu(torch.cat((residual, F.avg_pool2d(features, 3, stride=2, padding=1)), dim=1))
-        return F.relu(residual + features)
+            return torch.cat((residual, F.avg_pool2d(features, 3, stride=2, padding=1)), dim=1)
+        return residual + features
 
 
 def _stage(in_channels: int, channels: int, blocks: int, first_groups: int) -> nn.Sequential:

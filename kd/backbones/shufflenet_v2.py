@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones.layers import shuffle_channels
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet, shuffle_channels
 
 __all__ = ["ShuffleNetV2"]
 
@@ -33,7 +33,7 @@ _SIZES = {
 _STEM_CHANNELS = 24
 
 
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(StagedNet):
     """A ShuffleNet V2.
 
     Args:
@@ -58,25 +58,12 @@ class ShuffleNetV2(nn.Module):
         self.bn2 = nn.BatchNorm2d(last)
         self.linear = nn.Linear(last, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
-
-    def stage_modules(self) -> list[nn.Module]:
-        """The stages, whose outputs are their features, shallow to deep."""
-        return [self.layer1, self.layer2, self.layer3]
-
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem and of each stage (after ReLU and shuffle), then the pooled [B, D]; and the logits."""
-        stem = F.relu(self.bn1(self.conv1(images)))
-        stage1 = self.layer1(stem)
-        stage2 = self.layer2(stage1)
-        stage3 = self.layer3(stage2)
-        pooled = F.relu(self.bn2(self.conv2(stage3))).mean(dim=(2, 3))
-        return [stem, stage1, stage2, stage3, pooled], self.linear(pooled)
+    def tail(self, features: Tensor) -> Tensor:
+        """The features of one more convolution, pooled to [B, D]."""
+        return F.relu(self.bn2(self.conv2(features))).mean(dim=(2, 3))
 
 
-class _Block(nn.Module):
+class _Block(ReluBlock):
     """Half of the channels pass, the other half goes through 1x1, depthwise 3x3, 1x1; then both are shuffled."""
 
     def __init__(self, channels: int) -> None:
@@ -89,12 +76,14 @@ class _Block(nn.Module):
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def preactivation(self, features: Tensor) -> Tensor:
         passed, changed = features[:, : self.passed], features[:, self.passed :]
         changed = F.relu(self.bn1(self.conv1(changed)))
         changed = self.bn2(self.conv2(changed))
-        changed = F.relu(self.bn3(self.conv3(changed)))
-        return shuffle_channels(torch.cat((passed, changed), dim=1), 2)
+        return torch.cat((passed, self.bn3(self.conv3(changed))), dim=1)
+
+    def activate(self, features: Tensor) -> Tensor:
+        return shuffle_channels(F.relu(features), 2)  # what was passed on has no negative value
 
 
 class _DownBlock(nn.Module):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import NetOutput
+
 __all__ = ["create_timm_model", "input_statistics"]
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -13,7 +15,7 @@ _STEMS = ("act1", "bn1", "conv_stem", "norm0", "stem")  # how timm names the fir
 
 
 def create_timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """Builds `timm.create_model(name, num_classes=num_classes, **kwargs)` and adds `forward_features_and_logits`.
+    """Builds `timm.create_model(name, num_classes=num_classes, **kwargs)` and adds `outputs` and `stage_modules`.
 
     The state_dict is timm's own. Nothing is downloaded unless `pretrained=True` is among the options.
 
@@ -63,8 +65,8 @@ class _StageFeatures:
 
     _timm_class: type
 
-    def forward_features_and_logits(self: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """timm's intermediates (NCHW, shallow to deep), then the pooled [B, D]; and the logits.
+    def outputs(self: Any, images: Tensor) -> NetOutput:
+        """Logits, timm's intermediates (NCHW, shallow to deep) and then the pooled [B, D].
 
         Raises:
             ValueError: the model has no `forward_intermediates`.
@@ -76,7 +78,7 @@ class _StageFeatures:
         # The head runs twice: applying the classifier to the pooled features would be wrong for heads with a norm
         # or several classifiers in between. In training mode dropout in the head therefore draws twice.
         pooled = self.forward_head(final, pre_logits=True)
-        return [*intermediates, pooled], self.forward_head(final)
+        return NetOutput(self.forward_head(final), (*intermediates, pooled))
 
     def stage_modules(self: Any) -> list[nn.Module]:
         """Modules whose outputs are the features of the stages, shallow to deep; none if timm does not name them.

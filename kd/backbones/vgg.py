@@ -5,15 +5,21 @@ arXiv:1409.1556; the form for 32x32 images as in Tian et al., "Contrastive Repre
 arXiv:1910.10699.
 """
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet
 
 __all__ = ["VGG"]
 
 _WIDTHS = (64, 128, 256, 512, 512)
+_LARGE = 64 >> 3  # after three poolings
+_Pools = Literal["always", "large", "never"]
 
 
-class VGG(nn.Module):
+class VGG(StagedNet):
     """A VGG net of five blocks.
 
     Images of 64 pixels and more are pooled once more, before the last block, than smaller ones.
@@ -23,45 +29,46 @@ class VGG(nn.Module):
         num_classes: length of the logits.
     """
 
+    _stages = ("block1", "block2", "block3", "block4")
+    _classifier = "classifier"
+
     def __init__(self, convolutions: tuple[int, int, int, int, int], /, num_classes: int) -> None:
         super().__init__()
-        self.block0 = _block(3, _WIDTHS[0], convolutions[0])
-        self.block1 = _block(_WIDTHS[0], _WIDTHS[1], convolutions[1])
-        self.block2 = _block(_WIDTHS[1], _WIDTHS[2], convolutions[2])
-        self.block3 = _block(_WIDTHS[2], _WIDTHS[3], convolutions[3])
-        self.block4 = _block(_WIDTHS[3], _WIDTHS[4], convolutions[4])
-        self.activations = nn.ModuleList(nn.ReLU() for _ in _WIDTHS)  # of each block's last layer
+        self.block0 = _Block(3, _WIDTHS[0], convolutions[0], pools="never")
+        self.block1 = _Block(_WIDTHS[0], _WIDTHS[1], convolutions[1])
+        self.block2 = _Block(_WIDTHS[1], _WIDTHS[2], convolutions[2])
+        self.block3 = _Block(_WIDTHS[2], _WIDTHS[3], convolutions[3])
+        self.block4 = _Block(_WIDTHS[3], _WIDTHS[4], convolutions[4], pools="large")
         self.classifier = nn.Linear(_WIDTHS[4], num_classes)
         _initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
-
-    def stage_modules(self) -> list[nn.Module]:
-        """Modules whose outputs are the features of the blocks but the first, which is the stem; shallow to deep."""
-        return list(self.activations)[1:]
-
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of each of the five blocks (after ReLU, before pooling), then the pooled [B, D]; and the logits."""
-        relu = self.activations
-        block0 = relu[0](self.block0(images))
-        block1 = relu[1](self.block1(F.max_pool2d(block0, 2)))
-        block2 = relu[2](self.block2(F.max_pool2d(block1, 2)))
-        block3 = relu[3](self.block3(F.max_pool2d(block2, 2)))
-        block4_input = F.max_pool2d(block3, 2) if images.shape[2] >= 64 else block3
-        block4 = relu[4](self.block4(block4_input))
-        pooled = block4.mean(dim=(2, 3))
-        return [block0, block1, block2, block3, block4, pooled], self.classifier(pooled)
+    def stem(self, images: Tensor) -> Tensor:
+        """The first block."""
+        return self.block0(images)
 
 
-def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU and so on; the last ReLU is left to the caller."""
-    layers: list[nn.Module] = []
-    for _ in range(convolutions):
-        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
-        in_channels = channels
-    return nn.Sequential(*layers[:-1])
+class _Block(ReluBlock, nn.Sequential):
+    """Max pooling, then convolution, batch norm, ReLU and so on.
+
+    Args:
+        in_channels: of the input.
+        channels: of the output.
+        convolutions: how many.
+        pools: its input always, never, or where that is as large as images of 64 pixels make it.
+    """
+
+    def __init__(self, in_channels: int, channels: int, convolutions: int, pools: _Pools = "always") -> None:
+        layers: list[nn.Module] = []
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+            in_channels = channels
+        super().__init__(*layers[:-1])
+        self.pools = pools
+
+    def preactivation(self, features: Tensor) -> Tensor:
+        if self.pools == "always" or (self.pools == "large" and features.shape[2] >= _LARGE):
+            features = F.max_pool2d(features, 2)
+        return nn.Sequential.forward(self, features)
 
 
 def _initialise(model: nn.Module) -> None:

@@ -7,10 +7,12 @@ WRN-depth-factor with depth = 6n + 4.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalikd.kd.backbones.layers import StagedNet
+
 __all__ = ["WideResNet"]
 
 
-class WideResNet(nn.Module):
+class WideResNet(StagedNet):
     """A wide residual net.
 
     Args:
@@ -19,6 +21,9 @@ class WideResNet(nn.Module):
         num_classes: length of the logits.
         dropout: probability of dropping an element between the two convolutions of a block.
     """
+
+    _stages = ("block1", "block2", "block3")
+    _classifier = "fc"
 
     def __init__(self, depth: int, widen_factor: int, /, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -33,26 +38,24 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(widths[2], num_classes)
         _initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.forward_features_and_logits(images)[1]
+    def stem(self, images: Tensor) -> Tensor:
+        """The first convolution."""
+        return self.conv1(images)
 
-    def stage_modules(self) -> list[nn.Module]:
-        """The stages, whose outputs are their features, shallow to deep."""
-        return [self.block1, self.block2, self.block3]
+    def tail(self, features: Tensor) -> Tensor:
+        """The last stage's sum, normalised, after ReLU, pooled to [B, D]."""
+        return F.relu(self.bn1(features)).mean(dim=(2, 3))
 
-    def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of the stem and of each stage, then the pooled [B, D]; and the logits.
+    def around_last_relu(self, stage: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+        """A stage ends in a sum: what comes before a ReLU is the sum normalised by the norm that follows the stage.
 
-        Pre-activation blocks end in a sum: the stem's and the stages' features have passed neither the next
-        batch norm nor its ReLU. The pooled ones have.
+        It is normalised here once more, without a second update of running statistics.
         """
-        stem = self.conv1(images)
-        stage1 = self.block1(stem)
-        stage2 = self.block2(stage1)
-        stage3 = self.block3(stage2)
-        pooled = F.relu(self.bn1(stage3)).mean(dim=(2, 3))
-        return [stem, stage1, stage2, stage3, pooled], self.fc(pooled)
+        norms = (self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1)
+        norm, output = norms[self.stages.index(stage)], stage(features)
+        assert isinstance(norm, nn.BatchNorm2d)
+        means = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+        return F.batch_norm(output, *means, norm.weight, norm.bias, norm.training, 0.0, norm.eps), output
 
 
 class _Stage(nn.Module):

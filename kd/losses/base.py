@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,7 @@ class DistillationLoss(nn.Module, ABC):
 
     A method is a subclass. The caller minimises "loss" and logs every term under its own name, so that a new method
     changes no training loop. Parameters of a subclass (connectors, regressors) are trained along with the student.
-    A subclass that compares stage features sets `needs_features`; its forward then takes two more keywords,
-    `student_features` and `teacher_features`, the lists that `forward_features_and_logits` of the nets returns.
     """
-
-    needs_features: ClassVar[bool] = False
 
     @abstractmethod
     def forward(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones import NetOutput, create_model
 from dalikd.kd.folding import fold_batch_norms
 
 
@@ -70,8 +70,8 @@ def test_a_folded_net_gives_the_same_logits_and_features(name):
         assert fold_batch_norms(folded) == COUNTS[name][0]
     assert _norms(folded) == COUNTS[name][1]
     with torch.no_grad():
-        expected_features, expected = net.forward_features_and_logits(_images())
-        features, logits = folded.forward_features_and_logits(_images())
+        expected, expected_features, _ = net.outputs(_images())
+        logits, features, _ = folded.outputs(_images())
         _assert_same(folded(_images()), expected)
     _assert_same(logits, expected)
     assert len(features) == len(expected_features)
@@ -190,9 +190,9 @@ def test_only_a_convolution_that_feeds_nothing_but_its_norm_is_folded(join, coun
 
 def test_a_feature_before_the_norm_is_left_as_it_is():
     class Features(_Small):
-        def forward_features_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        def outputs(self, images: Tensor) -> NetOutput:
             hidden = self.conv(images)
-            return [hidden], self.norm(hidden)
+            return NetOutput(self.norm(hidden), (hidden,))
 
     assert fold_batch_norms(Features(_chain).eval()) == 0
 

@@ -42,9 +42,9 @@ def pieces(net: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     name = type(net).__name__
     if name == "VGG":
         return [
-            lambda x: functional.relu(net.block1(functional.max_pool2d(functional.relu(net.block0(x)), 2))),
-            lambda x: functional.relu(net.block2(functional.max_pool2d(x, 2))),
-            lambda x: _last_of_vgg(net, x),
+            lambda x: net.block1(net.block0(x)),
+            net.block2,
+            lambda x: net.classifier(net.block4(net.block3(x)).mean((2, 3))),
         ]
     if name == "WideResNet":
         return [
@@ -64,11 +64,6 @@ def pieces(net: nn.Module) -> list[Callable[[Tensor], Tensor]]:
         net.layer2,
         lambda x: head(net.layer3(x).mean((2, 3))),
     ]
-
-
-def _last_of_vgg(net: nn.Module, states: Tensor) -> Tensor:
-    states = functional.relu(net.block3(functional.max_pool2d(states, 2)))
-    return net.classifier(functional.relu(net.block4(states)).mean((2, 3)))
 
 
 def by_hand(net: nn.Module, images: Tensor, draws: MixDraws) -> Tensor:

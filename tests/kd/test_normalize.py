@@ -50,3 +50,22 @@ def test_statistics_move_with_the_net_and_are_not_trained():
     net = Normalized(nn.Conv2d(3, 1, 1), MEAN, STD).to("meta")
     assert net.scale.device.type == net.shift.device.type == "meta"
     assert [name for name, _ in net.named_parameters()] == ["model.weight", "model.bias"]
+
+
+def test_features_are_given_where_they_are_asked_for():
+    net = Normalized(create_model("resnet8", 4).eval(), MEAN, STD)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    logits, before, after = net(pixels), net.outputs(pixels, preactivations=True), net.outputs(pixels, features=True)
+    assert all(torch.equal(found.logits, logits) for found in (before, after, net.outputs(pixels)))
+    assert net.outputs(pixels).features == ()
+    for old, new in zip(before.features[1:-1], after.features[1:-1], strict=True):
+        assert torch.equal(torch.relu(old), new)
+        assert (old < 0).any()
+
+
+def test_a_net_without_features_says_so():
+    pixels = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="Flatten gives no stage features: take another net, or a loss without them"):
+        Normalized(nn.Flatten(), MEAN, STD).outputs(pixels, features=True)
+    with pytest.raises(ValueError, match="ResNet gives no features before their last ReLU"):
+        Normalized(create_model("timm:resnet18", 4), MEAN, STD).outputs(pixels, preactivations=True)

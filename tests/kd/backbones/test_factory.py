@@ -32,7 +32,7 @@ def test_state_dict_has_the_published_keys_order_and_shapes(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_features_have_the_published_shapes(name):
-    features, logits = meta_model(name).forward_features_and_logits(torch.empty(2, 3, 32, 32, device="meta"))
+    logits, features, _ = meta_model(name).outputs(torch.empty(2, 3, 32, 32, device="meta"))
     assert [list(feature.shape) for feature in features] == PUBLISHED[name]["feature_shapes"]
     assert logits.shape == (2, 100)
 
@@ -43,10 +43,26 @@ def test_values_are_the_published_ones(name, fill, images):
     model = fill(create_model(name, 100), entry["gain"])
     expected = torch.tensor(entry["logits"], dtype=torch.float64)
     with torch.no_grad():
-        features, logits = model.forward_features_and_logits(images)
+        logits, features, _ = model.outputs(images)
         torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
     for feature, figures in zip(features, entry["features"], strict=True):
+        assert feature.mean().item() == pytest.approx(figures["mean"], abs=1e-9)
+        assert feature.std(correction=0).item() == pytest.approx(figures["std"], abs=1e-9)
+        assert feature.flatten()[:4].tolist() == pytest.approx(figures["first4"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in PUBLISHED.items() if "preactivations" in entry])
+def test_features_before_the_last_relu_are_the_published_ones(name, fill, images):
+    entry = PUBLISHED[name]
+    model = fill(create_model(name, 100), entry["gain"])
+    with torch.no_grad():
+        logits, (stem, *stages, pooled), _ = model.preactivations(images)
+        usual = model.outputs(images)
+    assert torch.equal(logits, usual.logits)
+    assert torch.equal(stem, usual.features[0])
+    assert torch.equal(pooled, usual.features[-1])
+    for feature, figures in zip(stages, entry["preactivations"], strict=True):
         assert feature.mean().item() == pytest.approx(figures["mean"], abs=1e-9)
         assert feature.std(correction=0).item() == pytest.approx(figures["std"], abs=1e-9)
         assert feature.flatten()[:4].tolist() == pytest.approx(figures["first4"], abs=1e-9)
@@ -57,7 +73,7 @@ def test_one_forward_in_training_mode_updates_each_batch_norm_once(name, fill, i
     entry = PUBLISHED[name]
     model = fill(create_model(name, 100), entry["gain"]).train()
     with torch.no_grad():
-        _, logits = model.forward_features_and_logits(images)
+        logits = model.preactivations(images).logits  # which does all that `outputs` does
     expected = torch.tensor(entry["train_mode"]["logits_first8"], dtype=torch.float64)
     torch.testing.assert_close(logits[:, :8], expected, rtol=0, atol=1e-8)
     state = model.state_dict()
@@ -71,7 +87,7 @@ def test_one_forward_in_training_mode_updates_each_batch_norm_once(name, fill, i
 @pytest.mark.parametrize("name", [*PUBLISHED, *OPTION_A])
 @pytest.mark.parametrize("side", [33, 48, 64, 224])
 def test_any_side_gives_a_row_of_logits_an_image(name, side):
-    features, logits = meta_model(name, 7).forward_features_and_logits(torch.empty(3, 3, side, side, device="meta"))
+    logits, features, _ = meta_model(name, 7).outputs(torch.empty(3, 3, side, side, device="meta"))
     assert logits.shape == (3, 7)
     assert features[-1].ndim == 2
 
@@ -81,7 +97,7 @@ def test_images_need_not_be_square_and_pooled_is_what_the_last_layer_sees(name, 
     model = fill(create_model(name, 5), 1.0)
     last_layer = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
-        features, logits = model.forward_features_and_logits(torch.randn(2, 3, 33, 40).double())
+        logits, features, _ = model.outputs(torch.randn(2, 3, 33, 40).double())
         torch.testing.assert_close(last_layer(features[-1]), logits, rtol=0, atol=0)
     assert logits.isfinite().all()
 
@@ -120,14 +136,14 @@ def test_convolutions_start_with_torchs_default_where_published_code_sets_nothin
 def test_channels_last_stays_from_stage_to_stage(name):
     model = create_model(name, 10).eval().to(memory_format=torch.channels_last)
     with torch.no_grad():
-        features, _ = model.forward_features_and_logits(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last))
+        features = model.outputs(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)).features
     assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features[:-1])
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", *TORCH_DEFAULT])
 def test_a_compiler_sees_one_graph(name):
     model = create_model(name, 10).eval()
-    found = torch._dynamo.explain(model.forward_features_and_logits)(torch.randn(2, 3, 32, 32))
+    found = torch._dynamo.explain(model.outputs)(torch.randn(2, 3, 32, 32))
     torch.compiler.reset()
     assert (found.graph_count, found.graph_break_count) == (1, 0)
 

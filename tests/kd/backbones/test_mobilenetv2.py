@@ -25,12 +25,12 @@ def test_other_widths_have_the_published_keys_and_shapes(width, published):
 
 def test_the_resolution_is_halved_by_the_stem_and_three_stages():
     with torch.device("meta"):
-        features, _ = create_model("MobileNetV2", 10).forward_features_and_logits(torch.empty(1, 3, 224, 224))
+        features = create_model("MobileNetV2", 10).outputs(torch.empty(1, 3, 224, 224)).features
     assert [feature.shape[-1] for feature in features[:-1]] == [112, 112, 56, 28, 14]
 
 
 def test_stages_end_linear_and_the_stem_in_a_relu():
-    features, _ = create_model("MobileNetV2", 10).forward_features_and_logits(torch.randn(2, 3, 32, 32))
+    features = create_model("MobileNetV2", 10).outputs(torch.randn(2, 3, 32, 32)).features
     assert (features[0] >= 0).all()
     assert all((feature < 0).any() for feature in features[1:-1])
 

@@ -5,7 +5,7 @@ from dalikd.kd.backbones import create_model
 
 
 def test_features_are_after_relu():
-    features, _ = create_model("ShuffleV1", 10).forward_features_and_logits(torch.randn(2, 3, 32, 32))
+    features = create_model("ShuffleV1", 10).outputs(torch.randn(2, 3, 32, 32)).features
     assert all((feature >= 0).all() for feature in features)
 
 

@@ -27,7 +27,7 @@ def test_the_outputs_of_stage_modules_are_the_stages_features(name: str):
     found = []
     for stage in model.stage_modules():
         stage.register_forward_hook(lambda *args: found.append(args[2]))
-    features, _ = model.forward_features_and_logits(torch.randn(2, 3, 64, 64))
+    features = model.outputs(torch.randn(2, 3, 64, 64)).features
     stages = features[:-1] if "convnext" in name else features[1:-1]  # no stem among them there
     assert len(found) == len(stages) >= 3
     for output, feature in zip(found, stages, strict=True):

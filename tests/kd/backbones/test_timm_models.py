@@ -25,7 +25,7 @@ def test_resnet18_is_timms_with_stage_features(resnet18, images):
     assert list(plain.state_dict()) == list(resnet18.state_dict())
     plain.load_state_dict(resnet18.state_dict())
     with torch.no_grad():
-        features, logits = resnet18.forward_features_and_logits(images)
+        logits, features, _ = resnet18.outputs(images)
         expected_logits = plain(images)
         final, expected_features = plain.forward_intermediates(images)
         expected_features.append(plain.global_pool(final))
@@ -52,7 +52,7 @@ def test_logits_are_timms_whatever_the_head(name):
     side = model.pretrained_cfg["input_size"][-1]
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        features, logits = model.forward_features_and_logits(images)
+        logits, features, _ = model.outputs(images)
         torch.testing.assert_close(logits, model(images))
     assert features[-1].ndim == 2
     assert all(feature.ndim == 4 for feature in features[:-1])
@@ -62,11 +62,11 @@ def test_logits_are_timms_whatever_the_head(name):
 def test_a_copy_is_whole_and_independent(duplicate, resnet18, images):
     twin = duplicate(resnet18)
     with torch.no_grad():
-        before = resnet18.forward_features_and_logits(images)[1]
-        assert torch.equal(twin.forward_features_and_logits(images)[1], before)
+        before = resnet18.outputs(images).logits
+        assert torch.equal(twin.outputs(images).logits, before)
         twin.fc.weight.zero_()
-        assert torch.equal(resnet18.forward_features_and_logits(images)[1], before)
-        assert not torch.equal(twin.forward_features_and_logits(images)[1], before)
+        assert torch.equal(resnet18.outputs(images).logits, before)
+        assert not torch.equal(twin.outputs(images).logits, before)
     assert type(twin) is type(resnet18)
     assert isinstance(twin, timm.models.resnet.ResNet)
 
@@ -97,4 +97,4 @@ def test_bad_names_and_options_are_named():
 def test_a_model_without_intermediates_says_so(resnet18, images, monkeypatch):
     monkeypatch.delattr(timm.models.resnet.ResNet, "forward_intermediates")
     with pytest.raises(ValueError, match="timm's ResNet gives no stage features"):
-        resnet18.forward_features_and_logits(images)
+        resnet18.outputs(images)

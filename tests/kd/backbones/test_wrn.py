@@ -6,7 +6,7 @@ from dalikd.kd.backbones import create_model
 
 def test_stage_features_are_raw_sums_and_the_pooled_ones_activated(fill, images):
     model = fill(create_model("wrn_16_2", 10), 1.1)
-    features, _ = model.forward_features_and_logits(images)
+    features = model.outputs(images).features
     assert all((feature < 0).any() for feature in features[:-1])
     torch.testing.assert_close(features[-1], F.relu(model.bn1(features[-2])).mean(dim=(2, 3)))
 

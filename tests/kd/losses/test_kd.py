@@ -167,22 +167,6 @@ def test_a_later_method_is_a_subclass_chosen_by_its_path():
     assert isinstance(instantiate(parser, config).loss, KD)
 
 
-def test_a_feature_based_loss_adds_its_own_term(batch: Batch):
-    class Hint(KD):
-        needs_features = True
-
-        def forward(self, student_logits, labels, teacher_logits, mixed=None, student_features=(), teacher_features=()):
-            terms = super().forward(student_logits, labels, teacher_logits, mixed)
-            hint = (student_features[0] - teacher_features[0]).square().mean()
-            return {**terms, "loss": terms["loss"] + 100 * hint, "hint": hint}
-
-    features = {"student_features": [torch.ones(6, 3)], "teacher_features": [torch.zeros(6, 3)]}
-    terms = Hint()(*batch, **features)
-    assert list(terms) == ["loss", "ce", "kd", "kd_mix", "hint"]
-    assert (terms["loss"] - KD()(*batch)["loss"]).item() == pytest.approx(100.0)
-    assert (KD.needs_features, Hint.needs_features) == (False, True)
-
-
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         DistillationLoss()  # pyright: ignore[reportAbstractUsage]
