@@ -155,18 +155,23 @@ def entropies(seen: Look, originals: Tensor | None = None) -> Entropies:
 
 @contextmanager
 def batch_statistics(model: nn.Module):
-    """In here a net normalises by its batch, as in training, but its running statistics stay as they are."""
+    """In here a net normalises by its batch, as in training, but its running statistics stay as they are.
+
+    By this process's batch alone: a norm in eval mode without running statistics asks no other process for its own,
+    synchronised or not.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    tracking = [norm.track_running_stats for norm in norms]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
     training = model.training
     model.train()
     for norm in norms:
-        norm.track_running_stats = False
+        norm.eval()
+        norm.running_mean = norm.running_var = None
     try:
         yield
     finally:
-        for norm, tracked in zip(norms, tracking, strict=True):
-            norm.track_running_stats = tracked
+        for norm, (mean, variance) in zip(norms, running, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
         model.train(training)
 
 

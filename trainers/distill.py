@@ -170,7 +170,7 @@ class Distillation:
         self._batches += 1
 
     def _score_originals(self, pixels: Tensor) -> Tensor:
-        """For the log alone: on every process, as synchronised batch norms want it; no random number is used up."""
+        """For the log alone: no random number is used up."""
         devices = [pixels.device] if pixels.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self._accelerator.autocast():
             return score_groups(self.student, pixels, len(pixels), self._augmenter.group)

@@ -105,7 +105,9 @@ class Loop:
         self.identity = identity or {"options": {}, "contents": {}}
         task = method.task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_bn and accelerator.num_processes > 1:
-            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+            from timm.layers import convert_sync_batchnorm  # torch's own drops what timm's norms do besides
+
+            task = convert_sync_batchnorm(task)
         self._student_is_fixed = not any(values.requires_grad for values in method.student.parameters())
         self._trains = any(values.requires_grad for values in task.parameters())
         optimizer = options.optimizer(parameter_groups(task, options.no_decay_norms))

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.entropy_log import EntropyLog
@@ -105,6 +106,24 @@ def test_scores_do_not_depend_on_the_batch_size(make_net, batch):
         piece = images[:, start : start + GROUP]
         alone = score_groups(student, piece.flatten(0, 1), piece.shape[1], GROUP).reshape(2, -1, 3)
         torch.testing.assert_close(whole[:, start : start + GROUP], alone, rtol=0, atol=1e-12)
+
+
+def test_synchronised_norms_score_by_their_own_group_and_keep_the_activation(
+    make_loop, distill_options, monkeypatch
+):
+    """One of several processes asks no other one; torch's own conversion would drop timm's activations."""
+    torch.manual_seed(0)
+    student = Normalized(create_model("timm:mobilenetv3_small_050", 3), (0.5,) * 3, (0.5,) * 3).double()
+    images = torch.randint(0, 256, (2 * 16, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    scores = score_groups(student.train(), images, 16, GROUP)
+    expected = student.eval()(images)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    student = make_loop(options=distill_options(sync_bn=True), student=student).task.student
+    torch.testing.assert_close(student.eval()(images), expected)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input"):  # it would ask the others
+        student.train()(images)
+    torch.testing.assert_close(score_groups(student, images, 16, GROUP), scores)
 
 
 def _resnet(seed):
