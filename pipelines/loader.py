@@ -102,6 +102,7 @@ class Loader:
         position: microbatches consumed since the start of training.
         wait_seconds: host time spent waiting for batches, since the start.
         replaced: row that cannot be decoded -> row used in its place.
+        damaged: row that could not be decoded -> size of its file, which may be mended.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class Loader:
         self.position = 0
         self.wait_seconds = 0.0
         self.replaced: dict[int, int] = dict(resident.replaced) if resident is not None else {}
-        self._damaged: dict[int, int] = {}  # row that could not be decoded -> size of its file, which may be mended
-        self._note_damaged(self.replaced)
+        self.damaged: dict[int, int] = {}
+        self.note_damaged(self.replaced)
         self._attach = attach
         self._hand = HandOver(self.device, buffers)
         self._threads = threads or _cores()
@@ -167,7 +168,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, and what it must be fed with to go on from there."""
-        replaced, damaged = dict(self.replaced), dict(self._damaged)
+        replaced, damaged = dict(self.replaced), dict(self.damaged)
         return {"position": self.position, "replaced": replaced, "damaged": damaged, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ class Loader:
                     "resume with the same data, --seed and --batch_size, from containers also on as many processes"
                 )
         self.replaced = dict(state["replaced"])
-        self._note_damaged(state.get("damaged", {}))
+        self.note_damaged(state.get("damaged", {}))
         self.seek(state["position"])
 
     def check_images(self, state: dict[str, Any]) -> None:
@@ -211,10 +212,11 @@ class Loader:
         sizes[list(damaged)] = list(damaged.values())
         return replace(self.source, files=replace(files, sizes=sizes)).fingerprint == state["fingerprint"]
 
-    def _note_damaged(self, rows: Collection[int]) -> None:
+    def note_damaged(self, rows: Collection[int]) -> None:
+        """Remember that these rows could not be decoded: their files may be mended before a resumed run."""
         if rows and self.source.files is not None:
             sizes = self.source.files.measure()
-            self._damaged |= {row: int(sizes[row]) for row in rows}
+            self.damaged |= {row: int(sizes[row]) for row in rows}
 
     def seek(self, position: int) -> None:
         """Continue at microbatch number `position`."""
@@ -228,7 +230,7 @@ class Loader:
             BadFileError: none is left.
         """
         bad = {*rows, *self.replaced}
-        self._note_damaged(bad)
+        self.note_damaged(bad)
         for row in sorted(bad):
             self.replaced[row] = self._substitute(row, bad)
 
@@ -295,7 +297,7 @@ class Loader:
                 f"DALI fails on the batch that starts with {printable(self.source.path(int(plan.rows[0])))}, though it "
                 f"decodes each image of it alone; DALI says: {dali_words(error)}"
             ) from error
-        self._note_damaged([item.row for item in bad])
+        self.note_damaged([item.row for item in bad])
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad)
         if self.bad_files == "stop":
             raise BadFileError(

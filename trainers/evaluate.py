@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from dalikd.pipelines.doctor import printable
-from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.progress import progress
 
 __all__ = ["evaluate", "replaced_files"]
@@ -29,15 +29,26 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, label: 
     Returns:
         "loss" (cross-entropy, mean over all images), "top1" and "top5" (shares of 1), "images", and how many of these
         were "replaced" by others because they cannot be decoded.
+
+    Raises:
+        BadFileError: an image cannot be decoded by one of the processes; on all of them.
     """
     training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for batch in progress(accelerator, label, loader, leave=False):
-        if len(batch):
-            with accelerator.autocast():
-                logits = model(batch.pixels)
-            sums += _sums(logits, batch.labels)
+    bad: BadFileError | None = None
+    try:
+        for batch in progress(accelerator, label, loader, leave=False):
+            if len(batch):
+                with accelerator.autocast():
+                    logits = model(batch.pixels)
+                sums += _sums(logits, batch.labels)
+    except BadFileError as error:
+        bad = error
+    # nobody waits below for one that has failed
+    met = gather_object([bad]) if accelerator.num_processes > 1 else [bad]
+    if first := bad or next(filter(None, met), None):
+        raise first
     total = cast(torch.Tensor, accelerator.reduce(sums))
     model.train(training)
     loss, top1, top5, images = total.tolist()  # waits for the device, once
@@ -53,8 +64,11 @@ def replaced_files(loaders: Sequence[Loader], accelerator: Accelerator) -> dict[
     """
     found: dict[str, str] = {}
     for loader in loaders:
-        rows = list(loader.replaced)
-        loader.replace(gather_object(rows) if accelerator.num_processes > 1 else rows)
+        damaged, replaced = list(loader.damaged), list(loader.replaced)
+        if accelerator.num_processes > 1:
+            damaged, replaced = gather_object(damaged), gather_object(replaced)
+        loader.note_damaged(damaged)
+        loader.replace(replaced)
         path = loader.source.path
         found |= {printable(path(row)): printable(path(other)) for row, other in sorted(loader.replaced.items())}
     return found

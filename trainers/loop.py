@@ -23,12 +23,10 @@ from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
-from dalikd.trainers.stopping import Interrupted, StopSignals
+from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
 __all__ = ["Loop", "Method", "parameter_groups"]
-
-_STOP_EVERY = 20  # steps: processes on GPUs ask each other so often at least whether one was told to stop
 
 
 class Method(Protocol):
@@ -124,6 +122,7 @@ class Loop:
         self.average = MovingAverage(method.student, options.ema) if options.ema else None
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
+        self._stops = StopSignals(accelerator)
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
         self._threads = torch.get_num_threads()  # outside of this run
         self.steps_per_epoch = loader.sampler.steps_per_epoch
@@ -132,8 +131,12 @@ class Loop:
     # ------------------------------------------------------------------------------------------ the step
 
     def step(self) -> None:
-        """One optimizer step. Nothing in here waits for the device."""
-        batches = [self.loader.next() for _ in range(self.options.accumulation)]
+        """One optimizer step. Nothing in here waits for the device.
+
+        Raises:
+            BadFileError, Interrupted: as `StopSignals.together`; nothing was done.
+        """
+        batches = self._stops.together(lambda: [self.loader.next() for _ in range(self.options.accumulation)])
         if self.options.compile != "off":
             # CUDA graphs may now overwrite the last step's outputs. Not between microbatches, whose gradients add up.
             torch.compiler.cudagraph_mark_step_begin()
@@ -183,16 +186,17 @@ class Loop:
 
         Raises:
             BadFileError: a picture cannot be decoded; the state is saved.
-            Interrupted: SIGTERM or SIGINT came, to any of the processes; the state is saved.
+            Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
         """
         self.task.train()
         if self._student_is_fixed:
             self.method.student.eval()  # its running statistics stay too
         try:
-            with StopSignals(self.accelerator) as signals:
-                self._run_steps(signals)
-        except BadFileError:
-            self.save(every_process=True)  # the others may never learn why they wait, so the one that knows saves
+            with self._stops:
+                self._run_steps()
+        except (BadFileError, Interrupted) as stop:
+            save_after(stop, self.save, f"go on with --resume {self.folder.path}")
+            self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
             raise
         finally:
             torch.set_num_threads(self._threads)
@@ -205,7 +209,7 @@ class Loop:
         self.folder.results(results)
         return results
 
-    def _run_steps(self, signals: StopSignals) -> None:
+    def _run_steps(self) -> None:
         options, progress = self.options, self.progress
         bar = progress_bar(
             self.accelerator, self.folder.path.name, total=self.total_steps, initial=progress.step, unit="step"
@@ -225,10 +229,7 @@ class Loop:
                     clock.restart()
                 elif options.checkpoint_every and progress.step % options.checkpoint_every == 0:
                     self.save()
-                if number := signals.agreed(progress.step, 1 if end_of_epoch else min(options.log_every, _STOP_EVERY)):
-                    self.save()
-                    self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
-                    raise Interrupted(f"stopped by signal {number}; go on with --resume {self.folder.path}", number)
+            self._stops.together(lambda: None)  # a signal in the last step is for what comes after the run
 
     def _log_interval(self, clock: "_Clock", bar: tqdm) -> None:
         self.meter.share(self.accelerator)
@@ -306,14 +307,13 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ the state
 
-    def save(self, every_process: bool = False) -> None:
+    def save(self) -> None:
         """Write the student's weights and the state. At a step's end the state is the same on every process, once the
-        meters are shared: all of them call this, but where a broken image stops one, which then saves its own."""
-        if not every_process:
-            self.meter.share(self.accelerator)
-            self.epoch_meter.share(self.accelerator)
-            self._note_replaced()
-        if not (self.accelerator.is_main_process or every_process):
+        meters are shared: all of them call this, and the main process writes."""
+        self.meter.share(self.accelerator)
+        self.epoch_meter.share(self.accelerator)
+        self._note_replaced()
+        if not self.accelerator.is_main_process:
             return
         # the state last: after a kill in between, the run goes on from the one before and writes these weights again
         self._save_weights("last")

@@ -42,13 +42,12 @@ from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher
 from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
-from dalikd.trainers.stopping import Interrupted, StopSignals
+from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
 from dalikd.trainers.tracking import check_writable, versions
 from dalikd.trainers.trial import check_class_order, check_finite, try_net
 
 __all__ = ["build_scorer", "check_measuring", "measure", "measure_all", "measure_branches", "results_table"]
 
-_STOP_EVERY = 16  # batches: several processes ask each other so often whether one was told to stop
 _FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
 
 
@@ -205,7 +204,7 @@ class _Pass:
         """Measure to the end.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came, to any of the processes; the state is saved if it is kept.
+            BadFileError, Interrupted: as `StopSignals.together`; the state is saved if it is kept.
         """
         total = self.options.epochs * len(self.loader)
         images = self.options.epochs * len(self.loader.source)
@@ -213,23 +212,17 @@ class _Pass:
         bar = progress(
             self.accelerator, title, total=images, initial=self.measurement.images, unit="image", leave=False
         )
-        with bar, StopSignals(self.accelerator) as signals:
-            while self.batches < total and self.settled is None:
-                try:
-                    batch = self.loader.next()
-                except BadFileError:
-                    # the loader's state knows the file, which may be mended; the others wait, so this one saves its own
-                    self._save(alone=True)
-                    raise
-                self._step(batch)
-                bar.update(batch.total)
-                if number := signals.agreed(self.batches, _STOP_EVERY):
-                    self._save()
-                    self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
-                    kept = "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint"
-                    raise Interrupted(
-                        f"stopped by signal {number} after {self.measurement.images} images; {kept}", number
-                    )
+        try:
+            with bar, StopSignals(self.accelerator) as stops:
+                while self.batches < total and self.settled is None:
+                    batch = stops.together(self.loader.next)
+                    self._step(batch)
+                    bar.update(batch.total)
+        except (BadFileError, Interrupted) as stop:
+            kept = "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint"
+            save_after(stop, self._save, f"{kept}, after {self.measurement.images} images")
+            self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+            raise
         if self.options.compile != "off":
             torch.compiler.reset()  # what many passes of one process leave behind would pass torch's limit
         self._save()
@@ -314,13 +307,11 @@ class _Pass:
             "checks": self.checks,
         }
 
-    def _save(self, alone: bool = False) -> None:
-        """Keep the state, if it is kept: all processes together, or one `alone` that fails."""
+    def _save(self) -> None:
+        """Keep the state, if it is kept: all processes together."""
         if self._checkpoint is not None:
-            if not alone:
-                replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
+            replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
             self._checkpoint.write(
-                alone,
                 {
                     "step": self.batches,
                     "checks": self.checks,
@@ -356,9 +347,9 @@ class _Checkpoint:
                 )
         return state
 
-    def write(self, alone: bool, state: dict[str, Any]) -> None:
-        """Save, whole or not at all; one process for all, or this one `alone`."""
-        if self._writes or alone:
+    def write(self, state: dict[str, Any]) -> None:
+        """Save, whole or not at all; one process for all."""
+        if self._writes:
             save_state(self._path, {**state, "identity": self._identity})
 
 

@@ -1,17 +1,24 @@
-"""SIGTERM and SIGINT: noted at once, obeyed by all processes at one place, where the state is saved."""
+"""What ends a run before its end: signals and bad files, obeyed by all processes at one step; too little memory."""
 
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import distributed
 
-__all__ = ["Interrupted", "StopSignals"]
+from dalikd.pipelines.loader import BadFileError
+
+__all__ = ["Interrupted", "StopSignals", "save_after"]
+
+Result = TypeVar("Result")
 
 _AGAIN = 2.0  # seconds: a launcher hands a signal on that its processes have had from the terminal already
+_BAD_FILE = 1 << 8  # above all signals
 
 
 class Interrupted(Exception):
@@ -28,43 +35,67 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Inside of this context the first SIGTERM or SIGINT is only noted; the next one, later than two seconds after it,
-    ends the work at once.
+    """Inside of this context the first SIGTERM or SIGINT is only noted, until `together`; the next one, later than two
+    seconds after it, ends the work at once.
 
     Args:
-        accelerator: whose processes stop together.
+        accelerator: whose processes stop together, and enter and leave this context together.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+        self._several = accelerator.num_processes > 1
+        self._group: Any = None  # of hosts, which run ahead of their devices
         self._number, self._since = 0, 0.0
         self._previous: dict[int, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> "StopSignals":
+        if self._several:
+            self._group = distributed.new_group(backend="gloo")
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
 
     @property
     def number(self) -> int:
         """The signal that this process had, or 0."""
         return self._number
 
-    def agreed(self, step: int, every: int = 1) -> int:
-        """A signal that any process had, the same on all of them, or 0.
+    def together(self, work: Callable[[], Result]) -> Result:
+        """The result of work that each process does by itself, once it has gone well on all of them and none is to stop.
 
-        All of them call this at the same steps. One alone knows at once. Several ask each other: on a CPU, where steps
-        are slow and nothing runs ahead, at each step; on GPUs, which they wait for then, at every `every`-th.
+        All processes call this at the same steps, between two of what they do together. Their hosts meet, and wait for
+        no device.
+
+        Raises:
+            BadFileError: a file cannot be decoded: the process's own, or else the first one that another one has met.
+            Interrupted: one of them had a signal.
         """
-        if self._accelerator.num_processes == 1:
-            return self._number
-        if step % every and self._accelerator.device.type != "cpu":
-            return 0
-        own = torch.tensor([self._number], device=self._accelerator.device)
-        return int(self._accelerator.gather(own).max())  # type: ignore[union-attr]
+        bad: BadFileError | None = None
+        result: Any = None
+        try:
+            result = work()
+        except BadFileError as error:
+            bad = error
+        if self._group is not None:
+            highest = torch.tensor(self._number if bad is None else _BAD_FILE, dtype=torch.int32)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX, self._group)
+            if not highest:
+                return result
+            found: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(found, (self._number, bad), self._group)
+            self._number = max(number for number, _ in found)
+            bad = bad or next(filter(None, (error for _, error in found)), None)
+        if bad is not None:
+            raise bad
+        if self._number:
+            raise Interrupted(f"stopped by signal {self._number}", self._number)
+        return result
 
     def _note(self, number: int, _frame: object) -> None:
         if self._number and time.monotonic() - self._since > _AGAIN:
@@ -73,3 +104,12 @@ class StopSignals:
             sys.exit(128 + number)
         if not self._number:
             self._number, self._since = number, time.monotonic()
+
+
+def save_after(error: Exception, save: Callable[[], object], how_to_go_on: str) -> None:
+    """Save after an error, whose text then says how to go on. A second error, such as a full disk, does not hide it."""
+    try:
+        save()
+    except Exception as second:
+        how_to_go_on = f"the state could not be saved ({type(second).__name__}: {second})"
+    error.args = (f"{error}; {how_to_go_on}",)

@@ -4,9 +4,11 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +16,10 @@ from accelerate.utils import gather_object
 from torch.optim import SGD
 
 from dalikd.kd.backbones import factory
+from dalikd.pipelines.loader import BadFileError
 from dalikd.trainers import measure
 from dalikd.trainers.augmentation import AUGMENTATIONS
-from dalikd.trainers.checkpoint import read_state
+from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
 from dalikd.trainers.models import TeacherConfig
@@ -54,7 +57,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         "evaluated": _evaluate(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
         "fixed": _observe(accelerator, folder),
-        "stopped": _stop_one(accelerator, folder),
+        "stopped": {what: _stop(accelerator, folder, what) for what in STOPS},
     }
 
 
@@ -121,25 +124,43 @@ def _observe(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     return {"val": last["val"], "metrics": loop.method.metrics(), "stayed": stayed}
 
 
-def _stop_one(accelerator: Accelerator, folder: Path) -> list[tuple[int, int]]:
-    """The last process alone gets a signal in the fifth step: which signal each obeys, and the step that is saved."""
-    loop = helpers.loop(
-        folder / "stopped", accelerator, options=TrainOptions(batch_size=32, mix_group=8, epochs=9, log_every=3)
-    )
-    inputs = loop.method.inputs
+STOPS = ["signal to one", "signals a step apart", "bad file", "bad file to validate"]
+
+
+def _stop(accelerator: Accelerator, folder: Path, what: str) -> list[tuple[str, int, int]]:
+    """A run that is ended by what one process alone knows, while no step makes processes wait for each other: of each
+    the error's text without the folder, the step that is saved, and how often the process wrote it. Then it goes on."""
+    options = DistillOptions(batch_size=32, mix_group=8, epochs=5, log_every=100, eval_every=3, metric=False)
+    last, path = accelerator.is_last_process, folder / what
+    student = helpers.net(0).requires_grad_(False)
+    loop = helpers.loop(path, accelerator, options=options, student=student)
+    inputs, fetch, validate, writes = loop.method.inputs, loop.loader.next, loop.val_loader.next, []
 
     def interrupting(batch: Any) -> Any:
-        if loop.progress.step == 4 and accelerator.is_last_process:
+        time.sleep(0.02 * last)  # the others run ahead
+        if loop.progress.step == (3 + last) and (last or what == "signals a step apart") and "signal" in what:
             os.kill(os.getpid(), signal.SIGTERM)
         return inputs(batch)
 
+    def failing(next_batch: Any, when: bool) -> Any:
+        if when and last:
+            raise BadFileError("cannot decode a.jpg")
+        return next_batch()
+
     loop.method.inputs = interrupting
-    try:
-        loop.run()
-    except Interrupted as stop:
-        accelerator.wait_for_everyone()
-        return gather_object([(stop.signal, read_state(loop.folder.state_file)["step"])])
-    raise AssertionError("not stopped")
+    loop.loader.next = lambda: failing(fetch, what == "bad file" and loop.progress.step == 4)
+    loop.val_loader.next = lambda: failing(validate, what == "bad file to validate")
+    with mock.patch("dalikd.trainers.loop.save_state", lambda *state: writes.append(save_state(*state))):
+        try:
+            loop.run()
+        except (Interrupted, BadFileError) as stop:
+            text = str(stop).replace(str(path), "FOLDER")
+    accelerator.wait_for_everyone()
+    found = gather_object([(text, read_state(loop.folder.state_file)["step"], len(writes))])
+    resumed = helpers.loop(path, accelerator, options=options, student=student)
+    resumed.load()
+    assert resumed.run()["steps"] == 15
+    return found
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW
 
 from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
+from dalikd.pipelines.loader import BadFileError
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import TrainOptions
@@ -367,6 +368,30 @@ def test_a_signal_saves_and_stops(make_loop, number):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_in_the_last_step_is_obeyed_after_it(make_loop):
+    """What the run is a part of ends."""
+    loop = make_loop(options=_options(epochs=1))
+    loop.method.metrics = lambda: os.kill(os.getpid(), signal.SIGINT) or {}
+    with pytest.raises(Interrupted):
+        loop.run()
+    assert loop.progress.epochs == 1
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
+    loop = make_loop()
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    def fail() -> None:
+        raise BadFileError("cannot decode a.jpg")
+
+    loop.loader.next = fail
+    monkeypatch.setattr("dalikd.trainers.loop.save_state", full)
+    with pytest.raises(BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"):
+        loop.run()
+
+
 def test_a_second_signal_stops_at_once(accelerator, monkeypatch):
     """Not one that a launcher hands on within two seconds of the terminal's own."""
     now = [100.0]
@@ -375,7 +400,8 @@ def test_a_second_signal_stops_at_once(accelerator, monkeypatch):
         for later in (0.0, 1.9):
             now[0] = 100.0 + later
             os.kill(os.getpid(), signal.SIGINT)
-        assert signals.agreed(1) == signal.SIGINT
+        with pytest.raises(Interrupted, match="signal 2"):
+            signals.together(lambda: None)
         now[0] = 102.1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +113,15 @@ def test_a_fixed_student_is_observed_by_several(one, two):
     assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=0, abs=1e-9)
 
 
-def test_a_signal_to_one_process_stops_all_where_the_state_is_saved(one, two):
-    assert one["stopped"] == [(signal.SIGTERM, 5)]
-    assert two["stopped"] == [(signal.SIGTERM, 5)] * 2
+@pytest.mark.parametrize(
+    ("what", "text", "step", "saves"),  # one after each epoch of three steps, and one at the end
+    [
+        ("signal to one", "stopped by signal 15", 5, 2),
+        ("signals a step apart", "stopped by signal 15", 4, 2),
+        ("bad file", "cannot decode a.jpg", 4, 2),
+        ("bad file to validate", "cannot decode a.jpg", 9, 3),
+    ],
+)
+def test_what_one_process_knows_ends_all_at_one_step_and_the_main_one_saves(two, what, text, step, saves):
+    text = f"{text}; go on with --resume FOLDER"
+    assert two["stopped"][what] == [(text, step, saves), (text, step, 0)]

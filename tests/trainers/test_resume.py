@@ -173,7 +173,7 @@ def test_sigterm_saves_says_so_and_ends_with_an_error(tree, tmp_path, monkeypatc
             train.main([*_arguments(tree), "--output", str(broken)])
     assert stop.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err == f"dalikd train: stopped by signal 15; go on with --resume {broken}\n"
-    assert torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] == 6
+    assert torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] == 5
     _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
     _assert_same_end(broken, whole)
 
