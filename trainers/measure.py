@@ -316,7 +316,7 @@ class _Pass:
                     "step": self.batches,
                     "checks": self.checks,
                     "settled": self.settled is not None,
-                    "loader": self.loader.state_dict(),
+                    "loader": {**self.loader.state_dict(), "position": self.batches},  # one may be fetched and unused
                     "measurement": self.measurement.state_dict(),
                     "logs": self.logs.state_dict(),
                 },

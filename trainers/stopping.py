@@ -67,7 +67,7 @@ class StopSignals:
         return self._number
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """The result of work that each process does by itself, once it has gone well on all of them and none is to stop.
+        """The result of what each process does by itself, once it has gone well on all of them and none is to stop.
 
         All processes call this at the same steps, between two of what they do together. Their hosts meet, and wait for
         no device.

@@ -108,9 +108,7 @@ def test_scores_do_not_depend_on_the_batch_size(make_net, batch):
         torch.testing.assert_close(whole[:, start : start + GROUP], alone, rtol=0, atol=1e-12)
 
 
-def test_synchronised_norms_score_by_their_own_group_and_keep_the_activation(
-    make_loop, distill_options, monkeypatch
-):
+def test_synchronised_norms_score_by_their_own_group_and_keep_the_activation(make_loop, distill_options, monkeypatch):
     """One of several processes asks no other one; torch's own conversion would drop timm's activations."""
     torch.manual_seed(0)
     student = Normalized(create_model("timm:mobilenetv3_small_050", 3), (0.5,) * 3, (0.5,) * 3).double()

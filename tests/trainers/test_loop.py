@@ -388,7 +388,9 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
 
     loop.loader.next = fail
     monkeypatch.setattr("dalikd.trainers.loop.save_state", full)
-    with pytest.raises(BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"):
+    with pytest.raises(
+        BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"
+    ):
         loop.run()
 
 
