@@ -188,10 +188,11 @@ class _Dali:
 def is_decode_failure(error: RuntimeError) -> bool:
     """Whether DALI failed on what it was given, rather than for lack of a GPU's memory or another fault of the GPU."""
     text = str(error)
-    return "in pipeline" in text and not re.search(r"CUDA (runtime|driver|allocation)|cudaError|CUDABadAlloc", text)
+    of_gpu = r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError|CUDABadAlloc|out of memory|ALLOCATOR_FAIL"
+    return "in pipeline" in text and not re.search(of_gpu, text)
 
 
-def dali_words(error: RuntimeError) -> str:
+def dali_words(error: Exception) -> str:
     """What DALI says in one line, without the lines of its graph and of its own code."""
     text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
     return " ".join(text.split())[:300]

@@ -26,7 +26,7 @@ from dalikd.tools.bench.training import ScalingOptions, StepOptions
 from dalikd.tools.classes import CLASSES, find_class, same_class, say_what_goes, settings_of, whole
 from dalikd.tools.signature import check_words, check_yaml, element, expand_path, expand_paths, is_word, option_types
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
-from dalikd.trainers.stopping import Interrupted
+from dalikd.trainers.stopping import Interrupted, lack_of_memory
 from dalikd.trainers.study.options import StudyOptions
 
 __all__ = [
@@ -166,10 +166,11 @@ def guarded(command: str) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
         yield
-    except (ArgumentError, ValueError, OSError, yaml.YAMLError) as error:
-        if os.environ.get("DALIKD_TRACEBACK"):
+    except (ArgumentError, ValueError, OSError, yaml.YAMLError, RuntimeError, MemoryError) as error:
+        lack = lack_of_memory(error)
+        if os.environ.get("DALIKD_TRACEBACK") or (isinstance(error, RuntimeError) and lack is None):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join((lack or str(error)).split()) or type(error).__name__
         print(f"dalikd {command}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:

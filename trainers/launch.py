@@ -69,12 +69,23 @@ def _check_environment(device: Device, precision: Precision) -> None:
             raise ValueError(_hidden_gpu())
         if device == "cuda":
             raise ValueError("--device cuda: this machine has no CUDA device; use --device cpu")
+    _check_count(device)
     if device == "cuda" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         raise ValueError("--device cuda, but ACCELERATE_USE_CPU is set: unset it or use --device cpu")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher's default is "no"
     if launched not in ("no", precision):
         raise ValueError(
             f"--precision {precision}, but ACCELERATE_MIXED_PRECISION is {launched}: leave one of them out"
+        )
+
+
+def _check_count(device: Device) -> None:
+    asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if device != "cpu" and not on_cpu and torch.cuda.is_available() and asked > there:
+        raise ValueError(
+            f"{asked} processes were started on this machine and torch sees {there} GPU(s), one for each process: "
+            f"start as many, such as torchrun --nproc_per_node {there}, or use --device cpu"
         )
 
 
@@ -109,7 +120,14 @@ def _check_launcher() -> None:
 def _hidden_gpu() -> str:
     version = Path("/proc/driver/nvidia/version")
     driver = version.read_text(encoding="utf-8").splitlines()[0].strip() if version.exists() else "unknown"
+    try:
+        torch.cuda.init()
+        reason = "no GPU is visible"
+    except (RuntimeError, AssertionError) as error:  # such as: The NVIDIA driver on your system is too old (found ...)
+        reason = str(error).partition(". ")[0]
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        reason += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
     return (
-        f"this machine has a GPU (/dev/nvidia0) that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot see; "
-        f"driver: {driver}. Update the driver, install a torch built for it, or use --device cpu"
+        f"this machine has a GPU (/dev/nvidia0) that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot see "
+        f"({reason}); driver: {driver}. Update the driver, install a torch built for it, or use --device cpu"
     )

@@ -23,7 +23,7 @@ from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
-from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
+from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, save_after
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
 __all__ = ["Loop", "Method", "parameter_groups"]
@@ -187,6 +187,8 @@ class Loop:
         Raises:
             BadFileError: a picture cannot be decoded; the state is saved.
             Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
+            MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A
+                step that was under way is done again, and running statistics and metrics have seen a part of it twice.
         """
         self.task.train()
         if self._student_is_fixed:
@@ -198,6 +200,13 @@ class Loop:
             save_after(stop, self.save, f"go on with --resume {self.folder.path}")
             self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
             raise
+        except RuntimeError as error:
+            if (words := lack_of_memory(error)) is None:
+                raise
+            lack = MemoryError(words)
+            if self.accelerator.is_main_process:  # the others may not have met it, and wait
+                save_after(lack, self._write, f"the state is saved, go on with --resume {self.folder.path}")
+            raise lack from error
         finally:
             torch.set_num_threads(self._threads)
             self.loader.close()
@@ -313,8 +322,10 @@ class Loop:
         self.meter.share(self.accelerator)
         self.epoch_meter.share(self.accelerator)
         self._note_replaced()
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write()
+
+    def _write(self) -> None:
         # the state last: after a kill in between, the run goes on from the one before and writes these weights again
         self._save_weights("last")
         save_state(self.folder.state_file, self.state_dict())

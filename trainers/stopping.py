@@ -11,14 +11,17 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
+from dalikd.pipelines.doctor import dali_words
 from dalikd.pipelines.loader import BadFileError
 
-__all__ = ["Interrupted", "StopSignals", "save_after"]
+__all__ = ["Interrupted", "StopSignals", "lack_of_memory", "save_after"]
 
 Result = TypeVar("Result")
 
 _AGAIN = 2.0  # seconds: a launcher hands a signal on that its processes have had from the terminal already
 _BAD_FILE = 1 << 8  # above all signals
+# as torch and DALI say it, of a GPU and of the host
+_LACK = re.compile(r"out of memory|CUDABadAlloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory")
 
 
 class Interrupted(Exception):
@@ -113,3 +116,19 @@ def save_after(error: Exception, save: Callable[[], object], how_to_go_on: str) 
     except Exception as second:
         how_to_go_on = f"the state could not be saved ({type(second).__name__}: {second})"
     error.args = (f"{error}; {how_to_go_on}",)
+
+
+def lack_of_memory(error: Exception) -> str | None:
+    """One line that says what ran out of memory, and what helps; None for any other error."""
+    if isinstance(error, MemoryError):
+        return str(error)
+    text = str(error)
+    if not _LACK.search(text):
+        return None
+    if "in pipeline" in text:
+        helps = "--data.prefetch 1, fewer --data.threads, --data.resident false or a smaller --batch_size"
+        return f"DALI ran out of memory ({dali_words(error)}): try {helps}"
+    # torch goes on with what its allocator holds
+    words = " ".join(re.split(r"\n| Including non-PyTorch| Process \d| Of the allocated", text)[0].split())
+    helps = "--accumulation 2 or more, a smaller --batch_size, --precision bf16, with measure --images_per_call"
+    return f"{words.rstrip('.')}: try {helps}"

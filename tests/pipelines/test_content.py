@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dalikd.pipelines.content import extension_of, image_sides, refusal, why_damaged
-from dalikd.pipelines.doctor import Decoder
+from dalikd.pipelines.doctor import Decoder, is_decode_failure
 
 SIDES = (40, 48)  # rows, columns
 RGB = np.asarray(
@@ -265,6 +265,20 @@ def test_what_ends_early_is_told_from_what_is_damaged(kind):
     encoded = _save(RGB, kind)
     assert "is truncated" in why_damaged(encoded[:-20])
     assert "it is damaged" in why_damaged(encoded)
+
+
+@pytest.mark.parametrize(
+    ("text", "of_the_picture"),
+    [
+        ("Error when executing Mixed operator decoders__Image encountered: Failed to decode a.jpg", True),
+        ("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory", False),
+        ("CUDA driver API error CUDA_ERROR_ILLEGAL_ADDRESS (700)", False),
+        ("dali::CUDABadAlloc: Can't allocate 1073741824 bytes on device 0.", False),
+        ("nvjpeg error (5): NVJPEG_STATUS_ALLOCATOR_FAILURE The user-provided allocator functions failed", False),
+    ],
+)
+def test_a_gpu_that_fails_is_no_bad_picture(text, of_the_picture):
+    assert is_decode_failure(RuntimeError(f"Critical error in pipeline:\n{text}")) is of_the_picture
 
 
 # --------------------------------------------------------------------------------------------- sides by the header

@@ -58,18 +58,37 @@ def _exists(path: Path, *, visible: tuple[str, ...], real=Path.exists) -> bool:
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_gpu_that_torch_cannot_see_is_not_ignored(monkeypatch, device):
     monkeypatch.setattr(Path, "exists", lambda path: _exists(path, visible=("/dev/nvidia0",)))
-    with pytest.raises(ValueError, match=r"has a GPU .* cannot see; driver: .*Update the driver.* or use --device cpu"):
+    with pytest.raises(
+        ValueError, match=r"has a GPU .* cannot see .*; driver: .*Update the driver.* or use --device cpu"
+    ):
         start(device, "fp32")
     assert start("cpu", "fp32").device.type == "cpu"
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    message = r"^4 processes .* torch sees 2 GPU\(s\), .* torchrun --nproc_per_node 2, or use --device cpu$"
+    with pytest.raises(ValueError, match=message):
+        start(device, "fp32")
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_the_driver_is_named(monkeypatch):
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\nGCC version: 10\n"
     real = Path.read_text
     monkeypatch.setattr(Path, "exists", lambda path: str(path) in ("/dev/nvidia0", "/proc/driver/nvidia/version"))
     monkeypatch.setattr(Path, "read_text", lambda path, **how: text if "nvidia" in str(path) else real(path, **how))
-    with pytest.raises(ValueError, match=r"driver: NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\. Update"):
+    reason = r"too old \(found version 11040\); CUDA_VISIBLE_DEVICES is '0'\)"
+    driver = r"driver: NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\. Update"
+    with pytest.raises(ValueError, match=f"{reason}; {driver}"):
         start("auto", "fp32")
 
 

@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW
 from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
 from dalikd.pipelines.loader import BadFileError
+from dalikd.tools.cli import guarded
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import TrainOptions
@@ -392,6 +393,54 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
         BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"
     ):
         loop.run()
+
+
+LACKS = {
+    "torch": (
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 GiB "
+            "is free. Including non-PyTorch memory, this process has 138 GiB memory in use."
+        ),
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 GiB is "
+        "free: try --accumulation 2 or more, a smaller --batch_size, --precision bf16",
+    ),
+    "dali": (
+        RuntimeError(
+            "Critical error in pipeline:\nError in Mixed operator encountered:\n\nCan't allocate: CUDABadAlloc"
+        ),
+        "DALI ran out of memory (Can't allocate: CUDABadAlloc): try --data.prefetch 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("who", LACKS)
+def test_a_lack_of_memory_is_said_in_a_line_and_the_state_is_saved(make_loop, capsys, who):
+    loop, (error, line) = make_loop(), LACKS[who]
+
+    def run_out(batch: Any) -> None:
+        raise error
+
+    loop.step()
+    loop.method.inputs = run_out
+    with pytest.raises(SystemExit), guarded("train"):
+        loop.run()
+    said = capsys.readouterr().err
+    assert said.startswith(f"dalikd train: error: {line}")
+    assert said.endswith(f"; the state is saved, go on with --resume {loop.folder.path}\n")
+    assert said.count("\n") == 1
+    assert torch.load(loop.folder.state_file, weights_only=True)["step"] == 1
+
+
+def test_other_faults_of_a_gpu_go_up_as_they_are(make_loop):
+    loop = make_loop()
+    loop.method.inputs = _illegal_access
+    with pytest.raises(RuntimeError, match="an illegal memory access"), guarded("train"):
+        loop.run()
+    assert not loop.folder.state_file.exists()
+
+
+def _illegal_access(_: Any) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_a_second_signal_stops_at_once(accelerator, monkeypatch):
