@@ -57,6 +57,7 @@ class CacheLayout:
         augmented: whether there are logits of augmented images beside those of the originals (not so for identity).
         pool: candidates of a mix group, where images were picked out of several runs; 0 for no picks.
         fingerprint: what outputs and images depend on, by name; plain values.
+        microbatch: originals in a call of the teacher, by whose size outputs are rounded; 0 where it is not known.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class CacheLayout:
     augmented: bool = True
     pool: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    microbatch: int = field(default=0, compare=False)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -402,7 +404,9 @@ def _read_layout(folder: Path) -> CacheLayout:
 
 
 def _form(layout: CacheLayout) -> dict[str, Any]:
-    return {name: value for name, value in asdict(layout).items() if name not in ("epochs", "fingerprint")}
+    return {
+        name: value for name, value in asdict(layout).items() if name not in ("epochs", "fingerprint", "microbatch")
+    }
 
 
 def _check_folder(folder: Path, layout: CacheLayout) -> None:

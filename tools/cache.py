@@ -35,7 +35,8 @@ def _report(folder: str, found: Comparison) -> str:
     return (
         f"{found.rows} images of the teacher cache {folder} ({found.storage})\n{figures}\n"
         f"other picks now: {found.picks}\n"
-        f"the cache {verdict} its teacher (tolerance {found.tolerance:g} of {judged}, 1 % of the picks)"
+        f"the cache {verdict} its teacher (tolerance {found.tolerance:g} of {judged}, "
+        f"{100 * found.most_picks:g} % of the picks)"
     )
 
 

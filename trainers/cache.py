@@ -32,6 +32,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.trainers.assembly import make_loader, reading, resident_pictures
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.cached import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
+from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.looking import Looker
 from dalikd.trainers.models import open_teacher
 from dalikd.trainers.options import CacheOptions
@@ -41,9 +42,10 @@ from dalikd.trainers.trial import check_class_order, check_finite
 
 __all__ = ["Comparison", "fill_cache", "verify_cache"]
 
-#: Largest difference that verifying lets pass: of logits, with topk of probabilities.
+#: Largest difference that verifying lets pass, of logits, with topk of probabilities; by storage, and by precision
+#: where another run, whose kernels may be others, rounds more than the storage does.
 _TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "topk": 1e-3}
-_MOST_DIFFERING_PICKS = 0.01  # share: candidates of nearly equal entropy change places by rounding
+_ROUNDED = {"fp32": (1e-3, 1e-3), "tf32": (1e-2, 1e-3), "bf16": (1e-1, 1e-2), "fp16": (1e-1, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ class Comparison:
     Attributes:
         tolerance: largest difference that passes.
         storage: of the cache.
+        most_picks: largest share of picks that may be others: candidates of nearly equal entropy change places by
+            rounding.
         rows: of the data set that were looked at, in all epochs.
         logits: largest and mean difference of logits.
         probabilities: largest and mean difference of probabilities at temperature 1.
@@ -208,6 +212,7 @@ class Comparison:
 
     tolerance: float
     storage: str
+    most_picks: float = 0.01
     rows: int = 0
     logits: tuple[float, float] = (0.0, 0.0)
     probabilities: tuple[float, float] = (0.0, 0.0)
@@ -218,7 +223,7 @@ class Comparison:
     def passes(self) -> bool:
         """Whether the cache may be used."""
         largest = (self.probabilities if self.storage == "topk" else self.logits)[0]
-        return largest <= self.tolerance and self.picks <= _MOST_DIFFERING_PICKS * self.rows  # NaN does not pass
+        return largest <= self.tolerance and self.picks <= self.most_picks * self.rows  # NaN does not pass
 
     def add(self, now: Tensor, cached: Tensor) -> None:
         """Compare logits [B, C]."""
@@ -234,24 +239,24 @@ class Comparison:
         return float(np.maximum(largest, float(difference.abs().max()))), total / (self._values + difference.numel())
 
 
-class _SomeGroups(Sampler):
-    """A share of each epoch's mix groups, one a microbatch, in order.
+class _SomeBatches(Sampler):
+    """A share of each epoch's microbatches, in order.
 
     Args:
         size: rows in the data set.
-        group: originals in a mix group.
+        microbatch: whole mix groups.
         seed: of the epochs' orders, and of the choice.
         epochs: then they come again.
-        share: of the groups, at least one.
+        share: of the microbatches, at least one.
     """
 
-    def __init__(self, size: int, group: int, seed: int, epochs: int, share: float) -> None:
-        super().__init__(size, group, seed, drop_last=False, repeat=epochs)
-        self._every = Sampler(size, group, seed, drop_last=False, repeat=epochs)
-        groups = self._every.steps_per_epoch
-        self.steps_per_epoch = max(1, round(share * groups))
-        chosen = [np.sort(permutation(seed, epoch, groups)[: self.steps_per_epoch]) for epoch in range(epochs)]
-        self._indices = np.concatenate([epoch * groups + picked for epoch, picked in enumerate(chosen)])
+    def __init__(self, size: int, microbatch: int, seed: int, epochs: int, share: float) -> None:
+        super().__init__(size, microbatch, seed, drop_last=False, repeat=epochs)
+        self._every = Sampler(size, microbatch, seed, drop_last=False, repeat=epochs)
+        count = self._every.steps_per_epoch
+        self.steps_per_epoch = max(1, round(share * count))
+        chosen = [np.sort(permutation(seed, epoch, count)[: self.steps_per_epoch]) for epoch in range(epochs)]
+        self._indices = np.concatenate([epoch * count + picked for epoch, picked in enumerate(chosen)])
 
     def place(self, index: int) -> Microbatch:
         """Where microbatch number `index` lies, without its rows."""
@@ -260,7 +265,7 @@ class _SomeGroups(Sampler):
 
 @torch.no_grad()
 def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
-    """Ask the teacher again about a share of the mix groups of each epoch, and compare.
+    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare.
 
     Where images were picked, the images compared are those that the cache says were picked; that the teacher would pick
     others now is counted by itself.
@@ -275,9 +280,13 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     work = _open_work(options, accelerator)
     cache.check_made_for(work.layout.fingerprint, "Set the options to those of the cache")
     layout = cache.layout
-    tolerance = _TOLERANCES[layout.storage] if options.tolerance is None else options.tolerance
-    sampler = _SomeGroups(layout.rows, options.mix_group, options.seed, layout.epochs, options.share)
-    loader, looker, found = work.loader(sampler), work.looker(), Comparison(tolerance, layout.storage)
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = max(_TOLERANCES[layout.storage], _ROUNDED[options.precision][layout.storage == "topk"])
+    found = Comparison(tolerance, layout.storage, 0.05 if autocast_type(options.precision) else 0.01)
+    microbatch = layout.microbatch or options.batch_size
+    sampler = _SomeBatches(layout.rows, microbatch, options.seed, layout.epochs, options.share)
+    loader, looker = work.loader(sampler), work.looker()
     total = layout.epochs * len(loader)
     for index, batch in enumerate(progress(accelerator, "verify", _first(loader, total), total=total)):
         micro = sampler[index]
@@ -297,11 +306,12 @@ def _first(loader: Loader, count: int) -> Iterator[Batch]:
 def _compare(
     found: Comparison, work: _Work, layout: CacheLayout, seen: Look, batch: Batch, cached: dict[str, Tensor]
 ) -> None:
-    """Add a mix group to the comparison."""
+    """Add a microbatch to the comparison."""
     now = {"logits": seen.logits, "augmented": seen.augmented_logits}
     if layout.pool:
         assert seen.picks is not None
-        picks = _checked_picks(cached["picks"].numpy(), len(batch), layout.pool // work.options.mix_group)
+        group = work.options.mix_group
+        picks = _checked_picks(cached["picks"].numpy(), len(batch), group, layout.pool // group)
         found.picks += int((seen.picks.cpu().numpy() != picks).sum())
         candidates = work.augmenter.candidates(batch)
         assert candidates is not None
@@ -312,15 +322,16 @@ def _compare(
         found.add(unpack_logits(packed, layout.classes).cpu(), logits_of(output, cached, layout.classes))
 
 
-def _checked_picks(picks: np.ndarray, batch: int, runs: int) -> np.ndarray:
-    """A mix group's picks as indices into its pool.
+def _checked_picks(picks: np.ndarray, batch: int, group: int, runs: int) -> np.ndarray:
+    """A microbatch's picks as indices into its pool.
 
     Raises:
         ValueError: there are no such candidates.
     """
-    if ((picks < 0) | (picks >= runs * batch)).any():
+    first = np.arange(batch) // group * group
+    if ((picks < 0) | (picks >= runs * np.minimum(group, batch - first))).any():
         raise ValueError("the cache holds picks outside of the pool: its files are damaged, make it anew")
-    return from_group_picks(picks, batch, batch)
+    return from_group_picks(picks, batch, group)
 
 
 # -------------------------------------------------------------------------------------------------------- common
@@ -345,7 +356,8 @@ def _open_work(options: CacheOptions, accelerator: Accelerator) -> _Work:
     view = training_view(options.data, source)
     augmenter = Augmenter(options.augmentation, options, source, view, options.seed)
     check_cacheable(source, augmenter)
-    layout = _layout(options, source, augmenter, run_fingerprint(options, source, view, accelerator.device))
+    run = run_fingerprint(options, source, view, accelerator.device)
+    layout = _layout(options, source, augmenter, run, accelerator.num_processes)
     usual = evaluation_view(options.data, source)
     teacher = open_teacher(options.teacher, source, usual, accelerator.device, options.precision)
     check_class_order(
@@ -355,7 +367,9 @@ def _open_work(options: CacheOptions, accelerator: Accelerator) -> _Work:
     return _Work(options, accelerator, source, view, augmenter, teacher, layout)
 
 
-def _layout(options: CacheOptions, source: Source, augmenter: Augmenter, run: dict[str, Any]) -> CacheLayout:
+def _layout(
+    options: CacheOptions, source: Source, augmenter: Augmenter, run: dict[str, Any], processes: int
+) -> CacheLayout:
     classes = len(source.classes)
     if options.storage == "topk" and not 1 <= options.k <= classes:
         raise ValueError(f"--k {options.k}: the data have {classes} classes; give 1 to {classes}")
@@ -368,6 +382,7 @@ def _layout(options: CacheOptions, source: Source, augmenter: Augmenter, run: di
         augmented=augmenter.makes_candidates,
         pool=augmenter.runs * options.mix_group if augmenter.criterion is not None else 0,
         fingerprint={**run, **teacher_fingerprint(options.teacher, source)},
+        microbatch=options.batch_size // processes,
     )
 
 

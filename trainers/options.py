@@ -325,10 +325,10 @@ class CacheOptions(RunOptions, MixOptions):
         compile: torch.compile's mode for the teacher; the first batches then take minutes.
         verify: instead of writing, ask the teacher again about a share of this cache and compare; the options are those
             it was made with, unless others are given.
-        share: of the mix groups of each epoch that are verified, at least one.
+        share: of the batches of each epoch that are verified, at least one; they are those that it was made in.
         tolerance: largest difference of logits that passes (topk: of probabilities, as the k-th class may change
-            places); default: 0.001, and 0.05 for float16, whose steps are 0.03 at logits of 32 to 64. Other machines
-            and other batch sizes round otherwise.
+            places); default: 0.001, and 0.05 for float16, whose steps are 0.03 at logits of 32 to 64; at --precision
+            tf32 0.01 at least, at bf16 and fp16 0.1 (of probabilities 0.01). Other machines round otherwise.
     """
 
     augmentation: str = "identity"

@@ -16,6 +16,7 @@ import yaml
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.goodness import TeacherStddev
+from dalikd.kd.teacher import Teacher
 from dalikd.kd.teacher_cache import TeacherCache
 from dalikd.pipelines.data import DataConfig
 from dalikd.trainers import cache as filling
@@ -66,7 +67,9 @@ def fill(memory, weights, accelerator, tmp_path):
 @pytest.fixture
 def verify(memory, weights, accelerator):
     def call(cache, **options):
-        return verify_cache(_options(memory, weights, verify=str(cache.folder), share=1.0, **options), accelerator)
+        return verify_cache(
+            _options(memory, weights, verify=str(cache.folder), **{"share": 1.0, **options}), accelerator
+        )
 
     return call
 
@@ -338,11 +341,29 @@ def test_smaller_storage_agrees_too(fill, verify, storage, tolerance):
     assert (found.rows, found.picks, found.tolerance) == (180, 0, tolerance)
 
 
-def test_a_share_is_of_whole_groups(fill, memory, weights, accelerator):
-    """A quarter of twelve groups, one of which has two images."""
-    cache = fill()
-    options = _options(memory, weights, verify=str(cache.folder), share=0.25)
-    assert verify_cache(options, accelerator).rows in (48, 42, 36)
+def test_a_share_is_asked_for_in_the_batches_that_the_cache_was_made_in(fill, verify, monkeypatch):
+    """A quarter of six batches of 16 or 10 images an epoch are two, whatever batch size is named now."""
+    cache, asked, call = fill(batch_size=16), [], Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, pixels: asked.append(len(pixels)) or call(self, pixels))
+    assert verify(cache, batch_size=64, share=0.25).rows in (64, 58, 52)
+    assert 3 * 16 in asked
+    assert 3 * 64 not in asked
+
+
+@pytest.mark.parametrize(
+    ("precision", "storage", "tolerance", "picks"),
+    [
+        ("tf32", "float32", 1e-2, 0.01),
+        ("tf32", "float16", 5e-2, 0.01),
+        ("bf16", "float16", 1e-1, 0.05),
+        ("bf16", "topk", 1e-2, 0.05),
+    ],
+)
+def test_the_tolerance_follows_the_precision(fill, verify, precision, storage, tolerance, picks):
+    options = {"precision": precision, "storage": storage, "k": 2, "augmentation": "identity"}
+    found = verify(fill(**options), **options)
+    assert (found.tolerance, found.most_picks) == (tolerance, picks)
+    assert found.passes
 
 
 @pytest.mark.parametrize(

@@ -398,11 +398,11 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
 LACKS = {
     "torch": (
         torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 GiB "
-            "is free. Including non-PyTorch memory, this process has 138 GiB memory in use."
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 "
+            "GiB is free. Including non-PyTorch memory, this process has 138 GiB memory in use."
         ),
-        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 GiB is "
-        "free: try --accumulation 2 or more, a smaller --batch_size, --precision bf16",
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 GiB "
+        "is free: try --accumulation 2 or more, a smaller --batch_size, --precision bf16",
     ),
     "dali": (
         RuntimeError(
@@ -417,7 +417,7 @@ LACKS = {
 def test_a_lack_of_memory_is_said_in_a_line_and_the_state_is_saved(make_loop, capsys, who):
     loop, (error, line) = make_loop(), LACKS[who]
 
-    def run_out(batch: Any) -> None:
+    def run_out(_: Any) -> None:
         raise error
 
     loop.step()
