@@ -12,6 +12,7 @@ from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, score_and_pick
+from dalikd.kd.teacher_cache import weights_digest
 
 __all__ = [
     "STUDENT_ENTROPY",
@@ -25,6 +26,10 @@ __all__ = [
     "entropies",
     "look",
 ]
+
+
+#: the layers whose weights mixed precision casts, whoever calls them; subclasses may read their weights otherwise
+_CAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 
 
 class Teacher:
@@ -57,6 +62,42 @@ class Teacher:
         self.folded = fold_batch_norms(model.model if isinstance(model, Normalized) else model) if fold_bn else 0
         self._device_type = torch.device(device).type
         self._autocast = autocast
+        self._digest = ""  # of the weights in use, before they were cast
+
+    @property
+    def digest_in_use(self) -> str:
+        """Of the weights as they are asked, folded, but not as they are cast."""
+        return self._digest or weights_digest(self.model)
+
+    @torch.no_grad()
+    def cast_weights(self, pixels: Tensor) -> bool:
+        """Keep the weights that mixed precision casts at each call in the compute type.
+
+        Args:
+            pixels: [n, 3, H, W]. The answers on them must stay the same, bit for bit; else the weights stay.
+
+        Returns:
+            whether the weights are in the compute type now; not where there is none.
+        """
+        if self._autocast is None:
+            return False
+        self._digest, expected = weights_digest(self.model), self(pixels)
+        cast = [
+            (module, name, values)
+            for module in self.model.modules()
+            for name, values in module._parameters.items()
+            if type(module) in _CAST and values is not None and values.dtype == torch.float32
+        ]
+        for module, name, values in cast:
+            setattr(module, name, nn.Parameter(values.to(self._autocast), requires_grad=False))
+        try:
+            same = torch.equal(self(pixels), expected)
+        except RuntimeError:  # the net's own code brings two types together
+            same = False
+        if not same:
+            for module, name, values in cast:
+                setattr(module, name, values)
+        return same
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, hidden: HiddenMix | None = None) -> Tensor:

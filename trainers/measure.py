@@ -464,7 +464,7 @@ def _identity(options: MeasureOptions, view: View, teacher: Teacher, student: No
         "augmentation": augmentation_names(options.augmentation),
         **_mix_options(options),
         **{f"view.{name}": value for name, value in asdict(view).items()},
-        "teacher": weights_digest(teacher.model),
+        "teacher": teacher.digest_in_use,
         "student": None if student is None else weights_digest(student),
         **{name: getattr(options, name) for name in ("seed", "window", "precision", "stop_confidence")},
         "metrics": list(options.metrics),

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dalikd.kd.backbones import create_model
 from dalikd.kd.mixing import MixDraws, Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import CRITERIA, entropy, pick_rows
@@ -308,6 +310,53 @@ def test_mixed_precision_still_gives_float32(pixels):
     assert mixed(pixels).dtype == torch.float32
     difference = (mixed(pixels) - exact(pixels)).abs().max()
     assert 0 < difference < 0.1
+
+
+class _CountCasts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fold", "casts"),  # of float32: pixels, and what norms, softmax and head leave
+    [("resnet8", True, 1), ("timm:resnet18", False, 1), ("timm:vit_tiny_patch16_224", False, None)],
+)
+def test_weights_in_the_compute_type_answer_the_same_without_a_cast_a_call(name, fold, casts):
+    torch.manual_seed(0)
+    side = {"img_size": 32} if "vit" in name else {}
+    net = Teacher(Normalized(create_model(name, 5, **side), HALF, HALF), autocast=torch.bfloat16, fold_bn=fold)
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    digest, weights = net.digest_in_use, sum(type(part) in (nn.Linear, nn.Conv2d) for part in net.model.modules())
+    with _CountCasts() as before:
+        expected = net(pixels)
+    assert net.cast_weights(pixels[:2])
+    with _CountCasts() as after:
+        assert torch.equal(net(pixels), expected)
+    assert before.count - after.count >= weights
+    assert casts in (None, after.count)
+    assert net.digest_in_use == digest
+    norms = [part for part in net.model.modules() if isinstance(part, nn.BatchNorm2d | nn.LayerNorm)]
+    assert all(part.weight.dtype == torch.float32 for part in norms)
+
+
+def test_weights_that_a_net_reads_itself_stay(pixels):
+    class Standardised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images):
+            weight = self.conv.weight - self.conv.weight.mean()
+            return nn.functional.conv2d(images, weight).mean((2, 3))
+
+    net = Teacher(Normalized(Standardised(), HALF, HALF), autocast=torch.bfloat16)
+    expected = net(pixels)
+    assert not net.cast_weights(pixels)
+    assert torch.equal(net(pixels), expected)
+    assert net.model.model.conv.weight.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------ batch statistics
