@@ -1,6 +1,6 @@
 """Distillation: the student learns from labels and from what the teacher says of originals and augmented images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from dalikd.trainers.cached import CachedLooks
 from dalikd.trainers.looking import CompileMode, Looker
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["Distillation", "DistillationTask", "gather_rows", "score_groups"]
+__all__ = ["Distillation", "DistillationTask", "gather_rows", "score_groups", "score_groups_at_once"]
 
 
 class DistillationTask(nn.Module):
@@ -109,6 +109,9 @@ class Distillation:
         self._look = (
             teacher if isinstance(teacher, CachedLooks) else Looker(teacher, augmenter, self._score, compile_mode)
         )
+        self._score_at_once: Callable[..., Tensor] | None = None
+        if compile_mode != "off":
+            self._score_at_once = torch.compile(score_groups_at_once, mode=compile_mode, dynamic=False)
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.entropy_log, self._batches = entropy_log, 0
         self._asked = False
@@ -176,9 +179,13 @@ class Distillation:
             return score_groups(self.student, pixels, len(pixels), self._augmenter.group)
 
     def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
-        candidates = len(images) if hidden is None else len(hidden.lam)
+        group, runs = self._augmenter.group, self._augmenter.runs
         with self._accelerator.autocast():
-            return score_groups(self.student, images, candidates // self._augmenter.runs, self._augmenter.group, hidden)
+            if self._score_at_once is None or hidden is not None or len(images) % (runs * group):
+                candidates = len(images) if hidden is None else len(hidden.lam)
+                return score_groups(self.student, images, candidates // runs, group, hidden)
+            with torch.no_grad(), batch_statistics(self.student) if self.student.training else nullcontext():
+                return self._score_at_once(self.student, images, len(images) // runs, group)
 
 
 def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hidden: HiddenMix | None = None) -> Tensor:
@@ -216,6 +223,23 @@ def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hid
                 own.append(first)
             pieces.append(logits.unflatten(0, columns.shape))
     return torch.cat((*own, torch.cat(pieces, dim=1).flatten(0, 1)))
+
+
+def score_groups_at_once(student: Normalized, candidates: Tensor, batch: int, group: int) -> Tensor:
+    """What `score_groups` gives, inside of `batch_statistics`, in one forward over all groups; to be compiled.
+
+    The statistics are still of each group. Their sums have another order, so that the last bits differ, and a plain
+    call keeps to the groups one by one.
+
+    Args:
+        student: takes pixels.
+        candidates: [runs * batch, 3, S, S], run after run.
+        batch: originals, whole groups.
+        group: originals in a mix group.
+    """
+    pools = student.normalize(candidates).unflatten(0, (-1, batch // group, group)).transpose(0, 1)
+    logits = torch.vmap(lambda pool: student.model(pool), randomness="different")(pools.flatten(1, 2))
+    return logits.unflatten(1, (-1, group)).transpose(0, 1).flatten(0, 2)
 
 
 def gather_rows(

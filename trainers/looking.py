@@ -23,9 +23,9 @@ class Looker:
 
     Compiled, all of it is one region: mixing, normalising, the teacher, entropy, choice and gathering, so that pixel
     work fuses into the teacher's first kernels. Where a student scores the candidates only the teacher's forward is
-    compiled: the student's statistics switch between two looks. A short last batch is compiled once more, by itself.
-    In the modes with CUDA graphs the result lives until the next `torch.compiler.cudagraph_mark_step_begin()`, which
-    the caller calls once a step.
+    compiled: the student, whose statistics switch between two looks, is its caller's to compile. A short last batch is
+    compiled once more, by itself. In the modes with CUDA graphs the result lives until the next
+    `torch.compiler.cudagraph_mark_step_begin()`, which the caller calls once a step.
 
     Args:
         teacher: frozen.

@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,8 @@ from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import MixDraws, Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
-from dalikd.kd.teacher import look
-from dalikd.trainers.distill import DistillationTask, gather_rows, score_groups
+from dalikd.kd.teacher import batch_statistics, look
+from dalikd.trainers.distill import DistillationTask, gather_rows, score_groups, score_groups_at_once
 
 GROUP = 8
 
@@ -122,6 +125,19 @@ def test_synchronised_norms_score_by_their_own_group_and_keep_the_activation(mak
     with pytest.raises(ValueError, match="SyncBatchNorm expected input"):  # it would ask the others
         student.train()(images)
     torch.testing.assert_close(score_groups(student, images, 16, GROUP), scores)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "timm:mobilenetv3_small_050"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_forward_over_all_groups_scores_as_one_by_one(name, training):
+    torch.manual_seed(0)
+    student = Normalized(create_model(name, 3), (0.5,) * 3, (0.5,) * 3).double().train(training)
+    images = torch.randint(0, 256, (2 * 24, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    expected, state = score_groups(student, images, 24, GROUP), deepcopy(student.state_dict())
+    with torch.no_grad(), batch_statistics(student) if training else nullcontext():
+        found = score_groups_at_once(student, images, 24, GROUP)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
 
 
 def _resnet(seed):
