@@ -1,6 +1,8 @@
 """Pictures that every test may read, and the rule that a test marked `gpu` needs a CUDA device."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,15 @@ _EXIF_ORIENTATION = 0x0112
 @pytest.fixture(scope="session", autouse=True)
 def _as_many_threads_under_any_load() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_what_is_asked_for() -> Iterator[None]:
+    """On a machine with a GPU as on any other."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "dalikd.trainers.options" in sys.modules:
+            patch.setattr("dalikd.trainers.options.automatic_mode", lambda _: "off")
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

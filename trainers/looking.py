@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -13,9 +16,9 @@ from dalikd.kd.teacher import Look, Teacher, look
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
 
-__all__ = ["CompileMode", "Looker", "check_compiler"]
+__all__ = ["CompileMode", "Looker", "automatic_mode", "check_compiler"]
 
-CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class Looker:
@@ -72,12 +75,36 @@ class Looker:
         )
 
 
+@cache  # which says once what is missing
+def automatic_mode(on_cpu: bool) -> CompileMode:
+    """What `auto` means: the default mode on a GPU where something can compile for it, else off.
+
+    Args:
+        on_cpu: whether the CPU is asked for, even beside a GPU.
+    """
+    if on_cpu or not torch.cuda.is_available():
+        return "off"
+    tools = {"triton": find_spec("triton"), "a C compiler": _finds_compiler()}
+    missing = [name for name, found in tools.items() if not found]
+    if missing and os.environ.get("RANK", "0") == "0":
+        print(
+            f"dalikd: --compile auto compiles nothing, for lack of {' and '.join(missing)}: a run takes longer "
+            "(install gcc, or triton beside torch)",
+            file=sys.stderr,
+        )
+    return "off" if missing else "default"
+
+
 def check_compiler(mode: CompileMode) -> None:
     """Refuse to compile where nothing can: torch turns every region into C++, or into kernels with a stub in C.
 
     Raises:
         ValueError: no compiler is installed.
     """
-    named = [os.environ[variable] for variable in ("CXX", "CC") if os.environ.get(variable)]
-    if mode != "off" and not any(shutil.which(name) for name in (*named, "g++", "gcc", "clang++", "clang")):
+    if mode != "off" and not _finds_compiler():
         raise ValueError(f"--compile {mode} needs a C++ compiler and there is none: install g++, or use --compile off")
+
+
+def _finds_compiler() -> bool:
+    named = [os.environ[variable] for variable in ("CXX", "CC") if os.environ.get(variable)]
+    return any(shutil.which(name) for name in (*named, "g++", "gcc", "clang++", "clang"))

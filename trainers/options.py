@@ -1,6 +1,7 @@
 """The options of the commands, a class for each: a field is an option, its text here the help."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,9 +14,9 @@ from torch.optim import SGD, Optimizer
 from dalikd.kd.losses import KD, DistillationLoss
 from dalikd.kd.teacher_cache import Storage
 from dalikd.pipelines.data import DataConfig, FilePath
-from dalikd.trainers.augmentation import MixOptions
+from dalikd.trainers.augmentation import MixOptions, augmentation_names
 from dalikd.trainers.launch import Device, Precision
-from dalikd.trainers.looking import CompileMode
+from dalikd.trainers.looking import CompileMode, automatic_mode
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.schedules import ScheduleConfig
 
@@ -103,6 +104,16 @@ def check_numbers(options: Any, ranges: Mapping[str, _Range]) -> None:
             raise ValueError(f"--{name} {value}: give {allowed.words}")
 
 
+def _settled_mode(options: "TrainingOptions | MeasureOptions | CacheOptions") -> CompileMode:
+    """The mode asked for; what auto means on this machine, for these augmentations: manifold_mixup needs hooks."""
+    if options.compile != "auto":
+        return options.compile
+    names = [options.augmentation] if isinstance(options.augmentation, str) else options.augmentation
+    if any("manifold_mixup" in name for name in augmentation_names(names)):
+        return "off"
+    return automatic_mode(options.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+
+
 def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
     return SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
@@ -157,8 +168,9 @@ class TrainingOptions(RunOptions, MixOptions):
         ema: decay of an exponential moving average of the weights, such as 0.999; 0: none. The average is what is
             evaluated then, and lies beside student.safetensors as ema.safetensors.
         sync_bn: batch statistics over all processes (GPU only).
-        compile: torch.compile's mode for teacher and task. The first steps then take minutes; losses are the same up to
-            rounding, except that dropout draws otherwise.
+        compile: torch.compile's mode for teacher and task; auto: default on a GPU, off on a CPU, where something to
+            compile with is missing, and for manifold_mixup. The first steps then take minutes; losses are the same up
+            to rounding, except that dropout draws otherwise.
         output: the run folder; default: runs/COMMAND-DATA-MODEL.
         resume: go on with this run folder; its config.yaml is read first.
         overwrite: replace a run that lies in the run folder.
@@ -183,7 +195,7 @@ class TrainingOptions(RunOptions, MixOptions):
     no_decay_norms: bool = False
     ema: float = 0.0
     sync_bn: bool = False
-    compile: CompileMode = "off"
+    compile: CompileMode = "auto"
     output: FilePath | None = None
     resume: FilePath | None = None
     overwrite: bool = False
@@ -195,6 +207,7 @@ class TrainingOptions(RunOptions, MixOptions):
         """Raises ValueError for numbers that no training can work with."""
         super().__post_init__()
         check_numbers(self, _TRAINING)
+        self.compile = _settled_mode(self)
         length, warmup = round(self.epochs * self.epoch_factor), self.schedule.warmup_epochs
         if length < 1:
             raise ValueError(f"--epochs {self.epochs} x --epoch_factor {self.epoch_factor} is no whole epoch")
@@ -278,7 +291,8 @@ class MeasureOptions(RunOptions, MixOptions):
         entropy_log_every: batches from one to the next.
         checkpoint: file that the measurement is saved in, and gone on from when called again.
         checkpoint_every: batches between two savings.
-        compile: torch.compile's mode for the look at a batch; the first batches then take minutes.
+        compile: torch.compile's mode for the look at a batch, auto as for training; the first batches then take
+            minutes.
         json: file the results are written to.
     """
 
@@ -298,13 +312,14 @@ class MeasureOptions(RunOptions, MixOptions):
     entropy_log_every: int = 100
     checkpoint: FilePath | None = None
     checkpoint_every: int = 500
-    compile: CompileMode = "off"
+    compile: CompileMode = "auto"
     json: FilePath | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that cannot be measured with."""
         super().__post_init__()
         check_numbers(self, _MEASURING)
+        self.compile = _settled_mode(self)
 
 
 @dataclass
@@ -322,7 +337,7 @@ class CacheOptions(RunOptions, MixOptions):
         storage: float32; float16; or topk (the k largest logits, and the probability that all others share equally:
             exact at temperature 1 for those k, an approximation at any other).
         k: logits of an image that topk keeps.
-        compile: torch.compile's mode for the teacher; the first batches then take minutes.
+        compile: torch.compile's mode for the teacher, auto as for training; the first batches then take minutes.
         verify: instead of writing, ask the teacher again about a share of this cache and compare; the options are those
             it was made with, unless others are given.
         share: of the batches of each epoch that are verified, at least one; they are those that it was made in.
@@ -337,7 +352,7 @@ class CacheOptions(RunOptions, MixOptions):
     output: FilePath | None = None
     storage: Storage = "float32"
     k: int = 16
-    compile: CompileMode = "off"
+    compile: CompileMode = "auto"
     verify: FilePath | None = None
     share: float = 0.01
     tolerance: float | None = None
@@ -346,6 +361,7 @@ class CacheOptions(RunOptions, MixOptions):
         """Raises ValueError for numbers that no cache can have."""
         super().__post_init__()
         check_numbers(self, _CACHING)
+        self.compile = _settled_mode(self)
 
 
 @dataclass

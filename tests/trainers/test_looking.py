@@ -6,7 +6,7 @@ from dalikd.pipelines.augment import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions
-from dalikd.trainers.looking import Looker, check_compiler
+from dalikd.trainers.looking import Looker, automatic_mode, check_compiler
 
 GROUP = 8
 
@@ -83,3 +83,23 @@ def test_a_compiler_is_asked_for_only_where_it_is_needed(batches, nets, monkeypa
         Looker(teacher, augmenter, student, "max-autotune")
     monkeypatch.setenv("CXX", "my-compiler")
     check_compiler("default")
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "gpu", "compiler", "mode"),
+    [
+        (False, True, "gcc", "default"),
+        (True, True, "gcc", "off"),
+        (False, False, "gcc", "off"),
+        (False, True, "", "off"),
+    ],
+)
+def test_auto_compiles_on_a_gpu_that_can(monkeypatch, capsys, on_cpu, gpu, compiler, mode):
+    automatic_mode.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("dalikd.trainers.looking.find_spec", lambda _: object())
+    monkeypatch.setattr("dalikd.trainers.looking.shutil.which", lambda name: name == compiler or None)
+    assert [automatic_mode(on_cpu) for _ in range(2)] == [mode] * 2
+    said = "dalikd: --compile auto compiles nothing, for lack of a C compiler: " if gpu and not compiler else ""
+    assert capsys.readouterr().err.startswith(said)
+    automatic_mode.cache_clear()

@@ -76,3 +76,13 @@ def test_a_warmup_ends_within_the_training():
     TrainOptions(epochs=2, epoch_factor=1.5, schedule=ScheduleConfig(warmup_epochs=3))
     with pytest.raises(ValueError, match=r"--schedule.warmup_epochs 4: give at most as many as are trained, 3"):
         TrainOptions(epochs=2, epoch_factor=1.5, schedule=ScheduleConfig(warmup_epochs=4))
+
+
+def test_auto_settles_by_the_device_and_the_augmentations(monkeypatch):
+    monkeypatch.setattr("dalikd.trainers.options.automatic_mode", lambda on_cpu: "off" if on_cpu else "default")
+    for options in (TrainOptions, DistillOptions, MeasureOptions, CacheOptions):
+        assert options().compile == "default"
+        assert options(device="cpu").compile == "off"
+        assert options(device="cpu", compile="max-autotune").compile == "max-autotune"
+    assert DistillOptions(augmentation="manifold_mixup").compile == "off"  # which cannot be compiled
+    assert MeasureOptions(augmentation=["cutmix", "all"]).compile == "off"
