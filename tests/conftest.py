@@ -2,13 +2,15 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads of torch that wait for work spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
@@ -43,6 +45,36 @@ def _compile_what_is_asked_for() -> Iterator[None]:
         if "dalikd.trainers.options" in sys.modules:
             patch.setattr("dalikd.trainers.options.automatic_mode", lambda _: "off")
         yield
+
+
+# reading a scalar, shapes that depend on data, and tensors made of Python numbers (a blocking copy on a GPU)
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh")
+
+
+class NoSync(TorchDispatchMode):
+    """Raises at every operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(_WAITS) or (name.startswith("index") and _has_mask(args[1])):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _has_mask(indices: Any) -> bool:
+    """Whether an indexing operation selects by a bool tensor, whose count of true values the host has to know."""
+    return isinstance(indices, list | tuple) and any(i is not None and i.dtype == torch.bool for i in indices)
+
+
+@pytest.fixture
+def no_sync() -> Callable[[], NoSync]:
+    return NoSync
+
+
+@pytest.fixture
+def sync_is_an_error() -> Iterator[Callable[[], None]]:
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
 
 from dalikd.kd.normalize import Normalized
@@ -19,14 +20,14 @@ from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.looking import check_compiler
-from dalikd.trainers.options import TrainingOptions
+from dalikd.trainers.options import OptimizerFactory, TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, save_after
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
-__all__ = ["Loop", "Method", "parameter_groups"]
+__all__ = ["Loop", "Method", "make_optimizer", "parameter_groups"]
 
 
 class Method(Protocol):
@@ -108,7 +109,9 @@ class Loop:
             task = convert_sync_batchnorm(task)
         self._student_is_fixed = not any(values.requires_grad for values in method.student.parameters())
         self._trains = any(values.requires_grad for values in task.parameters())
-        optimizer = options.optimizer(parameter_groups(task, options.no_decay_norms))
+        optimizer = make_optimizer(
+            options.optimizer, parameter_groups(task, options.no_decay_norms), accelerator.device
+        )
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._trains:
             self.task, self.optimizer = accelerator.prepare(task, optimizer)
@@ -131,7 +134,8 @@ class Loop:
     # ------------------------------------------------------------------------------------------ the step
 
     def step(self) -> None:
-        """One optimizer step. Nothing in here waits for the device.
+        """One optimizer step. Nothing in here waits for the device, but for an optimizer that is not fused in fp16: the
+        scaler asks first whether gradients have overflowed.
 
         Raises:
             BadFileError, Interrupted: as `StopSignals.together`; nothing was done.
@@ -272,6 +276,8 @@ class Loop:
             net = self.method.student if self.average is None else self.average.module
             self._share_buffers(net)
             val = evaluate(net, self.val_loader, self.accelerator)
+            if self.accelerator.device.type == "cuda":
+                self.val_loader.close()  # its pipeline's buffers are the training's until the next evaluation
             self._check_loss(val["loss"])
             self.epoch_meter.share(self.accelerator)
             train, metrics = self.epoch_meter.means(), self.method.metrics()
@@ -462,6 +468,15 @@ def parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
     decayed = [parameter for parameter in parameters if parameter.dim() > 1]
     others = [parameter for parameter in parameters if parameter.dim() <= 1]
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def make_optimizer(factory: OptimizerFactory, parameters: Iterable[Any], device: torch.device) -> torch.optim.Optimizer:
+    """An optimizer; on a GPU one that updates all weights in a kernel and reads no overflow, where it is left open."""
+    optimizer, given = factory(parameters), getattr(factory, "keywords", {})
+    settled = given.get("fused", False) is not None or given.get("foreach") or given.get("differentiable")
+    if device.type != "cuda" or settled or type(optimizer) not in (SGD, Adam, AdamW):
+        return optimizer
+    return factory(parameters, fused=True)
 
 
 def _rank(val: dict[str, Any]) -> tuple[float, float]:

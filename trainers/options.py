@@ -158,7 +158,8 @@ class TrainingOptions(RunOptions, MixOptions):
             on top of the training view; BASE+CRITERION picks out of several runs of another one, such as
             mixup+teacher_entropy (student_entropy, kld, dissimilarity).
         optimizer: its class path, with its options as --optimizer.lr and so on; SGD, AdamW or any other.
-            --optimizer.fused true updates all weights in one kernel, where the class can.
+            --optimizer.fused true updates all weights in one kernel, where the class can; SGD, Adam and AdamW do so on
+            a GPU unless it is false.
         schedule: the learning rate over time.
         epochs: passes over the training data.
         epoch_factor: multiplies epochs and milestones (prolonged training).

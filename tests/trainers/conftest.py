@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.backbones import factory
 from dalikd.kd.losses import KD
@@ -30,21 +29,6 @@ from dalikd.trainers.supervised import Supervised
 from dalikd.trainers.tracking import RunFolder
 
 HALF = (0.5, 0.5, 0.5)
-
-_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # reading a scalar; shapes that depend on data
-
-
-class NoSync(TorchDispatchMode):
-    """Raises at every operation that would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            index is not None and index.dtype == torch.bool for index in args[1] if isinstance(args[1], list | tuple)
-        )
-        if name.startswith(_WAITS) or by_mask:
-            raise AssertionError(f"{name} waits for the device")
-        return func(*args, **(kwargs or {}))
 
 
 class SmallNet(nn.Module):
@@ -173,17 +157,6 @@ def make_cuda_loop(tmp_path: Path) -> Callable[..., Loop]:
         return loop(tmp_path / name, start("cuda", precision), **parts)
 
     return make
-
-
-@pytest.fixture
-def no_sync() -> Callable[[], NoSync]:
-    return NoSync
-
-
-@pytest.fixture
-def sync_is_an_error() -> Iterator[Callable[[], None]]:
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="session")

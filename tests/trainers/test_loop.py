@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adagrad, AdamW
 
 from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
 from dalikd.pipelines.loader import BadFileError
 from dalikd.tools.cli import guarded
 from dalikd.trainers.evaluate import evaluate
-from dalikd.trainers.loop import Loop
+from dalikd.trainers.loop import Loop, make_optimizer
 from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.schedules import ScheduleConfig
 from dalikd.trainers.stopping import Interrupted, StopSignals
@@ -232,6 +232,28 @@ def test_without_it_all_parameters_share_a_group(make_loop):
     assert group["weight_decay"] == 0.1
 
 
+@pytest.mark.parametrize(
+    ("device", "fused", "optimizer", "expected"),
+    [("cuda", None, AdamW, True), ("cuda", False, SGD, False), ("cpu", None, SGD, None), ("cuda", None, Adagrad, None)],
+)
+def test_on_a_gpu_the_optimizer_is_fused_unless_it_is_told_otherwise(device, fused, optimizer, expected):
+    factory = partial(optimizer, lr=0.1, fused=fused)
+    made = make_optimizer(factory, [torch.nn.Parameter(torch.zeros(2))], torch.device(device))
+    assert made.defaults["fused"] is expected
+
+
+def test_the_validation_pipeline_is_closed_after_an_evaluation_on_a_gpu(make_loop, monkeypatch):
+    loop, closed = make_loop(), []
+    loop.val_loader.close = lambda: closed.append(loop.accelerator.device.type)
+    loop._end_epoch()
+    val = loop.progress.last["val"]
+    monkeypatch.setattr(type(loop.accelerator), "device", torch.device("cuda"))
+    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_: val)
+    monkeypatch.setattr("dalikd.trainers.loop.versions", lambda _: {})
+    loop._end_epoch()
+    assert closed == ["cuda"]
+
+
 def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
     loop = make_loop(options=_options(ema=0.8, optimizer=_sgd()))
     expected: dict[str, torch.Tensor] = {}
@@ -256,7 +278,9 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
 
 def _without_waits(loop: Loop, guard: Callable[[], Any]) -> None:
     loop.task.train()
-    loop.step()  # the first one builds states and samples ahead
+    loop.step()  # the first one builds states
+    # numpy's arrays become tensors in the loader, whose way to a GPU has a test of its own
+    loop.loader.next = iter([loop.loader.next() for _ in range(2 * loop.options.accumulation)]).__next__
     with guard():
         loop.step()
         loop.step()
