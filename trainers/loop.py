@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.looking import check_compiler
-from dalikd.trainers.options import OptimizerFactory, TrainingOptions
+from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
@@ -104,7 +104,7 @@ class Loop:
         self.identity = identity or {"options": {}, "contents": {}}
         task = method.task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_bn and accelerator.num_processes > 1:
-            from timm.layers import convert_sync_batchnorm  # torch's own drops what timm's norms do besides
+            from timm.layers.norm_act import convert_sync_batchnorm  # torch's own drops what timm's norms do besides
 
             task = convert_sync_batchnorm(task)
         self._student_is_fixed = not any(values.requires_grad for values in method.student.parameters())
@@ -470,7 +470,9 @@ def parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def make_optimizer(factory: OptimizerFactory, parameters: Iterable[Any], device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    factory: Callable[..., torch.optim.Optimizer], parameters: Iterable[Any], device: torch.device
+) -> torch.optim.Optimizer:
     """An optimizer; on a GPU one that updates all weights in a kernel and reads no overflow, where it is left open."""
     optimizer, given = factory(parameters), getattr(factory, "keywords", {})
     settled = given.get("fused", False) is not None or given.get("foreach") or given.get("differentiable")
