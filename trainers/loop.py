@@ -474,10 +474,10 @@ def make_optimizer(
     factory: Callable[..., torch.optim.Optimizer], parameters: Iterable[Any], device: torch.device
 ) -> torch.optim.Optimizer:
     """An optimizer; on a GPU one that updates all weights in a kernel and reads no overflow, where it is left open."""
-    optimizer, given = factory(parameters), getattr(factory, "keywords", {})
+    given = getattr(factory, "keywords", {})
     settled = given.get("fused", False) is not None or given.get("foreach") or given.get("differentiable")
-    if device.type != "cuda" or settled or type(optimizer) not in (SGD, Adam, AdamW):
-        return optimizer
+    if device.type != "cuda" or settled or type(factory([nn.Parameter(torch.zeros(1, 1))])) not in (SGD, Adam, AdamW):
+        return factory(parameters)
     return factory(parameters, fused=True)
 
 

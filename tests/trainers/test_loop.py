@@ -238,8 +238,8 @@ def test_without_it_all_parameters_share_a_group(make_loop):
 )
 def test_on_a_gpu_the_optimizer_is_fused_unless_it_is_told_otherwise(device, fused, optimizer, expected):
     factory = partial(optimizer, lr=0.1, fused=fused)
-    made = make_optimizer(factory, [torch.nn.Parameter(torch.zeros(2))], torch.device(device))
-    assert made.defaults["fused"] is expected
+    made = make_optimizer(factory, [{"params": [torch.nn.Parameter(torch.zeros(2))]}], torch.device(device))
+    assert made.param_groups[0]["fused"] is expected
 
 
 def test_the_validation_pipeline_is_closed_after_an_evaluation_on_a_gpu(make_loop, monkeypatch):
