@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dalikd.pipelines.augment import DrawSpec
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.tools.bench.feeding import feeding_microseconds
+from dalikd.tools.bench.host import loader_microseconds
 from dalikd.tools.bench.images import bring_into_page_cache, cached_share, describe, drop_from_page_cache, sample_rows
 from dalikd.tools.bench.machine import cpu_seconds, settle, synchronize
 from dalikd.tools.bench.record import Record, alternate, ratio, summary
@@ -21,6 +24,7 @@ WARM_UP = (
     "one round of every side; in each measurement, the batches that may lie ready when it begins. "
     "Before each, all processes rest."
 )
+_HOST_BATCH = 256
 _LOOKED_AT = 200  # files whose share in the page cache is measured
 
 
@@ -106,7 +110,7 @@ def compare(comparison: Comparison, job: Job, clock: Clock, header: Mapping[str,
         raise ValueError(f"nothing to measure: {' '.join(record.notes)}")
     record.page_cache = " ".join(page_cache.sentence for page_cache in caches)
     _move_constants(record)
-    record.notes.append(_feeding_note(job))
+    record.notes.append(_host_note(job))
     return record
 
 
@@ -245,6 +249,12 @@ def _move_constants(record: Record) -> None:
     record.labels = tuple(kept)
 
 
-def _feeding_note(job: Job) -> str:
-    cost = feeding_microseconds(job)
-    return f"What Python does for an image in dalikd's loader (order, draws, feeding; batches of 256): {cost:.1f} µs."
+def _host_note(job: Job) -> str:
+    batch_size = min(_HOST_BATCH, len(job.source))
+    loader = Loader(job.source, Sampler(len(job.source), batch_size), DrawSpec(job.view), threads=job.threads)
+    cost = loader_microseconds(loader, batches=6)
+    loader.close()
+    return (
+        f"What dalikd's loader does on the main thread for an image (order, draws, feeding, what DALI does to take it, "
+        f"handing over, which dalikd bench host takes apart; batches of {batch_size}): {cost:.1f} µs."
+    )

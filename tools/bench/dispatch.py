@@ -10,6 +10,7 @@ __all__ = ["BENCHMARKS", "Planned", "main"]
 BENCHMARKS = {
     "loader": "decode and augment: images a second of dalikd's loader and of others that do the same work",
     "step": "a training step: real data against resident batches, teacher and student, waits",
+    "host": "the main thread in a training step: microseconds of Python an image, operators a step",
     "teacher": "dalikd measure against its teacher alone: what loading, mixing, picking and the metric cost",
     "passes": "dalikd measure: all augmentations in one pass over the data against a pass for each",
     "published": "the training step against the published CutMixPick loop, one habit at a time",

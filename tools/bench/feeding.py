@@ -1,35 +1,15 @@
-"""What Python does in dalikd's loader: feeding DALI, and ordering the epochs."""
+"""`bench loader --orders`: what ordering the epochs costs."""
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from typing import Any
 
-from dalikd.pipelines.augment import DrawSpec
 from dalikd.pipelines.draws import permutation
-from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.record import Record, summary
-from dalikd.tools.bench.sides import Job
 
-__all__ = ["feeding_microseconds", "measure_orders"]
-
-_BATCH = 256
-_REPETITIONS = 40
-
-
-def feeding_microseconds(job: Job) -> float:
-    """Microseconds an image that sampler, draws and the feeding callback take, at a batch of 256: the median."""
-    sampler = Sampler(len(job.source), min(_BATCH, len(job.source)))
-    loader = Loader(job.source, sampler, DrawSpec(job.view), threads=job.threads)
-    sampler.order(0)
-    seconds = []
-    for index in range(_REPETITIONS):
-        started = time.perf_counter()
-        loader.feed(index)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) / sampler.batch_size * 1e6
+__all__ = ["measure_orders"]
 
 
 def measure_orders(sizes: Sequence[int], rounds: int, header: Mapping[str, Any]) -> Record:

@@ -22,6 +22,7 @@ __all__ = [
     "bring_into_page_cache",
     "cached_share",
     "describe",
+    "draw_pictures",
     "drop_from_page_cache",
     "main",
     "picture_paths",
@@ -99,6 +100,22 @@ def cached_share(paths: Iterable[str | Path]) -> float:
             found = _resident_pages(Path(path))
             pages, cached = pages + len(found), cached + int((found & 1).sum())
     return cached / pages if pages else 0.0
+
+
+def draw_pictures(folder: Path, count: int, width: int, height: int, classes: int = 10) -> None:
+    """Write class folders of JPEGs with what photographs have for a decoder: slow gradients, hard edges, grain."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    grain = random.normal(0, 6, (height, width, 1))
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) + grain
+        top, left = random.integers(0, (height // 2, width // 2))
+        pixels[top : top + height // 3, left : left + width // 3] += random.integers(-90, 90, 3)
+        path = folder / f"class{number % classes}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def repeat_pictures(folder: Path, target: Path, *, count: int | None = None, size: int | None = None) -> int:

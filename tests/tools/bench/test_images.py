@@ -12,6 +12,7 @@ from dalikd.tools.bench.images import (
     bring_into_page_cache,
     cached_share,
     describe,
+    draw_pictures,
     drop_from_page_cache,
     picture_paths,
     repeat_pictures,
@@ -128,3 +129,11 @@ def test_pictures_are_repeated_from_the_command_line(small_images, tmp_path, cap
     with pytest.raises(SystemExit):
         images.main([str(small_images), str(tmp_path / "more")])
     assert "say either how many pictures or how many bytes" in capsys.readouterr().err
+
+
+def test_drawn_pictures_are_decodable_and_differ(tmp_path):
+    draw_pictures(tmp_path, count=6, width=40, height=30, classes=2)
+    paths = picture_paths(tmp_path)
+    assert [path.parent.name for path in paths] == ["class0"] * 3 + ["class1"] * 3
+    assert len({Image.open(path).convert("RGB").tobytes() for path in paths}) == 6
+    assert {Image.open(path).size for path in paths} == {(40, 30)}
