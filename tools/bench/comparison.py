@@ -24,6 +24,10 @@ WARM_UP = (
     "one round of every side; in each measurement, the batches that may lie ready when it begins. "
     "Before each, all processes rest."
 )
+_DECODE_NOTE = (
+    "decode: DALI decodes the same windows with as many threads and drops them; nothing is resized, normalised or "
+    "handed over. It is the limit of any loader with this decoder (decode-mixed: on the GPU)."
+)
 _HOST_BATCH = 256
 _LOOKED_AT = 200  # files whose share in the page cache is measured
 
@@ -109,6 +113,8 @@ def compare(comparison: Comparison, job: Job, clock: Clock, header: Mapping[str,
     if not record.rows:
         raise ValueError(f"nothing to measure: {' '.join(record.notes)}")
     record.page_cache = " ".join(page_cache.sentence for page_cache in caches)
+    if any(row["loader"].startswith("decode") for row in record.rows):
+        record.notes.append(_DECODE_NOTE)
     _move_constants(record)
     record.notes.append(_host_note(job))
     return record

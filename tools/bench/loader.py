@@ -44,8 +44,8 @@ class LoaderOptions:
     Args:
         data: the pictures, of which the training split is read; threads, prefetch and hw_decoder_load are dalikd's.
         random: measure so many pictures of random pixels in memory instead; --data.image_size is their side.
-        backends: dalikd (decodes on the CPU), dalikd-mixed (on the GPU), torchvision-pil, torchvision-io and timm;
-            default: all that run here.
+        backends: dalikd (decodes on the CPU), dalikd-mixed (on the GPU), torchvision-pil, torchvision-io, timm, and as
+            the limit decode and decode-mixed (dalikd's windows are decoded and dropped); default: all that run here.
         augmentations: names as for `dalikd distill`, or all; augmented images come beside those of the base view.
         sources: where the same pictures are read from: files, resident (decoded, in memory), webdataset, tfrecord, or
             all; default: what the data set is. The others are made in a temporary folder.
@@ -57,7 +57,8 @@ class LoaderOptions:
         images: of a measurement, in place of seconds.
         precision: of the normalised batch.
         device: where batches end; auto takes the GPU where there is one.
-        sweep: try dalikd's threads, prefetch and, on a GPU, hw_decoder_load; print the best as config lines.
+        sweep: try dalikd's threads (unless --data.threads is given), prefetch and, on a GPU, hw_decoder_load; print
+            the best as config lines.
         startup: make a tree of so many files in a temporary folder; measure scan, opening and the first batch.
         orders: measure the sampler for data sets of so many images: time and memory.
         output: folder of the results, or a path that ends in .json.
@@ -136,7 +137,7 @@ def _measure(options: LoaderOptions, device: torch.device, header: dict[str, Any
     if options.startup is not None:
         return measure_startup(options.startup, job, options.rounds, header)
     if options.sweep:
-        return measure_sweep(names, job, clock, header)
+        return measure_sweep(names, job, clock, header, options.data.threads)
     comparison = Comparison(
         tuple(names),
         tuple(augmentation_names(options.augmentations)),

@@ -153,7 +153,10 @@ def step_round(loop: Loop, take: Take, steps: int, warmup: int) -> Round:
 
 
 def loader_round(loop: Loop, steps: int, warmup: int) -> Round:
-    """Take the batches of so many steps from the loader, and do nothing with them."""
+    """Take the batches of so many steps from the loader, and do nothing with them.
+
+    Its single `steps` are of the host's clock: on a GPU a call returns before its work is done, and they mean nothing.
+    """
     loader, parts = loop.loader, loop.options.accumulation
     for _ in range(warmup * parts):
         loader.next()

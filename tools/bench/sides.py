@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.augment import View, policy_name
+from dalikd.pipelines.augment import DrawSpec, View, policy_name
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -108,6 +108,34 @@ class _Dalikd:
         self._loader.close()
 
 
+class _Decode:
+    """The windows that dalikd's loader cuts, decoded by as many threads of DALI and dropped: nothing else is done."""
+
+    def __init__(self, job: Job, decoded_on: torch.device) -> None:
+        from dalikd.pipelines.graphs import build_graph
+
+        self.ahead = job.prefetch + 1
+        self._loader = Loader(job.source, Sampler(len(job.source), job.batch_size), DrawSpec(job.view))
+        self._stream = torch.cuda.current_stream(decoded_on) if decoded_on.type == "cuda" else None
+        self._graph: Any = build_graph(
+            lambda info: self._loader.feed(info.iteration),
+            replace(job.view, crop="window"),
+            reader="files",
+            batch_size=job.batch_size,
+            threads=job.threads,
+            device_id=(decoded_on.index or 0) if self._stream is not None else None,
+            prefetch=job.prefetch,
+            hw_decoder_load=job.hw_decoder_load,
+        )
+
+    def next(self) -> tuple[Tensor, ...]:
+        self._graph.run() if self._stream is None else self._graph.run(self._stream)
+        return ()
+
+    def close(self) -> None:
+        self._graph = None
+
+
 class _DataLoader:
     """A torch DataLoader whose workers make normalised images."""
 
@@ -119,7 +147,8 @@ class _DataLoader:
     def next(self) -> tuple[Tensor, ...]:
         assert self._batches is not None
         images, *augmented, _ = next(self._batches)
-        return tuple(part.to(self._device, self._dtype, non_blocking=True) for part in (images, *augmented))
+        # to the device first: .to(device, dtype) converts on the CPU
+        return tuple(part.to(self._device, non_blocking=True).to(self._dtype) for part in (images, *augmented))
 
     def close(self) -> None:
         self._batches = None  # the last reference: its workers end
@@ -170,6 +199,14 @@ def _open_dalikd_mixed(job: Job) -> Side:
     return _Dalikd(job, job.device)
 
 
+def _open_decode(job: Job) -> Side:
+    return _Decode(job, torch.device("cpu"))
+
+
+def _open_decode_mixed(job: Job) -> Side:
+    return _Decode(job, job.device)
+
+
 def _open_torchvision_pil(job: Job) -> Side:
     return _DataLoader(job, pil_batches(job))
 
@@ -213,11 +250,13 @@ class _Backend:
     needs_gpu: bool = False
     records: bool = False  # reads tars and TFRecords
     own_order: bool = False  # shuffles what it is given
+    files_only: bool = False
     crops: frozenset[str] = frozenset({"random_resized_crop", "pad_crop"})
     augmentations: frozenset[str] = frozenset({"identity", "flip", "crop_flip", "autoaugment"})
 
 
 _ALL_AUGMENTATIONS = frozenset(AUGMENTATIONS)
+_WINDOWS = {"files_only": True, "crops": frozenset({"random_resized_crop"}), "augmentations": frozenset({"identity"})}
 
 #: The loaders by name.
 BACKENDS: dict[str, _Backend] = {
@@ -228,6 +267,8 @@ BACKENDS: dict[str, _Backend] = {
     "timm": _Backend(
         _open_timm, own_order=True, crops=frozenset({"random_resized_crop"}), augmentations=frozenset({"identity"})
     ),
+    "decode": _Backend(_open_decode, **_WINDOWS),
+    "decode-mixed": _Backend(_open_decode_mixed, needs_gpu=True, **_WINDOWS),
 }
 
 
@@ -250,6 +291,8 @@ def cannot(name: str, job: Job, cache: str = "warm") -> str | None:
     backend = BACKENDS[name]
     if job.source.records is not None and not backend.records:
         return "a reader of tars and TFRecords"
+    if job.source.files is None and backend.files_only:
+        return "files"
     if cache == "cold" and backend.own_order:
         return "an order that meets no picture twice (cold page cache)"
     if job.view.crop not in backend.crops:

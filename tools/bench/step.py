@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.dispatch import Planned
@@ -105,7 +106,7 @@ def run(options: StepOptions, config: dict[str, Any]) -> Record:
         config=config,
         warm_up=_warm_up(options, found.warm_up),
         page_cache=page_cache,
-        rows=_rows(found, options, accelerator.num_processes),
+        rows=_rows(found, options, accelerator),
         labels=("measured",),
         plotted="ms a step",
         variant=variant(options, data.view.size, accelerator.num_processes),
@@ -253,21 +254,22 @@ def _rounds(loop: Loop, batches: Sequence[Any], options: StepOptions) -> dict[st
     }
 
 
-def _rows(found: Measured, options: StepOptions, processes: int) -> list[dict[str, Any]]:
-    operations = sum(found.flops.values())
+def _rows(found: Measured, options: StepOptions, accelerator: Accelerator) -> list[dict[str, Any]]:
+    operations, processes = sum(found.flops.values()), accelerator.num_processes
     rows = []
     for side, label in SIDES.items():
         rounds, rates = found.rounds[side], found.rates[side]
         steps = 1000 * np.concatenate([one.steps for one in rounds])
         trains = side != "d"
+        timed = trains or accelerator.device.type != "cuda"  # there the loader's calls return before its work is done
         rows.append(
             {
                 "measured": label,
                 "images/s": summary(rates),
                 "of a": summary([1.0]) if side == "a" else ratio(rates, found.rates["a"]),
                 "ms a step": summary([1000 * one.seconds / options.steps for one in rounds]),
-                "p50 ms": float(np.quantile(steps, 0.5)),
-                "p99 ms": float(np.quantile(steps, 0.99)),
+                "p50 ms": float(np.quantile(steps, 0.5)) if timed else None,
+                "p99 ms": float(np.quantile(steps, 0.99)) if timed else None,
                 "data wait %": summary([100 * one.wait_share for one in rounds]) if trains else None,
                 "TFLOP/s": summary([rate * operations / processes / 1e12 for rate in rates]) if side == "a" else None,
                 "memory MiB": max(one.memory for one in rounds) / 2**20 if trains else None,
@@ -293,7 +295,7 @@ def _notes(found: Measured, options: StepOptions, *, on_gpu: bool) -> list[str]:
     gflops = {name: flops / 1e9 for name, flops in found.flops.items()}
     fresh = options.teacher.weights is None and options.teacher.cache is None
     if on_gpu:
-        clock = "by events of the GPU"
+        clock = "by events of the GPU (none of the loader alone, whose calls return before the GPU has done its work)"
         waits = "what the GPU does and waits from the end of a step to the first work on the next batch"
         memory = "peak of what torch took of the GPU; what DALI takes comes on top"
     else:

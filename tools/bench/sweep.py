@@ -16,12 +16,21 @@ from dalikd.tools.bench.stores import stored_files
 __all__ = ["choose", "measure_sweep"]
 
 _PREFETCH = (1, 2, 3, 5)
-_HARDWARE_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0)
+_HARDWARE_LOADS = (0.0, 1.0)  # at a share between, which decoder a picture meets depends on its batch
 _AS_GOOD = 0.98  # of the best median: then the smaller setting is taken
 
 
-def measure_sweep(loaders: Sequence[str], job: Job, clock: Clock, header: Mapping[str, Any]) -> Record:
+def measure_sweep(
+    loaders: Sequence[str], job: Job, clock: Clock, header: Mapping[str, Any], threads: int | None = None
+) -> Record:
     """Try one setting after the other, each with the best of those before, and print the best as config lines.
+
+    Args:
+        loaders: dalikd-mixed is taken where it is among them.
+        job: the work.
+        clock: of each measurement.
+        header: of the record.
+        threads: keep to so many instead of trying.
 
     Raises:
         ValueError: the pictures are no files, so that nothing is decoded.
@@ -37,11 +46,13 @@ def measure_sweep(loaders: Sequence[str], job: Job, clock: Clock, header: Mappin
         pictures=describe(job.source),
         labels=("setting", "value"),
         plotted="images/s",
-        variant=f"{job.source.name}-{job.view.size}-sweep",
+        variant=f"{job.source.name}-{job.view.size}-sweep" + ("" if threads is None else f"-{threads}-threads"),
         **header,
     )
-    best: dict[str, Any] = {}
+    best: dict[str, Any] = {} if threads is None else {"threads": threads}
     for setting, values in _settings(loader).items():
+        if setting in best:
+            continue
         medians = {}
         for value, row in _try(loader, replace(job, **best), setting, values, clock).items():
             record.rows.append(row)
@@ -71,23 +82,25 @@ def _settings(loader: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _try(loader: str, job: Job, setting: str, values: Sequence[Any], clock: Clock) -> dict[Any, dict[str, Any]]:
-    """A row for each value of a setting."""
-    meters = {}
-    try:
-        for value in values:
-            changed = replace(job, **{setting: value})
-            meters[value] = Meter(open_side(loader, changed), changed, clock)
-        named = {f"{setting} {value}": meter for value, meter in meters.items()}
-        rates = alternate(named, clock.rounds, settle)
-    finally:
-        for meter in meters.values():
+    """A row for each value of a setting. One pipeline is open at a time: each keeps memory and threads of its own."""
+    cpu: dict[Any, list[float]] = {value: [] for value in values}
+
+    def measure(value: Any) -> float:
+        changed = replace(job, **{setting: value})
+        meter = Meter(open_side(loader, changed), changed, clock)
+        try:
+            return meter()
+        finally:
             meter.side.close()
+            cpu[value] += meter.cpu
+
+    rates = alternate({str(value): lambda value=value: measure(value) for value in values}, clock.rounds, settle)
     return {
         value: {
             "setting": setting,
             "value": value,
-            "images/s": summary(rates[f"{setting} {value}"]),
-            "CPU ms/image": summary(meter.cpu[1:]),
+            "images/s": summary(rates[str(value)]),
+            "CPU ms/image": summary(cpu[value][1:]),  # the first is the warm-up
         }
-        for value, meter in meters.items()
+        for value in values
     }

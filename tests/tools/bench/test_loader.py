@@ -51,9 +51,9 @@ def _refused(capsys, *arguments):
 
 def test_a_row_for_every_loader(bench):
     record, out = bench("--data.crop", "random_resized_crop")
-    assert [row["loader"] for row in record.rows] == ["dalikd", "torchvision-pil", "torchvision-io", "timm"]
+    assert [row["loader"] for row in record.rows] == ["dalikd", "torchvision-pil", "torchvision-io", "timm", "decode"]
     assert all(row["images/s"]["repetitions"] == row["CPU ms/image"]["repetitions"] == 5 for row in record.rows)
-    assert [row["dalikd / this"] is None for row in record.rows] == [True, False, False, False]
+    assert [row["dalikd / this"] is None for row in record.rows] == [True, *[False] * 4]
     ours, theirs = (row["images/s"]["values"] for row in record.rows[:2])
     assert record.rows[1]["dalikd / this"]["values"] == [a / b for a, b in zip(ours, theirs, strict=True)]
     assert record.title == (
@@ -64,6 +64,7 @@ def test_a_row_for_every_loader(bench):
     assert record.pictures is not None
     assert record.pictures["number"] == 300
     assert record.config["data"]["image_size"] == 32
+    assert record.notes[0].startswith("decode: DALI decodes the same windows")
     assert "µs." in record.notes[-1]
     assert "| timm |" in out
 
@@ -104,18 +105,36 @@ def test_random_pictures_need_no_data_set(bench):
     assert record.page_cache == "no files."
 
 
-def test_a_sweep_prints_config_lines(bench, monkeypatch):
+def test_a_sweep_prints_config_lines_and_keeps_one_pipeline_open(bench, monkeypatch):
     monkeypatch.setattr(sweep, "cores", lambda: 1)
     monkeypatch.setattr(sweep, "_PREFETCH", (1, 2))
-    record, out = bench("--sweep", "true")
+    monkeypatch.setattr("dalikd.tools.bench.loader.cores", lambda: 1)
+    opened = []
+
+    def open_side(*_):
+        assert all(side.closed for side in opened)
+        opened.append(_Side())
+        return opened[-1]
+
+    monkeypatch.setattr(sweep, "open_side", open_side)
+    record, out = bench("--sweep", "true", "--data.threads", "null")
     assert [(row["setting"], row["value"]) for row in record.rows] == [
         ("threads", 1),
         ("threads", 2),
         ("prefetch", 1),
         ("prefetch", 2),
     ]
+    assert len(opened) == 4 * 6
     assert "\ndata:\n  threads: " in out
     assert "\n  prefetch: " in out
+
+
+def test_a_sweep_keeps_to_the_threads_that_are_given(bench, monkeypatch):
+    monkeypatch.setattr(sweep, "_PREFETCH", (1, 2))
+    record, out = bench("--sweep", "true")
+    assert [(row["setting"], row["value"]) for row in record.rows] == [("prefetch", 1), ("prefetch", 2)]
+    assert record.variant.endswith("-sweep-1-threads")
+    assert "\ndata:\n  threads: 1\n  prefetch: " in out
 
 
 def test_a_sweep_takes_the_smallest_that_is_good_enough():
@@ -188,14 +207,14 @@ class _Side:
     ahead = 3
 
     def __init__(self):
-        self.taken = 0
+        self.taken, self.closed = 0, False
 
     def next(self):
         self.taken += 1
         return ()
 
     def close(self):
-        pass
+        self.closed = True
 
 
 @pytest.mark.parametrize(("images", "taken"), [(20, 3 + 2), (21, 3 + 3), (1, 3 + 1)])

@@ -8,12 +8,15 @@ from PIL import Image
 
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.sources import Source, open_source
-from dalikd.tools.bench.sides import BACKENDS, Job, cannot, open_side, runnable
+from dalikd.pipelines.windows import WindowViews
+from dalikd.tools.bench import sides
+from dalikd.tools.bench.sides import BACKENDS, Job, _Decode, cannot, open_side, runnable
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
-ON_CPU = ["dalikd", "torchvision-pil", "torchvision-io", "timm"]
+LOADERS = ["dalikd", "torchvision-pil", "torchvision-io", "timm"]
+ON_CPU = [*LOADERS, "decode"]
 COLOR = (40, 120, 200)
 
 
@@ -53,7 +56,7 @@ def _expected(source):
     return ((pixels - torch.tensor(source.mean)) / torch.tensor(source.std))[:, None, None].expand(4, 3, 24, 24)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", LOADERS)
 def test_every_side_ends_in_the_same_normalised_batch(plain, name):
     for batch in _take(name, _job(plain)):
         (images,) = batch
@@ -92,6 +95,44 @@ def test_dalikd_mixes_on_the_device(plain, name):
         assert (candidates.abs() < 1e-2).any()
     else:
         assert torch.allclose(candidates, images[:1].expand_as(candidates), atol=1e-5)
+
+
+def test_decode_decodes_the_windows_that_dalikd_resizes(photos, monkeypatch):
+    taken = []
+    resize = WindowViews.__call__
+    monkeypatch.setattr(
+        WindowViews,
+        "__call__",
+        lambda self, windows, draws: taken.append(_pixels(windows)) or resize(self, windows, draws),
+    )
+    job = _job(open_source("imagefolder", photos, "train", split="."))
+    _take("dalikd", job, 3)
+    side = open_side("decode", job)
+    assert isinstance(side, _Decode)
+    decoded = [_pixels(side._graph.run()[0]) for _ in range(3)]
+    side.close()
+    assert len({pixels.shape for batch in decoded for pixels in batch}) > 6
+    for ours, theirs in zip(decoded, taken, strict=True):
+        assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def _pixels(windows) -> list[np.ndarray]:
+    return [np.array(windows[place]) for place in range(len(windows))]
+
+
+def test_pixels_of_another_type_are_converted_on_the_device(plain):
+    """The conversion of half as many bytes would be the CPU's, if both were asked for at once."""
+    asked = []
+
+    class Spy(torch.Tensor):
+        def to(self, *arguments, **more):
+            asked.append((*arguments, *more))
+            return super().to(*arguments, **more)
+
+    side = sides._DataLoader(_job(plain, dtype=torch.bfloat16), [(torch.zeros(4, 3).as_subclass(Spy), 0)])
+    (images,) = side.next()
+    assert images.dtype == torch.bfloat16
+    assert asked == [(CPU, "non_blocking"), (torch.bfloat16,)]
 
 
 def test_arrays_are_read_by_all_but_timm(plain):
@@ -150,5 +191,8 @@ def test_what_a_loader_lacks_is_named(plain):
         assert cannot("dalikd", changed) is cannot("dalikd-mixed", changed) is None
         assert (cannot("torchvision-io", changed) is None) == (name in ("identity", "flip", "crop_flip", "autoaugment"))
         assert (cannot("timm", changed) is None) == (name == "identity")
+    assert cannot("decode", dataclasses.replace(job, augmentation="flip")) == "flip"
+    arrays = dataclasses.replace(plain, files=None, arrays=np.zeros((12, 8, 8, 3), np.uint8))
+    assert cannot("decode", dataclasses.replace(job, source=arrays)) == "files"
     assert cannot("timm", job, "cold") is not None
     assert cannot("torchvision-pil", job, "cold") is None

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dalikd.tools.bench import options as bench_options
-from dalikd.tools.bench import record, step
+from dalikd.tools.bench import record, rounds, step
 from dalikd.tools.bench.dispatch import main as bench
 from dalikd.tools.bench.rounds import training_loop
 from dalikd.tools.cli import parse
@@ -162,6 +164,19 @@ def test_a_noisy_machine_is_told(words, highest, told):
     notes = " ".join(step._notes(found, options, on_gpu=False))
     assert ("varied by a factor of 2.1, so" in notes) == told
     assert "2.00 GFLOP of the teacher and 3.00 of the student" in notes
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", True), ("cuda", False)])
+def test_the_loaders_calls_are_timed_where_they_wait(words, device, told):
+    """On a GPU they return before its work is done."""
+    options, _ = parse("bench step", words)
+    one = rounds.Round(seconds=3.0, images=48, steps=[1.0, 1.0, 1.0], waited=0.5, memory=1 << 20)
+    taken, rates = {side: [one, one] for side in step.SIDES}, {side: [16.0, 16.0] for side in step.SIDES}
+    found = step.Measured(rates, taken, {}, {"teacher": 1e9, "student": 1e9}, warm_up=1.0)
+    accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=1)
+    rows = {row["measured"]: row for row in step._rows(found, options, accelerator)}
+    assert [rows[step.SIDES[side]]["p99 ms"] for side in "acd"] == [1000, 1000, 1000 if told else None]
+    assert ("none of the loader alone" in " ".join(step._notes(found, options, on_gpu=device == "cuda"))) != told
 
 
 def test_what_all_runs_can_be_parsed(tmp_path):
