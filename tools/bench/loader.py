@@ -116,6 +116,7 @@ def run(options: LoaderOptions) -> Record:
 def plan(root: Path) -> list[Planned]:
     """What `dalikd bench all` runs of this benchmark."""
     photos = ("--data.root", str(root), "--data.train_split", ".")
+    on_gpu = ("--device", "cuda", "--precision", "bf16", "--batch_size", "384")
     return [
         Planned(photos),
         Planned((*photos, "--backends", "dalikd", "--augmentations", "all")),
@@ -124,7 +125,8 @@ def plan(root: Path) -> list[Planned]:
         Planned((*photos, "--startup", "1281167")),
         Planned(("--random", "50000", "--data.image_size", "32")),
         Planned(("--orders", "1281167", "14000000")),
-        Planned((*photos, "--backends", "dalikd", "dalikd-mixed", "--augmentations", "all"), gpus=1),
+        Planned((*photos, *on_gpu), gpus=1),
+        Planned((*photos, *on_gpu, "--backends", "dalikd", "dalikd-mixed", "--augmentations", "all"), gpus=1),
     ]
 
 

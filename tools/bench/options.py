@@ -4,9 +4,11 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["LEAST_ROUNDS", "RESULTS", "check_alone", "check_names", "check_rounds"]
+__all__ = ["LEAST_ROUNDS", "ON_GPU", "RESULTS", "check_alone", "check_names", "check_rounds"]
 
 LEAST_ROUNDS = 5
+#: of the plans' rows on a GPU: there a step of fewer images, or in eager code, is as long as its launches take
+ON_GPU = ("--device", "cuda", "--precision", "bf16", "--batch_size", "384", "--compile", "default")
 RESULTS = Path("runs/bench")  #: where benchmarks write unless told otherwise
 
 

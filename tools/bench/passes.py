@@ -16,7 +16,7 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import device_slug, environment, settle, synchronize
-from dalikd.tools.bench.options import check_alone, check_rounds
+from dalikd.tools.bench.options import ON_GPU, check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.teacher import images_asked, open_images
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
@@ -111,7 +111,7 @@ def plan(root: Path) -> list[Planned]:
     """What `dalikd bench all` runs."""
     data = ("--data.root", str(root), "--data.train_split", ".")
     small = ("--teacher.name", "resnet20", "--model", "resnet8", "--data.image_size", "64", "--images", "1000")
-    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", "--precision", "bf16")
+    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU, "--images", "7680")
     return [Planned((*data, *small)), Planned((*data, *large), gpus=1)]
 
 

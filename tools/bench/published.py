@@ -25,7 +25,7 @@ from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.habits import RUNGS, HabitLoop, Habits, Input
 from dalikd.tools.bench.machine import cores, device_slug, environment, settle, synchronize
-from dalikd.tools.bench.options import check_alone, check_rounds
+from dalikd.tools.bench.options import ON_GPU, check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.rounds import training_loop
 from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
@@ -200,7 +200,8 @@ def _pil_batches(options: PublishedOptions, data: TrainingData, like: Tensor) ->
 
     def following() -> Input:
         images, labels = next(batches)
-        return Input(images.to(like), labels.to(like.device))
+        # to the device first: images.to(like) converts on the CPU
+        return Input(images.to(like.device).to(like.dtype), labels.to(like.device))
 
     return following, ahead
 
@@ -330,8 +331,8 @@ def plan(root: Path) -> list[Planned]:
     """What `dalikd bench all` runs."""
     data = ("--data.root", str(root), "--data.train_split", ".", "--data.val_split", ".")
     small = ("--teacher.name", "resnet56", "--model", "resnet20", "--data.image_size", "32", "--steps", "10")
-    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", "--precision", "bf16")
-    return [Planned((*data, *small)), Planned((*data, *large, "--compile", "default"), gpus=1)]
+    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU)
+    return [Planned((*data, *small)), Planned((*data, *large), gpus=1)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import cores, device_slug, environment
-from dalikd.tools.bench.options import check_rounds
+from dalikd.tools.bench.options import ON_GPU, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, ratio, summary, table, write
 from dalikd.tools.bench.step import cached, setting, unquiet, variant
 from dalikd.tools.bench.training import ScalingOptions
@@ -184,7 +184,7 @@ def plan(root: Path) -> list[Planned]:
     picks = ("--augmentation", "cutmixpick_teacher")
     return [
         Planned((*data, *small, *picks, "--device", "cpu", "--processes", "1", "2", "--steps", "10", "--warmup", "2")),
-        Planned((*data, *large, *picks, "--precision", "bf16", "--device", "cuda", "--processes", "1", "2"), gpus=2),
+        Planned((*data, *large, *picks, *ON_GPU, "--processes", "1", "2"), gpus=2),
     ]
 
 

@@ -28,7 +28,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import cached_share, describe, sample_rows
 from dalikd.tools.bench.machine import device_slug, environment
-from dalikd.tools.bench.options import check_rounds
+from dalikd.tools.bench.options import ON_GPU, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, ratio, summary, table, write
 from dalikd.tools.bench.rounds import (
     PARTS,
@@ -214,22 +214,28 @@ def cached(source: Source, sample: int = 500) -> str:
 def plan(root: Path) -> list[Planned]:
     """What `dalikd bench all` runs: nets of ImageNet's size on photos, and of CIFAR's on pictures kept in memory."""
     data = ("--data.root", str(root), "--data.train_split", ".", "--data.val_split", ".", "--data.image_size")
-    on_gpu = ("--precision", "bf16", "--device", "cuda")
     small = ("--teacher.name", "timm:resnet18", "--model", "timm:resnet10t", "--batch_size", "16", "--mix_group", "16")
-    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", "--batch_size", "384", *on_gpu)
-    wide = ("--teacher.name", "wrn_40_2", "--model", "wrn_16_2", "--batch_size", "512", "--data.resident", "true")
+    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU)
+    wide = (
+        "--teacher.name",
+        "wrn_40_2",
+        "--model",
+        "wrn_16_2",
+        *ON_GPU,
+        "--batch_size",
+        "512",
+        "--data.resident",
+        "true",
+    )
     picks = ("--augmentation", "cutmixpick_teacher")
+    tuned = ("--compile", "max-autotune-no-cudagraphs")
     plain = ("--loss.lw_mix", "[1, 0, 0]")  # each image once: Hinton's distillation
-    compiled = ("--compile", "max-autotune-no-cudagraphs")
     return [
         Planned((*data, "224", *small, "--device", "cpu", "--steps", "4", "--warmup", "2")),
-        Planned((*data, "224", *large, *picks), gpus=1),
-        Planned((*data, "224", *large, *picks, *compiled), gpus=1),
-        Planned((*data, "224", *large, *plain, *compiled), gpus=1),
-        *(
-            Planned((*data, side, *wide, *on_gpu, *picks, "--compile", "reduce-overhead"), gpus=1)
-            for side in ("32", "64")
-        ),
+        Planned((*data, "224", *large, *picks, "--compile", "off"), gpus=1),
+        Planned((*data, "224", *large, *picks, *tuned), gpus=1),
+        Planned((*data, "224", *large, *plain, *tuned), gpus=1),
+        *(Planned((*data, side, *wide, *picks, "--compile", "reduce-overhead"), gpus=1) for side in ("32", "64")),
     ]
 
 

@@ -30,7 +30,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import device_slug, environment, settle, synchronize
-from dalikd.tools.bench.options import check_alone, check_rounds
+from dalikd.tools.bench.options import ON_GPU, check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
@@ -254,7 +254,7 @@ def plan(root: Path) -> list[Planned]:
     """What `dalikd bench all` runs."""
     data = ("--data.root", str(root), "--data.train_split", ".")
     small = ("--teacher.name", "resnet56", "--model", "resnet20", "--data.image_size", "32", "--images", "500")
-    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", "--precision", "bf16")
+    large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU, "--images", "7680")
     return [Planned((*data, *small)), Planned((*data, *large), gpus=1)]
 
 

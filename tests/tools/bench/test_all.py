@@ -1,4 +1,5 @@
 import subprocess
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -73,3 +74,12 @@ def test_every_benchmark_has_a_plan(tmp_path):
     steps = every.planned(tmp_path)
     assert {name for name, _ in steps} == set(BENCHMARKS) - {"all"}
     assert all(isinstance(step, Planned) for _, step in steps)
+
+
+def test_rows_on_a_gpu_give_it_enough_to_do(tmp_path):
+    """Small batches and eager code would measure launches; one row of step is eager, to be compared with."""
+    words = [step.arguments for _, step in every.planned(tmp_path) if step.gpus]
+    given = [dict(pairwise(one)) for one in words]
+    assert min(int(one["--batch_size"]) for one in given) >= 384
+    assert {one["--precision"] for one in given} == {"bf16"}
+    assert [one["--compile"] for one in given if "--teacher.name" in one].count("off") == 1
