@@ -15,6 +15,7 @@ BENCHMARKS = {
     "passes": "dalikd measure: all augmentations in one pass over the data against a pass for each",
     "published": "the training step against the published CutMixPick loop, one habit at a time",
     "scaling": "one process against several: images a second and efficiency",
+    "first-hour": "what a new GPU machine is asked first, within nine minutes",
     "all": "those of this machine, one after the other, into one folder",
 }
 
@@ -46,4 +47,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in BENCHMARKS:
         print(f"dalikd bench: error: unknown benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
-    importlib.import_module(f"dalikd.tools.bench.{name}").main(arguments[1:])
+    importlib.import_module(f"dalikd.tools.bench.{name.replace('-', '_')}").main(arguments[1:])

@@ -10,7 +10,7 @@ from pathlib import Path
 from dalikd.tools.bench.record import Record, is_summary, load, number, table
 from dalikd.tools.cli import run_function
 
-__all__ = ["main", "render", "run"]
+__all__ = ["main", "medians", "render", "run"]
 
 _ROOT = Path(__file__).parents[2]
 _BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -67,12 +67,13 @@ def _line(path: Path, record: Record, root: Path) -> dict[str, str]:
     where = where if environment["device"].startswith("CPU") else f"{environment['device']}, {where}"
     return {
         "what": f"[{record.title}]({link})",
-        "medians": f"{'; '.join(_medians(record))} {record.plotted}",
+        "medians": f"{'; '.join(medians(record))} {record.plotted}",
         "where, when": f"{where}, {environment['date']}",
     }
 
 
-def _medians(record: Record) -> list[str]:
+def medians(record: Record) -> list[str]:
+    """What a record's plot shows, row by row: "NAME: MEDIAN"."""
     shown = [row for row in record.rows if is_summary(row.get(record.plotted))]
     names = [", ".join(str(row[label]) for label in record.labels) for row in shown]
     return [f"{name}: {number(row[record.plotted]['median'])}" for name, row in zip(names, shown, strict=True)]

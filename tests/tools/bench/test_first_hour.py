@@ -1,0 +1,147 @@
+"""The first hour: every item is run, recorded and ended; what it runs are commands that exist."""
+
+import json
+import sys
+
+import psutil
+import pytest
+import torch
+
+from dalikd.tools.bench import first_hour, host, loader
+from dalikd.tools.bench.first_hour import _Item, main, read_tests
+from dalikd.tools.bench.record import load
+from dalikd.tools.cli import parse
+
+
+def _python(code: str, **more) -> _Item:
+    return _Item(("-c", code), **{"seconds": 30, "dali": False, **more})
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Runs items in place of the command's own; returns the rows by item."""
+
+    def call(items: dict[str, _Item], *arguments: str):
+        monkeypatch.setattr(first_hour, "_items", lambda *_: items)
+        main(["--root", str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "out"), *arguments])
+        record = load(tmp_path / "out/first-hour.json")
+        assert record is not None
+        return {row["item"]: row for row in record.rows}
+
+    return call
+
+
+def test_it_runs_on_the_cpu_and_leaves_json_and_a_table(small_images, tmp_path, capsys):
+    """In processes of their own: a function, and what a machine without a GPU lacks."""
+    output = tmp_path / "out"
+    main(["--root", str(small_images), "--device", "cpu", "--output", str(output), "--only", "decoders", "tests"])
+    record = load(output / "first-hour.json")
+    assert record is not None
+    assert [(row["item"], row["outcome"]) for row in record.rows] == [
+        ("decoders", "done"),
+        ("tests", "skipped: needs a GPU"),
+    ]
+    assert record.rows[0]["found"].startswith("load 0: 0 of 8 pictures change with their batch, 0.00 grey levels")
+    assert json.loads((output / "decoders.json").read_text())["loads"].keys() == {"0.0", "1.0", "0.65"}
+    assert "| decoders | done |" in (output / "first-hour.md").read_text()
+    assert "tests: skipped: needs a GPU" in capsys.readouterr().out
+
+
+def test_an_item_that_fails_or_hangs_stops_no_other(recorded, tmp_path):
+    """A command that takes too long is ended with what it has started. Each finds those before it recorded."""
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(77.5)']); "
+    rows = recorded(
+        {
+            "bad": _python("print('line'); raise SystemExit('no such thing')"),
+            "long": _python(f"print('begun', flush=True); {child}time.sleep(60)", seconds=1),
+            "good": _python(
+                "import json, pathlib; folder = pathlib.Path(" + repr(str(tmp_path / "out")) + ");"
+                "found = json.loads((folder / 'first-hour.json').read_text())['rows'];"
+                "(folder / 'good.json').write_text(json.dumps({'found': ' '.join(row['item'] for row in found)}))"
+            ),
+        }
+    )
+    assert rows["bad"]["outcome"] == "failed (exit code 1)"
+    assert rows["bad"]["last lines"] == "line / no such thing"
+    assert (rows["long"]["outcome"], rows["long"]["last lines"]) == ("cut off after 1 s", "begun")
+    assert rows["long"]["seconds"] < 8
+    assert (rows["good"]["outcome"], rows["good"]["found"]) == ("done", "bad long")
+    assert not [
+        one for one in psutil.process_iter(["cmdline"]) if "time.sleep(77.5)" in " ".join(one.info["cmdline"] or [])
+    ]
+
+
+def test_what_is_missing_is_named(recorded, monkeypatch):
+    monkeypatch.setattr(first_hour, "_installed", lambda *names: "nvidia" not in names)
+    rows = recorded({"two": _python("", gpus=2), "decodes": _python("", dali=True), "plain": _python("")})
+    assert [row["outcome"] for row in rows.values()] == [
+        "skipped: needs a GPU" if not torch.cuda.is_available() else "skipped: needs 2 GPUs, and here is 1",
+        "skipped: no DALI: install nvidia-dali-cuda120",
+        "done",
+    ]
+
+
+def test_what_would_end_after_the_limit_is_cut_off_or_not_begun(recorded, monkeypatch):
+    monkeypatch.setattr(first_hour, "_RESERVE", 2.0)
+    monkeypatch.setattr(first_hour, "_LEAST", 0.1)
+    rows = recorded({"long": _python("import time; time.sleep(60)"), "next": _python("")}, "--limit", "3")
+    assert rows["long"]["outcome"] == "cut off after 1 s"
+    assert rows["next"]["outcome"] == "skipped: no time left of --limit"
+
+
+def test_what_pytest_printed_is_read_even_if_it_was_cut_off():
+    text = (
+        "tests/gpu/test_a.py::test_one[x y] PASSED  [ 25%]\n"
+        "tests/gpu/test_a.py::test_two FAILED  [ 50%]\n"
+        "tests/gpu/test_a.py::test_two FAILED  [ 60%]\n"
+        "tests/gpu/test_b.py::test_three SKIPPED (no DALI)  [ 75%]\n"
+        "tests/gpu/test_b.py::test_four"
+    )
+    assert read_tests(text) == "1 passed, 2 failed, 1 skipped: test_a.py::test_two"
+    assert read_tests("") == "none ended"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_items_are_commands_that_parse(tmp_path, monkeypatch, device):
+    parsed = []
+    for module in (loader, host):
+        monkeypatch.setattr(module, "run", parsed.append)
+    items = first_hour._items(tmp_path, tmp_path, device)
+    for item in items.values():
+        module, words = item.words[1].rpartition(".")[2], item.words[2:]
+        if module in ("step", "published"):
+            options, _ = parse(f"bench {module}", words)
+            parsed.append(options)
+            assert options.batch_size == (384 if device == "cuda" else 16)
+            assert (options.compile == "off") == (device == "cpu")
+        elif module in ("loader", "host"):
+            {"loader": loader, "host": host}[module].main(list(words))
+        elif item.words[0] == "-c":
+            function = item.words[1].rpartition("first_hour.")[2].partition("(")[0]
+            assert callable(getattr(first_hour, function))
+    assert len(parsed) == 7
+    assert sum(item.seconds for item in items.values()) < 2 * 540
+
+
+def test_without_a_gpu_a_line_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--device cuda: this machine has no CUDA device; use --device cpu" in capsys.readouterr().err
+
+
+def test_an_unknown_item_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--output", str(tmp_path), "--only", "decoder"])
+    assert "--only decoder is unknown: did you mean decoders?" in capsys.readouterr().err
+
+
+def test_the_dispatcher_finds_the_file(capsys, monkeypatch):
+    from dalikd.tools.bench.dispatch import main as bench
+
+    monkeypatch.setattr(sys, "argv", ["dalikd"])
+    with pytest.raises(SystemExit) as stop:
+        bench(["first-hour", "--help"])
+    assert stop.value.code == 0
+    assert "--limit" in capsys.readouterr().out
