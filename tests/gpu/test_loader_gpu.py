@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.decode import decode_source
+from dalikd.pipelines.engines import can_gather
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
@@ -50,6 +51,10 @@ def no_sync() -> Iterator[Callable[[], None]]:
 
 
 def _loader(source: Source, spec: DrawSpec, batch_size: int, device: str = "cuda", **options: Any) -> Loader:
+    """One decoder for all pictures, unless the options say otherwise: a batch that two share has other pixels."""
+    if not can_gather(source, spec, options.get("resident")):
+        pytest.importorskip("nvidia.dali")
+    options = {"hw_decoder_load": 0.0, **options}
     return Loader(source, Sampler(len(source), batch_size, seed=7), spec, device=device, threads=2, **options)
 
 
@@ -66,6 +71,7 @@ def _mean_differences(one: Tensor, two: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- same pixels
 
 
+@pytest.mark.parametrize("load", [0.0, 1.0])
 @pytest.mark.parametrize(
     "view",
     [
@@ -76,16 +82,19 @@ def _mean_differences(one: Tensor, two: Tensor) -> Tensor:
     ],
     ids=lambda view: f"{view.crop}-{view.size}",
 )
-def test_mixed_decode_shows_what_the_cpu_shows(photo_source, view):
-    """The same rows and windows; the decoders may round and interpolate chroma otherwise."""
+def test_mixed_decode_shows_what_the_cpu_shows(photo_source, view, load):
+    """The same rows and windows; the decoders may round and interpolate chroma otherwise, which shows most in a small
+    window that is enlarged."""
     spec = replace(PHOTOS, view=view)
-    on_cpu, on_gpu = (_loader(photo_source, spec, 12, device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (_loader(photo_source, spec, 12, device, hw_decoder_load=load) for device in ("cpu", "cuda"))
     for _ in range(3):
         one, two = on_cpu.next(), on_gpu.next()
         assert all(tensor.device.type == "cuda" for tensor in _tensors(two))
         assert all(torch.equal(a, b.cpu()) for a, b in zip(_tensors(one)[2:], _tensors(two)[2:], strict=True))
-        assert _mean_differences(one.images, two.images).max() < 2
-        assert _mean_differences(one.augmented[0], two.augmented[0]).max() < 2
+        for ours, theirs in ((one.images, two.images), (one.augmented[0], two.augmented[0])):
+            differences = _mean_differences(ours, theirs)
+            assert differences.mean() < 2
+            assert differences.max() < 8  # another picture or window differs by dozens
 
 
 @pytest.mark.parametrize("kind", ["autoaugment", "randaugment", "trivialaugment"])
@@ -162,31 +171,43 @@ from dalikd.pipelines.sources import open_source
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
 view = View(32, sys.argv[2], resize=32)
 loader = Loader(source, Sampler(len(source), 4), DrawSpec(view), device="cuda", threads=2)
-refused = 0
+refused = []
 for position in range(len(loader)):
     loader.seek(position)
     try:
         loader.next()
     except BadFileError as error:
         assert "cannot decode " in str(error), error
-        refused += 1
-print("refused", refused)
+        refused += [path for path in map(source.path, range(len(source))) if path in str(error)]
+print("refused", *sorted(refused))
 """
 
 
+@pytest.mark.usefixtures("needs_dali")
 @pytest.mark.parametrize("crop", ["random_resized_crop", "pad_crop", "center_crop"])
-def test_bad_files_raise_and_never_crash_the_process(small_images, tmp_path, crop):
-    spoilers = {1: b"This is not a picture.\n" * 20, 4: b"", 9: None}  # None: half a header
-    paths = sorted(small_images.glob("*/00[0-7].jpg"))
-    for number, path in enumerate(paths):
+def test_bad_files_are_named_and_never_crash_the_process(small_images, tmp_path, crop):
+    """No picture, an empty file, half a header, and a scan that is cut short, which a decoder may fill up with grey."""
+
+    def cut(content: bytes) -> bytes:
+        scan = content.index(b"\xff\xda")
+        return content[: scan + (len(content) - scan) // 2]
+
+    spoilers = {
+        1: lambda _: b"This is not a picture.\n" * 20,
+        4: lambda _: b"",
+        9: lambda content: content[:100],
+        14: cut,
+    }
+    bad = []
+    for number, path in enumerate(sorted(small_images.glob("*/00[0-7].jpg"))):
         target = tmp_path / path.parent.name / path.name
         target.parent.mkdir(exist_ok=True)
-        content = spoilers.get(number, path.read_bytes())
-        target.write_bytes(path.read_bytes()[:100] if content is None else content)
+        target.write_bytes(spoilers[number](path.read_bytes()) if number in spoilers else path.read_bytes())
+        bad += [str(target)] if number in spoilers else []
     command = [sys.executable, "-c", BAD_HEADERS, str(tmp_path), crop]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert 1 <= int(ended.stdout.split("refused")[1]) <= len(spoilers)
+    assert ended.stdout.splitlines()[-1].split()[1:] == bad
 
 
 def test_with_replace_the_run_goes_on(small_images, tmp_path):
@@ -263,15 +284,31 @@ def test_fixed_buffers_are_used_in_turn(photo_source):
     assert places[0] != places[1]
 
 
+@pytest.mark.usefixtures("needs_dali")
+@pytest.mark.parametrize("load", [0.0, 1.0])
 @pytest.mark.parametrize("size", [32, 24])
-def test_resident_pictures_are_those_of_the_files(small_source, size):
+def test_resident_pictures_are_those_of_the_files(small_source, size, load):
+    """Decoded in other batches, by the same decoder."""
     spec = replace(TRAINING, view=View(size, "pad_crop"))
-    resident = decode_source(small_source, spec.view, device=torch.device("cuda"), threads=2)
+    resident = decode_source(small_source, spec.view, device=torch.device("cuda"), threads=2, hw_decoder_load=load)
     assert resident.pixels.device.type == "cuda"
-    from_files, gathered = _loader(small_source, spec, 32), _loader(small_source, spec, 32, resident=resident)
+    from_files = _loader(small_source, spec, 32, hw_decoder_load=load)
+    gathered = _loader(small_source, spec, 32, resident=resident)
     for _ in range(3):
         one, two = _tensors(from_files.next()), _tensors(gathered.next())
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("kind", ["photos", "arrays"])
+def test_the_second_gpu_gets_the_same_batches(photo_source, in_memory, kind):
+    """While the first one is torch's current device."""
+    source, spec = (photo_source, PHOTOS) if kind == "photos" else (in_memory, TRAINING)
+    first, second = (_loader(source, spec, 24, device, buffers=2) for device in ("cuda:0", "cuda:1"))
+    for _ in range(4):
+        one, two = _tensors(first.next()), _tensors(second.next())
+        assert {tensor.device.index for tensor in two} == {1}
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, two, strict=True))
 
 
 def test_batches_on_another_stream_are_whole(photo_source):

@@ -11,7 +11,7 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_dali")]
 
 SPEC = DrawSpec(View(32, "random_resized_crop"), 7, (ViewRun("crop_flip"),))
 

@@ -34,6 +34,7 @@ def tiny_imagenet(tmp_path):
     return root
 
 
+@pytest.mark.usefixtures("needs_dali")
 def test_the_demo_runs_in_bf16(tmp_path):
     demo.main(
         [
@@ -46,6 +47,7 @@ def test_the_demo_runs_in_bf16(tmp_path):
     assert (tmp_path / "demo/scatter.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("needs_dali")
 def test_tiny_imagenet_trains_and_distils_in_bf16(tiny_imagenet, tmp_path):
     common = [
         *("--data.name", "tinyimagenet", "--data.root", str(tiny_imagenet), "--device", "cuda", "--precision", "bf16"),

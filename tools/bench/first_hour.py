@@ -12,7 +12,6 @@ long stops no other.
 import importlib.util
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ from dalikd.tools.cli import run_function
 from dalikd.trainers.launch import start
 from dalikd.trainers.tracking import write_json
 
-__all__ = ["decoders", "interrupt_and_resume", "main", "read_tests", "run", "versions_and_card"]
+__all__ = ["decoders", "interrupt_and_resume", "main", "read_tests", "run", "stop_and_resume", "versions_and_card"]
 
 _TESTS = Path(__file__).parents[2] / "tests/gpu"
 _LOADS = (0.0, 1.0, 0.65)  # all by the CUDA decoder, all that it takes by the JPEG engine, DALI's own default
@@ -293,53 +292,63 @@ def decoders(file: str, root: str, device: str) -> None:
 
 
 def interrupt_and_resume(file: str, root: str, device: str) -> None:
-    """Distil on two processes, stop the launcher by SIGTERM after some steps, and go on.
+    """Distil on two processes, stop the launcher by SIGTERM on the way, and go on.
 
     Raises:
         RuntimeError: nothing was saved, or the run did not come to its end.
     """
     folder = Path(file).with_suffix("")
-    run_folder, weights = folder / "run", folder / "teacher.pt"
     folder.mkdir(parents=True, exist_ok=True)
     teacher, student, sizes = "timm:resnet34", "timm:resnet18", ("--batch_size", "128", "--epochs", "60")
     if device == "cpu":
         teacher = student = "resnet8"
         sizes = ("--batch_size", "16", "--epochs", "20", "--mix_group", "8", "--data.image_size", "32")
     classes = len(open_source("imagefolder", root, "train", split=".").classes)
-    torch.save(create_model(teacher, classes).state_dict(), weights)
-    words = (
-        *("--data.root", root, "--data.train_split", ".", "--data.val_split", ".", "--device", device, *sizes),
-        *("--teacher.name", teacher, "--teacher.weights", str(weights), "--model", student),
-        *("--augmentation", "cutmixpick_teacher", "--data.threads", "2", "--log_every", "10", "--eval_every", "1000"),
-        *("--optimizer.lr", "0.001", "--output", str(run_folder), "--overwrite", "true"),
-    )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dalikd.tools.distill")
+    torch.save(create_model(teacher, classes).state_dict(), folder / "teacher.pt")
+    data = ("--data.root", root, "--data.train_split", ".", "--data.val_split", ".", "--data.threads", "2")
+    nets = ("--teacher.name", teacher, "--teacher.weights", str(folder / "teacher.pt"), "--model", student)
+    more = ("--device", device, "--augmentation", "cutmixpick_teacher", "--eval_every", "1000", "--overwrite", "true")
+    found = stop_and_resume([*data, *nets, *sizes, *more], folder / "run", psutil.Process.terminate)
+    sentence = "SIGTERM after step {seen}: saved at step {saved}, gone on to step {steps}, training loss {loss:.4f}"
+    write_json(Path(file), {"found": sentence.format(**found), **found})
+
+
+def stop_and_resume(
+    words: Sequence[str], run_folder: Path, stop: Callable[[psutil.Process], None], processes: int = 2
+) -> dict[str, Any]:
+    """Distil under torchrun, have it stopped once 20 steps are done, and go on to the end.
+
+    Args:
+        words: options of `dalikd distill`, without the run folder; of many more steps.
+        run_folder: of the run.
+        stop: stops the launcher, or one of its children.
+        processes: how many.
+
+    Returns:
+        the steps "seen" before it was stopped, "saved", and in the end ("steps"); the training "loss" then.
+
+    Raises:
+        RuntimeError: nothing was saved, or the run did not come to its end.
+    """
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    distill = [sys.executable, *launcher, "-m", "dalikd.tools.distill"]
     log = run_folder / "log.jsonl"
     log.unlink(missing_ok=True)
-    with subprocess.Popen([sys.executable, *launcher, *words]) as first:
-        while first.poll() is None and _last_step(log) < _STOPPED_AT:
-            time.sleep(0.05)
-        seen = _last_step(log)
-        first.send_signal(signal.SIGTERM)
-        code = first.wait()
-    state = run_folder / "last/trainer.pt"
+    first = psutil.Popen([*distill, *words, "--log_every", "10", "--output", str(run_folder)])
+    while first.poll() is None and _last_step(log) < _STOPPED_AT:
+        time.sleep(0.05)
+    seen = _last_step(log)
+    if first.poll() is None:
+        stop(first)
+    code, state = first.wait(), run_folder / "last/trainer.pt"
     if not state.exists():
-        raise RuntimeError(f"SIGTERM after step {seen} ended the run with exit code {code}, and nothing was saved")
+        raise RuntimeError(f"stopped after step {seen} the run ended with exit code {code}, and nothing was saved")
     saved = torch.load(state, map_location="cpu", weights_only=False)["step"]
-    subprocess.run([sys.executable, *launcher, "--resume", str(run_folder)], check=True)
+    subprocess.run([*distill, "--resume", str(run_folder)], check=True)
     results = json.loads((run_folder / "results.json").read_text("utf-8"))
-    if not results["finished"] or not saved < results["steps"]:
+    if not results["finished"] or not _STOPPED_AT <= saved < results["steps"]:
         raise RuntimeError(f"the run was saved at step {saved} and ended at {results['steps']}: not a stop on the way")
-    loss = results["last"]["train"]["loss"]
-    write_json(
-        Path(file),
-        {
-            "found": f"SIGTERM after step {seen}: saved at step {saved} (exit code {code}), gone on to "
-            f"step {results['steps']}, training loss {loss:.4f}",
-            "saved": saved,
-            "steps": results["steps"],
-        },
-    )
+    return {"seen": seen, "saved": saved, "steps": results["steps"], "loss": results["last"]["train"]["loss"]}
 
 
 def _last_step(log: Path) -> int:
