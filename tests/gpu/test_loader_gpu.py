@@ -112,11 +112,11 @@ def test_a_policy_on_the_gpu_is_that_of_the_cpu(in_memory, kind):
 @pytest.mark.parametrize("kind", ["photos", "resident"])
 def test_each_view_is_what_a_loader_with_that_view_alone_brings(photo_source, in_memory, kind, buffers):
     """One decode and one base view for all; in fixed buffers, too, no view lies over another."""
-    source, spec = (photo_source, PHOTOS) if kind == "photos" else (in_memory, TRAINING)
+    source, spec, size = (photo_source, PHOTOS, 12) if kind == "photos" else (in_memory, TRAINING, 24)
     runs = (ViewRun("flip"), ViewRun("crop_flip"), ViewRun("flip", 1))
     runs += (ViewRun("trivialaugment"), ViewRun("randaugment")) if kind == "photos" else ()
-    together = _loader(source, replace(spec, views=runs), 24, buffers=buffers)
-    alone = [_loader(source, replace(spec, views=(run,)), 24, buffers=buffers) for run in runs]
+    together = _loader(source, replace(spec, views=runs), size, buffers=buffers)
+    alone = [_loader(source, replace(spec, views=(run,)), size, buffers=buffers) for run in runs]
     for _ in range(3):
         batch = together.next()
         assert len(batch.augmented) == len(runs)
@@ -303,8 +303,8 @@ def test_resident_pictures_are_those_of_the_files(small_source, size, load):
 @pytest.mark.parametrize("kind", ["photos", "arrays"])
 def test_the_second_gpu_gets_the_same_batches(photo_source, in_memory, kind):
     """While the first one is torch's current device."""
-    source, spec = (photo_source, PHOTOS) if kind == "photos" else (in_memory, TRAINING)
-    first, second = (_loader(source, spec, 24, device, buffers=2) for device in ("cuda:0", "cuda:1"))
+    source, spec, size = (photo_source, PHOTOS, 12) if kind == "photos" else (in_memory, TRAINING, 24)
+    first, second = (_loader(source, spec, size, device, buffers=2) for device in ("cuda:0", "cuda:1"))
     for _ in range(4):
         one, two = _tensors(first.next()), _tensors(second.next())
         assert {tensor.device.index for tensor in two} == {1}

@@ -47,7 +47,7 @@ _RESERVE = 15.0  # seconds: what Python took to start, and what ending a command
 _LEAST = 5.0  # seconds: with less left an item is not begun
 _MOST_MEDIANS = 8  # of a record, in a line
 _LAST_LINES = 8
-_REPEATED = 5  # times
+_REPEATED = 20  # times, of which as many end as there is time for
 _STOPPED_AT = 20  # steps, or a few more
 
 
@@ -150,22 +150,22 @@ def _items(root: Path, output: Path, device: str) -> dict[str, _Item]:
     crop = ("--data.crop", "random_resized_crop")
     sweep = (*data, *crop, *batch, *few, "--sweep", "true", "--data.threads")
     plain, picks = ("--loss.lw_mix", "[1, 0, 0]"), ("--augmentation", "cutmixpick_teacher")
-    compiled = [str(_TESTS / "test_compile_gpu.py")] * _REPEATED
+    compiled = str(_TESTS / "test_compile_gpu.py")
+    recorded = ("--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * _REPEATED)
     return {
         "versions": _Item(here(versions_and_card, "versions"), 30, dali=False),
         "decoders": _Item(here(decoders, "decoders"), 45),
         "windows": _Item(bench("loader", "windows", *data, *crop, *batch, *few, "--backends", *sides), 60),
         "host": _Item(bench("host", "host", *(() if on_gpu else ("--batch_size", "32", "--steps", "2"))), 40, note=0),
-        "tests": _Item(tests(str(_TESTS)), 110, gpus=1, dali=False, read=read_tests),
+        "tests": _Item(tests(str(_TESTS), "--ignore", compiled), 110, gpus=1, dali=False, read=read_tests),
         **{
             f"sweep-{threads}": _Item(bench("loader", f"sweep-{threads}", *sweep, str(threads)), 60, note=0)
             for threads in ((8, 16) if on_gpu else (1, 2))
         },
         "step-identity": _Item(bench("step", "step-identity", *both, *nets, *plain, *short), 80, note=0),
         "step-cutmixpick": _Item(bench("step", "step-cutmixpick", *both, *nets, *picks, *short), 80, note=0),
-        "compile": _Item(
-            tests("--keep-duplicates", "-k", "reduce-overhead", *compiled), 60, gpus=1, dali=False, read=read_tests
-        ),
+        "recording": _Item(tests(*recorded), 60, gpus=1, read=read_tests),
+        "compile": _Item(tests("-k", "reduce-overhead", compiled), 60, gpus=1, dali=False, read=read_tests),
         "published": _Item(bench("published", "published", *both, *nets, *shorter), 80, note=-1),
         "resume": _Item(here(interrupt_and_resume, "resume"), 70, gpus=2 if on_gpu else 0),
     }
