@@ -97,6 +97,14 @@ def test_mixed_decode_shows_what_the_cpu_shows(photo_source, view, load):
             assert differences.max() < 8  # another picture or window differs by dozens
 
 
+@pytest.mark.parametrize("load", [0.0, 1.0])
+def test_a_picture_does_not_depend_on_its_batch(photo_source, load):
+    spec = replace(PHOTOS, mixes=())
+    few, many = (_loader(photo_source, spec, size, hw_decoder_load=load).next() for size in (5, 12))
+    assert torch.equal(few.ids, many.ids[:5])
+    assert torch.equal(few.images, many.images[:5])
+
+
 @pytest.mark.parametrize("kind", ["autoaugment", "randaugment", "trivialaugment"])
 def test_a_policy_on_the_gpu_is_that_of_the_cpu(in_memory, kind):
     """From the same pixels. One level of rounding can become many where a later step equalises or solarises, so the

@@ -230,8 +230,8 @@ def _read(file: Path, note: int | None) -> str:
     if record is None:
         return json.loads(file.read_text("utf-8"))["found"]
     found = medians(record)
-    figures = f"{'; '.join(found)} {record.plotted}. " if len(found) <= _MOST_MEDIANS else ""
-    return f"{figures}{'' if note is None else record.notes[note]}"
+    parts = [f"{'; '.join(found)} {record.plotted}."] if len(found) <= _MOST_MEDIANS else []
+    return " ".join([*parts, *([] if note is None else [record.notes[note]])])
 
 
 def read_tests(text: str) -> str:
