@@ -27,7 +27,18 @@ def made(request, cifar, small_images, tmp_path):
             "--data.image_size",
             32,
         ]
-    nets = ("--teacher.name", "resnet20", "--model", "resnet8", "--precision", "bf16", "--device", "cuda")
+    nets = (
+        "--teacher.name",
+        "resnet20",
+        "--model",
+        "resnet8",
+        "--precision",
+        "bf16",
+        "--device",
+        "cuda",
+        "--compile",
+        "off",
+    )
     sizes = ("--batch_size", 64, "--augmentation", "cutmixpick_teacher", "--steps", 3, "--rounds", 2, "--warmup", 2)
     options, _ = parse("bench step", [str(word) for word in (*data, *nets, *sizes)])
     options = rounds.with_weights(options, tmp_path)

@@ -29,7 +29,7 @@ def common(cifar, tmp_path):
     torch.save(create_model("resnet8", 10).state_dict(), tmp_path / "teacher.pt")
     teacher = ["--teacher.name", "resnet8", "--teacher.weights", str(tmp_path / "teacher.pt")]
     sizes = ["--batch_size", "64", "--mix_group", "16", "--optimizer.lr", "0.01", "--schedule.name", "constant"]
-    return [*cifar, *teacher, *sizes, "--device", DEVICE]
+    return [*cifar, *teacher, *sizes, "--device", DEVICE, "--compile", "off"]
 
 
 def _results(folder: Path) -> dict:

@@ -251,7 +251,8 @@ def versions_and_card(file: str, _root: str, device: Literal["cuda", "cpu"]) -> 
     found = environment(start(device, "fp32").device)
     cards = [f"{card['name']}, driver {card['driver_version']}" for card in found.get("gpus", [])] or [found["device"]]
     cuda = f" (CUDA {found['cuda']})" if found.get("cuda") else ""
-    sentence = f"torch {found['torch']}{cuda}, DALI {found['nvidia-dali-cuda120']}; {'; '.join(cards)}"
+    decoder = [f"{name} {version}" for name, version in found.items() if "dali" in name or "nvimgcodec" in name]
+    sentence = f"torch {found['torch']}{cuda}, {', '.join(decoder)}; {'; '.join(cards)}"
     write_json(Path(file), {"found": sentence, **found})
 
 
@@ -307,8 +308,10 @@ def interrupt_and_resume(file: str, root: str, device: str) -> None:
     torch.save(create_model(teacher, classes).state_dict(), folder / "teacher.pt")
     data = ("--data.root", root, "--data.train_split", ".", "--data.val_split", ".", "--data.threads", "2")
     nets = ("--teacher.name", teacher, "--teacher.weights", str(folder / "teacher.pt"), "--model", student)
-    more = ("--device", device, "--augmentation", "cutmixpick_teacher", "--eval_every", "1000", "--overwrite", "true")
-    found = stop_and_resume([*data, *nets, *sizes, *more], folder / "run", psutil.Process.terminate)
+    more = ("--device", device, "--augmentation", "cutmixpick_teacher", "--eval_every", "1000", "--compile", "off")
+    found = stop_and_resume(
+        [*data, *nets, *sizes, *more, "--overwrite", "true"], folder / "run", psutil.Process.terminate
+    )
     sentence = "SIGTERM after step {seen}: saved at step {saved}, gone on to step {steps}, training loss {loss:.4f}"
     write_json(Path(file), {"found": sentence.format(**found), **found})
 

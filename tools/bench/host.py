@@ -225,7 +225,9 @@ class _Side:
     ) -> None:
         self._name, self._options = name, options
         group = gcd(options.batch_size, 64)
-        training = DistillOptions(augmentation=name, batch_size=options.batch_size, mix_group=group)
+        training = DistillOptions(
+            augmentation=name, batch_size=options.batch_size, mix_group=group, device="cpu", compile="off"
+        )
         augmenter = Augmenter(name, training, source, training_view(data, source), seed=0)
         loader = Loader(
             source,
