@@ -43,7 +43,9 @@ setup(
     install_requires=[
         "torch>=2.11,<2.16",
         "torchvision>=0.26",
-        "nvidia-dali-cuda120>=2.4,<3",
+        # The code works with 2.2 to 2.4. From 2.3 on DALI brings nvImageCodec 0.9, whose decoding of JPEG windows ends
+        # the process on some GPUs (H100, B200) and fails on others (A100): until a later nvImageCodec decodes them.
+        "nvidia-dali-cuda120>=2.2,<2.3",
         "timm>=1.0.15",
         "accelerate>=1.6",
         "numpy>=1.26",

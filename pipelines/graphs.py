@@ -159,7 +159,7 @@ _ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an A
 
 def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> "_Encoded":
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
-    of DALI 2.4 may crash the process. Peeking at damaged JPEG 2000 does crash it: of that only `trusted` is seen."""
+    of DALI may crash the process. Peeking at damaged JPEG 2000 does crash it: of that only `trusted` is seen."""
     second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
     hidden = second % 0x4F == 0 if trusted is None else (second % 0x4F + trusted) == 0
     if hidden:
