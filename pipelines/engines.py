@@ -216,8 +216,8 @@ class DaliEngine:
         if self._windows is not None:
             plan, (windows,) = self._plans.popleft(), outputs
             return Pixels(plan, *self._windows(windows, plan.draws.views))
-        tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        images, *augmented = (self._work.hand.pixels(f"view{number}", tensor) for number, tensor in enumerate(tensors))
+        hand = self._work.hand
+        images, *augmented = (hand.pixels(f"view{number}", made.as_tensor()) for number, made in enumerate(outputs))
         return Pixels(self._plans.popleft(), images, tuple(augmented))
 
     def plan(self, position: int) -> Plan:

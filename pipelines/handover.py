@@ -1,5 +1,6 @@
 """From the host and from DALI's buffers to tensors of the batch, without waiting for the device."""
 
+import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,25 +53,32 @@ class HandOver:
         if not self.copies:
             return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         packed, layout = pack(arrays, pin=self._device.type == "cuda")
-        buffer = self._buffer(place, packed)
+        buffer = self._buffer(place, packed.shape, packed.dtype)
         # the pinned buffer goes back to torch's pool, which keeps it until the copy is done
         return unpack(buffer.copy_(packed, non_blocking=True), layout)
 
-    def pixels(self, name: str, tensor: Tensor) -> Tensor:
-        """Take pixels [B, ...] out of DALI's buffer, which goes back to its pool in stream order."""
-        if not self.copies:
-            return tensor
-        return self._buffer(name, tensor).copy_(tensor, non_blocking=True)
+    def pixels(self, name: str, output: Any) -> Tensor:
+        """Take pixels, uint8 [B, ...], out of DALI's buffer, which goes back to its pool in stream order.
 
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """Memory for a tensor like `like`: new, or the first rows of a fixed buffer."""
+        On a GPU by DALI's own copy: what it gives by DLPack it frees in a thread that waits for the whole device.
+        """
+        if self._device.type == "cuda":
+            buffer = self._buffer(name, torch.Size(output.shape()), torch.uint8)
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+            output.copy_to_external(ctypes.c_void_p(buffer.data_ptr()), stream, non_blocking=True)
+            return buffer
+        tensor = torch.from_dlpack(output)
+        return self._buffer(name, tensor.shape, tensor.dtype).copy_(tensor) if self._slots else tensor
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor: new, or the first rows of a fixed buffer."""
         if not self._slots:
-            return torch.empty(like.shape, dtype=like.dtype, device=self._device)
+            return torch.empty(shape, dtype=dtype, device=self._device)
         slot = self._slots[self._turn]
         fixed = slot.get(name)
-        if fixed is None or len(fixed) < len(like) or fixed.shape[1:] != like.shape[1:]:
-            fixed = slot[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
-        return fixed[: len(like)]
+        if fixed is None or len(fixed) < shape[0] or fixed.shape[1:] != shape[1:]:
+            fixed = slot[name] = torch.empty(shape, dtype=dtype, device=self._device)
+        return fixed[: shape[0]]
 
 
 def pack(arrays: Mapping[str, np.ndarray], pin: bool = False) -> tuple[Tensor, Layout]:

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,10 @@ import torch
 from dalikd.pipelines.handover import HandOver, pack, unpack
 
 CPU = torch.device("cpu")
+
+
+class Stream(NamedTuple):
+    cuda_stream: int
 
 
 def _arrays(count: int = 5) -> dict[str, np.ndarray]:
@@ -38,7 +44,7 @@ def test_on_the_cpu_nothing_is_copied():
     tensor = hand.arrays({"labels": labels})["labels"]
     assert tensor.data_ptr() == labels.__array_interface__["data"][0]
     pixels = torch.zeros(2, 3)
-    assert hand.pixels("images", pixels) is pixels
+    assert hand.pixels("images", pixels).data_ptr() == pixels.data_ptr()
     assert hand.arrays({}) == {}
 
 
@@ -67,3 +73,31 @@ def test_a_short_batch_lies_in_the_same_buffer():
     assert short.data_ptr() == whole.data_ptr()
     assert whole.tolist() == [[0, 0]] * 3 + [[1, 1]]
     assert hand.pixels("images", torch.ones(6, 2)).shape == (6, 2)  # a larger one gets a new buffer
+
+
+@pytest.mark.parametrize(("buffers", "handle"), [(0, 0), (2, 77)])
+def test_on_a_gpu_dali_copies_on_the_current_stream(monkeypatch, buffers, handle):
+    """Without DLPack, whose memory is freed after a wait for the whole device."""
+    calls: list[tuple] = []
+
+    class Output:
+        def shape(self) -> list[int]:
+            return [4, 2, 2, 3]
+
+        def copy_to_external(self, *given, **named) -> None:
+            calls.append((*given, named))
+
+        def __dlpack__(self, **_):
+            pytest.fail("DLPack was asked")
+
+        __dlpack_device__ = __dlpack__
+
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(0 if device != cuda else handle))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **{**options, "device": CPU}))
+    hand = HandOver(cuda, buffers)
+    pixels = hand.pixels("view0", Output())
+    assert (pixels.shape, pixels.dtype) == ((4, 2, 2, 3), torch.uint8)
+    ((pointer, stream, options),) = calls
+    assert (pointer.value, stream.value or 0, options) == (pixels.data_ptr(), handle, {"non_blocking": True})
