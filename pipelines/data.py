@@ -1,13 +1,17 @@
 """The data options of a run, and what follows from them: sources and views."""
 
 import os
-from dataclasses import dataclass
-from typing import Literal, NewType
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NewType
 
 from dalikd.pipelines.augment import View
+from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.sources import Source, check_same_classes, open_source
 
-__all__ = ["DataConfig", "FilePath", "evaluation_view", "open_sources", "open_split", "training_view"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DataConfig", "FilePath", "as_used", "evaluation_view", "open_sources", "open_split", "training_view"]
 
 #: the type of options that are paths: command lines and configs may use ~ and $VAR in them
 FilePath = NewType("FilePath", str)
@@ -42,9 +46,14 @@ class DataConfig:
         interpolation: filter of every resize.
         val_resize: short side that evaluation resizes to before its centre crop; default: the image size up to 96
             pixels, 8/7 of it above (256 for 224).
-        threads: DALI's CPU threads for each process; default: the cores it may use.
+        threads: DALI's CPU threads for each process; default: its share of the cores, 16 at most; on a GPU 4 for
+            evaluation.
         prefetch: batches made ahead.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes, 0 to 1; default: DALI's own.
+        hw_decoder_load: 1: a GPU's JPEG engine decodes what it can; 0: the GPU's cores decode all. Only `bench` takes
+            shares between, with which a picture's pixels depend on its neighbours in the batch. Default: 1 where the
+            GPU has an engine.
+        decode: on a GPU, decode windows of JPEGs, or whole ones that are cut then, which takes longer; auto: whole
+            ones where nvImageCodec is 0.9 or newer and a test at the start finds that it cannot decode windows.
         resident: decode every picture once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
             (evaluation too, unless it resizes). CIFAR, SVHN and STL-10 are always kept so.
         bad_files: at a picture that cannot be decoded stop, or replace it by the next one and go on.
@@ -80,8 +89,14 @@ class DataConfig:
     threads: int | None = None
     prefetch: int = 2
     hw_decoder_load: float | None = None
+    decode: Decode = "auto"
     resident: bool = False
     bad_files: Literal["stop", "replace"] = "stop"
+
+
+def as_used(config: DataConfig, source: Source, device: "torch.device") -> dict[str, Any]:
+    """The options for the record of a run: of the decoder what it does on this device, not what was left to it."""
+    return {**asdict(config), **decoding_on(source, device, config.decode, config.hw_decoder_load).options()}
 
 
 def open_sources(config: DataConfig, seed: int) -> tuple[Source, Source]:

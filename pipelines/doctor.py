@@ -24,6 +24,7 @@ from PIL import Image
 
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.content import is_jpeg2000, refusal, why_damaged
+from dalikd.pipelines.hardware import PLAIN, Decoding
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ def find_bad_files(
     rows: Iterable[int],
     *,
     device: "torch.device | None" = None,
+    decoding: Decoding = PLAIN,
     threads: int = 1,
     done: Callable[[int], object] = lambda count: None,  # noqa: ARG005 - named for its callers
 ) -> list[BadFile]:
@@ -62,6 +64,7 @@ def find_bad_files(
         source: the images. Those in memory are never bad.
         rows: of them.
         device: that decodes; None: the CPU.
+        decoding: how a GPU does.
         threads: that read and decode.
         done: called with the number of files that were looked at since its last call.
 
@@ -71,7 +74,7 @@ def find_bad_files(
     if source.arrays is not None:
         return []
     listed, bad = [int(row) for row in rows], []
-    decoder = Decoder(threads, device)
+    decoder = Decoder(threads, device, decoding)
     parts = [listed[first : first + decoder.at_once] for first in range(0, len(listed), decoder.at_once)]
     with ThreadPoolExecutor(threads, thread_name_prefix="dalikd-check") as pool:
         reading = pool.map(partial(_read, source), listed[: decoder.at_once])
@@ -109,15 +112,17 @@ class Decoder:
     Args:
         threads: DALI's.
         device: that decodes; None: the CPU.
+        decoding: how a GPU does.
 
     Attributes:
         at_once: the most images of a call; they keep all threads busy, and whole they are large.
     """
 
-    def __init__(self, threads: int, device: "torch.device | None" = None) -> None:
+    def __init__(self, threads: int, device: "torch.device | None" = None, decoding: Decoding = PLAIN) -> None:
         device_id = (device.index or 0) if device is not None and device.type == "cuda" else None
         self.at_once = _EACH_THREAD * threads
-        self._here, self._apart = _Dali(threads, device_id, jpeg2000=False), _Apart(threads, device_id)
+        self._here = _Dali(threads, device_id, decoding, jpeg2000=False)
+        self._apart = _Apart(threads, device_id, decoding)
 
     def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
         """Pixels of each image, uint8 [H, W, 3], or why there are none: its header is refused, DALI fails on it, or it
@@ -144,8 +149,8 @@ class Decoder:
 class _Dali:
     """A graph that decodes in this process; of JPEG 2000 all or none."""
 
-    def __init__(self, threads: int, device_id: int | None, *, jpeg2000: bool) -> None:
-        self._threads, self._device_id, self._jpeg2000 = threads, device_id, jpeg2000
+    def __init__(self, threads: int, device_id: int | None, decoding: Decoding, *, jpeg2000: bool) -> None:
+        self._threads, self._device_id, self._decoding, self._jpeg2000 = threads, device_id, decoding, jpeg2000
         self._graph: Any = None
         self._batch: tuple[Any, ...] = ()
 
@@ -177,6 +182,7 @@ class _Dali:
                 threads=self._threads,
                 device_id=self._device_id,
                 prefetch=1,  # no batch is asked for before its images are there
+                decoding=self._decoding,
                 mend_cmyk=True,
                 jpeg2000=self._jpeg2000,
             )
@@ -204,11 +210,11 @@ def dali_words(error: Exception) -> str:
 class _Apart:
     """Decodes JPEG 2000 images in a process of its own, which damaged ones can end."""
 
-    def __init__(self, threads: int, device_id: int | None) -> None:
+    def __init__(self, threads: int, device_id: int | None, decoding: Decoding) -> None:
         # it finds modules where this process finds them
         self._code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from dalikd.pipelines.doctor import serve; serve({threads}, {device_id})"
+            f"from dalikd.pipelines.doctor import serve; serve({threads}, {device_id}, *{tuple(decoding)})"
         )
         self._child: _Child | None = None
 
@@ -270,12 +276,12 @@ def _end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
     errors.close()
 
 
-def serve(threads: int, device_id: int | None) -> None:
+def serve(threads: int, device_id: int | None, *decoding: Any) -> None:
     """That process: for each list of images from stdin a list of what `Decoder.decode` says of them to stdout."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print
     Image.MAX_IMAGE_PIXELS = None
-    dali = _Dali(threads, device_id, jpeg2000=True)
+    dali = _Dali(threads, device_id, Decoding(*decoding), jpeg2000=True)
     with ThreadPoolExecutor(threads) as pool:
         while True:
             try:

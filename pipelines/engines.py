@@ -19,6 +19,7 @@ from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, refu
 from dalikd.pipelines.doctor import Decoder, is_decode_failure
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.hardware import PLAIN, Decoding
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.sources import Source
@@ -69,12 +70,12 @@ class DaliOptions:
     Attributes:
         threads: CPU threads.
         prefetch: batches made ahead.
-        hw_decoder_load: share of the pictures that the GPU's JPEG engine decodes; None for DALI's own.
+        decoding: how a GPU decodes.
     """
 
     threads: int
     prefetch: int = 2
-    hw_decoder_load: float | None = None
+    decoding: Decoding = PLAIN
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class DaliEngine:
                 raise
             outputs = None
         if outputs is None:
-            self._judge = Decoder(self._options.threads, self._work.device)
+            self._judge = Decoder(self._options.threads, self._work.device, self._options.decoding)
             self.restart()
             return self.fetch(position)
         if self._reader != "arrays":
@@ -346,7 +347,7 @@ class DaliEngine:
             device_id=(work.device.index or 0) if work.device.type == "cuda" else None,
             threads=self._options.threads,
             prefetch=self._options.prefetch,
-            hw_decoder_load=self._options.hw_decoder_load,
+            decoding=self._options.decoding,
             mend_cmyk=self._mend_cmyk,
             jpeg2000=self._judge is not None,
         )

@@ -6,7 +6,7 @@ epoch and the seed alone. `mixed` decode on a GPU, `cpu` otherwise; the rest of 
 
 # DALI's type stubs lack its constants and take every result for a possible list of nodes.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 
 import contextlib
 import io
@@ -20,6 +20,7 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 
 from dalikd.pipelines.augment import View, ViewRun
+from dalikd.pipelines.hardware import PLAIN, Decoding
 
 __all__ = ["build_graph", "input_names"]
 
@@ -63,7 +64,7 @@ def build_graph(
     threads: int,
     device_id: int | None,
     prefetch: int = 2,
-    hw_decoder_load: float | None = None,
+    decoding: Decoding = PLAIN,
     mend_cmyk: bool = False,
     jpeg2000: bool = False,
 ) -> Pipeline:
@@ -79,7 +80,7 @@ def build_graph(
         threads: DALI's CPU threads.
         device_id: the CUDA device, or None for a graph that runs on the CPU.
         prefetch: batches made ahead.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
+        decoding: how a GPU decodes.
         mend_cmyk: take a JPEG of four channels without an APP14 segment for inverted CMYK, as Pillow does; DALI takes
             it for CMYK that is not, which makes most of them black.
         jpeg2000: decode the JPEG 2000 images that are `trusted`. A graph without this fails on all of them.
@@ -95,7 +96,7 @@ def build_graph(
             view,
             tuple(views),
             reader,
-            {} if hw_decoder_load is None or device_id is None else {"hw_decoder_load": hw_decoder_load},
+            decoding,
             mend_cmyk,
             jpeg2000,
             batch_size=batch_size,
@@ -127,12 +128,12 @@ def _graph(
     view: View,
     views: tuple[ViewRun, ...],
     reader: Reader,
-    decoder: dict[str, Any],
+    decoding: Decoding,
     mend_cmyk: bool,
     jpeg2000: bool,
 ):
     draws = _inputs(callback, input_names(view, views, jpeg2000=jpeg2000))
-    source = _READERS[reader](draws["source"], decoder, mend_cmyk, draws["trusted"] if jpeg2000 else None)
+    source = _READERS[reader](draws["source"], decoding, mend_cmyk, draws["trusted"] if jpeg2000 else None)
     outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
@@ -157,7 +158,7 @@ def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
 _ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an APP14 segment: CMYK, inverted
 
 
-def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> "_Encoded":
+def _encoded(encoded, decoding: Decoding, mend_cmyk: bool, trusted) -> "_Encoded":
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
     of DALI may crash the process. Peeking at damaged JPEG 2000 does crash it: of that only `trusted` is seen."""
     second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
@@ -167,7 +168,9 @@ def _encoded(encoded, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> "_En
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT)
     if mend_cmyk:
         encoded = _with_app14(encoded, (shape[2] == 4) & (second == 0xD8))
-    return _Encoded(encoded, second, shape, decoder)
+    if decoding.whole and shape[0] == 0:  # there is no window, which would depend on the shape
+        encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
+    return _Encoded(encoded, second, shape, decoding)
 
 
 def _with_app14(encoded, wanted):
@@ -182,13 +185,23 @@ def _with_app14(encoded, wanted):
 class _Encoded:
     """Encoded images with their second byte and their shape: height, width, channels."""
 
-    def __init__(self, encoded, second, shape, decoder: dict[str, Any]) -> None:
-        self.bytes, self.decoder, self.shape = encoded, decoder, shape
+    def __init__(self, encoded, second, shape, decoding: Decoding) -> None:
+        self.bytes, self.decoding, self.shape = encoded, decoding, shape
         self.signs = (second, shape)
 
     def window(self, start, shape):
         """Decode rows and columns of `start` and `shape`, (y, x) in pixels, float32."""
-        on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
+        options = {
+            "output_type": types.RGB,
+            "adjust_orientation": False,
+            # the fused hardware path interpolates chroma otherwise than libjpeg-turbo does
+            "jpeg_fancy_upsampling": True,
+            "device": "cpu",
+        }
+        if _on_gpu():
+            options |= {"device": "mixed", "hw_decoder_load": float(self.decoding.hw_decoder_load)}
+        if self.decoding.whole:
+            return _cut(fn.decoders.image(self.bytes, **options), start, shape)
         return fn.decoders.image_slice(
             self.bytes,
             start,
@@ -196,17 +209,20 @@ class _Encoded:
             axis_names="HW",
             normalized_anchor=False,
             normalized_shape=False,
-            output_type=types.RGB,
-            adjust_orientation=False,
-            # the fused hardware path interpolates chroma otherwise than libjpeg-turbo does
-            jpeg_fancy_upsampling=True,
-            device="mixed" if on_gpu else "cpu",
-            **self.decoder,
+            **options,
         )
 
 
-def _files(paths, decoder: dict[str, Any], mend_cmyk: bool, trusted) -> _Encoded:
-    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoder, mend_cmyk, trusted)
+def _files(paths, decoding: Decoding, mend_cmyk: bool, trusted) -> _Encoded:
+    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoding, mend_cmyk, trusted)
+
+
+def _on_gpu() -> bool:
+    return Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
+
+
+def _cut(pixels, start, shape):
+    return fn.slice(pixels, fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32), axes=[0, 1])
 
 
 class _Pixels:
@@ -214,14 +230,13 @@ class _Pixels:
 
     signs = ()
 
-    def __init__(self, pixels, decoder, mend_cmyk, trusted) -> None:  # noqa: ARG002 - readers have one form
+    def __init__(self, pixels, decoding, mend_cmyk, trusted) -> None:  # noqa: ARG002 - readers have one form
         self.shape = fn.shapes(pixels, dtype=types.FLOAT)
-        on_gpu = Pipeline.current().device_id not in (None, types.CPU_ONLY_DEVICE_ID)
         named = fn.reshape(pixels, layout="HWC")
-        self.pixels = named.gpu() if on_gpu else named
+        self.pixels = named.gpu() if _on_gpu() else named
 
     def window(self, start, shape):
-        return fn.slice(self.pixels, fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32), axes=[0, 1])
+        return _cut(self.pixels, start, shape)
 
 
 _READERS = {"files": _files, "bytes": _encoded, "arrays": _Pixels}

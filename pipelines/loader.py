@@ -26,6 +26,7 @@ from dalikd.pipelines.engines import (
     can_gather,
 )
 from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.records import reads_shares
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
@@ -88,9 +89,10 @@ class Loader:
         sampler: their order and this process's share of it.
         spec: views and draws.
         device: where batches go. On "cuda" pictures are decoded by DALI's mixed backend, else on the CPU.
-        threads: DALI's CPU threads; default: the cores this process may use.
+        threads: DALI's CPU threads; default: this process's share of the cores, 16 at most.
         prefetch: batches made ahead.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
+        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; default: 1 where it has one.
+        decode: on a GPU, decode windows of the pictures, or whole ones; as `hardware.decoding_on`.
         bad_files: at a picture that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
             data set, for the rest of the run, and say so once.
         resident: the decoded pictures of the source, where they are kept on the device.
@@ -115,6 +117,7 @@ class Loader:
         threads: int | None = None,
         prefetch: int = 2,
         hw_decoder_load: float | None = None,
+        decode: Decode = "auto",
         bad_files: Literal["stop", "replace"] = "stop",
         resident: Resident | None = None,
         buffers: int = 0,
@@ -132,9 +135,10 @@ class Loader:
         self.note_damaged(self.replaced)
         self._attach = attach
         self._hand = HandOver(self.device, buffers)
-        self._threads = threads or _cores()
+        self._threads = threads or _default_threads()
+        self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
         work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
-        self._engine = _engine(work, DaliOptions(self._threads, prefetch, hw_decoder_load), resident, sampler)
+        self._engine = _engine(work, DaliOptions(self._threads, prefetch, self._decoding), resident, sampler)
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -291,7 +295,9 @@ class Loader:
         """After a failed decode: name the pictures, then stop or replace them and start again at the same batch."""
         self._engine.restart()
         plan = self._engine.plan(self.position)
-        bad = find_bad_files(self.source, np.unique(plan.rows), device=self.device, threads=self._threads)
+        bad = find_bad_files(
+            self.source, np.unique(plan.rows), device=self.device, decoding=self._decoding, threads=self._threads
+        )
         if not bad:
             raise BadFileError(
                 f"DALI fails on the batch that starts with {printable(self.source.path(int(plan.rows[0])))}, though it "
@@ -336,5 +342,8 @@ def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:
         )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _default_threads() -> int:
+    """This process's share of the cores, of which torchrun says how many processes of this machine have one. More than
+    16 threads wait for each other, and each holds memory of the host and of the GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dalikd.pipelines.data import open_split
+from dalikd.pipelines.data import as_used, open_split
 from dalikd.tools.cli import run_command
 from dalikd.tools.report import evaluation_line
 from dalikd.trainers.assembly import reading, validation_loader
@@ -48,6 +48,7 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
         "class_names": list(source.classes),  # index = label
         "fingerprint": source.fingerprint,
         "config": config,
+        "data": as_used(options.data, source, device),
         "versions": versions(accelerator.device),
     }
     if accelerator.is_main_process:

@@ -4,6 +4,8 @@ import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from dalikd.pipelines.hardware import package_versions
+
 __all__ = ["main"]
 
 COMMANDS = {
@@ -39,11 +41,13 @@ def main() -> None:
 
 def _versions() -> str:
     """Of the package and of what it stands on, without importing any of them."""
-    packages = {"dalikd": "dalikd", "torch": "torch", "DALI": "nvidia-dali-cuda120"}
-    found = []
-    for name, package in packages.items():
+    numbers = {"dali": "not installed", **package_versions()}
+    for package in ("dalikd", "torch"):
         try:
-            found.append(f"{name} {version(package)}")
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
+            numbers[package] = "not installed"
+    if "torch_cuda" in numbers:
+        numbers["torch"] += f" (CUDA {numbers['torch_cuda']})"
+    names = {"dalikd": "dalikd", "torch": "torch", "dali": "DALI", "nvimgcodec": "nvImageCodec", "driver": "driver"}
+    return ", ".join(f"{name} {numbers[key]}" for key, name in names.items() if key in numbers)

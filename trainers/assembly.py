@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, training_view
+from dalikd.pipelines.data import DataConfig, as_used, evaluation_view, open_sources, training_view
 from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.engines import Plan
 from dalikd.pipelines.loader import Loader
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _LARGEST_EVALUATION_BATCH = 256  # a process
+_EVALUATION_THREADS = 4  # of DALI, a process on a GPU
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ def validation_loader(source: Source, options: RunOptions, accelerator: Accelera
         len(source), batch_size, shuffle=False, drop_last=False, world=world, rank=accelerator.process_index
     )
     view = evaluation_view(options.data, source)
-    resident = resident_pictures(source, view, options.data, accelerator) if can_be_resident(view) else None
-    return make_loader(source, sampler, DrawSpec(view), options.data, accelerator, resident=resident, buffers=2)
+    data = options.data
+    if accelerator.device.type == "cuda" and data.threads is None:
+        data = replace(data, threads=_EVALUATION_THREADS)  # they would hold the GPU's memory while training goes on
+    resident = resident_pictures(source, view, data, accelerator) if can_be_resident(view) else None
+    return make_loader(source, sampler, DrawSpec(view), data, accelerator, resident=resident, buffers=2)
 
 
 def make_loader(
@@ -163,6 +167,7 @@ def reading(data: DataConfig) -> dict[str, Any]:
         "threads": data.threads,
         "prefetch": data.prefetch,
         "hw_decoder_load": data.hw_decoder_load,
+        "decode": data.decode,
         "bad_files": data.bad_files,
     }
 
@@ -262,7 +267,11 @@ def run_training(
         "window": 640,
         "batch_size": options.batch_size,
         "precision": options.precision,
-        "data": {**asdict(options.data), "train_images": len(data.train), "val_images": len(data.val)},
+        "data": {
+            **as_used(options.data, data.train, accelerator.device),
+            "train_images": len(data.train),
+            "val_images": len(data.val),
+        },
         "class_names": list(data.train.classes),  # index = label
         "fingerprint": {"train": data.train.fingerprint, "val": data.val.fingerprint},
     }
@@ -277,6 +286,9 @@ def run_training(
     kept = data.cached.cache.layout if data.cached is not None else None
     asked = "from the teacher itself" if kept is None else f"from a cache of {kept.epochs} epochs ({kept.storage})"
     told = {"the teacher's answers come": asked}
+    if data.train.arrays is None:
+        decoder = "the GPU, --data.hw_decoder_load {hw_decoder_load}, {decode}".format(**header["data"])
+        told["images are decoded by"] = "the CPU" if accelerator.device.type == "cpu" else decoder
     if isinstance(method, Distillation):
         contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
     try_training(

@@ -12,6 +12,7 @@ from dalikd.kd.teacher import Look
 from dalikd.kd.teacher_cache import TeacherCache, from_group_picks, unpack_logits, weights_digest
 from dalikd.pipelines.augment import View
 from dalikd.pipelines.engines import Plan
+from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter, MixOptions
@@ -130,6 +131,7 @@ def run_fingerprint(
 ) -> dict[str, Any]:
     """What images and outputs depend on besides the teacher. Not the batch size, the processes or the epochs."""
     on_gpu = device.type == "cuda"
+    decoder = decoding_on(source, device, options.data.decode, options.data.hw_decoder_load).options()
     mixing = ("augmentation", *(field.name for field in fields(MixOptions)))
     return {
         "data": source.name,
@@ -140,8 +142,8 @@ def run_fingerprint(
         **{name: getattr(options, name) for name in mixing},
         "precision": options.precision,
         "decoder": "mixed" if on_gpu else "cpu",
-        # a GPU's JPEG engine rounds unlike its other decoder
-        "data.hw_decoder_load": options.data.hw_decoder_load if on_gpu else None,
+        # a GPU's JPEG engine rounds unlike its other decoder, and windows may differ at their borders
+        **({f"data.{name}": used for name, used in decoder.items()} if on_gpu else {"data.hw_decoder_load": None}),
     }
 
 

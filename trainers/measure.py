@@ -22,7 +22,7 @@ from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import Teacher
 from dalikd.kd.teacher_cache import weights_digest
 from dalikd.pipelines.augment import View
-from dalikd.pipelines.data import evaluation_view, open_split, training_view
+from dalikd.pipelines.data import as_used, evaluation_view, open_split, training_view
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -450,7 +450,7 @@ def _header(
         "teacher": {**describe_teacher(options.teacher, teacher.model), "folded_norms": teacher.folded},
         "student": None if student is None else options.model,
         "student_weights": None if student is None else weights,
-        "data": {**asdict(options.data), "images": len(source)},
+        "data": {**as_used(options.data, source, accelerator.device), "images": len(source)},
         "class_names": list(source.classes),  # index = label
         "fingerprint": source.fingerprint,
         "processes": accelerator.num_processes,

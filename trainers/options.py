@@ -62,6 +62,10 @@ _RUN = {
     "batch_size": FROM_1,
     "seed": _Range(lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1"),
     **DATA_RANGES,
+    "data.hw_decoder_load": _Range(
+        lambda value: value in (0, 1),
+        "0 or 1: with a share between, an image's pixels depend on the others of its batch",
+    ),
 }
 _TRAINING = {
     "epochs": FROM_1,

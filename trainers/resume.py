@@ -12,7 +12,7 @@ _FREE = (
     *("teacher.name", "teacher.args", "teacher.weights", "teacher.cache", "teacher.sha256", "teacher.fold_bn"),
     *("teacher.mean", "teacher.std"),
     *("data.name", "data.root", "data.train_split", "data.val_split", "data.classes", "data.download"),
-    *("data.threads", "data.prefetch", "data.hw_decoder_load", "data.resident", "data.bad_files"),
+    *("data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode", "data.resident", "data.bad_files"),
 )
 #: those that change how it goes on, not what it is
 _SAID = (

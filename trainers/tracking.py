@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator
 
 from dalikd.kd.known_weights import file_sha256
+from dalikd.pipelines.hardware import package_versions
 
 __all__ = ["Meter", "RunFolder", "check_writable", "versions", "write_json"]
 
@@ -153,10 +154,11 @@ class RunFolder:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What a result depends on besides the config: versions, machine, date."""
-    packages = ("torch", "torchvision", "nvidia-dali-cuda120", "timm", "accelerate", "numpy")
+    packages = ("torch", "torchvision", "timm", "accelerate", "numpy")
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
+        **package_versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }

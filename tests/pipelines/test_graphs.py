@@ -27,6 +27,7 @@ from torchvision.transforms import functional as transforms
 from dalikd.pipelines.augment import DrawSpec, View, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.graphs import build_graph, input_names
+from dalikd.pipelines.hardware import Decoding
 from dalikd.pipelines.policies import POLICIES, RANDOM_OPERATIONS, operation_names, policy_table
 from dalikd.pipelines.sampler import Microbatch
 from dalikd.pipelines.sources import Source, open_source
@@ -242,14 +243,21 @@ def _comes_from(node: Any, name: str) -> bool:
     return _name(operator) == name or any(_comes_from(other, name) for other in operator.inputs)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("crop", [*CROPS, "window"])
-def test_decoding_depends_on_the_peeked_shape(crop):
+def test_decoding_depends_on_the_peeked_shape(crop, whole):
     """Peeking first makes a header that cannot be parsed an exception; the decoder by itself may crash the process."""
     view = View(32, crop, resize=32)
-    graph: Any = build_graph(lambda _: (), view, reader="files", batch_size=2, threads=1, device_id=None)
-    decoders = [operator for operator in graph._ops if "decoders" in _name(operator)]
-    assert [_name(operator) for operator in decoders] == ["decoders__ImageSlice"]
-    encoded, start, shape = decoders[0].inputs
+    graph: Any = build_graph(
+        lambda _: (), view, reader="files", batch_size=2, threads=1, device_id=None, decoding=Decoding(whole=whole)
+    )
+    (decoder,) = (operator for operator in graph._ops if "decoders" in _name(operator))
+    if whole:
+        assert _name(decoder) == "decoders__Image"
+        assert _comes_from(decoder.inputs[0], "PeekImageShape")
+        return
+    assert _name(decoder) == "decoders__ImageSlice"
+    encoded, start, shape = decoder.inputs
     assert not _comes_from(encoded, "PeekImageShape")
     assert _comes_from(start, "PeekImageShape")
     assert _comes_from(shape, "PeekImageShape")
@@ -436,3 +444,61 @@ def test_equalize_is_histogram_equalisation(squares):
             first = counts[counts > 0][0]
             table = np.round((counts - first) * 255 / (values.size - first))
             assert _difference(result[:, :, channel], table[values]).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("decoding", "name"), [(Decoding(), "image_slice"), (Decoding(1.0), "image_slice"), (Decoding(1, True), "image")]
+)
+@pytest.mark.parametrize("crop", ["window", "center_crop"])
+def test_a_gpu_is_told_how_to_decode(monkeypatch, crop, decoding, name):
+    """Up to the decoder, as the graph is defined; building it takes a GPU."""
+    found: dict[str, Any] = {}
+
+    def stop(*_, **named):
+        found.update(named)
+        raise _StopError
+
+    monkeypatch.setattr(graphs.fn.decoders, name, stop)
+    with pytest.raises(_StopError):
+        build_graph(
+            lambda _: (),
+            View(32, crop, resize=32),
+            reader="files",
+            batch_size=2,
+            threads=1,
+            device_id=0,
+            decoding=decoding,
+        )
+    told = {"device": "mixed", "hw_decoder_load": decoding.hw_decoder_load, "jpeg_fancy_upsampling": True}
+    assert told.items() <= found.items()
+
+
+def test_whole_images_are_cut_to_the_pixels_of_windows(photos: Path):
+    """Bit for bit on the CPU, down to a window that reaches beyond its image."""
+    paths = sorted(photos.rglob("*.jp*g"))[:8]
+    pictures = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
+    sides = np.array([Image.open(path).size[::-1] for path in paths])
+    windows = np.random.default_rng(3).random((len(paths), 2))
+    start = np.floor(windows * (sides - 9)).astype(np.float32)
+    shape = np.floor(9 + (1 - windows) * 0.9 * sides).astype(np.float32)
+    shape[0] += sides[0]
+    made = []
+    for whole in (False, True):
+        graph = build_graph(
+            lambda _: (pictures, start, shape),
+            View(1, "window"),
+            reader="bytes",
+            batch_size=len(paths),
+            threads=1,
+            device_id=None,
+            decoding=Decoding(whole=whole),
+        )
+        made.append([np.array(pixels) for pixels in graph.run()[0]])
+    assert all(np.array_equal(one, two) for one, two in zip(*made, strict=True))

@@ -609,3 +609,19 @@ def test_attached_arrays_of_a_short_batch_are_short(source):
     loader = Loader(source, sampler, EVALUATION, threads=1, attach=lambda plan: {"rows": plan.rows})
     sizes = [len(batch.extras["rows"]) for batch in loader]
     assert sizes == [32, 32, 32, 32, 12]
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads"), [(192, "8", 16), (64, "8", 8), (4, "8", 1), (192, None, 16), (6, None, 6)]
+)
+def test_a_machines_processes_share_its_cores(source, monkeypatch, cores, processes, threads):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    engine = Loader(source, Sampler(len(source), 8), EVALUATION)._engine
+    assert isinstance(engine, DaliEngine)
+    assert engine._options.threads == threads

@@ -32,7 +32,7 @@ DATA = {
         for name in (
             *("name", "root", "train_split", "val_split", "image_size", "limit", "val_limit", "download", "crop"),
             *("padding", "border", "interpolation", "val_resize", "threads", "prefetch", "bad_files"),
-            *("hw_decoder_load", "resident", "classes", "class_seed"),
+            *("hw_decoder_load", "decode", "resident", "classes", "class_seed"),
         )
     ),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dalikd import tools
+from dalikd.pipelines.hardware import package_versions
 from dalikd.tools.main import COMMANDS, main
 
 
@@ -62,7 +63,16 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, name):
 def test_versions_are_one_line(monkeypatch, capsys):
     code, out, err = _call(monkeypatch, capsys, "--version")
     assert (code, err) == (0, "")
-    assert out == f"dalikd {version('dalikd')}, torch {version('torch')}, DALI {version('nvidia-dali-cuda120')}\n"
+    found = package_versions()
+    assert found.keys() >= {"dali", "nvimgcodec", "torch_cuda"}
+    monkeypatch.setattr("dalikd.tools.main.package_versions", lambda: {**found, "driver": "580.65.06"})
+    _, with_driver, _ = _call(monkeypatch, capsys, "--version")
+    dali, codec, cuda = (found[name] for name in ("dali", "nvimgcodec", "torch_cuda"))
+    assert (
+        out
+        == f"dalikd {version('dalikd')}, torch {version('torch')} (CUDA {cuda}), DALI {dali}, nvImageCodec {codec}\n"
+    )
+    assert with_driver == out.replace("\n", ", driver 580.65.06\n")
 
 
 def _fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,15 @@
 import math
 import re
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim import SGD, AdamW
 
 from dalikd.kd.backbones import create_model
+from dalikd.trainers import assembly
 from dalikd.trainers.assembly import build_student, open_training_data, validation_loader
 from dalikd.trainers.options import DistillOptions, TrainOptions
 
@@ -95,3 +98,14 @@ def test_a_fixed_student_needs_weights_and_keeps_them(make_source, options):
 def test_a_student_normalises_as_told(make_source):
     student = build_student(TrainOptions(model="small", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]), make_source())
     assert student.normalisation == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 4), (2, 2)])
+def test_evaluation_on_a_gpu_keeps_few_threads(data, accelerator, monkeypatch, asked, threads):
+    val = open_training_data(TrainOptions(data=data), accelerator).val
+    taken = []
+    monkeypatch.setattr(assembly, "Loader", lambda *_, **options: taken.append(options["threads"]))
+    options = TrainOptions(data=replace(data, threads=asked))
+    validation_loader(val, options, SimpleNamespace(device=torch.device("cuda"), num_processes=1, process_index=0))
+    validation_loader(val, options, accelerator)
+    assert taken == [threads, asked]

@@ -10,7 +10,10 @@ import torch
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.teacher_cache import CacheLayout, TeacherCache, pack_logits
+from dalikd.pipelines import hardware
 from dalikd.pipelines.augment import View
+from dalikd.pipelines.data import DataConfig, as_used
+from dalikd.pipelines.manifest import FileList
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.cached import logits_of, open_cached, run_fingerprint, teacher_fingerprint
 from dalikd.trainers.models import TeacherConfig
@@ -161,3 +164,19 @@ def test_outputs_are_found_by_their_names():
     columns |= {f"augmented{part}": tensor for part, tensor in pack_logits(-logits, "topk", 6).items()}
     torch.testing.assert_close(logits_of("logits", columns, 6).softmax(1), logits.softmax(1), rtol=0, atol=1e-3)
     torch.testing.assert_close(logits_of("augmented", columns, 6).softmax(1), (-logits).softmax(1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("engine", "load"), [(True, 1.0), (False, 0.0)])
+@pytest.mark.parametrize("windows", [True, False])
+def test_on_a_gpu_the_fingerprint_holds_how_it_decodes(
+    monkeypatch, distill_options, make_source, engine, load, windows
+):
+    monkeypatch.setattr(hardware, "check_libraries", lambda: None)
+    monkeypatch.setattr(hardware, "_has_jpeg_engine", lambda _: engine)
+    monkeypatch.setattr(hardware, "_decodes_windows", lambda *_: windows)
+    source = make_source()
+    files = replace(source, arrays=None, files=FileList.from_paths([__file__] * len(source), Path(__file__).parent))
+    found = run_fingerprint(distill_options(), files, VIEW, torch.device("cuda", 0))
+    assert (found["data.hw_decoder_load"], found["data.decode"]) == (load, "windows" if windows else "whole")
+    own = as_used(DataConfig(hw_decoder_load=0), files, torch.device("cuda", 0))
+    assert (own["hw_decoder_load"], own["decode"]) == (0.0, "windows" if windows else "whole")

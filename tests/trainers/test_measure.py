@@ -329,7 +329,7 @@ def test_the_report_says_what_the_results_depend_on(data, weights, accelerator):
     assert report["teacher"]["weights"] == weights
     assert (report["teacher"]["fold_bn"], report["teacher"]["folded_norms"], report["compile"]) == (True, 9, "off")
     assert (report["data"]["images"], report["processes"]) == (70, 1)
-    assert {"torch", "nvidia-dali-cuda120", "date", "device"} <= set(report["versions"])
+    assert {"torch", "dali", "date", "device"} <= set(report["versions"])
     assert len(report["fingerprint"]) == 20
 
 

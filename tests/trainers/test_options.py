@@ -38,7 +38,7 @@ def _with(options: type, name: str, value: Any) -> Any:
         (EVERY, "data.image_size", [1, None], [0], "at least 1"),
         (EVERY, "data.val_resize", [1, None], [0], "at least 1"),
         (EVERY, "data.class_seed", [0, None], [-1], "0 or more"),
-        (EVERY, "data.hw_decoder_load", [0, 0.5, 1, None], [-0.1, 1.1, NAN], "a share from 0 to 1"),
+        (EVERY, "data.hw_decoder_load", [0, 1, None], [-0.1, 0.5, 1.1, NAN], "0 or 1"),
         ((*TRAINING, MeasureOptions, CacheOptions), "epochs", [1], [0, -1], "at least 1"),
         (TRAINING, "epoch_factor", [0.5, 4], [0, -1, NAN, INF], "a number above 0"),
         (TRAINING, "accumulation", [1], [0], "at least 1"),

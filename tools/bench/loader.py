@@ -42,7 +42,8 @@ class LoaderOptions:
     """Measure images a second of dalikd's loader and of others, from the encoded picture to the normalised batch.
 
     Args:
-        data: the pictures, of which the training split is read; threads, prefetch and hw_decoder_load are dalikd's.
+        data: the pictures, of which the training split is read; threads, prefetch, hw_decoder_load and decode are
+            dalikd's.
         random: measure so many pictures of random pixels in memory instead; --data.image_size is their side.
         backends: dalikd (decodes on the CPU), dalikd-mixed (on the GPU), torchvision-pil, torchvision-io, timm, and as
             the limit decode and decode-mixed (dalikd's windows are decoded and dropped); default: all that run here.
@@ -164,6 +165,7 @@ def _job(options: LoaderOptions, device: torch.device) -> Job:
         workers=threads if options.workers is None else options.workers,
         prefetch=options.data.prefetch,
         hw_decoder_load=options.data.hw_decoder_load,
+        decode=options.data.decode,
     )
 
 

@@ -247,8 +247,9 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 
 def _versions(environment: Mapping[str, Any]) -> str:
-    names = {"python": "Python", "torch": "torch", "torchvision": "torchvision", "nvidia-dali-cuda120": "DALI"}
-    parts = [f"{name} {environment[key]}" for key, name in names.items()]
+    names = {"python": "Python", "torch": "torch", "torchvision": "torchvision", "dali": "DALI"}
+    known = {"dali": environment.get("nvidia-dali-cuda120"), **environment}  # as records of before 2026-12 call it
+    parts = [f"{name} {known[key]}" for key, name in names.items()]
     return ", ".join([*parts, *([f"CUDA {environment['cuda']}"] if environment.get("cuda") else [])])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.augment import DrawSpec, View, policy_name
+from dalikd.pipelines.hardware import Decode
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -43,7 +44,8 @@ class Job:
         threads: DALI's CPU threads.
         workers: processes of a DataLoader.
         prefetch: batches that DALI makes ahead.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None for DALI's own.
+        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; None: 1 where it has one.
+        decode: windows or whole pictures on a GPU, as a Loader takes it.
         images: that a DataLoader gives before it starts anew, which costs it a pause: enough for all rounds.
     """
 
@@ -57,6 +59,7 @@ class Job:
     workers: int = 1
     prefetch: int = 2
     hw_decoder_load: float | None = None
+    decode: Decode = "auto"
     images: int = 1_000_000
 
 
@@ -94,6 +97,7 @@ class _Dalikd:
             threads=job.threads,
             prefetch=job.prefetch,
             hw_decoder_load=job.hw_decoder_load,
+            decode=job.decode,
         )
         normalized = Normalized(torch.nn.Identity(), job.source.mean, job.source.std).to(job.device)
         self._normalize = normalized.normalize

@@ -1,0 +1,279 @@
+"""What a GPU decodes with: its driver, DALI and nvImageCodec, the chip's JPEG engine; and how it is to be used.
+
+Importing this loads neither torch nor DALI.
+"""
+
+import ctypes
+import ctypes.util
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from dalikd.pipelines.sources import Source
+
+__all__ = ["PLAIN", "Decode", "Decoding", "decode_windows", "decoding_on", "driver_version", "package_versions"]
+
+Decode = Literal["auto", "windows", "whole"]
+
+_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+_CODEC = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")
+_WINDOWS_DOUBTED = 900  # nvImageCodec 0.9, as it writes its versions: 1000, 100 and 1 for each number
+_DRIVER = Path("/proc/driver/nvidia/version")
+_HARDWARE = 3  # nvJPEG's backend that is the engine
+_PROBE_SECONDS = 120
+
+
+class Decoding(NamedTuple):
+    """How a GPU decodes. On the CPU all of it is passed over.
+
+    Attributes:
+        hw_decoder_load: share of the images that the chip's JPEG engine decodes. With 0 or 1 an image's pixels do not
+            depend on the others of its batch; with a share between, they do.
+        whole: decode images whole and cut windows out, rather than decode windows.
+    """
+
+    hw_decoder_load: float = 0.0
+    whole: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """As the data options that ask for it."""
+        return {"hw_decoder_load": self.hw_decoder_load, "decode": "whole" if self.whole else "windows"}
+
+
+PLAIN = Decoding()
+
+
+def decoding_on(
+    source: "Source", device: "torch.device", decode: Decode = "auto", hw_decoder_load: float | None = None
+) -> Decoding:
+    """How a source's images are decoded on a device: as asked for, as far as that goes. What does not go is said, once.
+
+    Args:
+        source: the images; those in memory need nothing.
+        device: that decodes.
+        decode: auto: windows, but whole images where nvImageCodec is 0.9 or newer and cannot decode windows.
+        hw_decoder_load: default: 1 where the GPU has a JPEG engine, else 0.
+
+    Raises:
+        ValueError: DALI cannot work with this driver or this nvImageCodec.
+    """
+    if device.type != "cuda" or source.arrays is not None:
+        return PLAIN
+    import torch
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    check_libraries()
+    load = 0.0
+    if hw_decoder_load != 0 and _has_jpeg_engine(index):
+        load = 1.0 if hw_decoder_load is None else float(hw_decoder_load)
+    return Decoding(load, decode == "whole" or (decode == "auto" and not _decodes_windows(index, load)))
+
+
+# -------------------------------------------------------------------------------------------------- versions
+
+
+def package_versions() -> dict[str, str]:
+    """Of DALI, nvImageCodec and the driver, where they are there; and the CUDA that torch is built for."""
+    found = {"dali": _installed(_DALI), "nvimgcodec": _installed(_CODEC)}
+    named = {name: number for name, (_, number) in found.items() if number}
+    return {**named, **_named("torch_cuda", _torch_cuda()), **_named("driver", driver_version())}
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel driver, such as 580.65.06."""
+    found = re.search(r"\b\d{3}\.\d[\d.]*", _DRIVER.read_text("utf-8")) if _DRIVER.exists() else None
+    return found[0] if found else None
+
+
+def _named(name: str, value: str | None) -> dict[str, str]:
+    return {name: value} if value else {}
+
+
+def _torch_cuda() -> str | None:
+    """Out of its file of versions: torch itself takes seconds to import."""
+    from importlib.util import find_spec
+
+    spec = find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    found = re.search(r"^cuda\b.*=\s*'([\d.]+)'", file.read_text("utf-8"), re.M) if file and file.exists() else None
+    return found[1] if found else None
+
+
+def _installed(packages: tuple[str, ...]) -> tuple[str, str]:
+    """The first of these packages that is installed, and its version; empty strings where none is."""
+    for package in packages:
+        try:
+            return package, version(package)
+        except PackageNotFoundError:
+            continue
+    return "", ""
+
+
+@functools.cache
+def check_libraries() -> None:
+    """Check that driver, DALI and nvImageCodec fit together.
+
+    Raises:
+        ValueError: they do not; it says what to install.
+    """
+    from nvidia.dali import backend
+
+    (dali, number), (codec, installed) = _installed(_DALI), _installed(_CODEC)
+    built, served = backend.__cuda_version__ // 1000, _driver_cuda()  # type: ignore[attr-defined]
+    if served is not None and served // 1000 < built:
+        raise ValueError(
+            f"the driver {driver_version() or ''} is too old for DALI: it serves CUDA {served // 1000}."
+            f"{served % 1000 // 10}, and {dali or 'DALI'} {number} is built for CUDA {built}. Update the driver, "
+            "install a DALI of that CUDA, or use --device cpu"
+        )
+    from packaging.requirements import Requirement  # DALI brings it
+
+    loaded = _loaded_codec()
+    for needed in map(Requirement, requires(dali) or () if dali else ()):
+        if needed.name == codec and installed not in needed.specifier:
+            remedy = f"pip install '{codec}{needed.specifier}'"
+            raise ValueError(f"DALI {number} does not work with {codec} {installed}: {remedy}")
+    if installed and loaded and loaded != _as_number(installed):
+        raise ValueError(
+            f"DALI has loaded another nvImageCodec (version number {loaded}) than {codec} {installed}, which is "
+            "installed: take the other libnvimgcodec.so out of LD_LIBRARY_PATH"
+        )
+
+
+def _as_number(words: str) -> int:
+    major, minor, patch = map(int, words.split(".")[:3])
+    return 1000 * major + 100 * minor + patch
+
+
+def _loaded_codec() -> int | None:
+    """nvImageCodec's version as DALI says it: 1000, 100 and 1 for each number."""
+    from nvidia.dali import backend
+
+    number = getattr(backend, "GetNvimgcodecVersion", lambda: 0)()
+    return number if number > 0 else None
+
+
+def _driver_cuda() -> int | None:
+    """The newest CUDA that the driver serves: 1000 for the major and 10 for the minor number."""
+    found = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except OSError:
+        return None
+    return None if failed else found.value
+
+
+# ------------------------------------------------------------------------------------------------- the chip
+
+
+@functools.cache
+def _has_jpeg_engine(index: int) -> bool:
+    """Whether nvJPEG finds a JPEG engine on the CUDA device; says so where it does not."""
+    library = _nvjpeg()
+    if library is None:
+        _say("libnvjpeg is not found, and without it no JPEG engine: pip install nvidia-nvjpeg-cu12")
+        return False
+    import torch
+
+    handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
+    with torch.cuda.device(index):
+        torch.cuda.synchronize()  # the device's context is this thread's from now on
+        if library.nvjpegCreateEx(_HARDWARE, None, None, 0, ctypes.byref(handle)) == 0:
+            library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+            library.nvjpegDestroy(handle)
+    if engines.value == 0:
+        _say(f"{torch.cuda.get_device_name(index)} has no JPEG engine: its cores decode (--data.hw_decoder_load 0)")
+    return engines.value > 0
+
+
+def _nvjpeg() -> ctypes.CDLL | None:
+    import nvidia
+
+    found = [str(file) for root in nvidia.__path__ for file in sorted(Path(root).glob("*/lib/libnvjpeg.so.*"))]
+    name = next(iter(found), ctypes.util.find_library("nvjpeg"))
+    return None if name is None else ctypes.CDLL(name)
+
+
+@functools.cache
+def _decodes_windows(index: int, load: float) -> bool:
+    """Whether the CUDA device decodes windows: older than 0.9 nvImageCodec does; of others a process of its own finds
+    out, which may end by it."""
+    loaded = _loaded_codec()
+    if loaded is not None and loaded < _WINDOWS_DOUBTED:
+        return True
+    code = f"import sys; sys.path[:] = {sys.path!r}; {_PROBE.format(index=index, load=load)}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=_PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        why = f"it has not done so in {_PROBE_SECONDS} seconds"
+    else:
+        words = done.stderr.strip().rpartition("\n")[2]
+        why = signal.Signals(-done.returncode).name if done.returncode < 0 else words if done.returncode else ""
+    if why:
+        _say(
+            f"nvImageCodec {_installed(_CODEC)[1]} cannot decode windows of JPEGs on this GPU ({why}): images are "
+            "decoded whole, which takes longer; DALI 2.2 can, and --data.decode whole leaves this test out"
+        )
+    return not why
+
+
+_PROBE = "from dalikd.pipelines.hardware import decode_windows; decode_windows({index}, {load})"
+
+
+def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
+    """Decode windows of a JPEG, and the whole of it; exit with a line on stderr if that fails or the pixels are others
+    than Pillow's. Where nvImageCodec is broken this ends the process."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from dalikd.pipelines.augment import View
+    from dalikd.pipelines.doctor import dali_words
+    from dalikd.pipelines.graphs import build_graph
+
+    y, x = np.mgrid[:375, :500]
+    picture = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    windows = np.array([(0, 0, 375, 500), (17, 33, 200, 301), (120, 7, 255, 96), (301, 402, 74, 98)] * 2)
+    start, shape = windows[:, :2].astype(np.float32), windows[:, 2:].astype(np.float32)
+    inputs = ([np.frombuffer(buffer.getvalue(), np.uint8)] * len(windows), start, shape)
+    graph = build_graph(
+        lambda _: inputs,
+        View(1, "window"),
+        reader="bytes",
+        batch_size=len(windows),
+        threads=1,
+        device_id=device_id,
+        prefetch=1,
+        decoding=Decoding(hw_decoder_load),  # type: ignore[arg-type] - the checker reads this file under two names
+    )
+    try:
+        decoded = graph.run()[0].as_cpu()
+    except RuntimeError as error:
+        sys.exit(dali_words(error))
+    expected = np.asarray(Image.open(buffer), np.int16)
+    for number, (top, left, height, width) in enumerate(windows):
+        pixels = np.asarray(decoded[number])
+        if pixels.shape[:2] != (height, width):
+            sys.exit(f"a window of {height} x {width} pixels came out as {pixels.shape[0]} x {pixels.shape[1]}")
+        if np.abs(expected[top : top + height, left : left + width] - pixels).mean() > 4:
+            sys.exit("its pixels are others than Pillow's")
+
+
+def _say(words: str) -> None:
+    """Once for all processes: accelerate and torchrun number them in RANK."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dalikd: {words}", flush=True)
