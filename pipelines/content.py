@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-__all__ = ["extension_of", "image_sides", "is_jpeg2000", "lacks_app14", "refusal", "why_damaged"]
+__all__ = ["extension_of", "image_sides", "is_jpeg2000", "lacks_app14", "lacks_end", "refusal", "why_damaged"]
 
 _HEADER_BYTES = 4096  # read at once where a header is looked for: nearly always all of it
 _NO_FRAME = {0xC4, 0xC8, 0xCC}  # JPEG's markers from 0xC0 to 0xCF that begin no frame
@@ -112,7 +112,7 @@ def why_damaged(encoded: bytes) -> str:
     found = _format(encoded)
     assert found is not None
     ends_early = {
-        "JPEG": encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda") or b"\xff\xda" not in encoded,
+        "JPEG": lacks_end(encoded),
         "PNG": b"IEND" not in encoded[-1024:],
         "WebP": len(encoded) < 8 + int.from_bytes(encoded[4:8], "little"),
         "BMP": len(encoded) < int.from_bytes(encoded[2:6], "little"),
@@ -120,6 +120,12 @@ def why_damaged(encoded: bytes) -> str:
     if ends_early.get(found[0], False):
         return f"the {found[0]} is truncated"
     return f"DALI fails on this {found[0]}: it is damaged, or of a rare kind"
+
+
+def lacks_end(encoded: bytes) -> bool:
+    """Whether it is a JPEG without a marker of its end after its pixels, as one that is cut off."""
+    pixels = encoded.rfind(b"\xff\xda")
+    return encoded.startswith(b"\xff\xd8") and (pixels < 0 or encoded.rfind(b"\xff\xd9") < pixels)
 
 
 def image_sides(read: Callable[[int, int], bytes]) -> tuple[int, int]:

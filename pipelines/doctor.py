@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from dalikd.pipelines.augment import View
-from dalikd.pipelines.content import is_jpeg2000, refusal, why_damaged
+from dalikd.pipelines.content import is_jpeg2000, lacks_end, refusal, why_damaged
 from dalikd.pipelines.hardware import PLAIN, Decoding
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class Decoder:
         device_id = (device.index or 0) if device is not None and device.type == "cuda" else None
         self.at_once = _EACH_THREAD * threads
         self._here = _Dali(threads, device_id, decoding, jpeg2000=False)
+        self._on_cpu = self._here if device_id is None else _Dali(threads, None, decoding, jpeg2000=False)
         self._apart = _Apart(threads, device_id, decoding)
 
     def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
@@ -132,14 +133,19 @@ class Decoder:
             RuntimeError: the GPU fails, or the process that decodes JPEG 2000 images cannot work.
         """
         answers: list[Any] = [refusal(content) for content in encoded]
-        kinds = [
-            is_jpeg2000(content) if reason is None else None for content, reason in zip(encoded, answers, strict=True)
+        decoders = [
+            self._decoder_of(content) if reason is None else None
+            for content, reason in zip(encoded, answers, strict=True)
         ]
-        for kind, decoder in ((False, self._here), (True, self._apart)):
-            places = [place for place, own in enumerate(kinds) if own is kind]
+        for decoder in {self._here, self._on_cpu, self._apart}:
+            places = [place for place, own in enumerate(decoders) if own is decoder]
             for place, answer in zip(places, decoder.decode([encoded[place] for place in places]), strict=True):
                 answers[place] = answer
         return answers
+
+    def _decoder_of(self, content: bytes) -> "_Dali | _Apart":
+        """Of an image. nvJPEG may decode a JPEG that is cut off to grey without a word: such are for the CPU."""
+        return self._apart if is_jpeg2000(content) else self._on_cpu if lacks_end(content) else self._here
 
     def close(self) -> None:
         """End the process that decodes JPEG 2000 images. The next one starts another."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
-from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, refusal
+from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
 from dalikd.pipelines.doctor import Decoder, is_decode_failure
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.handover import HandOver
@@ -40,6 +40,7 @@ __all__ = [
 
 _READ_AHEAD = 4  # batches that DALI may ask for beyond those that are made ahead
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
+_END = (0xFF, 0xD9)  # of a JPEG
 
 
 class UnfitError(RuntimeError):
@@ -210,8 +211,9 @@ class DaliEngine:
             self.restart()
             return self.fetch(position)
         if self._reader != "arrays":
-            *outputs, second, shape = outputs
-            if self._look(self._plans[0], np.asarray(second.as_tensor()), np.asarray(shape.as_tensor())):
+            views = 1 + len(self._views)
+            outputs, signs = outputs[:views], outputs[views:]
+            if self._look(self._plans[0], *(np.asarray(sign.as_tensor()) for sign in signs)):
                 self.restart()
                 return self.fetch(position)
         if self._windows is not None:
@@ -296,14 +298,16 @@ class DaliEngine:
         source = self._work.source
         return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
 
-    def _look(self, plan: Plan, second: np.ndarray, shape: np.ndarray) -> bool:
-        """Compare the sides that windows were placed by. Look at the headers of images, once each, that are neither
-        PNG nor JPEG of one or three channels.
+    def _look(self, plan: Plan, second: np.ndarray, shape: np.ndarray, ends: np.ndarray | None = None) -> bool:
+        """Compare the sides that windows were placed by. Look at images, once each, that are neither PNG nor JPEG of
+        one or three channels; on a GPU also at JPEGs that other bytes than the marker of their end conclude: where
+        pixels are missing, nvJPEG may put grey ones without a word, which the CPU's decoder refuses.
 
         Args:
             plan: of a batch that DALI has decoded.
             second: second byte of each image, uint8 [B].
             shape: height, width and channels of each image, [B, 3].
+            ends: on a GPU, last two bytes of each image, [B, 2].
 
         Returns:
             whether the batch must be made again, with the right sides or CMYK mended.
@@ -313,7 +317,10 @@ class DaliEngine:
             self._sides[plan.rows[wrong]] = shape[wrong, :2]
             if wrong.any():
                 return True
-        rare = np.flatnonzero((second != _PNG) & ((second != _JPEG) | (shape[:, 2] == 4)))
+        rare = (second != _JPEG) | (shape[:, 2] == 4)
+        if ends is not None:
+            rare |= (ends != _END).any(1)
+        rare = np.flatnonzero((second != _PNG) & rare)
         for slot in rare.tolist():
             row = int(plan.rows[slot])
             if row in self._fit:
@@ -324,7 +331,9 @@ class DaliEngine:
                 raise UnfitError from error
             if refusal(encoded) is not None:
                 raise UnfitError
-            if not self._mend_cmyk and second[slot] == _JPEG and lacks_app14(encoded):
+            if ends is not None and lacks_end(encoded) and isinstance(Decoder(1).decode([encoded])[0], str):
+                raise UnfitError
+            if not self._mend_cmyk and second[slot] == _JPEG and shape[slot, 2] == 4 and lacks_app14(encoded):
                 self._mend_cmyk = True
                 return True
             self._fit.add(row)
@@ -350,6 +359,7 @@ class DaliEngine:
             decoding=self._options.decoding,
             mend_cmyk=self._mend_cmyk,
             jpeg2000=self._judge is not None,
+            ends=work.device.type == "cuda" and self._reader != "arrays",
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:

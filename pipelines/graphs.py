@@ -67,6 +67,7 @@ def build_graph(
     decoding: Decoding = PLAIN,
     mend_cmyk: bool = False,
     jpeg2000: bool = False,
+    ends: bool = False,
 ) -> Pipeline:
     """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
 
@@ -84,11 +85,13 @@ def build_graph(
         mend_cmyk: take a JPEG of four channels without an APP14 segment for inverted CMYK, as Pillow does; DALI takes
             it for CMYK that is not, which makes most of them black.
         jpeg2000: decode the JPEG 2000 images that are `trusted`. A graph without this fails on all of them.
+        ends: give out the last two bytes of the encoded images.
 
     Returns:
         a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
         each sample; where these were encoded, also their second byte (uint8) and their height, width and channels
-        (float32 [3]). A window that reaches beyond its image is cut off there: compare the sides.
+        (float32 [3]); and their last two bytes (uint8 [2]) where asked for. A window that reaches beyond its image is
+        cut off there: compare the sides.
     """
     with _quiet_build():
         graph = _graph(
@@ -99,6 +102,7 @@ def build_graph(
             decoding,
             mend_cmyk,
             jpeg2000,
+            ends,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -131,13 +135,14 @@ def _graph(
     decoding: Decoding,
     mend_cmyk: bool,
     jpeg2000: bool,
+    ends: bool,
 ):
     draws = _inputs(callback, input_names(view, views, jpeg2000=jpeg2000))
     source = _READERS[reader](draws["source"], decoding, mend_cmyk, draws["trusted"] if jpeg2000 else None)
     outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
-    return (*outputs, *source.signs)
+    return (*outputs, *source.signs, *((source.bytes[-2:],) if ends else ()))
 
 
 @do_not_convert

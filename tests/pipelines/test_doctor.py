@@ -1,11 +1,13 @@
+import io
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.doctor import BadFile, find_bad_files
+from dalikd.pipelines.doctor import BadFile, Decoder, find_bad_files
 from dalikd.pipelines.manifest import FileList
 from dalikd.pipelines.sources import Source
 
@@ -100,3 +102,14 @@ def test_images_in_memory_are_never_bad() -> None:
         arrays=np.zeros((2, 32, 32, 3), np.uint8),
     )
     assert find_bad_files(source, [0, 1]) == []
+
+
+def test_what_a_gpu_may_decode_to_grey_is_decoded_on_the_cpu(photo: Image.Image) -> None:
+    """JPEGs that are cut off; whatever follows a JPEG's end is no part of it."""
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    decoder = Decoder(1)
+    decoder._here = Mock(decode=lambda encoded: ["by the GPU"] * len(encoded))
+    cut, trailed = decoder.decode([whole[: len(whole) // 2], whole + b"tail"])
+    assert (cut, trailed) == ("the JPEG is truncated", "by the GPU")

@@ -14,7 +14,7 @@ from dalikd.pipelines import convert
 from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.convert import WriteOptions, write_records
 from dalikd.pipelines.decode import decode_source
-from dalikd.pipelines.engines import DaliEngine, RecordsEngine
+from dalikd.pipelines.engines import DaliEngine, RecordsEngine, UnfitError
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.records import Records
 from dalikd.pipelines.sampler import Sampler
@@ -258,3 +258,31 @@ def test_a_reader_does_not_keep_more_than_it_needs(written):
     assert len(engine._read) == 2 + 4
     loader.close()
     assert not engine._read
+
+
+# ------------------------------------------------------------------------------------------- truncated JPEGs
+
+
+def test_on_a_gpu_a_jpeg_that_is_cut_off_is_found_by_its_end(small_images: Path, tmp_path: Path):
+    """Other ends are looked at once."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    names = sorted(small_images.rglob("*.jp*g"))[:3]
+    whole, trailed, cut = (path.read_bytes() for path in names)
+    for number, content in enumerate((whole, trailed + b"tail", cut[:-40])):
+        (folder / f"{number}.jpg").write_bytes(content)
+    loader = _loader(open_source("imagefolder", tmp_path, "train", split="."), EVALUATION, 3)
+    engine = loader._engine
+    assert isinstance(engine, DaliEngine)
+    jpeg, shape = np.full(3, 0xD8, np.uint8), np.full((3, 3), 3.0, np.float32)
+    end = np.tile(np.uint8([0xFF, 0xD9]), (3, 1))
+    plan = replace(loader.plan(0), rows=np.arange(3))
+    assert not engine._look(plan, jpeg, shape, end)
+    assert engine._fit == set()
+    end[1] = 0
+    assert not engine._look(plan, jpeg, shape, end)
+    assert engine._fit == {1}
+    end[2] = 0
+    with pytest.raises(UnfitError):
+        engine._look(plan, jpeg, shape, end)
+    assert not engine._look(plan, jpeg, shape)  # the CPU's decoder says so itself

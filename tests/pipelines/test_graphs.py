@@ -502,3 +502,18 @@ def test_whole_images_are_cut_to_the_pixels_of_windows(photos: Path):
         )
         made.append([np.array(pixels) for pixels in graph.run()[0]])
     assert all(np.array_equal(one, two) for one, two in zip(*made, strict=True))
+
+
+def test_the_last_bytes_come_out_where_they_are_asked_for(photos: Path):
+    encoded = (next(photos.rglob("*.jp*g")).read_bytes(), next(photos.rglob("*.jp*g")).read_bytes() + b"tail")
+    pictures = [np.frombuffer(content, np.uint8) for content in encoded]
+    graph = build_graph(
+        lambda _: (pictures,),
+        View(32, "center_crop", resize=32),
+        reader="bytes",
+        batch_size=2,
+        threads=1,
+        device_id=None,
+        ends=True,
+    )
+    assert [bytes(ends) for ends in np.array(graph.run()[3].as_tensor())] == [b"\xff\xd9", b"il"]
