@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     from dalikd.pipelines.sources import Source
 
-__all__ = ["PLAIN", "Decode", "Decoding", "decode_windows", "decoding_on", "driver_version", "package_versions"]
+__all__ = [
+    "PLAIN",
+    "Decode",
+    "Decoding",
+    "check_libraries",
+    "decode_windows",
+    "decoding_on",
+    "driver_version",
+    "package_versions",
+]
 
 Decode = Literal["auto", "windows", "whole"]
 
@@ -127,7 +136,7 @@ def check_libraries() -> None:
     """
     from nvidia.dali import backend
 
-    (dali, number), (codec, installed) = _installed(_DALI), _installed(_CODEC)
+    dali, number = _installed(_DALI)
     built, served = backend.__cuda_version__ // 1000, _driver_cuda()  # type: ignore[attr-defined]
     if served is not None and served // 1000 < built:
         raise ValueError(
@@ -137,16 +146,17 @@ def check_libraries() -> None:
         )
     from packaging.requirements import Requirement  # DALI brings it
 
-    loaded = _loaded_codec()
-    for needed in map(Requirement, requires(dali) or () if dali else ()):
-        if needed.name == codec and installed not in needed.specifier:
-            remedy = f"pip install '{codec}{needed.specifier}'"
-            raise ValueError(f"DALI {number} does not work with {codec} {installed}: {remedy}")
-    if installed and loaded and loaded != _as_number(installed):
-        raise ValueError(
-            f"DALI has loaded another nvImageCodec (version number {loaded}) than {codec} {installed}, which is "
-            "installed: take the other libnvimgcodec.so out of LD_LIBRARY_PATH"
-        )
+    needs = [Requirement(line) for line in (requires(dali) or () if dali else ())]
+    for codec in (need for need in needs if need.name in _CODEC):
+        installed, loaded = _installed((codec.name,))[1], _loaded_codec()
+        if not installed or installed not in codec.specifier:
+            found, remedy = installed or "(not installed)", f"pip install '{codec.name}{codec.specifier}'"
+            raise ValueError(f"DALI {number} does not work with {codec.name} {found}: {remedy}")
+        if loaded and loaded != _as_number(installed):
+            raise ValueError(
+                f"DALI has loaded another nvImageCodec (version number {loaded}) than {codec.name} {installed}, which "
+                "is installed: take the other libnvimgcodec.so out of LD_LIBRARY_PATH"
+            )
 
 
 def _as_number(words: str) -> int:

@@ -110,7 +110,7 @@ def validation_loader(source: Source, options: RunOptions, accelerator: Accelera
     data = options.data
     if accelerator.device.type == "cuda" and data.threads is None:
         data = replace(data, threads=_EVALUATION_THREADS)  # they would hold the GPU's memory while training goes on
-    resident = resident_pictures(source, view, data, accelerator) if can_be_resident(view) else None
+    resident = resident_pictures(source, view, options.data, accelerator) if can_be_resident(view) else None
     return make_loader(source, sampler, DrawSpec(view), data, accelerator, resident=resident, buffers=2)
 
 

@@ -180,7 +180,7 @@ def test_a_driver_too_old_for_dali_is_named(monkeypatch, built, served, words):
         (None, 700, r"has loaded another nvImageCodec \(version number 700\) than nvidia-nvimgcodec-cu12 "),
         (None, None, ""),
     ],
-    ids=["not DALI's", "not the installed one", "unknown"],
+    ids=["not of this DALI", "not the installed one", "unknown"],
 )
 def test_a_wrong_nvimagecodec_is_named(monkeypatch, installed, loaded, words):
     real = hardware.version
