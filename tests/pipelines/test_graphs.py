@@ -24,6 +24,7 @@ from torchvision.transforms import (
 from torchvision.transforms import autoaugment as published
 from torchvision.transforms import functional as transforms
 
+from dalikd.pipelines import graphs
 from dalikd.pipelines.augment import DrawSpec, View, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.graphs import build_graph, input_names
