@@ -11,7 +11,7 @@ from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_dali")]
 
 CUDA = torch.device("cuda", 0)
 

@@ -27,6 +27,7 @@ import torch
 
 from dalikd.kd.backbones import create_model
 from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
@@ -154,7 +155,7 @@ def _items(root: Path, output: Path, device: str) -> dict[str, _Item]:
     recorded = ("--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * _REPEATED)
     return {
         "versions": _Item(here(versions_and_card, "versions"), 30, dali=False),
-        "decoders": _Item(here(decoders, "decoders"), 45),
+        "decoders": _Item(here(decoders, "decoders"), 60),
         "windows": _Item(bench("loader", "windows", *data, *crop, *batch, *few, "--backends", *sides), 60),
         "host": _Item(bench("host", "host", *(() if on_gpu else ("--batch_size", "32", "--steps", "2"))), 40, note=0),
         "tests": _Item(tests(str(_TESTS), "--ignore", compiled), 110, gpus=1, dali=False, read=read_tests),
@@ -195,7 +196,7 @@ def _cannot(item: _Item, left: float) -> str | None:
     if item.gpus > torch.cuda.device_count():
         return f"needs {item.gpus} GPUs, and here is 1"
     if item.dali and not _installed("nvidia", "nvidia.dali"):
-        return "no DALI: install nvidia-dali-cuda120"
+        return "no DALI: install nvidia-dali-cuda120 or nvidia-dali-cuda130"
     if item.read is not None and not (_installed("pytest") and _TESTS.is_dir()):
         return "pytest and a clone of dalikd with its tests are needed"
     return "no time left of --limit" if left < _LEAST else None
@@ -289,7 +290,9 @@ def decoders(file: str, root: str, device: str) -> None:
             f"load {load_:g}: {changed} of {fewer} pictures change with their batch, "
             f"{float(away.mean()):.2f} grey levels from the CPU (worst picture {float(away.max()):.2f})"
         )
-    write_json(Path(file), {"found": "; ".join(sentences), "loads": loads})
+    used = decoding_on(source, torch.device(device)).options()
+    sentences.append(f"dalikd uses {', '.join(f'{name} {value}' for name, value in used.items())}")
+    write_json(Path(file), {"found": "; ".join(sentences), "loads": loads, "used": used})
 
 
 def interrupt_and_resume(file: str, root: str, device: str) -> None:

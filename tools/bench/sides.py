@@ -17,7 +17,7 @@ from torch import Tensor
 from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.augment import DrawSpec, View, policy_name
-from dalikd.pipelines.hardware import Decode
+from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -129,7 +129,7 @@ class _Decode:
             threads=job.threads,
             device_id=(decoded_on.index or 0) if self._stream is not None else None,
             prefetch=job.prefetch,
-            hw_decoder_load=job.hw_decoder_load,
+            decoding=decoding_on(job.source, decoded_on, job.decode, job.hw_decoder_load),
         )
 
     def next(self) -> tuple[Tensor, ...]:

@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(recorded, monkeypatch):
     rows = recorded({"two": _python("", gpus=2), "decodes": _python("", dali=True), "plain": _python("")})
     assert [row["outcome"] for row in rows.values()] == [
         "skipped: needs a GPU" if not torch.cuda.is_available() else "skipped: needs 2 GPUs, and here is 1",
-        "skipped: no DALI: install nvidia-dali-cuda120",
+        "skipped: no DALI: install nvidia-dali-cuda120 or nvidia-dali-cuda130",
         "done",
     ]
 
