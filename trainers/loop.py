@@ -198,19 +198,20 @@ class Loop:
         if self._student_is_fixed:
             self.method.student.eval()  # its running statistics stay too
         try:
-            with self._stops:
-                self._run_steps()
-        except (BadFileError, Interrupted) as stop:
-            save_after(stop, self.save, f"go on with --resume {self.folder.path}")
-            self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
-            raise
-        except RuntimeError as error:
-            if (words := lack_of_memory(error)) is None:
-                raise
-            lack = MemoryError(words)
-            if self.accelerator.is_main_process:  # the others may not have met it, and wait
-                save_after(lack, self._write, f"the state is saved, go on with --resume {self.folder.path}")
-            raise lack from error
+            with self._stops:  # until the state is saved: a launcher hands on what its processes have had already
+                try:
+                    self._run_steps()
+                except (BadFileError, Interrupted) as stop:
+                    save_after(stop, self.save, f"go on with --resume {self.folder.path}")
+                    self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+                    raise
+                except RuntimeError as error:
+                    if (words := lack_of_memory(error)) is None:
+                        raise
+                    lack = MemoryError(words)
+                    if self.accelerator.is_main_process:  # the others may not have met it, and wait
+                        save_after(lack, self._write, f"the state is saved, go on with --resume {self.folder.path}")
+                    raise lack from error
         finally:
             torch.set_num_threads(self._threads)
             self.loader.close()

@@ -212,17 +212,17 @@ class _Pass:
         bar = progress(
             self.accelerator, title, total=images, initial=self.measurement.images, unit="image", leave=False
         )
-        try:
-            with bar, StopSignals(self.accelerator) as stops:
+        with bar, StopSignals(self.accelerator) as stops:
+            try:
                 while self.batches < total and self.settled is None:
                     batch = stops.together(self.loader.next)
                     self._step(batch)
                     bar.update(batch.total)
-        except (BadFileError, Interrupted) as stop:
-            kept = "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint"
-            save_after(stop, self._save, f"{kept}, after {self.measurement.images} images")
-            self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
-            raise
+            except (BadFileError, Interrupted) as stop:
+                kept = "the same command goes on" if self._checkpoint else "nothing is kept without --checkpoint"
+                save_after(stop, self._save, f"{kept}, after {self.measurement.images} images")
+                self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+                raise
         if self.options.compile != "off":
             torch.compiler.reset()  # what many passes of one process leave behind would pass torch's limit
         self._save()
