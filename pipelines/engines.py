@@ -4,7 +4,7 @@ import ctypes
 import gc
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ __all__ = [
     "can_gather",
 ]
 
-_READ_AHEAD = 4  # batches that DALI may ask for beyond those that are made ahead
+_READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: by DALI, and one planned
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
 _END = (0xFF, 0xD9)  # of a JPEG
 
@@ -186,6 +186,9 @@ class DaliEngine:
         self._graph: Any = None
         self._first = 0
         self._plans: deque[Plan] = deque()
+        # makes the next batch's inputs meanwhile: the thread that runs a step also launches its kernels
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="dalikd-plan")
+        self._ahead: Future[tuple[Plan, tuple[Any, ...]]] | None = None
         self._fit: set[int] = set()  # rows of rare formats that have been looked at
         self._mend_cmyk = False
         self._judge: Decoder | None = None  # once a JPEG 2000 image has come
@@ -233,6 +236,9 @@ class DaliEngine:
 
     def close(self) -> None:
         """Free the pipeline."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
         if self._judge is not None:
             self._judge.close()
         if self._graph is None:
@@ -363,9 +369,15 @@ class DaliEngine:
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
-        plan = self.plan(self._first + info.iteration)
+        position = self._first + info.iteration
+        plan, inputs = self._prepare(position) if self._ahead is None else self._ahead.result()
+        self._ahead = self._planner.submit(self._prepare, position + 1)
         self._plans.append(plan)
-        return self.feed(plan)
+        return inputs
+
+    def _prepare(self, position: int) -> tuple[Plan, tuple[Any, ...]]:
+        plan = self.plan(position)
+        return plan, self.feed(plan)
 
     def _run(self):
         if self._work.device.type != "cuda":

@@ -86,12 +86,11 @@ class Sampler:
         if not self.shuffle:
             epoch = 0
         wanted = (epoch, self._folded(epoch + 1)) if self.shuffle else (0,)
-        for number in wanted:
-            if number not in self._orders:
-                self._orders[number] = self._thread.submit(self._make_order, number)
-        for old in [number for number in self._orders if number not in wanted]:
-            del self._orders[old]
-        return self._orders[epoch].result()
+        known = self._orders  # replaced whole: two threads may be here
+        self._orders = orders = {
+            number: known.get(number) or self._thread.submit(self._make_order, number) for number in wanted
+        }
+        return orders[epoch].result()
 
     def __getitem__(self, index: int) -> Microbatch:
         """This process's microbatch number `index` since the start of training."""

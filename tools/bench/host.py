@@ -8,6 +8,7 @@ is, it is the limit: at small images, small batches and small nets. So its CPU t
 tensors: both nets answer with a constant, images have 8 pixels a side, and DALI decodes in threads of its own.
 """
 
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,7 @@ __all__ = ["HostOptions", "Watch", "loader_microseconds", "main", "plan", "run",
 
 #: What the loader does on the main thread, by part. Their sum is what it costs there.
 LOADER = ("rows and draws", "feed", "DALI takes the inputs", "DALI runs", "hand over")
+_AHEAD = "next batch: rows, draws, feed, in a thread"
 _STEP = ("look: mixing, teacher, picking, metric", "rest of the step: student, loss, optimizer, meters")
 _PIXELS = "pixels on the CPU"  # a GPU makes them itself
 _WANTED = 5.0  # microseconds an image, of the whole loader
@@ -87,7 +89,8 @@ class HostOptions:
 
 
 class Watch(TorchDispatchMode):
-    """Adds up CPU time of the main thread, and operators that torch dispatches, by the innermost part that runs.
+    """Adds up CPU time of the main thread, and operators that torch dispatches, by the innermost part that runs. What
+    runs in another thread is one part.
 
     Operators are counted while it is entered, which takes time of its own.
 
@@ -102,6 +105,7 @@ class Watch(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self._parts: list[str] = []
         self._since = 0.0
+        self._main = threading.get_ident()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._parts and not func.is_view:
@@ -112,6 +116,12 @@ class Watch(TorchDispatchMode):
         """The function, charged to a part."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._main:
+                before = time.thread_time()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self.seconds[_AHEAD] += time.thread_time() - before
             self._charge()
             self._parts.append(part)
             try:
@@ -251,7 +261,7 @@ class _Side:
                 self.loop.step()
             seconds = time.perf_counter() - started
         images = self._options.steps * self._options.batch_size
-        self.parts.append({part: 1e6 * watch.seconds[part] / images for part in (*LOADER, _PIXELS, *_STEP)})
+        self.parts.append({part: 1e6 * watch.seconds[part] / images for part in (*LOADER, _AHEAD, _PIXELS, *_STEP)})
         self.wall.append(1000 * seconds / self._options.steps)
         return images / seconds
 
@@ -262,15 +272,15 @@ class _Side:
     def rows(self, rates: Sequence[float]) -> list[dict[str, Any]]:
         """One for each part, and sums."""
         steps = [sum(found[part] for part in _STEP) for found in self.parts[1:]]
-        of_parts = {part: [found[part] for found in self.parts[1:]] for part in (*LOADER, *_STEP, _PIXELS)}
-        groups = {**dict.fromkeys(LOADER), **dict.fromkeys(_STEP), _PIXELS: None, "loader": LOADER, "step": _STEP}
+        of_parts = {part: [found[part] for found in self.parts[1:]] for part in (*LOADER, *_STEP, _AHEAD, _PIXELS)}
+        groups = {"loader": LOADER, "step": _STEP}
         rows = []
         for part, values in {**of_parts, "loader": self.loader(), "step": steps}.items():
-            within = groups[part] or (part,)
+            within = groups.get(part, (part,))
             rows.append(
                 {
                     "augmentation": self._name,
-                    "part": f"all of the {part}" if groups[part] else part,
+                    "part": f"all of the {part}" if part in groups else part,
                     "µs an image": summary(values),
                     "ms a step": summary([value * self._options.batch_size / 1000 for value in values]),
                     "operators a step": sum(self.operators[one] for one in within),
@@ -313,8 +323,8 @@ def _notes(sides: dict[str, _Side]) -> list[str]:
     return [
         f"All of the loader, µs an image: {figures}. Wanted: at most {number(_WANTED)}; "
         + (f"above it: {', '.join(over)}." if over else "all are."),
-        "CPU time of the main thread alone (a thread that waits uses none); what other threads do, DALI's among them, "
-        "shows in the wall time.",
+        f"CPU time of the main thread alone (a thread that waits uses none). {_AHEAD}: it is in no sum; what DALI's "
+        "threads do shows in the wall time.",
         f"{LOADER[2]}: its _prep_data_for_feed_input, and the copy into its own memory. {LOADER[4]}: labels, rows and "
         f"draws packed and copied, headers checked, the batch made. {_PIXELS}: what a GPU does itself; in no sum.",
         "Operators: those that torch dispatches in a step, views left out; on a GPU a kernel or an allocation each, "

@@ -1,6 +1,7 @@
 """CPU time of the main thread, by part; on pictures of 32 pixels and in rounds too short to mean anything."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_the_innermost_part_is_charged_and_waiting_is_not():
     assert watch.seconds["outer"] == pytest.approx(0.01, abs=0.008)
 
 
+def test_another_thread_is_charged_apart():
+    watch = Watch()
+    outer = watch.of("outer", lambda: ThreadPoolExecutor(1).submit(watch.of("inner", lambda: _work(0.03))).result())
+    outer()
+    assert watch.seconds.pop("next batch: rows, draws, feed, in a thread") == pytest.approx(0.03, abs=0.008)
+    assert list(watch.seconds) == ["outer"]
+    assert watch.seconds["outer"] < 0.01
+
+
 def test_every_part_of_a_step_has_a_row(small_images, tmp_path, capsys):
     """The sums are those of their parts; picking takes more operators than looking at originals."""
     sizes = ("--batch_size", "64", "--steps", "2", "--data.threads", "1")
@@ -42,7 +52,10 @@ def test_every_part_of_a_step_has_a_row(small_images, tmp_path, capsys):
     rows = {(row["augmentation"], row["part"]): row for row in record.rows}
     for name in ("identity", "cutmixpick_teacher"):
         parts = [rows[name, part]["µs an image"]["values"] for part in LOADER]
-        assert all(len(values) == 5 and min(values) > 0 for values in parts)
+        assert all(len(values) == 5 for values in parts)
+        assert all(min(values) > 0 for values in parts[2:])  # of the others a thread has more
+        ahead = rows[name, "next batch: rows, draws, feed, in a thread"]["µs an image"]["values"]
+        assert sum(ahead) > 3 * sum(parts[0] + parts[1])
         whole = rows[name, "all of the loader"]
         assert whole["µs an image"]["values"] == pytest.approx([sum(values) for values in zip(*parts, strict=True)])
         assert rows[name, "wall time"]["ms a step"]["low"] > whole["ms a step"]["low"]
