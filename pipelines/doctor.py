@@ -198,10 +198,12 @@ class _Dali:
 
 
 def is_decode_failure(error: RuntimeError) -> bool:
-    """Whether DALI failed on what it was given, rather than for lack of a GPU's memory or another fault of the GPU."""
+    """Whether DALI failed on what it was given, rather than for lack of memory or another fault of the GPU."""
     text = str(error)
-    of_gpu = r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError|CUDABadAlloc|out of memory|ALLOCATOR_FAIL"
-    return "in pipeline" in text and not re.search(of_gpu, text)
+    of_machine = (
+        r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError|CUDABadAlloc|out of memory|ALLOCATOR_FAIL|bad_alloc"
+    )
+    return "in pipeline" in text and not re.search(of_machine, text)
 
 
 def dali_words(error: Exception) -> str:

@@ -21,7 +21,9 @@ Result = TypeVar("Result")
 _AGAIN = 2.0  # seconds: a launcher hands a signal on that its processes have had from the terminal already
 _BAD_FILE = 1 << 8  # above all signals
 # as torch and DALI say it, of a GPU and of the host
-_LACK = re.compile(r"out of memory|CUDABadAlloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory")
+_LACK = re.compile(
+    r"out of memory|CUDABadAlloc|bad_alloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory"
+)
 
 
 class Interrupted(Exception):

@@ -274,6 +274,7 @@ def test_what_ends_early_is_told_from_what_is_damaged(kind):
         ("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory", False),
         ("CUDA driver API error CUDA_ERROR_ILLEGAL_ADDRESS (700)", False),
         ("dali::CUDABadAlloc: Can't allocate 1073741824 bytes on device 0.", False),
+        ("std::bad_alloc", False),
         ("nvjpeg error (5): NVJPEG_STATUS_ALLOCATOR_FAILURE The user-provided allocator functions failed", False),
     ],
 )
