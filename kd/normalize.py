@@ -52,7 +52,7 @@ class Normalized(nn.Module):
         Args:
             pixels: uint8 or float, 0..255.
             features: after the stages' last ReLU.
-            preactivations: before it; these win.
+            preactivations: before it, of the stages; the stem's are as with `features`.
 
         Raises:
             ValueError: the net does not give them.

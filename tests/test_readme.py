@@ -94,7 +94,7 @@ def test_the_two_commands_are_there_and_are_those_of_ci() -> None:
 @pytest.mark.parametrize(("command", "arguments"), _commands(), ids=lambda part: part if isinstance(part, str) else "")
 def test_command_lines_parse(command: str, arguments: list[str], workplace: Path) -> None:
     if command not in OPTIONS:
-        assert find_spec(f"dalikd.tools.{command.replace(' ', '.')}") is not None
+        assert find_spec(f"dalikd.tools.{command.replace(' ', '.').replace('-', '_')}") is not None
         return
     for option in {"--resume", "--verify"} & set(arguments):  # a config in this folder is read
         folder = workplace / arguments[arguments.index(option) + 1]
