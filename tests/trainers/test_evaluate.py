@@ -53,7 +53,7 @@ def test_what_other_processes_have_replaced_is_known_to_all(make_source, monkeyp
     monkeypatch.setattr(evaluate_module, "gather_object", lambda rows: asked.append(rows) or [*rows, 3, 5])
     accelerator: Any = SimpleNamespace(num_processes=2)
     found = replaced_files((loader,), accelerator)
-    assert asked == [[2]]
+    assert asked == [[], [2]]  # files that were damaged, and rows that were replaced
     assert list(map(loader.replaced.get, (2, 3, 5))) == [4, 4, 0]
     assert found == {loader.source.path(row): loader.source.path(other) for row, other in ((2, 4), (3, 4), (5, 0))}
     assert loader.state_dict()["replaced"] == loader.replaced
