@@ -11,6 +11,7 @@ __all__ = ["extension_of", "image_sides", "is_jpeg2000", "lacks_app14", "lacks_e
 
 _HEADER_BYTES = 4096  # read at once where a header is looked for: nearly always all of it
 _NO_FRAME = {0xC4, 0xC8, 0xCC}  # JPEG's markers from 0xC0 to 0xCF that begin no frame
+_MOST_PIXELS = 1 << 30  # of an image; DALI asks for three bytes each before it looks at the data
 _ENDS = {0xD9, 0xDA}  # JPEG's markers after which no header comes
 
 _FORMATS = (  # that DALI decodes: first bytes, name, extension
@@ -72,7 +73,14 @@ def refusal(encoded: bytes) -> str | None:
         kind = _CHECKS[found[0]](encoded) if found[0] in _CHECKS else None
     except (struct.error, ValueError, IndexError, KeyError, OverflowError):
         return f"the header of the {found[0]} is damaged"
-    return None if kind is None else f"{found[0]} {kind}; save it as PNG or JPEG"
+    if kind is not None:
+        return f"{found[0]} {kind}; save it as PNG or JPEG"
+    if found[0] in ("JPEG", "JPEG 2000"):  # their decoders refuse by themselves
+        return None
+    height, width = image_sides(lambda offset, count: encoded[offset : offset + count])
+    if height * width > _MOST_PIXELS:
+        return f"its header says {width:,} x {height:,} pixels: it is damaged, or too large for DALI"
+    return None
 
 
 def _describe(encoded: bytes) -> str:
@@ -157,7 +165,11 @@ def _jpeg_sides(chunk: bytes, read: Callable[[int, int], bytes]) -> tuple[int, i
             if len(chunk) < 9:
                 return 0, 0
         filler, marker, *fields = chunk[place - first : place - first + 9]
-        if filler != 0xFF or marker in _ENDS:
+        if filler != 0xFF:  # stray bytes, which decoders pass over
+            found = chunk.find(b"\xff", place - first)
+            place = first + (len(chunk) if found < 0 else found)
+            continue
+        if marker in _ENDS:
             return 0, 0
         if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
             return fields[3] << 8 | fields[4], fields[5] << 8 | fields[6]

@@ -235,7 +235,7 @@ class DaliEngine:
         self.close()
 
     def close(self) -> None:
-        """Free the pipeline."""
+        """Free the pipeline; what is planned in the thread is waited for, and dropped."""
         if self._ahead is not None:
             wait([self._ahead])
             self._ahead = None

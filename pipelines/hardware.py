@@ -229,7 +229,8 @@ def _decodes_windows(index: int, load: float) -> bool:
         why = f"it has not done so in {_PROBE_SECONDS} seconds"
     else:
         words = done.stderr.strip().rpartition("\n")[2]
-        why = signal.Signals(-done.returncode).name if done.returncode < 0 else words if done.returncode else ""
+        signals = {-number: number.name for number in signal.Signals}
+        why = signals.get(done.returncode, words or f"exit code {done.returncode}") if done.returncode else ""
     if why:
         _say(
             f"nvImageCodec {_installed(_CODEC)[1]} cannot decode windows of JPEGs on this GPU ({why}): images are "

@@ -34,6 +34,7 @@ from dalikd.pipelines.sources import Source, why_fingerprints_differ
 
 __all__ = ["BadFileError", "Batch", "Loader"]
 
+_ASKED_TOO_MUCH = "std::bad_alloc"  # the machine has no memory left, or a damaged header asks for more than there is
 _BY_ROW = "by row"  # of orders that the sampler makes
 
 
@@ -162,7 +163,8 @@ class Loader:
                 pixels = self._engine.fetch(self.position)
                 break
             except RuntimeError as error:
-                if not isinstance(error, UnfitError) and not is_decode_failure(error):
+                damaged = isinstance(error, UnfitError) or is_decode_failure(error) or _ASKED_TOO_MUCH in str(error)
+                if not damaged:
                     raise
                 self._handle_bad_files(error)
         batch = self._batch(pixels)
@@ -298,6 +300,8 @@ class Loader:
         bad = find_bad_files(
             self.source, np.unique(plan.rows), device=self.device, decoding=self._decoding, threads=self._threads
         )
+        if not bad and _ASKED_TOO_MUCH in str(error):
+            raise error
         if not bad:
             raise BadFileError(
                 f"DALI fails on the batch that starts with {printable(self.source.path(int(plan.rows[0])))}, though it "

@@ -125,6 +125,8 @@ class _Kinds:
 
     def options(self, cell: Cell) -> Any:
         varied = {key: value for key, value in cell.settings.items() if key in _VARIED}
+        if "manifold_mixup" in str(varied.get("augmentation")):
+            del varied["augmentation"]  # of its own kind: --compile auto is settled by it
         kind = replace(cell, name="", settings={k: v for k, v in cell.settings.items() if k not in varied})
         key = json.dumps([kind.command, kind.settings])
         if key not in self._parsed:

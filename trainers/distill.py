@@ -181,11 +181,26 @@ class Distillation:
     def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
         group, runs = self._augmenter.group, self._augmenter.runs
         with self._accelerator.autocast():
-            if self._score_at_once is None or hidden is not None or len(images) % (runs * group):
+            whole = hidden is None and len(images) % (runs * group) == 0
+            if self._score_at_once is not None and whole and not self._asked:
+                self._try_at_once(images)
+            if self._score_at_once is None or not whole:
                 candidates = len(images) if hidden is None else len(hidden.lam)
                 return score_groups(self.student, images, candidates // runs, group, hidden)
             with torch.no_grad(), batch_statistics(self.student) if self.student.training else nullcontext():
                 return self._score_at_once(self.student, images, len(images) // runs, group)
+
+    def _try_at_once(self, images: Tensor) -> None:
+        """Before the first step: not every net can have its groups side by side."""
+        devices = [images.device] if images.device.type == "cuda" else []
+        group = self._augmenter.group
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad(), batch_statistics(self.student):
+                score_groups_at_once(self.student, images, len(images) // self._augmenter.runs, group)
+        except RuntimeError as error:
+            self._score_at_once = None
+            reason = str(error).partition("\n")[0]
+            self._accelerator.print(f"dalikd: the student scores group by group, uncompiled: {reason}", flush=True)
 
 
 def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hidden: HiddenMix | None = None) -> Tensor:

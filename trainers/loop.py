@@ -205,7 +205,7 @@ class Loop:
                     save_after(stop, self.save, f"go on with --resume {self.folder.path}")
                     self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
                     raise
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if (words := lack_of_memory(error)) is None:
                         raise
                     lack = MemoryError(words)

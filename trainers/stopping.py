@@ -123,7 +123,9 @@ def save_after(error: Exception, save: Callable[[], object], how_to_go_on: str) 
 def lack_of_memory(error: Exception) -> str | None:
     """One line that says what ran out of memory, and what helps; None for any other error."""
     if isinstance(error, MemoryError):
-        return str(error)
+        return str(error) or "the machine ran out of memory"
+    if not isinstance(error, RuntimeError):
+        return None
     text = str(error)
     if not _LACK.search(text):
         return None

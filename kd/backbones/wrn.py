@@ -49,13 +49,15 @@ class WideResNet(StagedNet):
     def around_last_relu(self, stage: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
         """A stage ends in a sum: what comes before a ReLU is the sum normalised by the norm that follows the stage.
 
-        It is normalised here once more, without a second update of running statistics.
+        It is normalised here once more, by this process's batch in training, without a second update of running
+        statistics.
         """
         norms = (self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1)
         norm, output = norms[self.stages.index(stage)], stage(features)
-        assert isinstance(norm, nn.BatchNorm2d)
-        means = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-        return F.batch_norm(output, *means, norm.weight, norm.bias, norm.training, 0.0, norm.eps), output
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        own = norm.training or norm.running_mean is None
+        means = (None, None) if own else (norm.running_mean, norm.running_var)
+        return F.batch_norm(output, *means, norm.weight, norm.bias, own, 0.0, norm.eps), output
 
 
 class _Stage(nn.Module):

@@ -306,6 +306,8 @@ def _with_segments(*lengths: int, fill: int = 0) -> bytes:
 @pytest.mark.parametrize("lengths", [(4086,), (4096 - 20,), (65533, 65533, 11), (0, 1, 60000)])
 def test_sides_come_after_segments_of_any_length(lengths):
     assert _sides(_with_segments(*lengths)) == _sides(_with_segments(*lengths, fill=3)) == SIDES
+    stray = _with_segments(*lengths).replace(b"\xff\xe5", b"stray\xff\xe5")
+    assert _sides(stray) == SIDES == Image.open(io.BytesIO(stray)).size[::-1]
 
 
 @pytest.mark.parametrize("length", [0, 2, 10, 23, 100, 160])

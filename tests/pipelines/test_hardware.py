@@ -49,8 +49,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(
     ("probe", "words"),
-    [(DIES, "on this GPU (SIGSEGV): images are decoded whole"), (FAILS, "(nvImageCodec failure 8)"), ("pass", None)],
-    ids=["dies", "fails", "decodes"],
+    [
+        (DIES, "on this GPU (SIGSEGV): images are decoded whole"),
+        (FAILS, "(nvImageCodec failure 8)"),
+        ("import os; os._exit(3)", "(exit code 3)"),
+        ("pass", None),
+    ],
+    ids=["dies", "fails", "leaves", "decodes"],
 )
 def test_windows_are_decoded_where_another_process_can(gpu, source, capsys, probe, words):
     gpu.setattr(hardware, "_PROBE", probe)

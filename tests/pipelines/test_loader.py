@@ -1,9 +1,12 @@
 import contextlib
 import hashlib
+import io
 import os
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -432,6 +435,19 @@ def test_a_mended_file_is_no_other_data_and_a_changed_one_is(copy_tree, bad_file
         ValueError, match=r"fingerprint was \w{20}, now it is \w{20} \(the classes, or the images' names, "
     ):
         _loader(open_source("imagefolder", root, "train", split=".")).load_state_dict(loader.state_dict())
+
+
+def test_a_header_that_asks_for_more_memory_than_there_is_names_its_file(copy_tree):
+    root = copy_tree()
+    png = io.BytesIO()
+    Image.new("L", (8, 8)).save(png, "PNG")
+    content = png.getvalue()
+    header = b"IHDR" + struct.pack(">II", 2_000_000, 1_900_000) + content[24:29]
+    content = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    (root / "bee" / "003.jpg").write_bytes(content)
+    loader = _loader(open_source("imagefolder", root, "train", split="."))
+    with pytest.raises(BadFileError, match=r"bee/003.jpg \(its header says 2,000,000 x 1,900,000 pixels"):
+        _run_to_the_end(loader)
 
 
 def test_when_nothing_can_be_decoded_replacing_ends(copy_tree):

@@ -14,6 +14,7 @@ from dalikd.tools.cli import parse
 from dalikd.tools.study_config import read_study
 from dalikd.tools.study_plan import cell_command, make_ready
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.options import DistillOptions
 from dalikd.trainers.study.state import keep_config
 from dalikd.trainers.tracking import write_json
 
@@ -282,3 +283,15 @@ def test_the_command_of_a_cell_has_the_options_of_the_cell(content, tmp_path):
         parameter = torch.nn.Parameter(torch.zeros(1))
         assert options.optimizer([parameter]).defaults["lr"] == 0.01
         assert options.optimizer([parameter]).defaults["momentum"] == 0.9
+
+
+def test_compiling_is_settled_by_each_cells_own_augmentation(content, tmp_path, monkeypatch):
+    """Manifold mixup cannot be compiled; what stands beside it is."""
+    monkeypatch.setattr("dalikd.trainers.options.automatic_mode", lambda _: "default")
+    content["study"]["augmentation"] = ["mixup", "manifold_mixup"]
+    config = tmp_path / "study.yaml"
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    made = make_ready(read_study(["--config", str(config), "--output", str(tmp_path / "study")]))
+    modes = {options.augmentation: options.compile for options in made.kinds if isinstance(options, DistillOptions)}
+    assert modes.pop("manifold_mixup") == "off"
+    assert set(modes.values()) == {"default"}

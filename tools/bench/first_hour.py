@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -220,7 +220,7 @@ def _run(command: Sequence[str], log: Path, longest: float) -> int | None:
                 family = [process, *process.children(recursive=True)]
                 for end in (psutil.Process.terminate, psutil.Process.kill):
                     for member in family:
-                        if member.is_running():
+                        with suppress(psutil.NoSuchProcess):
                             end(member)
                     family = psutil.wait_procs(family, timeout=5)[1]
 
