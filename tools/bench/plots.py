@@ -45,8 +45,10 @@ def bars(
     _write_values(axes, values)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{unit}  (median; whiskers: lowest and highest of {values[0]['repetitions']} repetitions)")
-    axes.set_title(textwrap.fill(title, 90), loc="left", fontsize=10)
+    # of the figure, not of the axes: these may be narrow beside long labels
+    repetitions = values[0]["repetitions"]
+    figure.supxlabel(f"{unit}  (median; whiskers: lowest and highest of {repetitions} repetitions)", fontsize=10)
+    figure.suptitle(textwrap.fill(title, 110), x=0.01, ha="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
