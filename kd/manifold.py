@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.mixing import HiddenMix, MixDraws, Mixed, mixup
 from dalikd.kd.normalize import Normalized
 
@@ -105,8 +106,8 @@ def hidden_mixing(model: nn.Module, hidden: HiddenMix | None) -> Iterator[None]:
 
 
 def mixed_forward(
-    model: nn.Module, originals: Tensor, images: Tensor, hidden: HiddenMix, *, joint: bool
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, originals: Tensor, images: Tensor, hidden: HiddenMix, *, joint: bool, features: bool = False
+) -> tuple[NetOutput, Tensor]:
     """A net's outputs on originals and on images whose hidden states are mixed with theirs.
 
     Args:
@@ -115,14 +116,19 @@ def mixed_forward(
         images: [n, C, H, W], as `manifold_mixup` gives them.
         hidden: how they are mixed.
         joint: one forward over both, which batch norms see as one batch; else one after the other.
+        features: whether those of the originals are wanted; the net is then a Normalized.
 
     Returns:
-        logits [B, classes] on the originals, and [n, classes] on the images.
+        what it gives on the originals, and logits [n, classes] on the images.
     """
+
+    def run(pixels: Tensor) -> NetOutput:
+        return model.outputs(pixels, features=True) if features else NetOutput(model(pixels))  # type: ignore[operator]
+
     if joint:
         with hidden_mixing(model, hidden):
-            logits = model(torch.cat((originals, images)))
-        return logits[: len(originals)], logits[len(originals) :]
+            found = run(torch.cat((originals, images)))
+        return found.first(len(originals)), found.logits[len(originals) :]
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int, states: Tensor) -> Tensor:
@@ -130,9 +136,9 @@ def mixed_forward(
         return states
 
     with _listening(model, keep):
-        logits = model(originals)
+        found = run(originals)
     with _listening(model, lambda layer, states: _mixed(states, kept[layer], hidden, layer)):
-        return logits, model(images)
+        return found, model(images)
 
 
 def _mixed(own: Tensor, originals: Tensor, hidden: HiddenMix, layer: int) -> Tensor:

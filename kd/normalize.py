@@ -51,8 +51,8 @@ class Normalized(nn.Module):
 
         Args:
             pixels: uint8 or float, 0..255.
-            features: after the stages' last ReLU.
-            preactivations: before it, of the stages; the stem's are as with `features`.
+            features: of the stages.
+            preactivations: before the stages' last ReLU; they come with the features.
 
         Raises:
             ValueError: the net does not give them.

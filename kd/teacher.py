@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.folding import fold_batch_norms
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
@@ -99,7 +101,6 @@ class Teacher:
                 setattr(module, name, values)
         return same
 
-    @torch.no_grad()
     def __call__(self, pixels: Tensor, hidden: HiddenMix | None = None) -> Tensor:
         """Logits [n, C] in at least float32.
 
@@ -107,10 +108,21 @@ class Teacher:
             pixels: [n, 3, H, W].
             hidden: how the last of them are mixed inside the net with the first, which are originals.
         """
+        return self._ask(self.model, pixels, hidden)
+
+    def outputs(self, pixels: Tensor, hidden: HiddenMix | None = None, *, preactivations: bool = False) -> NetOutput:
+        """The same with the features of the stages, and with what comes before their last ReLU where that is wanted."""
+        assert isinstance(self.model, Normalized)
+        return self._ask(partial(self.model.outputs, features=True, preactivations=preactivations), pixels, hidden)
+
+    @torch.no_grad()
+    def _ask(self, net: Callable[[Tensor], Any], pixels: Tensor, hidden: HiddenMix | None) -> Any:
         enabled = self._autocast is not None
         with torch.autocast(self._device_type, self._autocast, enabled=enabled), hidden_mixing(self.model, hidden):
-            logits = self.model(pixels)
-        return logits.float() if enabled else logits
+            found = net(pixels)
+        if not enabled:
+            return found
+        return found.float() if isinstance(found, Tensor) else found._replace(logits=found.logits.float())
 
 
 class Look(NamedTuple):
@@ -126,6 +138,12 @@ class Look(NamedTuple):
     scores: Tensor | None = None  # [runs * B], of the pool, where candidates were picked
     pool_logits: Tensor | None = None  # [runs * B, C], of the net that scores: the teacher, or the student if it alone
     layer: Tensor | None = None  # int32 [n], where the partner is mixed in inside of the nets
+    inner: NetOutput | None = None  # on the originals, where more than logits was asked for
+
+    @property
+    def originals(self) -> NetOutput:
+        """What the teacher gave on the originals."""
+        return NetOutput(self.logits) if self.inner is None else self.inner
 
     @property
     def hidden(self) -> HiddenMix | None:
@@ -149,8 +167,8 @@ def look(
     eval mode. With student scores alone the picks are made first, and the teacher sees only them.
 
     Args:
-        teacher: pixels [n, 3, S, S] -> logits [n, C]; for candidates mixed inside the nets it takes a HiddenMix too,
-            and the originals come before them.
+        teacher: pixels [n, 3, S, S] -> logits [n, C], or a NetOutput; for candidates mixed inside the nets it takes a
+            HiddenMix too, and the originals come before them.
         pixels: originals [B, 3, S, S].
         candidates: runs * B augmented images, run after run; None for the originals themselves (identity).
         criterion: how to pick of several runs; None keeps all of a single run.
@@ -163,14 +181,15 @@ def look(
     """
     own = torch.arange(len(pixels), device=pixels.device)
     if candidates is None:
-        logits = teacher(pixels)
-        return Look(logits, pixels, logits, own, torch.ones(len(pixels), device=pixels.device), own)
+        logits, inner = _logits(teacher(pixels))
+        return Look(logits, pixels, logits, own, torch.ones(len(pixels), device=pixels.device), own, inner=inner)
     if criterion is None:
         assert len(candidates.images) == len(pixels)
-        logits, augmented = _ask(teacher, pixels, candidates)
+        logits, augmented, inner = _ask(teacher, pixels, candidates)
         return Look(
-            logits, candidates.images, augmented, candidates.partner, candidates.lam, own, layer=candidates.layer
-        )
+            logits, candidates.images, augmented, candidates.partner, candidates.lam, own, layer=candidates.layer,
+            inner=inner,
+        )  # fmt: skip
     return _look_and_pick(teacher, pixels, candidates, criterion, group, keep, student)
 
 
@@ -201,10 +220,11 @@ def batch_statistics(model: nn.Module):
     By this process's batch alone: a norm in eval mode without running statistics asks no other process for its own,
     synchronised or not.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modes = {module: module.training for module in model.modules()}
+    if not model.training:
+        model.train()  # else a part that is frozen stays in eval mode
+    norms = [norm for norm in modes if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
-    training = model.training
-    model.train()
     for norm in norms:
         norm.eval()
         norm.running_mean = norm.running_var = None
@@ -213,7 +233,8 @@ def batch_statistics(model: nn.Module):
     finally:
         for norm, (mean, variance) in zip(norms, running, strict=True):
             norm.running_mean, norm.running_var = mean, variance
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _look_and_pick(
@@ -227,28 +248,35 @@ def _look_and_pick(
 ) -> Look:
     """The look where several candidates of each original compete; arguments as for `look`."""
     batch = len(pixels)
-    logits = pool = scored = None
+    logits = pool = scored = inner = None
     if criterion.needs_student:
         scored = _score(_given(student), pixels, candidates)
     if criterion.needs_teacher:
-        logits, pool = _ask(teacher, pixels, candidates)
+        logits, pool, inner = _ask(teacher, pixels, candidates)
     picks, scores = score_and_pick(criterion, PoolOutputs(pool, scored, logits), batch, group, keep)
     picked = candidates.take(picks)
     if pool is None:
-        logits, augmented = _ask(teacher, pixels, picked)
+        logits, augmented, inner = _ask(teacher, pixels, picked)
     else:
         augmented = pool[picks]
     return Look(
         _given(logits), picked.images, augmented, picked.partner, picked.lam, picks % batch, picks, scores,
-        scored if pool is None else pool, picked.layer,
+        scored if pool is None else pool, picked.layer, inner,
     )  # fmt: skip
 
 
-def _ask(net: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> tuple[Tensor, Tensor]:
-    """A net's logits on originals and candidates, in one call."""
+def _ask(net: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> tuple[Tensor, Tensor, NetOutput | None]:
+    """A net's logits on originals and candidates, in one call, and all it gave on the originals."""
     both = torch.cat((pixels, candidates.images))  # uint8 and float promote to float
-    logits = net(both) if candidates.hidden is None else net(both, candidates.hidden)
-    return logits[: len(pixels)], logits[len(pixels) :]
+    logits, inner = _logits(net(both) if candidates.hidden is None else net(both, candidates.hidden))
+    batch = len(pixels)
+    if inner is not None:  # copied: a part of it would keep the features of the whole pool through the student's step
+        inner = inner.first(batch).map(torch.clone)
+    return logits[:batch], logits[batch:], inner
+
+
+def _logits(found: Tensor | NetOutput) -> tuple[Tensor, NetOutput | None]:
+    return (found, None) if isinstance(found, Tensor) else (found.logits, found)
 
 
 def _score(student: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> Tensor:

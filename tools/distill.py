@@ -13,8 +13,8 @@ from dalikd.trainers.options import DistillOptions
 def distill(options: DistillOptions, config: dict[str, Any]) -> dict[str, Any]:
     """Distil a teacher into a student and return the content of its results.json."""
     accelerator = start(options.device, options.precision)
-    method, data = build_distillation(options, accelerator)
-    results = run_training(method, data, options, accelerator, "distill", config)
+    task, data = build_distillation(options, accelerator)
+    results = run_training(task, data, options, accelerator, "distill", config)
     print_training(results, accelerator)
     return results
 

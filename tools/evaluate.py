@@ -38,7 +38,7 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
     with accelerator.autocast():
         try_net(model.eval(), who, view.size, len(source.classes), device)
         check_class_order(model, who, options.weights, source, view, device, **reading(options.data))
-    result = evaluate(model, loader, accelerator)
+    result = evaluate({"net": model}, loader, accelerator)["net"]
     if not math.isfinite(result["loss"]):
         raise ValueError(f"{who} answers some images with NaN or infinity: --precision is too coarse for its weights")
     report = {

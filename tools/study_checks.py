@@ -23,7 +23,7 @@ from dalikd.trainers.models import _check_pretrained, build_model, build_teacher
 from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainingOptions, TrainOptions
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.work import Sizes, Work, work
-from dalikd.trainers.supervised import Supervised
+from dalikd.trainers.tasks.supervised import Supervised
 from dalikd.trainers.trial import try_step
 
 __all__ = ["Opened", "check_cell", "check_machine", "check_teacher"]

@@ -8,7 +8,7 @@ from dalikd.tools.report import print_training
 from dalikd.trainers.assembly import build_student, open_training_data, run_training
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.options import TrainOptions
-from dalikd.trainers.supervised import Supervised
+from dalikd.trainers.tasks.supervised import Supervised
 
 
 def train(options: TrainOptions, config: dict[str, Any]) -> dict[str, Any]:
@@ -16,8 +16,8 @@ def train(options: TrainOptions, config: dict[str, Any]) -> dict[str, Any]:
     accelerator = start(options.device, options.precision)
     data = open_training_data(options, accelerator)
     student = build_student(options, data.train).to(model_type(options.precision))
-    method = Supervised(student, data.augmenter, options.label_smoothing)
-    results = run_training(method, data, options, accelerator, "train", config)
+    task = Supervised(student, data.augmenter, options.label_smoothing)
+    results = run_training(task, data, options, accelerator, "train", config)
     print_training(results, accelerator)
     return results
 

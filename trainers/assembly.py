@@ -24,12 +24,13 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.cached import CachedLooks, open_cached
-from dalikd.trainers.distill import Distillation
 from dalikd.trainers.launch import model_type
-from dalikd.trainers.loop import Loop, Method, parameter_groups
+from dalikd.trainers.loop import Loop, parameter_groups
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher, reinitialise
 from dalikd.trainers.options import DistillOptions, RunOptions, TrainingOptions
 from dalikd.trainers.resume import identity
+from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.tasks.distill import Distillation
 from dalikd.trainers.tracking import RunFolder
 from dalikd.trainers.trial import check_class_order, try_training
 
@@ -216,7 +217,7 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
     asked = teacher.model if isinstance(teacher, Teacher) else None
     data.augmenter.check_nets(options.compile, ("the teacher", asked), ("the student", student))
     log = EntropyLog(options.entropy_log_every) if options.entropy_log_every else None
-    method = Distillation(
+    task = Distillation(
         student,
         teacher,
         options.loss,
@@ -227,12 +228,14 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
         metric=options.metric,
         entropy_log=log,
         compile_mode=options.compile,
+        side=data.view.size,
+        images=len(data.train),
     )
-    return method, data
+    return task, data
 
 
 def run_training(
-    method: Method,
+    task: Task,
     data: TrainingData,
     options: TrainingOptions,
     accelerator: Accelerator,
@@ -252,6 +255,7 @@ def run_training(
             f"--resume {options.resume} goes on in that folder, not in --output {options.output}: leave --output out, "
             "or copy the folder and resume the copy"
         )
+    student = next(iter(task.nets.values()))
     path = Path(options.resume or options.output or f"runs/{command}-{options.data.name}-{options.model}")
     folder = RunFolder(path, accelerator.is_main_process)
     if options.resume is None:
@@ -260,7 +264,7 @@ def run_training(
         "command": command,
         "seed": options.seed,
         "model": options.model,
-        "normalisation": method.student.normalisation._asdict(),
+        "normalisation": student.normalisation._asdict(),
         "augmentation": options.augmentation,
         "mode": options.mode,
         "mix_group": options.mix_group,
@@ -275,7 +279,7 @@ def run_training(
         "class_names": list(data.train.classes),  # index = label
         "fingerprint": {"train": data.train.fingerprint, "val": data.val.fingerprint},
     }
-    teacher = getattr(method, "teacher", None)
+    teacher = getattr(task, "teacher", None)
     if isinstance(teacher, Teacher) and isinstance(options, DistillOptions):
         assert isinstance(teacher.model, Normalized)
         header["teacher"] = describe_teacher(options.teacher, teacher.model)
@@ -289,10 +293,10 @@ def run_training(
     if data.train.arrays is None:
         decoder = "the GPU, --data.hw_decoder_load {hw_decoder_load}, {decode}".format(**header["data"])
         told["images are decoded by"] = "the CPU" if accelerator.device.type == "cpu" else decoder
-    if isinstance(method, Distillation):
-        contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(method.teacher)
+    if isinstance(task, Distillation):
+        contents["the_teacher's_weights_or_normalisation"] = _teacher_digest(task.teacher)
     try_training(
-        method.student,
+        student,
         lambda net: options.optimizer(parameter_groups(net, options.no_decay_norms)),
         f"--model {options.model}",
         data.view.size,
@@ -300,7 +304,7 @@ def run_training(
         accelerator,
     )
     loop = Loop(
-        method, data.loader, data.val_loader, options, accelerator, folder, header,
+        task, data.loader, data.val_loader, options, accelerator, folder, header,
         identity(command, config, told, **contents),
     )  # fmt: skip
     if options.resume is not None:
@@ -308,9 +312,9 @@ def run_training(
     folder.start(config, loop.progress.step if options.resume is not None else None)
     accelerator.wait_for_everyone()
     results = loop.run()
-    if isinstance(method, Distillation) and method.entropy_log and accelerator.is_main_process:
-        method.entropy_log.save(path / "entropies.npz")
-        plot_entropies(method.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
+    if isinstance(task, Distillation) and task.entropy_log and accelerator.is_main_process:
+        task.entropy_log.save(path / "entropies.npz")
+        plot_entropies(task.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
     return {**results, "folder": str(path)}
 
 

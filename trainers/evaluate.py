@@ -1,60 +1,85 @@
 """Loss and accuracy on every image exactly once, over any number of processes."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dalikd.pipelines.doctor import printable
-from dalikd.pipelines.loader import BadFileError, Loader
+from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.trainers.progress import progress
 
-__all__ = ["evaluate", "replaced_files"]
+__all__ = ["accuracy_sums", "evaluate", "replaced_files"]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, label: str = "evaluate") -> dict[str, float]:
-    """Evaluate a net that takes pixels.
+def evaluate(
+    nets: Mapping[str, nn.Module],
+    loader: Loader,
+    accelerator: Accelerator,
+    count: Callable[[Any, Batch], dict[str, Tensor]] | None = None,
+    label: str = "evaluate",
+) -> dict[str, dict[str, float]]:
+    """Evaluate nets that take pixels, in one pass over the images.
 
     Args:
-        model: in any mode; it is evaluated in eval mode and left as it was.
+        nets: by name, in any mode; they are evaluated in eval mode, and every part of them is left in its own.
         loader: over each row once (drop_last=False).
         accelerator: whose processes share the work.
+        count: sums of a net over a batch's images, float64 scalars by name, "images" among them; default:
+            `accuracy_sums` of its logits.
         label: of the progress bar.
 
     Returns:
-        "loss" (cross-entropy, mean over all images), "top1" and "top5" (shares of 1), "images", and how many of these
-        were "replaced" by others because they cannot be decoded.
+        for each net the sums over "images", which by default are "loss" (cross-entropy), "top1" and "top5" (shares of
+        1); "images", and how many of these were "replaced" by others because they cannot be decoded.
 
     Raises:
         BadFileError: an image cannot be decoded by one of the processes; on all of them.
     """
-    training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    modes = {module: module.training for net in nets.values() for module in net.modules()}
+    for net in nets.values():
+        net.eval()
+    sums: dict[tuple[str, str], Tensor] = {}  # of each net, by the figures' names
     bad: BadFileError | None = None
     try:
         for batch in progress(accelerator, label, loader, leave=False):
-            if len(batch):
+            for name, net in nets.items() if len(batch) else ():
                 with accelerator.autocast():
-                    logits = model(batch.pixels)
-                sums += _sums(logits, batch.labels)
+                    found = accuracy_sums(net(batch.pixels), batch.labels) if count is None else count(net, batch)
+                sums |= {
+                    (name, figure): sums.get((name, figure), 0) + value.double() for figure, value in found.items()
+                }
     except BadFileError as error:
         bad = error
-    # nobody waits below for one that has failed
-    met = gather_object([bad]) if accelerator.num_processes > 1 else [bad]
-    if first := bad or next(filter(None, met), None):
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    # nobody waits below for one that has failed, and one that had no images knows the figures too
+    met = gather_object([(bad, list(sums))]) if accelerator.num_processes > 1 else [(bad, list(sums))]
+    if first := bad or next((error for error, _ in met if error), None):
         raise first
-    total = cast(torch.Tensor, accelerator.reduce(sums))
-    model.train(training)
-    loss, top1, top5, images = total.tolist()  # waits for the device, once
+    keys = next(keys for _, keys in met if keys)
+    nothing = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    total = cast(Tensor, accelerator.reduce(torch.stack([sums.get(key, nothing) for key in keys])))
+    values = dict(zip(keys, total.tolist(), strict=True))  # waits for the device, once
     replaced = len(replaced_files((loader,), accelerator))
-    means = {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
-    return {**means, "images": int(images), "replaced": replaced}
+    return {
+        name: {
+            **{
+                figure: value / values[name, "images"]
+                for (of, figure), value in values.items()
+                if of == name and figure != "images"
+            },
+            "images": int(values[name, "images"]),
+            "replaced": replaced,
+        }
+        for name in nets
+    }
 
 
 def replaced_files(loaders: Sequence[Loader], accelerator: Accelerator) -> dict[str, str]:
@@ -74,8 +99,14 @@ def replaced_files(loaders: Sequence[Loader], accelerator: Accelerator) -> dict[
     return found
 
 
-def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def accuracy_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropies ("loss"), "top1", "top5" and "images" of a batch, summed, float64.
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B].
+    """
     losses = functional.cross_entropy(logits.double(), labels, reduction="sum")
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    count = torch.full((), len(labels), dtype=torch.float64, device=logits.device)
-    return torch.stack((losses, best[:, 0].sum().double(), best.sum().double(), count))
+    images = torch.full((), len(labels), dtype=torch.float64, device=logits.device)
+    return {"loss": losses, "top1": best[:, 0].sum().double(), "top5": best.sum().double(), "images": images}

@@ -3,10 +3,10 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Collection
+from functools import cache, partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Looker:
         augmenter: makes the candidates.
         student: as `look` calls it; for criteria that need it.
         compile_mode: of torch.compile, or off.
+        needs: what a loss wants of the teacher beside logits, as `DistillationLoss.needs` names it.
 
     Raises:
         ValueError: something is to be compiled and there is no compiler.
@@ -46,15 +47,18 @@ class Looker:
         augmenter: Augmenter,
         student: Callable[..., Tensor] | None = None,
         compile_mode: CompileMode = "off",
+        needs: Collection[str] = (),
     ) -> None:
         check_compiler(compile_mode)
         self._augmenter, self._student = augmenter, student
-        self._teacher: Callable[..., Tensor] = teacher
+        self._teacher: Callable[..., Any] = teacher.__call__
+        if needs:
+            self._teacher = partial(teacher.outputs, preactivations="preactivations" in needs)
         self._look = self._look_at
         if compile_mode == "off":
             return
         if augmenter.criterion is not None and augmenter.criterion.needs_student:
-            self._teacher = torch.compile(teacher.__call__, mode=compile_mode, dynamic=False)
+            self._teacher = torch.compile(self._teacher, mode=compile_mode, dynamic=False)
         else:
             self._look = torch.compile(self._look_at, mode=compile_mode, dynamic=False)
 

@@ -3,19 +3,20 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
 
-from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate, replaced_files
@@ -25,39 +26,10 @@ from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, save_after
+from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
-__all__ = ["Loop", "Method", "make_optimizer", "parameter_groups"]
-
-
-class Method(Protocol):
-    """What is trained, and what it is fed: all that differs between one method and another."""
-
-    @property
-    def task(self) -> nn.Module:
-        """Inputs -> named scalar terms, "loss" among them; holds everything that is trained."""
-        ...
-
-    @property
-    def student(self) -> Normalized:
-        """The net inside the task that is evaluated and published."""
-        ...
-
-    def inputs(self, batch: Batch) -> Sequence[Any]:
-        """What the task's forward takes for a batch. Called without gradient, and free of host syncs."""
-        ...
-
-    def metrics(self) -> dict[str, float | int | None]:
-        """Running figures beside the terms. May wait for the device."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """State outside the task."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take state from a saved run."""
-        ...
+__all__ = ["Loop", "make_optimizer", "parameter_groups"]
 
 
 @dataclass
@@ -71,11 +43,11 @@ class _Progress:
 
 
 class Loop:
-    """Trains a method's task over a loader's steps. A student without gradient stays as it is, in eval mode; where
-    nothing else has a gradient either, the steps only observe.
+    """Trains a task over a loader's steps. Parts without gradient stay as they are, in eval mode; where nothing has a
+    gradient, the steps only observe.
 
     Args:
-        method: what is trained.
+        task: what is trained.
         loader: the training batches.
         val_loader: the validation images, each once.
         options: of the run.
@@ -90,7 +62,7 @@ class Loop:
 
     def __init__(
         self,
-        method: Method,
+        task: Task,
         loader: Loader,
         val_loader: Loader,
         options: TrainingOptions,
@@ -99,30 +71,32 @@ class Loop:
         header: dict[str, Any],
         identity: dict[str, Any] | None = None,
     ) -> None:
-        self.method, self.loader, self.val_loader = method, loader, val_loader
+        self.task, self.loader, self.val_loader = task, loader, val_loader
         self.options, self.accelerator, self.folder, self.header = options, accelerator, folder, header
         self.identity = identity or {"options": {}, "contents": {}}
-        task = method.task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_bn and accelerator.num_processes > 1:
             from timm.layers.norm_act import convert_sync_batchnorm  # torch's own drops what timm's norms do besides
 
-            task = convert_sync_batchnorm(task)
-        self._student_is_fixed = not any(values.requires_grad for values in method.student.parameters())
+            convert_sync_batchnorm(task)  # in place, as no norm is the task itself
         self._trains = any(values.requires_grad for values in task.parameters())
         optimizer = make_optimizer(
             options.optimizer, parameter_groups(task, options.no_decay_norms), accelerator.device
         )
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._trains:
-            self.task, self.optimizer = accelerator.prepare(task, optimizer)
+            # accelerate leaves these to what holds them
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, task.local_buffers)
+            self.model, self.optimizer = accelerator.prepare(task, optimizer)
         else:  # DDP refuses what has no gradient to share
-            self.task = accelerator.prepare_model(task, evaluation_mode=True)
+            self.model = accelerator.prepare_model(task, evaluation_mode=True)
             self.optimizer = accelerator.prepare(optimizer)
         check_compiler(options.compile)
         if options.compile != "off":
             # in place, so that weights keep their names; traced in the first step, inside DDP, which cuts it at buckets
             task.compile(mode=options.compile)
-        self.average = MovingAverage(method.student, options.ema) if options.ema else None
+        assert len(task.nets) == 1 or not any(name.endswith("-ema") for name in task.nets), "names of averages"
+        self.averages = {name: MovingAverage(net, options.ema) for name, net in task.nets.items() if options.ema}
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
         self._stops = StopSignals(accelerator)
@@ -149,10 +123,10 @@ class Loop:
         torch.manual_seed(_step_seed(self.options.seed, self.progress.step, self.accelerator.process_index))
         for part, batch in enumerate(batches, start=1):
             with torch.no_grad():
-                inputs = self.method.inputs(batch)
+                inputs = self.task.prepare(batch, self.progress.step / self.steps_per_epoch)
             last = part == len(batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.task):
-                terms = self.task(*inputs)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                terms = self.model(inputs)
                 if self._trains:
                     self.accelerator.backward(terms["loss"] / len(batches))
             self.meter.add(terms)
@@ -164,11 +138,11 @@ class Loop:
     def _update(self) -> None:
         """Move the weights along their gradients."""
         if self.options.clip is not None:
-            self.accelerator.clip_grad_norm_(self.task.parameters(), self.options.clip)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update(self.method.student)
+        for name, average in self.averages.items():
+            average.update(self.task.nets[name])
 
     def _set_learning_rate(self) -> None:
         factor = self._rate_factor()
@@ -194,9 +168,7 @@ class Loop:
             MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A
                 step that was under way is done again, and running statistics and metrics have seen a part of it twice.
         """
-        self.task.train()
-        if self._student_is_fixed:
-            self.method.student.eval()  # its running statistics stay too
+        self.model.train()
         try:
             with self._stops:  # until the state is saved: a launcher hands on what its processes have had already
                 try:
@@ -274,14 +246,18 @@ class Loop:
         progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
         done = progress.step == self.total_steps
         if done or epoch % self.options.eval_every == 0:
-            net = self.method.student if self.average is None else self.average.module
-            self._share_buffers(net)
-            val = evaluate(net, self.val_loader, self.accelerator)
+            nets = {name: average.module for name, average in self.averages.items()} or self.task.nets
+            self._share_buffers(nets.values())
+            found = evaluate(nets, self.val_loader, self.accelerator, self.task.evaluate)
+            val, *others = found.values()
             if self.accelerator.device.type == "cuda":
                 self.val_loader.close()  # its pipeline's buffers are the training's until the next evaluation
-            self._check_loss(val["loss"])
+            for figures in found.values():
+                self._check_loss(figures["loss"])
+            if others:
+                val = {**val, "nets": found}
             self.epoch_meter.share(self.accelerator)
-            train, metrics = self.epoch_meter.means(), self.method.metrics()
+            train, metrics = self.epoch_meter.means(), self.task.metrics()
             progress.last = {"epoch": epoch, "train": train, "val": val, **metrics}
             if not progress.best or _rank(val) > _rank(progress.best["val"]):
                 progress.best = progress.last
@@ -297,10 +273,10 @@ class Loop:
         """Every process must come here: what one of them has replaced, the main process writes down."""
         self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
 
-    def _share_buffers(self, net: nn.Module) -> None:
+    def _share_buffers(self, nets: Iterable[nn.Module]) -> None:
         """Take the main process's running statistics, as every training forward does, so that all evaluate one net."""
         if self.accelerator.num_processes > 1:
-            for buffer in net.buffers():
+            for buffer in chain.from_iterable(net.buffers() for net in nets):
                 torch.distributed.broadcast(buffer, src=0)
 
     def _results(self, finished: bool) -> dict[str, Any]:
@@ -313,7 +289,7 @@ class Loop:
             "best": progress.best,
             "best_is": "the epoch with the highest top1 on the validation split itself, among equal ones with the "
             "lowest loss; compare runs by last",
-            "evaluated": "ema.safetensors" if self.average is not None else "student.safetensors",
+            "evaluated": self._file(next(iter(self.task.nets)), averaged=bool(self.averages)),
             "compile": self.options.compile,
             "replaced_files": self.replaced_files,
             **self.header,
@@ -348,12 +324,11 @@ class Loop:
             "identity": self.identity,
             "last": self.progress.last,
             "best": self.progress.best,
-            "task": self.accelerator.unwrap_model(self.task).state_dict(),
+            "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_class": type(self.optimizer.optimizer).__name__,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "average": self.average.state_dict() if self.average is not None else None,
-            "method": self.method.state_dict(),
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
             "meter": self.meter.state_dict(),
             "epoch_meter": self.epoch_meter.state_dict(),
             "loader": self.loader.state_dict(),
@@ -372,7 +347,7 @@ class Loop:
         changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path)
         self.val_loader.check_images(state.get("val_loader", self.val_loader.state_dict()))
         try:
-            self.accelerator.unwrap_model(self.task).load_state_dict(state["task"])
+            self.task.load_state_dict(_of_this_form(state)["task"])
         except RuntimeError as error:
             raise ValueError(
                 f"{self.folder.state_file} belongs to another --model than {self.options.model}"
@@ -380,9 +355,9 @@ class Loop:
         self._load_optimizer(state)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.average is not None and state["average"] is not None:
-            self.average.load_state_dict(state["average"])
-        self.method.load_state_dict(state["method"])
+        for name, average in self.averages.items():
+            if name in state["averages"]:
+                average.load_state_dict(state["averages"][name])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         self.epoch_meter.load_state_dict(state["epoch_meter"], self.accelerator.device)
         self.progress = _Progress(state["step"], state["epochs"], state["last"], state["best"])
@@ -428,11 +403,18 @@ class Loop:
 
     def _save_weights(self, name: str) -> None:
         if self.accelerator.is_main_process:
-            student, folder, classes = self.method.student, self.folder.path / name, self.loader.source.classes
-            save_weights(folder / "student.safetensors", student.model, student.normalisation, classes)
-            if self.average is not None:
-                averaged = self.average.module.get_submodule("model")
-                save_weights(folder / "ema.safetensors", averaged, student.normalisation, classes)
+            folder, classes = self.folder.path / name, self.loader.source.classes
+            for net_name, net in self.task.nets.items():
+                save_weights(folder / self._file(net_name), net.model, net.normalisation, classes)
+                if average := self.averages.get(net_name):
+                    file = folder / self._file(net_name, averaged=True)
+                    save_weights(file, average.module.get_submodule("model"), net.normalisation, classes)
+
+    def _file(self, net: str, *, averaged: bool = False) -> str:
+        """Where a net's weights, or their average, lie in a run's folder."""
+        if not averaged:
+            return f"{net}.safetensors"
+        return "ema.safetensors" if len(self.task.nets) == 1 else f"{net}-ema.safetensors"
 
 
 class _Clock:
@@ -480,6 +462,14 @@ def make_optimizer(
     if device.type != "cuda" or settled or type(factory([nn.Parameter(torch.zeros(1, 1))])) not in (SGD, Adam, AdamW):
         return factory(parameters)
     return factory(parameters, fused=True)
+
+
+def _of_this_form(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it is saved today: earlier ones kept one average, and a task's figures beside the task."""
+    if "method" in state:
+        state["task"]["_extra_state"] = state.pop("method")
+        state["averages"] = {"student": average} if (average := state.pop("average")) is not None else {}
+    return state
 
 
 def _rank(val: dict[str, Any]) -> tuple[float, float]:

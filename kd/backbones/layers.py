@@ -10,18 +10,28 @@ __all__ = ["NetOutput", "ReluBlock", "StagedNet", "initialise_convolutions", "pr
 
 
 class NetOutput(NamedTuple):
-    """What a net gives for n images; features and heads where they are asked for.
+    """What a net gives for n images; all but the logits where they are asked for.
 
     Attributes:
         logits: [n, classes].
         features: of the stem and of each stage, shallow to deep, [n, C, H, W]; then the pooled [n, D], which the
             classifier sees.
+        preactivations: of each stage, before its last ReLU, [n, C, H, W].
         heads: logits of auxiliary heads, [n, classes of the head] each.
     """
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
+    preactivations: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "NetOutput":
+        """The same with every tensor changed."""
+        return NetOutput(change(self.logits), *(tuple(map(change, parts)) for parts in self[1:]))
+
+    def first(self, count: int) -> "NetOutput":
+        """What belongs to the first images alone."""
+        return self.map(lambda part: part[:count])
 
 
 class ReluBlock(nn.Module):
@@ -56,9 +66,8 @@ class StagedNet(nn.Module):
         """All of them, in order: the output of one is the input of the next."""
         return [getattr(self, name) for name in self._stages]
 
-    @property
-    def head(self) -> nn.Module:
-        """The classifier: pooled features [B, D] -> logits."""
+    def get_classifier(self) -> nn.Module:
+        """Pooled features [B, D] -> logits; as timm names it."""
         return getattr(self, self._classifier)
 
     def stage_modules(self) -> list[nn.Module]:
@@ -88,23 +97,26 @@ class StagedNet(nn.Module):
         return self.outputs(images).logits
 
     def outputs(self, images: Tensor) -> NetOutput:
-        """Logits, and features after the stages' last ReLU, of normalised images [B, 3, H, W]."""
-        return self._outputs(images, lambda stage, hidden: (output := stage(hidden), output))
+        """Logits and features of normalised images [B, 3, H, W]."""
+        return self._outputs(images, lambda stage, hidden: (output := stage(hidden), output))._replace(
+            preactivations=()
+        )
 
     def preactivations(self, images: Tensor) -> NetOutput:
-        """Logits, and features before the stages' last ReLU, of normalised images [B, 3, H, W]; the stem's after."""
+        """Logits, features, and what comes before the stages' last ReLU, of normalised images [B, 3, H, W]."""
         return self._outputs(images, self.around_last_relu)
 
     def _outputs(self, images: Tensor, run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]) -> NetOutput:
-        """`run` gives the feature of a stage, and its output."""
+        """`run` gives what comes before a stage's last ReLU, and the stage's output."""
         hidden = self.stem(images)
-        features, featured = [hidden], self.stage_modules()
+        features, befores, featured = [hidden], [], self.stage_modules()
         for stage in self.stages:
-            feature, hidden = run(stage, hidden)
+            before, hidden = run(stage, hidden)
             if any(stage is other for other in featured):
-                features.append(feature)
+                features.append(hidden)
+                befores.append(before)
         pooled = self.tail(hidden)
-        return NetOutput(self.head(pooled), (*features, pooled))
+        return NetOutput(self.get_classifier()(pooled), (*features, pooled), tuple(befores))
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:

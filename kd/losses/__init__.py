@@ -1,7 +1,17 @@
 """Losses: pure tensor functions, and one module a method."""
 
-from dalikd.kd.losses.base import DistillationLoss, MixedOutputs
+from dalikd.kd.losses.base import DistillationLoss, LossContext, MixedOutputs, StepOutputs, WeightedSum
 from dalikd.kd.losses.cross_entropy import cross_entropy, mixed_cross_entropy
 from dalikd.kd.losses.kd import KD, kd_loss
 
-__all__ = ["KD", "DistillationLoss", "MixedOutputs", "cross_entropy", "kd_loss", "mixed_cross_entropy"]
+__all__ = [
+    "KD",
+    "DistillationLoss",
+    "LossContext",
+    "MixedOutputs",
+    "StepOutputs",
+    "WeightedSum",
+    "cross_entropy",
+    "kd_loss",
+    "mixed_cross_entropy",
+]

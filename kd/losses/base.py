@@ -1,13 +1,25 @@
 """What every distillation loss shares: its interface, and the arithmetic around named terms."""
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DistillationLoss", "MixedOutputs", "full_precision", "with_total"]
+from dalikd.kd.backbones.layers import NetOutput
+
+__all__ = [
+    "DistillationLoss",
+    "LossContext",
+    "MixedOutputs",
+    "StepOutputs",
+    "WeightedSum",
+    "full_precision",
+    "with_total",
+]
 
 
 class MixedOutputs(NamedTuple):
@@ -23,28 +35,127 @@ class MixedOutputs(NamedTuple):
     lam: Tensor  # float [B], in [0, 1]
 
 
+class StepOutputs(NamedTuple):
+    """All that a loss may compare.
+
+    Attributes:
+        student: on the originals x.
+        teacher: on x, without gradient.
+        labels: int64 [B].
+        ids: rows of the data set, int64 [B].
+        epoch: epochs done, in fractions too; a float32 scalar.
+        mixed: outputs on the augmented images x', if there are any.
+    """
+
+    student: NetOutput
+    teacher: NetOutput
+    labels: Tensor
+    ids: Tensor
+    epoch: Tensor
+    mixed: MixedOutputs | None = None
+
+
+class LossContext(NamedTuple):
+    """What a loss is built from.
+
+    Attributes:
+        student: its outputs on two black images, all that the loss needs of them.
+        teacher: the same.
+        classes: of both nets.
+        images: rows of the training set; ids are below.
+        teacher_classifier: the teacher's last layer, where it is asked for: pooled features -> logits.
+    """
+
+    student: NetOutput
+    teacher: NetOutput
+    classes: int
+    images: int
+    teacher_classifier: nn.Module | None = None
+
+
 class DistillationLoss(nn.Module, ABC):
     """A distillation objective: outputs of both nets in, named scalar terms out.
 
     A method is a subclass. The caller minimises "loss" and logs every term under its own name, so that a new method
-    changes no training loop. Parameters of a subclass (connectors, regressors) are trained along with the student.
+    changes no training loop. Parameters of a subclass (connectors, regressors) are trained along with the student and
+    are not exported with it.
+
+    Attributes:
+        needs: what it compares beside logits: "features"; "preactivations" and "teacher_classifier", which bring the
+            features along.
+        local_buffers: names of buffers that processes do not share (memory banks): the loss keeps them equal itself.
     """
 
-    @abstractmethod
-    def forward(
-        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor, mixed: MixedOutputs | None = None
-    ) -> dict[str, Tensor]:
-        """Compute the objective of one batch.
+    needs: ClassVar[frozenset[str]] = frozenset()
+    local_buffers: ClassVar[tuple[str, ...]] = ()
 
-        Args:
-            student_logits: [B, C], on the original images x.
-            labels: int64 [B].
-            teacher_logits: [B, C], on x, without gradient.
-            mixed: outputs on the augmented images x', if there are any.
+    def build(self, context: LossContext) -> None:
+        """Make what depends on the nets' shapes: connectors, memories. Called once, before the optimizer is made; a
+        loss belongs to one task.
+
+        Raises:
+            ValueError: the nets do not go together; names both shapes.
+        """
+
+    @abstractmethod
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Compute the objective of one batch.
 
         Returns:
             Scalars by name: "loss" first, to be minimised, then its unweighted parts. All are attached to the graph.
         """
+
+
+class WeightedSum(DistillationLoss):
+    """Several losses, each times its weight. Its terms keep their names; where two have one name they are numbered.
+
+    Args:
+        losses: The parts.
+        weights: One for each, 0 or more; default: 1 for all.
+    """
+
+    def __init__(self, losses: list[DistillationLoss], weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.weights = [1.0] * len(losses) if weights is None else weights
+        if len(losses) != len(self.weights) or not losses:
+            raise ValueError(f"{len(losses)} losses have {len(self.weights)} weights: give one for each, and a loss")
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise ValueError(f"weights are {self.weights}: give numbers of 0 or more")
+        self.losses = nn.ModuleList(losses)
+
+    @property
+    def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All that the parts need."""
+        return frozenset().union(*(loss.needs for loss in self._parts()))
+
+    @property
+    def local_buffers(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the parts."""
+        return tuple(
+            f"losses.{number}.{name}" for number, loss in enumerate(self._parts()) for name in loss.local_buffers
+        )
+
+    def _parts(self) -> list[DistillationLoss]:
+        return list(self.losses)  # pyright: ignore[reportReturnType]
+
+    def build(self, context: LossContext) -> None:
+        """Build each part."""
+        for loss in self._parts():
+            loss.build(context)
+
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return "loss", then the terms of all parts; a part's own "loss" where it has no other term."""
+        total, terms = torch.zeros((), device=outputs.labels.device), {}
+        for loss, weight in zip(self.losses, self.weights, strict=True):
+            found = loss(outputs)
+            total = total + weight * found["loss"]
+            own = {name: term for name, term in found.items() if name != "loss"} or {
+                type(loss).__name__.lower(): found["loss"]
+            }
+            for name, term in own.items():
+                numbered = (f"{name}{number}" for number in itertools.count(1))
+                terms[name if name not in terms else next(free for free in numbered if free not in terms)] = term
+        return {"loss": total, **terms}
 
 
 def full_precision(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import math
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.kd.losses.base import DistillationLoss, MixedOutputs, full_precision, with_total
+from dalikd.kd.losses.base import DistillationLoss, MixedOutputs, StepOutputs, full_precision, with_total
 from dalikd.kd.losses.cross_entropy import cross_entropy, mixed_cross_entropy
 
 __all__ = ["KD", "kd_loss"]
@@ -70,16 +70,15 @@ class KD(DistillationLoss):
         }
         self.uses_mixed_labels = ce_mix_share != 0
 
-    def forward(
-        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor, mixed: MixedOutputs | None = None
-    ) -> dict[str, Tensor]:
-        """Return "loss", "ce" and "kd"; with `mixed` also "kd_mix", and "ce_mix" where `lw_mix[1]` is not 0."""
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return "loss", "ce", "kd"; with augmented images also "kd_mix", and "ce_mix" where `lw_mix[1]` is not 0."""
+        student = outputs.student.logits
         terms = {
-            "ce": cross_entropy(student_logits, labels, self.label_smoothing),
-            "kd": kd_loss(student_logits, teacher_logits, self.temperature),
+            "ce": cross_entropy(student, outputs.labels, self.label_smoothing),
+            "kd": kd_loss(student, outputs.teacher.logits, self.temperature),
         }
-        if mixed is not None:
-            terms |= self._mixed_terms(mixed)
+        if outputs.mixed is not None:
+            terms |= self._mixed_terms(outputs.mixed)
         return with_total(terms, self.weights)
 
     def _mixed_terms(self, mixed: MixedOutputs) -> dict[str, Tensor]:

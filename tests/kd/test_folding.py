@@ -70,8 +70,8 @@ def test_a_folded_net_gives_the_same_logits_and_features(name):
         assert fold_batch_norms(folded) == COUNTS[name][0]
     assert _norms(folded) == COUNTS[name][1]
     with torch.no_grad():
-        expected, expected_features, _ = net.outputs(_images())
-        logits, features, _ = folded.outputs(_images())
+        expected, expected_features, *_ = net.outputs(_images())
+        logits, features, *_ = folded.outputs(_images())
         _assert_same(folded(_images()), expected)
     _assert_same(logits, expected)
     assert len(features) == len(expected_features)

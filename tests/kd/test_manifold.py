@@ -90,7 +90,7 @@ def test_every_image_is_mixed_at_its_own_layer(name: str, joint: bool):
     images, draws = make_pixels(64 if "timm" in name else 32).double() / 255, make_draws()
     mixed = manifold_mixup(images, draws)
     assert mixed.hidden is not None
-    logits, augmented = mixed_forward(net, images, mixed.images, mixed.hidden, joint=joint)
+    (logits, *_), augmented = mixed_forward(net, images, mixed.images, mixed.hidden, joint=joint)
     torch.testing.assert_close(logits, net(images), rtol=0, atol=1e-10)
     torch.testing.assert_close(augmented, by_hand(net, images, draws), rtol=0, atol=1e-10)
     assert (augmented - mixed_forward(net, images, images, mixed.hidden, joint=joint)[1])[0].abs().max() > 1e-6
@@ -124,7 +124,7 @@ def test_one_layer_for_all_is_the_method_as_published(joint: bool):
     net, images, draws = make_net("wrn_16_2"), make_pixels().double() / 255, make_draws(torch.full((BATCH,), 2))
     stages, lam = pieces(net), draws.lam.double()[:, None, None, None]
     hidden = manifold_mixup(images, draws).hidden
-    logits, augmented = mixed_forward(net, images, images, hidden, joint=joint)
+    (logits, *_), augmented = mixed_forward(net, images, images, hidden, joint=joint)
     if joint:  # batch norms see both
         states = stages[1](stages[0](torch.cat((images, images))))
         states = torch.cat((states[:BATCH], lam * states[BATCH:] + (1 - lam) * states[:BATCH][draws.partner]))
@@ -169,7 +169,7 @@ def test_rows_that_are_not_mixed_stay_exactly(dtype: torch.dtype):
     net = make_net("resnet20").eval().to(dtype)
     images = (make_pixels() / 255).to(dtype)
     hidden = HiddenMix(torch.arange(BATCH).flip(0), torch.full((BATCH,), 0.5), torch.zeros(BATCH).int())
-    logits, augmented = mixed_forward(net, images, images, hidden, joint=True)
+    (logits, *_), augmented = mixed_forward(net, images, images, hidden, joint=True)
     assert augmented.dtype == dtype
     assert torch.equal(logits, augmented)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones import NetOutput, create_model
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, MixedOutputs
+from dalikd.kd.losses import KD, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import MixDraws, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import dissimilarity, entropy, kl_divergence, pick, pick_rows
@@ -47,6 +47,8 @@ def make_steps(device: str) -> dict[str, Callable[[], Any]]:
     entropies = EntropyLog(every=1)
     loss = KD(lw_mix=(1.0, 0.5, 1.0), label_smoothing=0.1)
     student = logits[0].requires_grad_()
+    epoch = torch.zeros((), device=device)
+    step = StepOutputs(NetOutput(student), NetOutput(logits[1]), labels, labels, epoch, mixed)
     return {
         "goodness": lambda: metric.update(student, logits[1]),
         "goodness_of_picks": lambda: picked.update(student, logits[1][:35], group=24),
@@ -67,7 +69,7 @@ def make_steps(device: str) -> dict[str, Callable[[], Any]]:
         "n_pick": lambda: pick_rows(entropy(logits[1]).reshape(2, 32), 12, 20),
         "pick": lambda: pick(entropy(logits[1]), 8, groups=4),
         "pick_rows": lambda: pick_rows(entropy(logits[1]).reshape(2, 32), 12),
-        "kd": lambda: loss(student, labels, logits[1], mixed)["loss"].backward(),
+        "kd": lambda: loss(step)["loss"].backward(),
     }
 
 

@@ -57,8 +57,8 @@ def test_features_are_given_where_they_are_asked_for():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     logits, before, after = net(pixels), net.outputs(pixels, preactivations=True), net.outputs(pixels, features=True)
     assert all(torch.equal(found.logits, logits) for found in (before, after, net.outputs(pixels)))
-    assert net.outputs(pixels).features == ()
-    for old, new in zip(before.features[1:-1], after.features[1:-1], strict=True):
+    assert net.outputs(pixels).features == after.preactivations == ()
+    for old, new in zip(before.preactivations, after.features[1:-1], strict=True):
         assert torch.equal(torch.relu(old), new)
         assert (old < 0).any()
 

@@ -21,11 +21,11 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
-from dalikd.trainers.distill import Distillation
 from dalikd.trainers.launch import Precision, autocast_type, start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import DistillOptions, TrainingOptions, TrainOptions
-from dalikd.trainers.supervised import Supervised
+from dalikd.trainers.tasks.distill import Distillation
+from dalikd.trainers.tasks.supervised import Supervised
 from dalikd.trainers.tracking import RunFolder
 
 HALF = (0.5, 0.5, 0.5)
@@ -105,17 +105,18 @@ def loop(
     if isinstance(options, DistillOptions):
         autocast = autocast_type(accelerator.mixed_precision)
         seen_by = Teacher(teacher or net(1), accelerator.device, autocast, fold_bn=options.teacher.fold_bn)
-        method: Any = Distillation(
+        task: Any = Distillation(
             student, seen_by, options.loss, augmenter, accelerator, len(train.classes), metric=options.metric,
-            joint_forward=options.joint_forward, compile_mode=options.compile,
+            joint_forward=options.joint_forward, compile_mode=options.compile, side=train.image_size,
+            images=len(train),
         )  # fmt: skip
     else:
-        method = Supervised(student, augmenter)
+        task = Supervised(student, augmenter)
     loaders = (
         Loader(train, sampler, augmenter.draw_spec, device=accelerator.device),
         Loader(val, whole, same, device=accelerator.device),
     )
-    return Loop(method, *loaders, options, accelerator, RunFolder(path, accelerator.is_main_process), {})
+    return Loop(task, *loaders, options, accelerator, RunFolder(path, accelerator.is_main_process), {})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -69,15 +69,15 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     )  # fmt: skip
     student, teacher = helpers.net(0, norm=False).double(), helpers.net(1).double()
     loop = helpers.loop(folder / augmentation, accelerator, options=options, student=student, teacher=teacher)
-    loop.method.goodness.window = 64
+    loop.task.goodness.window = 64
     for step in range(6):
         loop.step()
         if step == 2:
             loop.meter.share(accelerator)  # as a checkpoint does
     loop.meter.share(accelerator)
     weights = {key: value.detach().clone() for key, value in student.model.state_dict().items()}
-    average = {key: value.clone() for key, value in loop.average.module.state_dict().items()}
-    return {"weights": weights, "average": average, "metrics": loop.method.metrics(), "terms": loop.meter.means()}
+    average = {key: value.clone() for key, value in loop.averages["student"].module.state_dict().items()}
+    return {"weights": weights, "average": average, "metrics": loop.task.metrics(), "terms": loop.meter.means()}
 
 
 def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any, picks: int | None) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _evaluate(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """101 images, and which of them each process has seen."""
     loop = helpers.loop(folder / "evaluate", accelerator, val=helpers.source(101))
     seen = gather_object([row for batch in loop.val_loader for row in batch.ids.tolist()])
-    return {**evaluate(loop.method.student, loop.val_loader, accelerator), "seen": sorted(seen)}
+    return {**evaluate({"student": loop.task.student}, loop.val_loader, accelerator)["student"], "seen": sorted(seen)}
 
 
 def _run_with_batch_norm(accelerator: Accelerator, folder: Path) -> dict[str, float]:
@@ -118,10 +118,10 @@ def _observe(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     loop = helpers.loop(
         folder / "fixed", accelerator, options=options, student=student, teacher=helpers.net(1).double()
     )
-    loop.method.goodness.window = 64
+    loop.task.goodness.window = 64
     last = loop.run()["last"]
     stayed = all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    return {"val": last["val"], "metrics": loop.method.metrics(), "stayed": stayed}
+    return {"val": last["val"], "metrics": loop.task.metrics(), "stayed": stayed}
 
 
 STOPS = ["signal to one", "signals a step apart", "bad file", "bad file to validate"]
@@ -134,20 +134,20 @@ def _stop(accelerator: Accelerator, folder: Path, what: str) -> list[tuple[str, 
     last, path = accelerator.is_last_process, folder / what
     student = helpers.net(0).requires_grad_(False)
     loop = helpers.loop(path, accelerator, options=options, student=student)
-    inputs, fetch, validate, writes = loop.method.inputs, loop.loader.next, loop.val_loader.next, []
+    inputs, fetch, validate, writes = loop.task.prepare, loop.loader.next, loop.val_loader.next, []
 
-    def interrupting(batch: Any) -> Any:
+    def interrupting(*of: Any) -> Any:
         time.sleep(0.02 * last)  # the others run ahead
         if loop.progress.step == (3 + last) and (last or what == "signals a step apart") and "signal" in what:
             os.kill(os.getpid(), signal.SIGTERM)
-        return inputs(batch)
+        return inputs(*of)
 
     def failing(next_batch: Any, when: bool) -> Any:
         if when and last:
             raise BadFileError("cannot decode a.jpg")
         return next_batch()
 
-    loop.method.inputs = interrupting
+    loop.task.prepare = interrupting
     loop.loader.next = lambda: failing(fetch, what == "bad file" and loop.progress.step == 4)
     loop.val_loader.next = lambda: failing(validate, what == "bad file to validate")
     with mock.patch("dalikd.trainers.loop.save_state", lambda *state: writes.append(save_state(*state))):

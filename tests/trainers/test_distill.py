@@ -6,22 +6,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones import NetOutput, create_model
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, MixedOutputs, kd_loss
+from dalikd.kd.losses import KD, MixedOutputs, StepOutputs, kd_loss
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import MixDraws, Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import batch_statistics, look
-from dalikd.trainers.distill import DistillationTask, gather_rows, score_groups, score_groups_at_once
+from dalikd.trainers.tasks.distill import DistillationInputs, gather_rows, score_groups, score_groups_at_once
 
 GROUP = 8
 
 
 def _count_teacher_rows(loop):
-    rows, net = [], loop.method.teacher.model
+    rows, net = [], loop.task.teacher.model
     net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     return rows
 
@@ -49,8 +49,12 @@ def test_the_teacher_looks_once(make_loop, distill_options, augmentation, seen):
 def test_the_task_is_fed_with_what_the_teacher_said(make_loop, distill_options, augmentation):
     loop = make_loop(options=distill_options(augmentation=augmentation))
     batch = loop.loader.next()
-    pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam = loop.method.inputs(batch)
-    teacher = loop.method.teacher
+    pixels, (logits, *_), labels, ids, epoch, augmented, augmented_logits, own_labels, partner_labels, lam, hidden = (
+        loop.task.prepare(batch, 1.5)
+    )
+    teacher = loop.task.teacher
+    assert torch.equal(ids, batch.ids)
+    assert (epoch.item(), hidden) == (1.5, None)
     assert torch.equal(pixels, batch.pixels)
     assert torch.equal(labels, batch.labels)
     torch.testing.assert_close(logits, teacher(pixels))
@@ -78,9 +82,9 @@ def test_the_student_scores_each_group_by_its_own_statistics(make_loop, distill_
     """Picks of the student: brute force over groups, each pool normalised by itself, running statistics untouched."""
     student = make_net()
     loop = make_loop(options=distill_options(augmentation="cutmixpick_student"), student=student)
-    loop.task.train()
+    loop.model.train()
     batch, state = loop.loader.next(), {key: value.clone() for key, value in student.state_dict().items()}
-    augmented = loop.method.inputs(batch)[3]
+    augmented = loop.task.prepare(batch, 0.0).augmented
     assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
     pool = torch.stack([cutmix(batch.pixels, draws).images for draws in batch.mix])
     expected = []
@@ -174,7 +178,7 @@ def test_candidates_mixed_inside_are_scored_group_by_group_too():
         mixing = part.hidden._replace(partner=part.partner - start)
         with torch.no_grad():
             first, second = mixed_forward(student, pixels[rows], part.images, mixing, joint=False)
-        expected[rows], expected[20 + places[:, rows].flatten()] = first, second
+        expected[rows], expected[20 + places[:, rows].flatten()] = first.logits, second
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -184,9 +188,10 @@ def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, au
     """More or fewer augmented images than originals: labels, loss, metric and step go along."""
     loss = KD(lw_mix=(1.0, 1.0, 1.0))
     loop = make_loop(options=distill_options(augmentation=augmentation, loss=loss))
-    loop.method._augmenter.keep = keep
+    loop.task._augmenter.keep = keep
     batch = loop.loader.next()
-    pixels, labels, _, augmented, augmented_logits, own_labels, partner_labels, lam = loop.method.inputs(batch)
+    fed = loop.task.prepare(batch, 0.0)
+    pixels, _, labels, _, _, augmented, augmented_logits, own_labels, partner_labels, lam, _ = fed
     assert len(pixels) == 32
     assert {len(rows) for rows in (augmented, augmented_logits, own_labels, partner_labels, lam)} == {4 * keep}
     runs = [cutmix(batch.pixels, draws) for draws in batch.mix]
@@ -196,10 +201,10 @@ def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, au
     ]
     assert torch.equal(own_labels, labels[torch.tensor(places) % 32])
     assert torch.equal(partner_labels, labels[partner[places]])
-    torch.testing.assert_close(augmented_logits, loop.method.teacher(augmented))
+    torch.testing.assert_close(augmented_logits, loop.task.teacher(augmented))
     loop.step()
-    assert loop.method.goodness.originals == 2 * 32
-    assert loop.method.goodness.compute().images == 2 * (32 + 4 * keep)
+    assert loop.task.goodness.originals == 2 * 32
+    assert loop.task.goodness.compute().images == 2 * (32 + 4 * keep)
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -210,15 +215,16 @@ def test_hidden_states_are_mixed_in_both_nets(make_loop, distill_options, joint)
     )
     pixels, mixed = _mixed_pool(32, runs=1)
     batch = loop.loader.next()
-    loop.method._look = lambda _: look(loop.method.teacher, pixels, mixed)
-    _, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam, hidden = loop.method.inputs(batch)
+    loop.task._look = lambda _: look(loop.task.teacher, pixels, mixed)
+    fed = loop.task.prepare(batch, 0.0)._replace(pixels=pixels)
     expected = mixed_forward(teacher, pixels, mixed.images, mixed.hidden, joint=True)
-    torch.testing.assert_close((logits, augmented_logits), expected, rtol=0, atol=1e-10)
-    assert torch.equal(own_labels, labels)
-    assert torch.equal(partner_labels, labels[mixed.partner])
-    terms = loop.task(pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam, hidden)
-    outputs = mixed_forward(student, pixels, mixed.images, mixed.hidden, joint=joint)
-    for name, output, target in zip(("kd", "kd_mix"), outputs, expected, strict=True):
+    expected = expected[0].logits, expected[1]
+    torch.testing.assert_close((fed.teacher.logits, fed.augmented_logits), expected, rtol=0, atol=1e-10)
+    assert torch.equal(fed.augmented_labels, fed.labels)
+    assert torch.equal(fed.partner_labels, fed.labels[mixed.partner])
+    terms = loop.model(fed)
+    found, augmented = mixed_forward(student, pixels, mixed.images, mixed.hidden, joint=joint)
+    for name, output, target in zip(("kd", "kd_mix"), (found.logits, augmented), expected, strict=True):
         torch.testing.assert_close(terms[name], kd_loss(output, target, 4.0), rtol=0, atol=1e-10)
     terms["loss"].backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
@@ -227,22 +233,37 @@ def test_hidden_states_are_mixed_in_both_nets(make_loop, distill_options, joint)
 # --------------------------------------------------------------------------------------------------- the task
 
 
-def _task_inputs():
+def _task_inputs() -> DistillationInputs:
     generator = torch.Generator().manual_seed(0)
     pixels, augmented = torch.randint(0, 256, (2, 16, 3, 12, 12), generator=generator).byte()
     logits, augmented_logits = torch.randn(2, 16, 3, generator=generator)
-    labels, lam = torch.arange(16) % 3, torch.rand(16, generator=generator)
-    return pixels, labels, logits, augmented, augmented_logits, labels.roll(1), labels.flip(0), lam
+    labels, lam, ids = torch.arange(16) % 3, torch.rand(16, generator=generator), torch.arange(16)
+    return DistillationInputs(
+        pixels, NetOutput(logits), labels, ids, torch.zeros(()), augmented, augmented_logits, labels.roll(1),
+        labels.flip(0), lam,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_task(make_loop, distill_options):
+    def make(student, loss, joint):
+        return make_loop(options=distill_options(loss=loss, joint_forward=joint), student=student).task
+
+    return make
+
+
+def _expected(student, loss, fed):
+    mixed = MixedOutputs(
+        student(fed.augmented), fed.augmented_logits, fed.augmented_labels, fed.partner_labels, fed.lam
+    )
+    return loss(StepOutputs(NetOutput(student(fed.pixels)), fed.teacher, fed.labels, fed.ids, fed.epoch, mixed))
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_the_terms_are_those_of_the_loss(make_net, joint):
+def test_the_terms_are_those_of_the_loss(make_net, make_task, joint):
     """Both ways agree where no batch statistics are involved."""
-    student, loss = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0))
-    pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam = _task_inputs()
-    terms = DistillationTask(student, loss, joint)(*_task_inputs())
-    mixed = MixedOutputs(student(augmented), augmented_logits, own_labels, partner_labels, lam)
-    expected = loss(student(pixels), labels, logits, mixed)
+    student, loss, fed = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0)), _task_inputs()
+    terms, expected = make_task(student, loss, joint)(fed), _expected(student, loss, fed)
     assert list(terms) == [*expected, "top1"]
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
@@ -250,33 +271,30 @@ def test_the_terms_are_those_of_the_loss(make_net, joint):
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("count", [5, 40])
-def test_there_may_be_another_number_of_augmented_images(make_net, joint, count):
-    student, loss = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0))
-    pixels, labels, logits, *of_augmented = _task_inputs()
+def test_there_may_be_another_number_of_augmented_images(make_net, make_task, joint, count):
+    student, loss, fed = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0)), _task_inputs()
     rows = torch.arange(count) * 3 % 16
-    augmented, augmented_logits, own_labels, partner_labels, lam = (part[rows] for part in of_augmented)
-    terms = DistillationTask(student, loss, joint)(
-        pixels, labels, logits, augmented, augmented_logits, own_labels, partner_labels, lam
-    )
-    mixed = MixedOutputs(student(augmented), augmented_logits, own_labels, partner_labels, lam)
-    for name, value in loss(student(pixels), labels, logits, mixed).items():
+    fed = DistillationInputs(*fed[:5], *(part[rows] for part in fed[5:10]))
+    terms = make_task(student, loss, joint)(fed)
+    for name, value in _expected(student, loss, fed).items():
         torch.testing.assert_close(terms[name], value)
 
 
 @pytest.mark.parametrize(("joint", "calls"), [(False, [16, 16]), (True, [32])])
-def test_joint_forward_is_one_forward(make_net, joint, calls):
+def test_joint_forward_is_one_forward(make_net, make_task, joint, calls):
     student, rows = make_net(), []
     student.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    DistillationTask(student, KD(), joint)(*_task_inputs())
+    make_task(student, KD(), joint)(_task_inputs())
     assert rows == calls
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_identity_needs_one_student_forward(make_net, joint):
+def test_identity_needs_one_student_forward(make_net, make_task, joint):
     student, rows = make_net(), []
     student.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    pixels, labels, logits, *_, lam = _task_inputs()
-    terms = DistillationTask(student, KD(), joint)(pixels, labels, logits, None, logits, labels, labels, lam)
+    fed = _task_inputs()
+    fed = fed._replace(augmented=None, augmented_logits=fed.teacher.logits, lam=torch.ones(16))
+    terms = make_task(student, KD(), joint)(fed)
     assert rows == [16]
     torch.testing.assert_close(terms["kd_mix"], terms["kd"])
 
@@ -293,8 +311,8 @@ def test_parameters_of_the_loss_are_trained_along(make_net, make_loop, distill_o
 
     loop = make_loop(options=distill_options(loss=Weighted()), student=make_net())
     loop.step()
-    assert loop.task.loss.bonus != 1
-    assert not any("bonus" in key for key in loop.method.student.state_dict())
+    assert loop.model.loss.bonus != 1
+    assert not any("bonus" in key for key in loop.task.student.state_dict())
     assert not any("teacher" in key for key in loop.state_dict()["task"])
 
 
@@ -304,52 +322,52 @@ def test_parameters_of_the_loss_are_trained_along(make_net, make_loop, distill_o
 @pytest.mark.parametrize("augmentation", ["identity", "cutmixpick_teacher"])
 def test_the_metric_streams_the_same_look(make_loop, distill_options, augmentation):
     loop = make_loop(options=distill_options(augmentation=augmentation))
-    loop.method.goodness = TeacherStddev(3, window=20)
-    expected, inputs = TeacherStddev(3, window=20), loop.method.inputs
+    loop.task.goodness = TeacherStddev(3, window=20)
+    expected, inputs = TeacherStddev(3, window=20), loop.task.prepare
 
-    def listening(batch):
-        fed = inputs(batch)
-        expected.update(fed[2], fed[4])
+    def listening(batch, epoch):
+        fed = inputs(batch, epoch)
+        expected.update(fed.teacher.logits, fed.augmented_logits)
         return fed
 
-    loop.method.inputs = listening
+    loop.task.prepare = listening
     for _ in range(3):
         loop.step()
     result = expected.compute()
     assert result.windows == 9
-    assert loop.method.metrics() == {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": 9}
+    assert loop.task.metrics() == {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": 9}
 
 
 def test_the_metric_can_be_left_out(make_loop, distill_options):
     loop = make_loop(options=distill_options(metric=False))
     loop.step()
-    assert loop.method.metrics() == loop.method.state_dict() == {}
+    assert loop.task.metrics() == loop.task.get_extra_state() == {}
 
 
 @pytest.mark.parametrize("augmentation", ["cutmixpick_teacher", "cutmixpick_student", "mixup", "identity"])
 def test_entropies_are_logged_by_the_net_that_picks(make_loop, distill_options, augmentation):
     """The student's are those of its own batch statistics, before the step; the log goes on with a resumed run."""
     loop = make_loop(options=distill_options(augmentation=augmentation))
-    method = loop.method
-    method.entropy_log = EntropyLog(2)
+    task = loop.task
+    task.entropy_log = EntropyLog(2)
     batch = loop.loader.next()
-    seen = method._look(batch)
+    seen = task._look(batch)
     by_student = augmentation == "cutmixpick_student"
-    expected = score_groups(method.student, batch.pixels, 32, 8) if by_student else seen.logits
-    method.inputs(batch)
+    expected = score_groups(task.student, batch.pixels, 32, 8) if by_student else seen.logits
+    task.prepare(batch, 0.0)
     for _ in range(3):
-        method.inputs(loop.loader.next())
-    found = method.entropy_log.arrays()
+        task.prepare(loop.loader.next(), 0.0)
+    found = task.entropy_log.arrays()
     assert found["steps"].tolist() == [0, 2]
     runs = {"mixup": 1, "identity": 1}.get(augmentation, 2)
     assert found["sizes"].tolist() == [[32, 32 * runs, 32]] * 2
     np.testing.assert_allclose(found["originals"][0], entropy(expected), rtol=1e-5)
     assert (found["picks"].mean() > found["candidates"].mean()) == (runs == 2)
 
-    resumed = make_loop("resumed", options=distill_options(augmentation=augmentation)).method
+    resumed = make_loop("resumed", options=distill_options(augmentation=augmentation)).task
     resumed.entropy_log = EntropyLog(2)
-    resumed.load_state_dict(method.state_dict())
-    resumed.inputs(batch)
+    resumed.load_state_dict(task.state_dict())
+    resumed.prepare(batch, 0.0)
     assert resumed.entropy_log.arrays()["steps"].tolist() == [0, 2, 4]
 
 

@@ -26,7 +26,7 @@ def test_equals_a_plain_loop(make_net, make_source, accelerator, classes, batch_
         logits = torch.cat([model.eval()(images[row : row + 1]) for row in range(101)])
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)  # how many classes are liked better
 
-    found = evaluate(model, _loader(source, batch_size), accelerator)
+    found = evaluate({"net": model}, _loader(source, batch_size), accelerator)["net"]
     assert set(found) == {"loss", "top1", "top5", "images", "replaced"}
     assert (found["images"], found["replaced"]) == (101, 0)
     assert found["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -37,13 +37,30 @@ def test_equals_a_plain_loop(make_net, make_source, accelerator, classes, batch_
 @pytest.mark.parametrize("training", [False, True])
 def test_the_net_is_left_as_it_was(make_net, make_source, accelerator, training):
     model = make_net(dropout=0.5).train(training)
+    model.model.norm.eval()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     loader = _loader(make_source(20), 8)
-    first, second = evaluate(model, loader, accelerator), evaluate(model, loader, accelerator)
+    first, second = (evaluate({"net": model}, loader, accelerator)["net"] for _ in range(2))
     assert first == second  # no dropout, and a loader can be used again
-    assert all(module.training == training for module in model.modules())
+    modes = {module.training for module in model.modules() if module is not model.model.norm}
+    assert (modes, model.model.norm.training) == ({training}, False)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_several_nets_and_figures_of_ones_own(make_net, make_source, accelerator):
+    loader, nets = _loader(make_source(20), 8), {"one": make_net(0), "other": make_net(1)}
+
+    def count(net, batch):
+        ones = torch.ones(len(batch), dtype=torch.float64)
+        return {"images": ones.sum(), "labels": batch.labels.sum().double(), "logits": net(batch.pixels).sum().double()}
+
+    found = evaluate(nets, loader, accelerator, count)
+    assert found["one"]["labels"] == found["other"]["labels"] == loader.source.labels.mean()
+    assert found["one"]["logits"] != found["other"]["logits"]
+    assert list(found["one"]) == ["labels", "logits", "images", "replaced"]
+    alone = evaluate({"other": nets["other"]}, loader, accelerator)
+    assert evaluate(nets, loader, accelerator)["other"] == alone["other"]
 
 
 def test_what_other_processes_have_replaced_is_known_to_all(make_source, monkeypatch):

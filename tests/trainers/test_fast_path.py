@@ -65,7 +65,7 @@ def make(make_loop, make_source, distill_options, nets) -> Callable[..., Loop]:
         }  # fmt: skip
         train, val = (make_source(count, classes=CLASSES, side=32, seed=seed) for count, seed in ((640, 0), (90, 1)))
         loop = make_loop(name, options=distill_options(**settings), train=train, val=val, **nets(dtype))
-        loop.task.train()
+        loop.model.train()
         return loop
 
     return make_run
@@ -141,7 +141,7 @@ def test_the_plain_path_is_a_loop_written_out(make, nets, dtype, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_folding_changes_no_loss(make, dtype):
     plain, folded = make("plain", dtype, teacher=UNFOLDED), make("folded", dtype)
-    assert (plain.method.teacher.folded, folded.method.teacher.folded) == (0, 1)
+    assert (plain.task.teacher.folded, folded.task.teacher.folded) == (0, 1)
     _assert_close(_losses(folded), _losses(plain), TOLERANCE[dtype])
 
 
@@ -180,8 +180,8 @@ SETTINGS = {
 
 
 def _evaluated(loop: Loop) -> dict[str, float]:
-    net = loop.method.student if loop.average is None else loop.average.module
-    return evaluate(net, loop.val_loader, loop.accelerator)
+    net = loop.averages["student"].module if loop.averages else loop.task.student
+    return evaluate({"net": net}, loop.val_loader, loop.accelerator)["net"]
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def _evaluated(loop: Loop) -> dict[str, float]:
 def test_whatever_is_trained_can_be_compiled(make, compiled_graphs, setting):
     options = SETTINGS[setting]
     plain, compiled = make("plain", **options), make("compiled", compile="default", **options)
-    assert compiled.method.state_dict().keys() == plain.method.state_dict().keys()
+    assert compiled.task.state_dict().keys() == plain.task.state_dict().keys()
     assert list(compiled.state_dict()["task"]) == list(plain.state_dict()["task"])
     _assert_close(_losses(compiled, 8), _losses(plain, 8), 1e-8)  # mixup's pixels are float32 in any case
     graphs = {"graphs": 2 + (setting == "cutmixpick_student"), "breaks": 0, "recompiled": 0}  # its scores too
@@ -233,7 +233,7 @@ def test_a_compiled_run_is_resumed_exactly(make):
     found = resumed.run()
     assert found["steps"] == expected["steps"] == 10
     assert found["last"]["val"] == expected["last"]["val"]
-    states = (run.method.student.model.state_dict() for run in (resumed, whole))
+    states = (run.task.student.model.state_dict() for run in (resumed, whole))
     for (key, value), (_, same) in zip(*(state.items() for state in states), strict=True):
         assert torch.equal(value, same), key
 

@@ -21,6 +21,7 @@ from dalikd.trainers.loop import Loop, make_optimizer
 from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.schedules import ScheduleConfig
 from dalikd.trainers.stopping import Interrupted, StopSignals
+from dalikd.trainers.tasks.supervised import SupervisedInputs
 
 CONSTANT = ScheduleConfig("constant")
 
@@ -42,7 +43,7 @@ def _fill(module: torch.nn.Module) -> None:
 
 
 def _weights(loop: Loop) -> dict[str, torch.Tensor]:
-    return {key: value.detach().clone() for key, value in loop.method.student.model.state_dict().items()}
+    return {key: value.detach().clone() for key, value in loop.task.student.model.state_dict().items()}
 
 
 def _log(loop: Loop) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def test_the_loss_follows_the_recorded_curve_and_falls(make_loop, make_net, dist
     if kind == "distill":
         options = distill_options(augmentation="cutmixpick_teacher", **settings)
     loop = make_loop(options=options, student=student, teacher=teacher)
-    loop.task.train()
+    loop.model.train()
     losses = _losses(loop, 30)
     print(kind, losses)
     assert losses[:6] == pytest.approx(GOLDEN[kind], abs=1e-8)
@@ -113,7 +114,7 @@ def test_a_fixed_student_is_observed_and_stays(make_loop, make_net, distill_opti
         optimizer=partial(_Refuses, lr=0.1),
     )  # fmt: skip
     loop = make_loop(options=options, student=student)
-    before, expected = _weights(loop), evaluate(student, loop.val_loader, loop.accelerator)
+    before, expected = _weights(loop), evaluate({"student": student}, loop.val_loader, loop.accelerator)["student"]
     results = loop.run()
     assert all(torch.equal(value, before[key]) for key, value in _weights(loop).items())  # running statistics too
     assert results["last"]["val"] == results["best"]["val"] == expected
@@ -126,11 +127,11 @@ def test_a_fixed_students_losses_are_those_of_eval_mode(make_loop, make_net, dis
     student = make_net(2).requires_grad_(False)
     student.model.norm.running_mean.fill_(0.3)
     loop = make_loop(options=distill_options(log_every=1), student=student)
-    inputs, fed = loop.method.inputs, []
-    loop.method.inputs = lambda batch: fed.append(inputs(batch)) or fed[-1]
+    inputs, fed = loop.task.prepare, []
+    loop.task.prepare = lambda *of: fed.append(inputs(*of)) or fed[-1]
     loop.folder.start({}, None)
     loop.run()
-    pixels, labels = fed[0][:2]
+    pixels, labels = fed[0].pixels, fed[0].labels
     assert not student.training
     expected = torch.nn.functional.cross_entropy(student(pixels), labels)
     assert _log(loop)[0]["train"]["ce"] == pytest.approx(expected.item(), rel=1e-6)
@@ -142,7 +143,7 @@ def test_a_loss_with_parameters_is_trained_beside_a_fixed_student(make_loop, mak
     before = _weights(loop)
     loop.run()
     assert all(torch.equal(value, before[key]) for key, value in _weights(loop).items())
-    assert loop.method.task.loss.scale.item() < 1.0
+    assert loop.task.loss.scale.item() < 1.0
 
 
 class _Scaled(KD):
@@ -205,9 +206,9 @@ def test_accumulating_two_microbatches_equals_one_batch(make_loop, make_net, dis
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_clip_bounds_the_step(make_loop, clip):
     loop = make_loop(options=_options(clip=clip, optimizer=_sgd(1.0)))
-    before = torch.cat([parameter.detach().flatten().clone() for parameter in loop.task.parameters()])
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in loop.model.parameters()])
     loop.step()
-    after = torch.cat([parameter.detach().flatten() for parameter in loop.task.parameters()])
+    after = torch.cat([parameter.detach().flatten() for parameter in loop.model.parameters()])
     moved = (after - before).norm().item()
     if clip is None:
         assert moved > 0.01
@@ -220,7 +221,7 @@ def test_no_decay_norms_spares_biases_and_norms(make_loop):
     decayed, spared = loop.optimizer.param_groups
     assert isinstance(loop.optimizer.optimizer, AdamW)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    model = loop.method.student.model
+    model = loop.task.student.model
     assert {id(value) for value in decayed["params"]} == {id(model.conv.weight), id(model.fc.weight)}
     others = (model.conv.bias, model.norm.weight, model.norm.bias, model.fc.bias)
     assert {id(value) for value in spared["params"]} == {id(value) for value in others}
@@ -248,7 +249,7 @@ def test_the_validation_pipeline_is_closed_after_an_evaluation_on_a_gpu(make_loo
     loop._end_epoch()
     val = loop.progress.last["val"]
     monkeypatch.setattr(type(loop.accelerator), "device", torch.device("cuda"))
-    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_: val)
+    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_: {"student": val})
     monkeypatch.setattr("dalikd.trainers.loop.versions", lambda _: {})
     loop._end_epoch()
     assert closed == ["cuda"]
@@ -259,11 +260,10 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
     expected: dict[str, torch.Tensor] = {}
     for step in range(4):
         loop.step()
-        for key, value in loop.method.student.state_dict().items():
+        for key, value in loop.task.student.state_dict().items():
             first = step == 0 or not value.is_floating_point()
             expected[key] = value.clone() if first else 0.8 * expected[key] + 0.2 * value
-    assert loop.average is not None
-    for key, value in loop.average.module.state_dict().items():
+    for key, value in loop.averages["student"].module.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
 
     results = loop.run()
@@ -277,7 +277,7 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
 
 
 def _without_waits(loop: Loop, guard: Callable[[], Any]) -> None:
-    loop.task.train()
+    loop.model.train()
     loop.step()  # the first one builds states
     # numpy's arrays become tensors in the loader, whose way to a GPU has a test of its own
     loop.loader.next = iter([loop.loader.next() for _ in range(2 * loop.options.accumulation)]).__next__
@@ -298,7 +298,7 @@ def test_a_supervised_step_never_reads_from_the_device(make_loop, no_sync):
 
 def test_the_guard_sees_a_reading_step(make_loop, no_sync):
     loop = make_loop()
-    loop.method.inputs = lambda batch: (batch.pixels, batch.labels + int(batch.labels.sum()) * 0)
+    loop.task.prepare = lambda batch, _: SupervisedInputs(batch.pixels, batch.labels + int(batch.labels.sum()) * 0)
     with pytest.raises(AssertionError, match="waits for the device"):
         _without_waits(loop, no_sync)
 
@@ -308,7 +308,7 @@ def test_the_guard_sees_a_reading_step(make_loop, no_sync):
 def test_a_step_never_waits_for_a_gpu(make_cuda_loop, distill_options, sync_is_an_error, augmentation):
     options = distill_options(augmentation=augmentation, clip=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
     loop = make_cuda_loop(options=options)
-    loop.task.train()
+    loop.model.train()
     loop.step()
     sync_is_an_error()
     loop.step()
@@ -360,7 +360,7 @@ def test_best_is_the_epoch_of_the_highest_accuracy_and_of_equal_ones_of_the_lowe
 
     def evaluate(*_):
         top1, loss = next(figures)
-        return {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}
+        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}}
 
     monkeypatch.setattr("dalikd.trainers.loop.evaluate", evaluate)
     results = make_loop(options=_options(epochs=5)).run()
@@ -377,19 +377,19 @@ def test_a_diverged_run_says_so(make_loop):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(make_loop, number):
     loop = make_loop(options=_options(epochs=5))
-    before, inputs, save = signal.getsignal(number), loop.method.inputs, loop.save
+    before, inputs, save = signal.getsignal(number), loop.task.prepare, loop.save
 
     def saving() -> None:
         if loop.progress.step == 5:
             os.kill(os.getpid(), number)  # as a launcher hands it on
         save()
 
-    def interrupting(batch):
+    def interrupting(*of):
         if loop.progress.step == 4:
             os.kill(os.getpid(), number)
-        return inputs(batch)
+        return inputs(*of)
 
-    loop.method.inputs, loop.save = interrupting, saving
+    loop.task.prepare, loop.save = interrupting, saving
     message = f"stopped by signal {int(number)}; go on with --resume {loop.folder.path}"
     with pytest.raises(Interrupted, match=message) as stop:
         loop.run()
@@ -401,7 +401,7 @@ def test_a_signal_saves_and_stops(make_loop, number):
 def test_a_signal_in_the_last_step_is_obeyed_after_it(make_loop):
     """What the run is a part of ends."""
     loop = make_loop(options=_options(epochs=1))
-    loop.method.metrics = lambda: os.kill(os.getpid(), signal.SIGINT) or {}
+    loop.task.metrics = lambda: os.kill(os.getpid(), signal.SIGINT) or {}
     with pytest.raises(Interrupted):
         loop.run()
     assert loop.progress.epochs == 1
@@ -447,11 +447,11 @@ LACKS = {
 def test_a_lack_of_memory_is_said_in_a_line_and_the_state_is_saved(make_loop, capsys, who):
     loop, (error, line) = make_loop(), LACKS[who]
 
-    def run_out(_: Any) -> None:
+    def run_out(*_: Any) -> None:
         raise error
 
     loop.step()
-    loop.method.inputs = run_out
+    loop.task.prepare = run_out
     with pytest.raises(SystemExit), guarded("train"):
         loop.run()
     said = capsys.readouterr().err
@@ -463,13 +463,13 @@ def test_a_lack_of_memory_is_said_in_a_line_and_the_state_is_saved(make_loop, ca
 
 def test_other_faults_of_a_gpu_go_up_as_they_are(make_loop):
     loop = make_loop()
-    loop.method.inputs = _illegal_access
+    loop.task.prepare = _illegal_access
     with pytest.raises(RuntimeError, match="an illegal memory access"), guarded("train"):
         loop.run()
     assert not loop.folder.state_file.exists()
 
 
-def _illegal_access(_: Any) -> None:
+def _illegal_access(*_: Any) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 

@@ -99,7 +99,7 @@ def test_what_is_evaluated_is_what_is_saved(two, folder, make_net, make_loop, ac
     """Running statistics differ between processes after a step; the main process's are evaluated, and saved."""
     net = make_net()
     load_weights(net.model, folder / "2" / "batch_norm" / "last" / "ema.safetensors")
-    found = evaluate(net, make_loop().val_loader, accelerator)
+    found = evaluate({"net": net}, make_loop().val_loader, accelerator)["net"]
     for key, value in two["batch_norm"].items():
         assert found[key] == pytest.approx(value, rel=1e-5), key
 

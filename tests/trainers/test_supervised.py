@@ -8,7 +8,7 @@ from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
 from dalikd.trainers.options import TrainOptions
-from dalikd.trainers.supervised import SupervisedTask
+from dalikd.trainers.tasks.supervised import Supervised, SupervisedInputs
 
 
 def _options(augmentation):
@@ -18,17 +18,17 @@ def _options(augmentation):
 def test_plain_images_have_plain_labels(make_loop):
     loop = make_loop(options=_options("identity"))
     batch = loop.loader.next()
-    inputs = loop.method.inputs(batch)
-    assert len(inputs) == 2
-    assert torch.equal(inputs[0], batch.pixels)
-    assert torch.equal(inputs[1], batch.labels)
+    inputs = loop.task.prepare(batch, 0.0)
+    assert inputs[2:] == (None, None, None, None)
+    assert torch.equal(inputs.pixels, batch.pixels)
+    assert torch.equal(inputs.labels, batch.labels)
 
 
 @pytest.mark.parametrize("augmentation", ["flip", "crop_flip", "cutout"])
 def test_unmixed_augmentations_keep_the_labels(make_loop, augmentation):
     loop = make_loop(options=_options(augmentation))
     batch = loop.loader.next()
-    pixels, labels = loop.method.inputs(batch)
+    pixels, labels, *_ = loop.task.prepare(batch, 0.0)
     assert torch.equal(labels, batch.labels)
     assert pixels.shape == batch.pixels.shape
     assert not torch.equal(pixels.float(), batch.pixels.float())
@@ -38,7 +38,8 @@ def test_unmixed_augmentations_keep_the_labels(make_loop, augmentation):
 def test_mixed_images_have_both_labels(make_loop, augmentation):
     loop = make_loop(options=_options(augmentation))
     batch = loop.loader.next()
-    pixels, labels, partner_labels, lam = loop.method.inputs(batch)
+    fed = loop.task.prepare(batch, 0.0)
+    pixels, labels, partner_labels, lam, *_ = fed
     draws = batch.mix[0]
     assert torch.equal(labels, batch.labels)
     assert torch.equal(partner_labels, batch.labels[draws.partner])
@@ -54,18 +55,19 @@ def test_mixed_images_have_both_labels(make_loop, augmentation):
         assert ((1 - lam) >= share - 1e-6).all()  # a pasted pixel may equal the one before
         assert np.corrcoef(1 - lam, share)[0, 1] > 0.99
 
-    terms = loop.task(pixels, labels, partner_labels, lam)
-    logits = loop.method.student(pixels)
+    terms = loop.model(fed)
+    logits = loop.task.student(pixels)
     torch.testing.assert_close(terms["loss"], mixed_cross_entropy(logits, labels, partner_labels, lam))
     assert terms["top1"] == (logits.argmax(1) == labels).float().mean()
 
 
-def test_hidden_states_are_mixed_with_those_of_the_originals():
+def test_hidden_states_are_mixed_with_those_of_the_originals(make_loop):
     student = Normalized(create_model("resnet8", 3), (0.5,) * 3, (0.5,) * 3).double()
+    task = make_loop(options=_options("mixup"), student=student).task
     pixels, labels = torch.randint(0, 256, (6, 3, 12, 12)).double(), torch.arange(6) % 3
     draws = MixDraws(torch.arange(6).flip(0), torch.rand(6), torch.zeros(6, 2), layer=(torch.arange(6) % 3).int())
     mixed = manifold_mixup(pixels, draws)
-    terms = SupervisedTask(student)(mixed.images, labels, labels.flip(0), mixed.lam, pixels, mixed.hidden)
+    terms = task(SupervisedInputs(mixed.images, labels, labels.flip(0), mixed.lam, pixels, mixed.hidden))
     logits = mixed_forward(student, pixels, mixed.images, mixed.hidden, joint=False)[1]
     torch.testing.assert_close(terms["loss"], mixed_cross_entropy(logits, labels, labels.flip(0), mixed.lam))
     assert not torch.equal(logits, student(mixed.images))
@@ -73,23 +75,25 @@ def test_hidden_states_are_mixed_with_those_of_the_originals():
 
 def test_a_loop_gives_hidden_states_to_the_task(make_loop):
     loop = make_loop(options=_options("mixup"))
-    mix, layer = loop.method._augmenter.mix, torch.arange(32).int() % 3
-    loop.method._augmenter.mix = lambda *parts: mix(*parts)._replace(layer=layer)
+    mix, layer = loop.task._augmenter.mix, torch.arange(32).int() % 3
+    loop.task._augmenter.mix = lambda *parts: mix(*parts)._replace(layer=layer)
     batch = loop.loader.next()
-    pixels, *_, originals, hidden = loop.method.inputs(batch)
+    pixels, *_, originals, hidden = loop.task.prepare(batch, 0.0)
     assert torch.equal(originals, batch.pixels)
     assert not torch.equal(pixels, batch.pixels)
     assert torch.equal(hidden.layer, layer)
     assert torch.equal(hidden.partner, batch.mix[0].partner)
 
 
-def test_label_smoothing_reaches_the_loss(make_net):
+def test_label_smoothing_reaches_the_loss(make_loop, make_net):
     pixels, labels = torch.randint(0, 256, (6, 3, 12, 12)).byte(), torch.arange(6) % 3
     net = make_net(norm=False)
-    plain, smooth = SupervisedTask(net), SupervisedTask(net, label_smoothing=0.2)
-    torch.testing.assert_close(plain(pixels, labels)["loss"], cross_entropy(net(pixels), labels))
-    torch.testing.assert_close(smooth(pixels, labels)["loss"], cross_entropy(net(pixels), labels, 0.2))
-    mixed = smooth(pixels, labels, labels.flip(0), torch.full((6,), 0.7))["loss"]
+    augmenter = make_loop(options=_options("identity")).task._augmenter
+    plain, smooth = Supervised(net, augmenter), Supervised(net, augmenter, label_smoothing=0.2)
+    fed = SupervisedInputs(pixels, labels)
+    torch.testing.assert_close(plain(fed)["loss"], cross_entropy(net(pixels), labels))
+    torch.testing.assert_close(smooth(fed)["loss"], cross_entropy(net(pixels), labels, 0.2))
+    mixed = smooth(SupervisedInputs(pixels, labels, labels.flip(0), torch.full((6,), 0.7)))["loss"]
     expected = mixed_cross_entropy(net(pixels), labels, labels.flip(0), torch.full((6,), 0.7), 0.2)
     torch.testing.assert_close(mixed, expected)
 

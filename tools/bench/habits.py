@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dalikd.kd.losses import DistillationLoss, MixedOutputs
+from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.losses import DistillationLoss, MixedOutputs, StepOutputs
 from dalikd.kd.mixing import MixDraws, Mixed
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import TEACHER_ENTROPY, Look, look
@@ -177,7 +178,9 @@ class HabitLoop:
         seen = self._look(images, draws)
         picked_logits = self._answer(seen.augmented)
         mixed = MixedOutputs(picked_logits, seen.augmented_logits, labels[seen.rows], labels[seen.partner], seen.lam)
-        terms = self._loss(logits, labels, seen.logits, mixed)
+        ids, epoch = labels, torch.zeros((), device=labels.device)  # which the published losses do without
+        outputs = StepOutputs(NetOutput(logits), NetOutput(seen.logits), labels, ids, epoch, mixed)
+        terms = self._loss(outputs)
         self.meters.add(terms, logits, labels)
         self._optimizer.zero_grad()
         terms["loss"].backward()

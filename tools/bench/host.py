@@ -43,10 +43,10 @@ from dalikd.tools.bench.record import Record, alternate, check_output, markdown,
 from dalikd.tools.cli import run_function
 from dalikd.trainers.assembly import reading
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
-from dalikd.trainers.distill import Distillation
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import DATA_RANGES, FROM_1, DistillOptions, check_numbers
+from dalikd.trainers.tasks.distill import Distillation
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = ["HostOptions", "Watch", "loader_microseconds", "main", "plan", "run", "watching"]
@@ -247,9 +247,9 @@ class _Side:
             **reading(data),
         )
         teacher = Teacher(_Constant(source))
-        method = Distillation(_Constant(source), teacher, training.loss, augmenter, accelerator, len(source.classes))
-        self.loop = Loop(method, loader, loader, training, accelerator, RunFolder(Path("bench"), writes=False), {})
-        self.loop.task.train()
+        task = Distillation(_Constant(source), teacher, training.loss, augmenter, accelerator, len(source.classes))
+        self.loop = Loop(task, loader, loader, training, accelerator, RunFolder(Path("bench"), writes=False), {})
+        self.loop.model.train()
         self.parts: list[dict[str, float]] = []  # microseconds an image, round by round
         self.wall: list[float] = []  # milliseconds a step
         self.operators = self._count()
@@ -293,7 +293,7 @@ class _Side:
     def _watching(self) -> Iterator[Watch]:
         loop = self.loop
         with watching(loop.loader) as watch, ExitStack() as patches:
-            for owner, name, part in ((loop.method, "inputs", _STEP[0]), (loop, "step", _STEP[1])):
+            for owner, name, part in ((loop.task, "prepare", _STEP[0]), (loop, "step", _STEP[1])):
                 patches.enter_context(patch.object(owner, name, watch.of(part, getattr(owner, name))))
             yield watch
 

@@ -32,8 +32,8 @@ from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
 from dalikd.tools.bench.teacher_options import PublishedOptions, teacher_net
 from dalikd.tools.cli import run_command
 from dalikd.trainers.assembly import TrainingData, build_student, open_training_data
-from dalikd.trainers.distill import Distillation
 from dalikd.trainers.launch import autocast_type, model_type, start
+from dalikd.trainers.tasks.distill import Distillation
 
 __all__ = ["Costs", "Nets", "Rung", "main", "open_ladder", "plan", "run"]
 
@@ -157,7 +157,7 @@ def _own_rung(
 ) -> Rung:
     autocast = autocast_type(options.precision)
     teacher = Teacher(deepcopy(nets.teacher), accelerator.device, autocast, fold_bn=options.teacher.fold_bn)
-    method = Distillation(
+    task = Distillation(
         deepcopy(nets.student),
         teacher,
         deepcopy(options.loss),
@@ -167,7 +167,7 @@ def _own_rung(
         metric=metric,
         compile_mode=options.compile,
     )
-    loop = training_loop(method, data, options, accelerator)
+    loop = training_loop(task, data, options, accelerator)
     return Rung(loop.step, teacher, _ahead(options), options.compile != "off")
 
 

@@ -23,8 +23,9 @@ from dalikd.pipelines.loader import Batch, Loader
 from dalikd.tools.bench.machine import synchronize
 from dalikd.tools.bench.training import StepOptions
 from dalikd.trainers.assembly import TrainingData
-from dalikd.trainers.loop import Loop, Method
+from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import TrainingOptions
+from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [
@@ -77,11 +78,11 @@ class Round:
         return self.waited / self.seconds
 
 
-def training_loop(method: Method, data: TrainingData, options: TrainingOptions, accelerator: Accelerator) -> Loop:
+def training_loop(task: Task, data: TrainingData, options: TrainingOptions, accelerator: Accelerator) -> Loop:
     """The loop of a run that is never written, ready to step."""
     folder = RunFolder(Path("bench"), writes=False)
-    loop = Loop(method, data.loader, data.val_loader, options, accelerator, folder, {})
-    loop.task.train()
+    loop = Loop(task, data.loader, data.val_loader, options, accelerator, folder, {})
+    loop.model.train()
     return loop
 
 
@@ -180,21 +181,21 @@ def parts_round(loop: Loop, steps: int, warmup: int) -> dict[str, float]:
         exchange and clipping); "optimizer" (and moving average).
     """
     watch = _Stopwatch(loop.accelerator.device)
-    take, inputs = loop.loader.next, loop.method.inputs
+    take, inputs = loop.loader.next, loop.task.prepare
 
     def timed_take() -> Batch:
         batch = take()
         watch.lap("data")
         return batch
 
-    def timed_inputs(batch: Batch) -> Sequence[Any]:
+    def timed_inputs(batch: Batch, epoch: float) -> Any:
         watch.lap("student")  # of the microbatch before, where there is one
-        result = inputs(batch)
+        result = inputs(batch, epoch)
         watch.lap("teacher")
         return result
 
     hook = loop.optimizer.optimizer.register_step_pre_hook(lambda *_: watch.lap("student"))
-    with _replaced(loop, "loader", _Feed(loop.loader, timed_take)), _replaced(loop.method, "inputs", timed_inputs):
+    with _replaced(loop, "loader", _Feed(loop.loader, timed_take)), _replaced(loop.task, "prepare", timed_inputs):
         for number in range(warmup + steps):
             if number == warmup:
                 watch.restart()
@@ -216,9 +217,9 @@ def step_flops(loop: Loop, batch: Batch) -> dict[str, float]:
 
     with torch.compiler.set_stance("force_eager"):
         with FlopCounterMode(display=False) as looked, torch.no_grad():
-            inputs = loop.method.inputs(batch)
-        with FlopCounterMode(display=False) as learned, loop.accelerator.no_sync(loop.task):
-            loop.accelerator.backward(loop.task(*inputs)["loss"])
+            inputs = loop.task.prepare(batch, 0.0)
+        with FlopCounterMode(display=False) as learned, loop.accelerator.no_sync(loop.model):
+            loop.accelerator.backward(loop.model(inputs)["loss"])
     loop.optimizer.zero_grad()
     counted = {"teacher": looked.get_total_flops(), "student": learned.get_total_flops()}
     return {name: flops / len(batch) for name, flops in counted.items()}

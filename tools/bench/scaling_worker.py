@@ -28,14 +28,14 @@ def work(options: ScalingOptions, file: Path) -> dict[str, Any]:
         batches "with_exchange" and "without_exchange" of gradients.
     """
     accelerator = start(options.device, options.precision)
-    method, data = build_distillation(with_weights(options, file.parent), accelerator)
-    loop = training_loop(method, data, options, accelerator)
+    task, data = build_distillation(with_weights(options, file.parent), accelerator)
+    loop = training_loop(task, data, options, accelerator)
     warm_up(loop, options.warmup)
     kept = replayed(keep_batches(loop.loader))
     real = step_round(loop, loop.loader.next, options.steps, options.warmup)
     loop.loader.close()
     exchanging = step_round(loop, kept, options.steps, options.warmup)
-    with accelerator.no_sync(loop.task):  # the processes' weights part here, so nothing may follow
+    with accelerator.no_sync(loop.model):  # the processes' weights part here, so nothing may follow
         silent = step_round(loop, kept, options.steps, options.warmup)
     found = {
         "processes": accelerator.num_processes,

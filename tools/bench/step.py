@@ -94,9 +94,9 @@ def run(options: StepOptions, config: dict[str, Any]) -> Record:
     accelerator = start(options.device, options.precision)
     before = environment(accelerator.device)
     with TemporaryDirectory() as folder:
-        method, data = build_distillation(with_weights(options, Path(folder)), accelerator)
+        task, data = build_distillation(with_weights(options, Path(folder)), accelerator)
     page_cache = cached(data.train)
-    found = measure(training_loop(method, data, options, accelerator), options)
+    found = measure(training_loop(task, data, options, accelerator), options)
     data.loader.close()
     record = Record(
         benchmark="step",

@@ -32,7 +32,7 @@ def test_state_dict_has_the_published_keys_order_and_shapes(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_features_have_the_published_shapes(name):
-    logits, features, _ = meta_model(name).outputs(torch.empty(2, 3, 32, 32, device="meta"))
+    logits, features, *_ = meta_model(name).outputs(torch.empty(2, 3, 32, 32, device="meta"))
     assert [list(feature.shape) for feature in features] == PUBLISHED[name]["feature_shapes"]
     assert logits.shape == (2, 100)
 
@@ -43,7 +43,7 @@ def test_values_are_the_published_ones(name, fill, images):
     model = fill(create_model(name, 100), entry["gain"])
     expected = torch.tensor(entry["logits"], dtype=torch.float64)
     with torch.no_grad():
-        logits, features, _ = model.outputs(images)
+        logits, features, *_ = model.outputs(images)
         torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
     for feature, figures in zip(features, entry["features"], strict=True):
@@ -57,12 +57,11 @@ def test_features_before_the_last_relu_are_the_published_ones(name, fill, images
     entry = PUBLISHED[name]
     model = fill(create_model(name, 100), entry["gain"])
     with torch.no_grad():
-        logits, (stem, *stages, pooled), _ = model.preactivations(images)
-        usual = model.outputs(images)
-    assert torch.equal(logits, usual.logits)
-    assert torch.equal(stem, usual.features[0])
-    assert torch.equal(pooled, usual.features[-1])
-    for feature, figures in zip(stages, entry["preactivations"], strict=True):
+        found, usual = model.preactivations(images), model.outputs(images)
+    assert torch.equal(found.logits, usual.logits)
+    assert all(torch.equal(one, other) for one, other in zip(found.features, usual.features, strict=True))
+    assert usual.preactivations == ()
+    for feature, figures in zip(found.preactivations, entry["preactivations"], strict=True):
         assert feature.mean().item() == pytest.approx(figures["mean"], abs=1e-9)
         assert feature.std(correction=0).item() == pytest.approx(figures["std"], abs=1e-9)
         assert feature.flatten()[:4].tolist() == pytest.approx(figures["first4"], abs=1e-9)
@@ -87,7 +86,7 @@ def test_one_forward_in_training_mode_updates_each_batch_norm_once(name, fill, i
 @pytest.mark.parametrize("name", [*PUBLISHED, *OPTION_A])
 @pytest.mark.parametrize("side", [33, 48, 64, 224])
 def test_any_side_gives_a_row_of_logits_an_image(name, side):
-    logits, features, _ = meta_model(name, 7).outputs(torch.empty(3, 3, side, side, device="meta"))
+    logits, features, *_ = meta_model(name, 7).outputs(torch.empty(3, 3, side, side, device="meta"))
     assert logits.shape == (3, 7)
     assert features[-1].ndim == 2
 
@@ -97,7 +96,7 @@ def test_images_need_not_be_square_and_pooled_is_what_the_last_layer_sees(name, 
     model = fill(create_model(name, 5), 1.0)
     last_layer = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
-        logits, features, _ = model.outputs(torch.randn(2, 3, 33, 40).double())
+        logits, features, *_ = model.outputs(torch.randn(2, 3, 33, 40).double())
         torch.testing.assert_close(last_layer(features[-1]), logits, rtol=0, atol=0)
     assert logits.isfinite().all()
 

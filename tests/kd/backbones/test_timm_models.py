@@ -25,7 +25,7 @@ def test_resnet18_is_timms_with_stage_features(resnet18, images):
     assert list(plain.state_dict()) == list(resnet18.state_dict())
     plain.load_state_dict(resnet18.state_dict())
     with torch.no_grad():
-        logits, features, _ = resnet18.outputs(images)
+        logits, features, *_ = resnet18.outputs(images)
         expected_logits = plain(images)
         final, expected_features = plain.forward_intermediates(images)
         expected_features.append(plain.global_pool(final))
@@ -52,7 +52,7 @@ def test_logits_are_timms_whatever_the_head(name):
     side = model.pretrained_cfg["input_size"][-1]
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        logits, features, _ = model.outputs(images)
+        logits, features, *_ = model.outputs(images)
         torch.testing.assert_close(logits, model(images))
     assert features[-1].ndim == 2
     assert all(feature.ndim == 4 for feature in features[:-1])

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import jsonargparse
 import numpy as np
@@ -10,25 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalikd.kd.losses import KD, DistillationLoss, MixedOutputs, cross_entropy, kd_loss, mixed_cross_entropy
+from dalikd.kd.backbones import NetOutput
+from dalikd.kd.losses import (
+    KD,
+    DistillationLoss,
+    MixedOutputs,
+    StepOutputs,
+    WeightedSum,
+    cross_entropy,
+    kd_loss,
+    mixed_cross_entropy,
+)
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "kd_loss.json").read_text())
 
 
-class Batch(NamedTuple):
-    student: Tensor
-    labels: Tensor
-    teacher: Tensor
-    mixed: MixedOutputs
-
-
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> StepOutputs:
     torch.manual_seed(0)
     logits = [torch.randn(6, 5, dtype=torch.float64) * 3 for _ in range(4)]
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     mixed = MixedOutputs(logits[2], logits[3], labels, labels.flip(0), torch.rand(6))
-    return Batch(logits[0], labels, logits[1], mixed)
+    return StepOutputs(NetOutput(logits[0]), NetOutput(logits[1]), labels, labels, torch.zeros(()), mixed)
 
 
 def reference_logits() -> tuple[Tensor, Tensor]:
@@ -77,19 +79,19 @@ def test_kd_loss_of_half_logits_is_computed_in_float32():
     assert torch.equal(kd_loss(student, teacher, 4.0), exact)
 
 
-def test_without_mixed_images(batch: Batch):
-    terms = KD(ce_weight=0.3, kd_weight=0.6, temperature=2.0, lw_mix=(0.5, 1.0, 1.0))(*batch[:3])
-    ce, kd = cross_entropy(batch.student, batch.labels), kd_loss(batch.student, batch.teacher, 2.0)
+def test_without_mixed_images(batch: StepOutputs):
+    terms = KD(ce_weight=0.3, kd_weight=0.6, temperature=2.0, lw_mix=(0.5, 1.0, 1.0))(batch._replace(mixed=None))
+    ce, kd = cross_entropy(batch.student.logits, batch.labels), kd_loss(batch.student.logits, batch.teacher.logits, 2.0)
     assert list(terms) == ["loss", "ce", "kd"]
     assert [terms["ce"].item(), terms["kd"].item()] == [ce.item(), kd.item()]
     assert terms["loss"].item() == pytest.approx((0.3 * ce + 0.6 * 0.5 * kd).item(), rel=1e-12)
 
 
-def test_with_mixed_images(batch: Batch):
-    terms = KD(label_smoothing=0.1, lw_mix=(0.5, 2.0, 0.7))(*batch)
+def test_with_mixed_images(batch: StepOutputs):
+    terms = KD(label_smoothing=0.1, lw_mix=(0.5, 2.0, 0.7))(batch)
     mixed = batch.mixed
-    ce = cross_entropy(batch.student, batch.labels, 0.1)
-    kd = kd_loss(batch.student, batch.teacher, 4.0)
+    ce = cross_entropy(batch.student.logits, batch.labels, 0.1)
+    kd = kd_loss(batch.student.logits, batch.teacher.logits, 4.0)
     ce_mix = mixed_cross_entropy(mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, 0.1)
     kd_mix = kd_loss(mixed.student_logits, mixed.teacher_logits, 4.0)
     assert list(terms) == ["loss", "ce", "kd", "ce_mix", "kd_mix"]
@@ -98,16 +100,16 @@ def test_with_mixed_images(batch: Batch):
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_the_default_leaves_mixed_labels_out(batch: Batch):
-    terms = KD()(*batch)
+def test_the_default_leaves_mixed_labels_out(batch: StepOutputs):
+    terms = KD()(batch)
     assert list(terms) == ["loss", "ce", "kd", "kd_mix"]
     expected = 0.1 * terms["ce"] + 0.9 * (terms["kd"] + terms["kd_mix"])
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_the_loss_trains_the_student_on_both_kinds_of_images(batch: Batch):
-    student, on_mixed = batch.student.requires_grad_(), batch.mixed.student_logits.requires_grad_()
-    KD()(student, *batch[1:])["loss"].backward()
+def test_the_loss_trains_the_student_on_both_kinds_of_images(batch: StepOutputs):
+    student, on_mixed = batch.student.logits.requires_grad_(), batch.mixed.student_logits.requires_grad_()
+    KD()(batch._replace(student=NetOutput(student)))["loss"].backward()
     assert student.grad is not None
     assert on_mixed.grad is not None
     assert student.grad.abs().sum() > 0
@@ -170,3 +172,33 @@ def test_a_later_method_is_a_subclass_chosen_by_its_path():
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         DistillationLoss()  # pyright: ignore[reportAbstractUsage]
+
+
+def test_a_weighted_sum_keeps_the_terms_of_its_parts(batch: StepOutputs):
+    parts = [KD(temperature=2.0), KD(ce_weight=1.0, kd_weight=0.0)]
+    one, other = (part(batch) for part in parts)
+    terms = WeightedSum([*parts], [0.5, 2.0])(batch)
+    assert list(terms) == ["loss", "ce", "kd", "kd_mix", "ce1", "kd1", "kd_mix1"]
+    assert terms["loss"].item() == pytest.approx((0.5 * one["loss"] + 2 * other["loss"]).item(), rel=1e-12)
+    assert (terms["kd"], terms["kd1"]) == (one["kd"], other["kd"])
+    nested = WeightedSum([WeightedSum([*parts]), KD()])(batch)
+    assert [name for name in nested if name.startswith("ce")] == ["ce", "ce1", "ce2"]
+    assert WeightedSum([*parts])(batch)["loss"].item() == pytest.approx((one["loss"] + other["loss"]).item(), rel=1e-12)
+
+
+def test_a_weighted_sum_is_chosen_on_the_command_line():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DistillationLoss, "loss")
+    words = '{"class_path": "dalikd.kd.losses.WeightedSum", "init_args": {"weights": [1, 3], "losses": [%s, %s]}}'
+    part = '{"class_path": "dalikd.kd.losses.KD", "init_args": {"temperature": %d}}'
+    loss = instantiate(parser, parser.parse_args([f"--loss={words % (part % 2, part % 5)}"])).loss
+    assert isinstance(loss, WeightedSum)
+    assert [part.temperature for part in loss.losses] == [2.0, 5.0]
+    assert loss.weights == [1.0, 3.0]
+
+
+def test_bad_weights_are_named():
+    with pytest.raises(ValueError, match="2 losses have 1 weights"):
+        WeightedSum([KD(), KD()], [1.0])
+    with pytest.raises(ValueError, match="weights are"):
+        WeightedSum([KD()], [-1.0])

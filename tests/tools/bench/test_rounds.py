@@ -23,8 +23,8 @@ def make_loop(training: list[object], teacher: list[object]) -> Callable[..., An
         words = [*training, *teacher, "--augmentation", "cutmixpick_teacher", "--teacher.fold_bn", "false", *more]
         options, _ = parse("bench step", [str(word) for word in words])
         accelerator = start(options.device, options.precision)
-        method, data = build_distillation(options, accelerator)
-        return rounds.training_loop(method, data, options, accelerator)
+        task, data = build_distillation(options, accelerator)
+        return rounds.training_loop(task, data, options, accelerator)
 
     return make
 
@@ -49,8 +49,8 @@ def slowed(monkeypatch) -> Callable[[Any], None]:
 
     def slow(loop: Any) -> None:
         monkeypatch.setattr(loop.loader, "next", after(loop.loader.next, 1))
-        monkeypatch.setattr(loop.method, "inputs", after(loop.method.inputs, 2))
-        monkeypatch.setattr(loop.task, "forward", after(loop.task.forward, 4))
+        monkeypatch.setattr(loop.task, "prepare", after(loop.task.prepare, 2))
+        monkeypatch.setattr(loop.model, "forward", after(loop.model.forward, 4))
         loop.optimizer.optimizer.register_step_post_hook(lambda *_: clock.__setitem__(0, clock[0] + 8))
 
     return slow
@@ -81,11 +81,11 @@ def test_parts_of_an_accumulated_step(make_loop, slowed):
 
 
 def test_measuring_leaves_the_loop_as_it_was(loop):
-    loader, before = loop.loader, {**vars(loop.method), "_asked": True}  # the teacher, for the first time
+    loader, before = loop.loader, {**vars(loop.task), "_asked": True}  # the teacher, for the first time
     rounds.step_round(loop, rounds.replayed(rounds.keep_batches(loader, 1)), 1, 1)
     rounds.parts_round(loop, 1, 1)
     assert loop.loader is loader
-    assert vars(loop.method) == before
+    assert vars(loop.task) == before
     assert not loop.optimizer.optimizer._optimizer_step_pre_hooks
 
 
@@ -132,7 +132,7 @@ def test_operations_of_an_image(loop):
     """
     found = rounds.step_flops(loop, rounds.keep_batches(loop.loader, 1)[0])
     assert found == {"teacher": 2 * 3 * (CONV + LINEAR), "student": 2 * 2 * (2 * CONV + 3 * LINEAR)}
-    assert all(parameter.grad is None for parameter in loop.task.parameters())
+    assert all(parameter.grad is None for parameter in loop.model.parameters())
 
 
 def test_a_teacher_without_weights_gets_the_same_fresh_ones_everywhere(training, tmp_path):

@@ -1,16 +1,17 @@
 """Distillation: the student learns from labels and from what the teacher says of originals and augmented images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import DistillationLoss, MixedOutputs
+from dalikd.kd.losses import DistillationLoss, LossContext, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
@@ -20,66 +21,36 @@ from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
 from dalikd.trainers.cached import CachedLooks
 from dalikd.trainers.looking import CompileMode, Looker
+from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["Distillation", "DistillationTask", "gather_rows", "score_groups", "score_groups_at_once"]
+__all__ = ["Distillation", "DistillationInputs", "gather_rows", "score_groups", "score_groups_at_once"]
 
 
-class DistillationTask(nn.Module):
-    """The student's forwards and the loss, on pixels and teacher outputs: all that has a gradient.
+class DistillationInputs(NamedTuple):
+    """Images, and what the teacher said of them. There may be more or fewer augmented images than originals, and in
+    another order."""
 
-    Args:
-        student: takes pixels.
-        loss: of its outputs; parameters of its own are trained along.
-        joint_forward: one forward over originals and augmented images.
-    """
-
-    def __init__(self, student: Normalized, loss: DistillationLoss, joint_forward: bool = False) -> None:
-        super().__init__()
-        self.student, self.loss = student, loss
-        self.joint_forward = joint_forward
-
-    def forward(
-        self, pixels: Tensor, labels: Tensor, logits: Tensor, augmented: Tensor | None, augmented_logits: Tensor,
-        augmented_labels: Tensor, partner_labels: Tensor, lam: Tensor, hidden: HiddenMix | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Named terms. There may be more or fewer augmented images than originals, and in another order.
-
-        Args:
-            pixels: originals [B, 3, S, S].
-            labels: int64 [B].
-            logits: the teacher's on the originals [B, C].
-            augmented: augmented images [n, 3, S, S]; None where they are the originals (identity).
-            augmented_logits: the teacher's on them [n, C].
-            augmented_labels: labels of the images that they stem from, int64 [n].
-            partner_labels: labels of the images mixed in, int64 [n].
-            lam: share of the image itself [n].
-            hidden: how the student mixes hidden states of augmented images and originals, if it has to.
-        """
-        student_logits, mixed_logits = self._student(pixels, augmented, hidden)
-        mixed = MixedOutputs(mixed_logits, augmented_logits, augmented_labels, partner_labels, lam)
-        terms = self.loss(student_logits, labels, logits, mixed)
-        return {**terms, "top1": (student_logits.argmax(1) == labels).float().mean()}
-
-    def _student(self, pixels: Tensor, augmented: Tensor | None, hidden: HiddenMix | None) -> tuple[Tensor, Tensor]:
-        if augmented is None:
-            logits = self.student(pixels)
-            return logits, logits
-        if hidden is not None:
-            return mixed_forward(self.student, pixels, augmented, hidden, joint=self.joint_forward)
-        if self.joint_forward:
-            logits = self.student(torch.cat((pixels, augmented)))
-            return logits[: len(pixels)], logits[len(pixels) :]
-        return self.student(pixels), self.student(augmented)
+    pixels: Tensor  # originals [B, 3, S, S]
+    teacher: NetOutput  # on the originals
+    labels: Tensor  # int64 [B]
+    ids: Tensor  # rows of the data set, int64 [B]
+    epoch: Tensor  # epochs done, a float32 scalar
+    augmented: Tensor | None  # augmented images [n, 3, S, S]; None where they are the originals (identity)
+    augmented_logits: Tensor  # the teacher's on them [n, C]
+    augmented_labels: Tensor  # labels of the images that they stem from, int64 [n]
+    partner_labels: Tensor  # labels of the images mixed in, int64 [n]
+    lam: Tensor  # share of the image itself [n]
+    hidden: HiddenMix | None = None  # how the student mixes hidden states of augmented images and originals
 
 
-class Distillation:
-    """Feeds the task with one teacher look a batch, and streams T. stddev from the same look.
+class Distillation(Task):
+    """The student learns from one teacher look a batch, and T. stddev is streamed from the same look.
 
     Args:
         student: takes pixels.
         teacher: frozen; or what a cache holds of one.
-        loss: of the outputs.
+        loss: of the outputs; parameters of its own are trained along.
         augmenter: makes the candidates.
         accelerator: processes that share each step.
         num_classes: of both nets.
@@ -87,6 +58,11 @@ class Distillation:
         metric: whether to stream T. stddev.
         entropy_log: where the entropies of this process's images go, by the net that picks.
         compile_mode: of the look; the task is the loop's to compile.
+        side: of the images in pixels, and
+        images: how many are trained on, for a loss that is built from the nets.
+
+    Raises:
+        ValueError: the loss needs what there is not.
     """
 
     def __init__(
@@ -102,13 +78,18 @@ class Distillation:
         metric: bool = True,
         entropy_log: EntropyLog | None = None,
         compile_mode: CompileMode = "off",
+        side: int = 32,
+        images: int = 0,
     ) -> None:
-        self.student, self.teacher = student, teacher
-        self.task = DistillationTask(student, loss, joint_forward)
+        super().__init__()
+        self.student, self.loss, self.teacher = student, loss, teacher
+        self.joint_forward = joint_forward
         self._augmenter, self._accelerator = augmenter, accelerator
-        self._look = (
-            teacher if isinstance(teacher, CachedLooks) else Looker(teacher, augmenter, self._score, compile_mode)
-        )
+        self._build_loss(num_classes, side, images)
+        if isinstance(teacher, CachedLooks):
+            self._look: Callable[[Batch], Look] = teacher
+        else:
+            self._look = Looker(teacher, augmenter, self._score, compile_mode, loss.needs)
         self._score_at_once: Callable[..., Tensor] | None = None
         if compile_mode != "off":
             self._score_at_once = torch.compile(score_groups_at_once, mode=compile_mode, dynamic=False)
@@ -116,21 +97,46 @@ class Distillation:
         self.entropy_log, self._batches = entropy_log, 0
         self._asked = False
 
-    def inputs(self, batch: Batch) -> Sequence[Any]:
-        """What the task takes: pixels, labels and what the teacher said."""
+    @property
+    def nets(self) -> dict[str, Normalized]:
+        """The student alone."""
+        return {"student": self.student}
+
+    @property
+    def local_buffers(self) -> list[str]:
+        """The loss's own."""
+        return [f"loss.{name}" for name in self.loss.local_buffers]
+
+    def prepare(self, batch: Batch, epoch: float) -> DistillationInputs:
+        """Pixels, labels and what the teacher said."""
         seen = self._look(batch)
         if not self._asked:
             self._asked = True  # the first time, at the cost of a wait
             check_finite(torch.cat((seen.logits, seen.augmented_logits)), "the teacher")
         self._measure(seen, batch)
         self._log(seen, batch)
-        augmented = seen.augmented if self._augmenter.makes_candidates else None
-        own_labels, partner_labels = batch.labels[seen.rows], batch.labels[seen.partner]
-        inputs = (
-            batch.pixels, batch.labels, seen.logits, augmented, seen.augmented_logits, own_labels, partner_labels,
+        return DistillationInputs(
+            batch.pixels,
+            seen.originals,
+            batch.labels,
+            batch.ids,
+            torch.full((), epoch, device=batch.labels.device),
+            seen.augmented if self._augmenter.makes_candidates else None,
+            seen.augmented_logits,
+            batch.labels[seen.rows],
+            batch.labels[seen.partner],
             seen.lam,
-        )  # fmt: skip
-        return inputs if seen.hidden is None else (*inputs, seen.hidden)
+            seen.hidden,
+        )
+
+    def forward(self, inputs: DistillationInputs) -> dict[str, Tensor]:
+        """Named terms: the loss's, and the accuracy on the originals."""
+        student, mixed_logits = self._student(inputs)
+        mixed = MixedOutputs(
+            mixed_logits, inputs.augmented_logits, inputs.augmented_labels, inputs.partner_labels, inputs.lam
+        )
+        terms = self.loss(StepOutputs(student, inputs.teacher, inputs.labels, inputs.ids, inputs.epoch, mixed))
+        return {**terms, "top1": (student.logits.argmax(1) == inputs.labels).float().mean()}
 
     def metrics(self) -> dict[str, float | int | None]:
         """T. stddev and entropy so far."""
@@ -139,7 +145,7 @@ class Distillation:
         result = self.goodness.compute()
         return {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": result.windows}
 
-    def state_dict(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
         """The state of metric and log."""
         return {
             **({} if self.goodness is None else {"goodness": self.goodness.state_dict()}),
@@ -147,13 +153,57 @@ class Distillation:
             **({} if self.entropy_log is None else {"batches": self._batches}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take the state of metric and log."""
         self._batches = state.get("batches", 0)
         if self.entropy_log is not None and "entropy_log" in state:
             self.entropy_log.load_state_dict(state["entropy_log"])
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
+
+    def _student(self, inputs: DistillationInputs) -> tuple[NetOutput, Tensor]:
+        """Outputs on the originals, and logits on the augmented images."""
+        pixels, augmented, needs = inputs.pixels, inputs.augmented, self.loss.needs
+        inner, before = bool(needs), "preactivations" in needs
+        if inputs.hidden is not None and augmented is not None:
+            joint = self.joint_forward
+            return mixed_forward(self.student, pixels, augmented, inputs.hidden, joint=joint, features=inner)
+        if augmented is not None and self.joint_forward:
+            both = self.student.outputs(torch.cat((pixels, augmented)), features=inner, preactivations=before)
+            return both.first(len(pixels)), both.logits[len(pixels) :]
+        found = self.student.outputs(pixels, features=inner, preactivations=before)
+        return found, found.logits if augmented is None else self.student(augmented)
+
+    def _build_loss(self, num_classes: int, side: int, images: int) -> None:
+        """Show the loss what both nets give, if it wants to see it."""
+        loss, teacher = self.loss, self.teacher
+        if not loss.needs and type(loss).build is DistillationLoss.build:
+            return
+        if loss.needs and not isinstance(teacher, Teacher):
+            raise ValueError(
+                f"--loss {type(loss).__name__} needs the teacher's {', '.join(sorted(loss.needs))}, and a cache holds "
+                "its logits alone: distil without --teacher.cache"
+            )
+        before, modes = "preactivations" in loss.needs, {part: part.training for part in self.student.modules()}
+        if before and self._augmenter.mixes_hidden:
+            raise ValueError(
+                f"--loss {type(loss).__name__} compares what comes before the stages' last ReLU, where "
+                f"{self._augmenter.name} does not mix: take another augmentation or loss"
+            )
+
+        def black(net: nn.Module) -> Tensor:
+            return torch.zeros(2, 3, side, side, device=next(net.parameters()).device)
+
+        with torch.no_grad():
+            student = self.student.eval().outputs(black(self.student), features=bool(loss.needs), preactivations=before)
+            said, classifier = NetOutput(torch.zeros(2, num_classes)), None
+            if isinstance(teacher, Teacher) and loss.needs:
+                said = teacher.outputs(black(teacher.model), preactivations=before)
+                classifier = _classifier(teacher.model) if "teacher_classifier" in loss.needs else None
+        for part, training in modes.items():
+            part.training = training
+        loss.build(LossContext(student, said, num_classes, images, classifier))
+        loss.to(next(self.student.parameters()).dtype)
 
     def _measure(self, seen: Look, batch: Batch) -> None:
         if self.goodness is None:
@@ -203,6 +253,16 @@ class Distillation:
             self._accelerator.print(f"dalikd: the student scores group by group, uncompiled: {reason}", flush=True)
 
 
+def _classifier(model: nn.Module) -> nn.Module:
+    net = model.model if isinstance(model, Normalized) else model
+    found = net.get_classifier() if hasattr(net, "get_classifier") else None  # type: ignore[operator]
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"{type(net).__name__} names no classifier, which the loss needs: take another teacher or loss"
+        )
+    return found
+
+
 def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hidden: HiddenMix | None = None) -> Tensor:
     """Student logits of a pool, normalised by the statistics of each mix group's own pool, as in the published loop.
 
@@ -235,7 +295,7 @@ def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hid
                 first, logits = mixed_forward(
                     student, originals[start : start + group], candidates[pool], mixing, joint=False
                 )
-                own.append(first)
+                own.append(first.logits)
             pieces.append(logits.unflatten(0, columns.shape))
     return torch.cat((*own, torch.cat(pieces, dim=1).flatten(0, 1)))
 

@@ -1,0 +1,78 @@
+"""Training on labels: teachers and baselines."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
+from dalikd.kd.manifold import mixed_forward
+from dalikd.kd.mixing import HiddenMix
+from dalikd.kd.normalize import Normalized
+from dalikd.pipelines.loader import Batch
+from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.tasks.base import Task
+
+__all__ = ["Supervised", "SupervisedInputs"]
+
+
+class SupervisedInputs(NamedTuple):
+    """What is trained on; mixed images have partners' labels and lam too."""
+
+    pixels: Tensor  # [B, 3, S, S]
+    labels: Tensor  # int64 [B]
+    partner_labels: Tensor | None = None  # int64 [B]
+    lam: Tensor | None = None  # [B], share of the image itself
+    originals: Tensor | None = None  # [B, 3, S, S], whose hidden states are mixed in
+    hidden: HiddenMix | None = None
+
+
+class Supervised(Task):
+    """Cross-entropy of a net on augmented images, with mixed labels where the images are mixed.
+
+    Args:
+        student: takes pixels.
+        augmenter: its images take the place of the originals.
+        label_smoothing: share of each label spread evenly over the classes.
+
+    Raises:
+        ValueError: an augmentation that picks candidates, which needs a teacher or belongs to distillation.
+    """
+
+    def __init__(self, student: Normalized, augmenter: Augmenter, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if augmenter.criterion is not None:
+            raise ValueError(
+                f"--augmentation {augmenter.name} picks images for distillation: use cutmix with dalikd train"
+            )
+        self.student, self._augmenter = student, augmenter
+        self.label_smoothing = label_smoothing
+
+    @property
+    def nets(self) -> dict[str, Normalized]:
+        """The student alone."""
+        return {"student": self.student}
+
+    def prepare(self, batch: Batch, epoch: float) -> SupervisedInputs:  # noqa: ARG002 - nothing follows the epoch
+        """Pixels and labels, augmented."""
+        mixed = self._augmenter.candidates(batch)
+        if mixed is None:
+            return SupervisedInputs(batch.pixels, batch.labels)
+        if not self._augmenter.labels_are_mixed:
+            return SupervisedInputs(mixed.images, batch.labels)
+        originals = None if mixed.hidden is None else batch.pixels
+        return SupervisedInputs(
+            mixed.images, batch.labels, batch.labels[mixed.partner], mixed.lam, originals, mixed.hidden
+        )
+
+    def forward(self, inputs: SupervisedInputs) -> dict[str, Tensor]:
+        """Named terms. Where hidden states are mixed, a forward over the originals goes before: it gives theirs."""
+        pixels, labels, partner_labels, lam, originals, hidden = inputs
+        if hidden is None or originals is None:
+            logits = self.student(pixels)
+        else:
+            logits = mixed_forward(self.student, originals, pixels, hidden, joint=False)[1]
+        if partner_labels is None or lam is None:
+            loss = cross_entropy(logits, labels, self.label_smoothing)
+        else:
+            loss = mixed_cross_entropy(logits, labels, partner_labels, lam, self.label_smoothing)
+        return {"loss": loss, "top1": (logits.argmax(1) == labels).float().mean()}
