@@ -31,8 +31,22 @@ if TYPE_CHECKING:
 
     from dalikd.pipelines.sources import Source
 
-__all__ = ["BadFile", "Decoder", "dali_words", "find_bad_files", "is_decode_failure", "printable", "serve"]
+__all__ = [
+    "LACK",
+    "BadFile",
+    "Decoder",
+    "dali_words",
+    "decode_windows",
+    "find_bad_files",
+    "is_decode_failure",
+    "printable",
+    "serve",
+]
 
+#: How torch and DALI say that a GPU or the host has no memory left.
+LACK = re.compile(
+    r"out of memory|CUDABadAlloc|bad_alloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory"
+)
 _EACH_THREAD = 2  # images at once
 
 
@@ -197,13 +211,46 @@ class _Dali:
         return [np.asarray(images[place]) for place in range(len(encoded))]
 
 
+def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
+    """Decode windows of a JPEG, and the whole of it; exit with a line on stderr if that fails or the pixels are others
+    than Pillow's. Where nvImageCodec is broken this ends the process."""
+    from dalikd.pipelines.graphs import build_graph
+
+    y, x = np.mgrid[:375, :500]
+    picture = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    windows = np.array([(0, 0, 375, 500), (17, 33, 200, 301), (120, 7, 255, 96), (301, 402, 74, 98)] * 2)
+    start, shape = windows[:, :2].astype(np.float32), windows[:, 2:].astype(np.float32)
+    inputs = ([np.frombuffer(buffer.getvalue(), np.uint8)] * len(windows), start, shape)
+    graph = build_graph(
+        lambda _: inputs,
+        View(1, "window"),
+        reader="bytes",
+        batch_size=len(windows),
+        threads=1,
+        device_id=device_id,
+        prefetch=1,
+        decoding=Decoding(hw_decoder_load),
+    )
+    try:
+        decoded = graph.run()[0].as_cpu()
+    except RuntimeError as error:
+        sys.exit(dali_words(error))
+    expected = np.asarray(Image.open(buffer), np.int16)
+    for number, (top, left, height, width) in enumerate(windows):
+        pixels = np.asarray(decoded[number])
+        if pixels.shape[:2] != (height, width):
+            sys.exit(f"a window of {height} x {width} pixels came out as {pixels.shape[0]} x {pixels.shape[1]}")
+        if np.abs(expected[top : top + height, left : left + width] - pixels).mean() > 4:
+            sys.exit("its pixels are others than Pillow's")
+
+
 def is_decode_failure(error: RuntimeError) -> bool:
     """Whether DALI failed on what it was given, rather than for lack of memory or another fault of the GPU."""
     text = str(error)
-    of_machine = (
-        r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError|CUDABadAlloc|out of memory|ALLOCATOR_FAIL|bad_alloc"
-    )
-    return "in pipeline" in text and not re.search(of_machine, text)
+    of_gpu = re.search(r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError", text)
+    return "in pipeline" in text and of_gpu is None and LACK.search(text) is None
 
 
 def dali_words(error: Exception) -> str:

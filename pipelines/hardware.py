@@ -25,7 +25,6 @@ __all__ = [
     "Decode",
     "Decoding",
     "check_libraries",
-    "decode_windows",
     "decoding_on",
     "driver_version",
     "package_versions",
@@ -239,49 +238,7 @@ def _decodes_windows(index: int, load: float) -> bool:
     return not why
 
 
-_PROBE = "from dalikd.pipelines.hardware import decode_windows; decode_windows({index}, {load})"
-
-
-def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
-    """Decode windows of a JPEG, and the whole of it; exit with a line on stderr if that fails or the pixels are others
-    than Pillow's. Where nvImageCodec is broken this ends the process."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    from dalikd.pipelines.augment import View
-    from dalikd.pipelines.doctor import dali_words
-    from dalikd.pipelines.graphs import build_graph
-
-    y, x = np.mgrid[:375, :500]
-    picture = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
-    windows = np.array([(0, 0, 375, 500), (17, 33, 200, 301), (120, 7, 255, 96), (301, 402, 74, 98)] * 2)
-    start, shape = windows[:, :2].astype(np.float32), windows[:, 2:].astype(np.float32)
-    inputs = ([np.frombuffer(buffer.getvalue(), np.uint8)] * len(windows), start, shape)
-    graph = build_graph(
-        lambda _: inputs,
-        View(1, "window"),
-        reader="bytes",
-        batch_size=len(windows),
-        threads=1,
-        device_id=device_id,
-        prefetch=1,
-        decoding=Decoding(hw_decoder_load),  # type: ignore[arg-type] - the checker reads this file under two names
-    )
-    try:
-        decoded = graph.run()[0].as_cpu()
-    except RuntimeError as error:
-        sys.exit(dali_words(error))
-    expected = np.asarray(Image.open(buffer), np.int16)
-    for number, (top, left, height, width) in enumerate(windows):
-        pixels = np.asarray(decoded[number])
-        if pixels.shape[:2] != (height, width):
-            sys.exit(f"a window of {height} x {width} pixels came out as {pixels.shape[0]} x {pixels.shape[1]}")
-        if np.abs(expected[top : top + height, left : left + width] - pixels).mean() > 4:
-            sys.exit("its pixels are others than Pillow's")
+_PROBE = "from dalikd.pipelines.doctor import decode_windows; decode_windows({index}, {load})"
 
 
 def _say(words: str) -> None:

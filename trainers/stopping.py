@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from dalikd.pipelines.doctor import dali_words
+from dalikd.pipelines.doctor import LACK, dali_words
 from dalikd.pipelines.loader import BadFileError
 
 __all__ = ["Interrupted", "StopSignals", "lack_of_memory", "save_after"]
@@ -20,10 +20,6 @@ Result = TypeVar("Result")
 
 _AGAIN = 2.0  # seconds: a launcher hands a signal on that its processes have had from the terminal already
 _BAD_FILE = 1 << 8  # above all signals
-# as torch and DALI say it, of a GPU and of the host
-_LACK = re.compile(
-    r"out of memory|CUDABadAlloc|bad_alloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory"
-)
 
 
 class Interrupted(Exception):
@@ -123,11 +119,12 @@ def save_after(error: Exception, save: Callable[[], object], how_to_go_on: str) 
 def lack_of_memory(error: Exception) -> str | None:
     """One line that says what ran out of memory, and what helps; None for any other error."""
     if isinstance(error, MemoryError):
-        return str(error) or "the machine ran out of memory"
+        words = str(error) or "the machine ran out of memory"
+        return words if ": try " in words else f"{words}: try fewer --data.threads or a smaller --batch_size"
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
-    if not _LACK.search(text):
+    if not LACK.search(text):
         return None
     if "in pipeline" in text:
         helps = "--data.prefetch 1, fewer --data.threads, --data.resident false or a smaller --batch_size"

@@ -11,7 +11,8 @@ import torch
 from nvidia.dali import backend
 
 from dalikd.pipelines import hardware
-from dalikd.pipelines.hardware import PLAIN, Decoding, decode_windows, decoding_on, driver_version, package_versions
+from dalikd.pipelines.doctor import decode_windows
+from dalikd.pipelines.hardware import PLAIN, Decoding, decoding_on, driver_version, package_versions
 from dalikd.pipelines.sources import Source
 
 CUDA = torch.device("cuda", 0)

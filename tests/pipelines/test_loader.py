@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -597,12 +596,12 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     loader = _loader(source, spec, 256)
     engine = loader._engine
     assert isinstance(engine, DaliEngine)
-    engine._inputs(SimpleNamespace(iteration=0))  # orders are made
+    engine._prepare(0)  # orders are made
     times = []
-    for iteration in range(30):
-        started = time.process_time()
-        engine._inputs(SimpleNamespace(iteration=iteration))
-        times.append(time.process_time() - started)
+    for position in range(30):
+        started = time.thread_time()
+        engine._prepare(position)  # in a thread of its own, as a rule
+        times.append(time.thread_time() - started)
     cost = float(np.median(times)) / 256 * 1e6
     print(f"{crop}: {cost:.1f} us a sample")
     assert cost < 20

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch.optim import SGD
 
 from dalikd.kd.backbones import factory
+from dalikd.kd.losses import KD, LossContext, StepOutputs
 from dalikd.pipelines.loader import BadFileError
 from dalikd.trainers import measure
 from dalikd.trainers.augmentation import AUGMENTATIONS
@@ -57,6 +58,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         "evaluated": _evaluate(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
         "fixed": _observe(accelerator, folder),
+        "remembered": _remember(accelerator, folder),
         "stopped": {what: _stop(accelerator, folder, what) for what in STOPS},
     }
 
@@ -78,6 +80,29 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     weights = {key: value.detach().clone() for key, value in student.model.state_dict().items()}
     average = {key: value.clone() for key, value in loop.averages["student"].module.state_dict().items()}
     return {"weights": weights, "average": average, "metrics": loop.task.metrics(), "terms": loop.meter.means()}
+
+
+class _Seen(KD):
+    """Remembers which rows this process has seen; no other process's memory takes its place."""
+
+    local_buffers = ("rows",)
+
+    def build(self, context: LossContext) -> None:
+        self.register_buffer("rows", torch.zeros(context.images))
+
+    def forward(self, outputs: StepOutputs) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            self.rows[outputs.ids] += 1
+        return super().forward(outputs)
+
+
+def _remember(accelerator: Accelerator, folder: Path) -> list[list[float]]:
+    """How often each process has seen each row, after an epoch; the running statistics are shared meanwhile."""
+    options = DistillOptions(batch_size=32, mix_group=8, epochs=1, loss=_Seen())
+    loop = helpers.loop(folder / "remembered", accelerator, options=options)
+    for _ in range(3):
+        loop.step()
+    return gather_object([loop.task.loss.rows.tolist()])
 
 
 def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any, picks: int | None) -> dict[str, Any]:

@@ -433,7 +433,10 @@ LACKS = {
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which 1.20 GiB "
         "is free: try --accumulation 2 or more, a smaller --batch_size, --precision bf16",
     ),
-    "numpy": (MemoryError("Unable to allocate 2.00 GiB for an array"), "Unable to allocate 2.00 GiB for an array"),
+    "numpy": (
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+        "Unable to allocate 2.00 GiB for an array: try fewer --data.threads",
+    ),
     "dali": (
         RuntimeError(
             "Critical error in pipeline:\nError in Mixed operator encountered:\n\nCan't allocate: CUDABadAlloc"

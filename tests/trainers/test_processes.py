@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,12 @@ def test_what_is_evaluated_is_what_is_saved(two, folder, make_net, make_loop, ac
     found = evaluate({"net": net}, make_loop().val_loader, accelerator)["net"]
     for key, value in two["batch_norm"].items():
         assert found[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_buffers_of_a_loss_stay_with_their_process(two):
+    one, other = map(np.array, two["remembered"])
+    assert (one.sum(), other.sum()) == (48, 48)
+    assert ((one + other) == 1).all()
 
 
 def test_a_fixed_student_is_observed_by_several(one, two):
