@@ -7,7 +7,17 @@ from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["check_equal_classes", "draw_classes", "in_order", "keep_listed", "read_class_list", "shorten"]
+import numpy as np
+
+__all__ = [
+    "check_equal_classes",
+    "draw_classes",
+    "in_order",
+    "keep_listed",
+    "read_class_list",
+    "shorten",
+    "stratified_rows",
+]
 
 _RENAME = "rename one of them, for example with `convmv -f utf8 -t utf8 --nfc -r --notest FOLDER`"
 
@@ -119,6 +129,29 @@ def draw_classes(present: Sequence[str], count: int, seed: int, where: str) -> t
         )
     chosen = set(sorted(present, key=lambda name: sha256(f"{seed}/{name}".encode()).digest())[:count])
     return tuple(name for name in present if name in chosen)
+
+
+def stratified_rows(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Rows of a stratified random subset, ascending: int64 [n] out of labels int64 [N], n <= N.
+
+    Member k of a class of m (in random order) gets the key (k + 1/2) / m, first members come before all others, and
+    the n smallest keys are kept: proportions hold to about one image a class, and subsets are nested in n.
+
+    Raises:
+        ValueError: `seed` is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed {seed} is negative: say 0 or more")
+    # The raw bits of Philox, unlike a Generator's methods, are promised to stay the same between numpy versions.
+    noise = np.random.Philox(key=seed).random_raw(len(labels))
+    by_class = np.lexsort((noise, labels))
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    ordered = labels[by_class]
+    rank = np.arange(len(labels)) - starts[ordered]
+    key = np.where(rank == 0, -1.0, (rank + 0.5) / counts[ordered])
+    chosen = by_class[np.lexsort((noise[by_class], key))[:n]]
+    return np.sort(chosen).astype(np.int64)
 
 
 def check_equal_classes(name: str, one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:

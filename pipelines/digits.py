@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dalikd.pipelines.classes import stratified_rows
 from dalikd.pipelines.manifest import build_once, cache_folder
-from dalikd.pipelines.sources import stratified_rows
 
 __all__ = ["SPLIT_SIZES", "prepare_digits"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dalikd.pipelines.classes import check_equal_classes, in_order
+from dalikd.pipelines.digits import SPLIT_SIZES, prepare_digits
 from dalikd.pipelines.manifest import FileList, count_of, list_folder, open_tree
 from dalikd.pipelines.request import Found, Request
 
@@ -60,8 +61,6 @@ def find_tinyimagenet(request: Request) -> Found:
 
 def find_digits(request: Request) -> Found:
     """scikit-learn's digits, written out when first asked for."""
-    from dalikd.pipelines.digits import SPLIT_SIZES, prepare_digits
-
     folder = prepare_digits(request.root)
     whole = Request(request.name, folder, request.role, request.split)
     found = find_tree(whole)

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from dalikd.pipelines.cifar import find_cifar
-from dalikd.pipelines.classes import check_equal_classes
+from dalikd.pipelines.classes import check_equal_classes, stratified_rows
 from dalikd.pipelines.containers import EXTENSIONS, ContainerFormat
 from dalikd.pipelines.facts import FACTS, Statistics, default_statistics
 from dalikd.pipelines.folders import find_digits, find_tinyimagenet, find_tree
@@ -30,7 +30,6 @@ __all__ = [
     "check_same_classes",
     "default_statistics",
     "open_source",
-    "stratified_rows",
     "why_fingerprints_differ",
 ]
 
@@ -143,29 +142,6 @@ class Source:
         files = None if self.files is None else self.files.take(rows)
         arrays = None if self.arrays is None else self.arrays[rows]
         return replace(self, labels=self.labels[rows], files=files, arrays=arrays)
-
-
-def stratified_rows(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Rows of a stratified random subset, ascending: int64 [n] out of labels int64 [N], n <= N.
-
-    Member k of a class of m (in random order) gets the key (k + 1/2) / m, first members come before all others, and
-    the n smallest keys are kept: proportions hold to about one image a class, and subsets are nested in n.
-
-    Raises:
-        ValueError: `seed` is negative.
-    """
-    if seed < 0:
-        raise ValueError(f"seed {seed} is negative: say 0 or more")
-    # The raw bits of Philox, unlike a Generator's methods, are promised to stay the same between numpy versions.
-    noise = np.random.Philox(key=seed).random_raw(len(labels))
-    by_class = np.lexsort((noise, labels))
-    counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    ordered = labels[by_class]
-    rank = np.arange(len(labels)) - starts[ordered]
-    key = np.where(rank == 0, -1.0, (rank + 0.5) / counts[ordered])
-    chosen = by_class[np.lexsort((noise[by_class], key))[:n]]
-    return np.sort(chosen).astype(np.int64)
 
 
 def why_fingerprints_differ(before: str, now: str) -> str:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalikd.pipelines.classes import stratified_rows
 from dalikd.pipelines.manifest import FileList
 from dalikd.pipelines.sources import (
     Source,
     check_same_classes,
     default_statistics,
     open_source,
-    stratified_rows,
     why_fingerprints_differ,
 )
 
