@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from dalikd.kd.normalize import Normalisation
 
-__all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify", "published_classes"]
+__all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify", "published_classes", "weights_digest"]
 
 _FEWEST_DIGITS = 8  # of a checksum, as in published file names
 
@@ -162,3 +165,17 @@ def file_sha256(path: str | Path) -> str:
 def _sha256(path: Path, size: int, changed: int, inode: int) -> str:  # noqa: ARG001
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of a SHA-256 over names, types, shapes and values of a net's state, as it was loaded.
+
+    Counters of batches are left out: files of the same weights may lack them.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

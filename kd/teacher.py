@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.folding import fold_batch_norms
+from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, score_and_pick
-from dalikd.kd.teacher_cache import weights_digest
 
 __all__ = [
     "STUDENT_ENTROPY",

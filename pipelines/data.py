@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NewType
 
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.sources import Source, check_same_classes, open_source
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler

@@ -22,8 +22,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dalikd.pipelines.augment import View
 from dalikd.pipelines.content import is_jpeg2000, lacks_end, refusal, why_damaged
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import PLAIN, Decoding
 
 if TYPE_CHECKING:

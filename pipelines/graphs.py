@@ -19,7 +19,7 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 
-from dalikd.pipelines.augment import View, ViewRun
+from dalikd.pipelines.draw_spec import View, ViewRun
 from dalikd.pipelines.hardware import PLAIN, Decoding
 
 __all__ = ["build_graph", "input_names"]

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
-from dalikd.pipelines.augment import DrawSpec, MixArrays
-from dalikd.pipelines.doctor import dali_words, find_bad_files, is_decode_failure, printable
-from dalikd.pipelines.engines import (
-    DaliEngine,
+from dalikd.pipelines.backends import (
+    Backend,
+    DaliBackend,
     DaliOptions,
-    Engine,
-    GatherEngine,
+    GatherBackend,
     Pixels,
     Plan,
-    RecordsEngine,
+    ShardBackend,
     UnfitError,
     Work,
     can_gather,
 )
-from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.doctor import dali_words, find_bad_files, is_decode_failure, printable
+from dalikd.pipelines.draw_spec import DrawSpec, MixArrays
 from dalikd.pipelines.hardware import Decode, decoding_on
-from dalikd.pipelines.records import reads_shares
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.shards.read import reads_shares
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
+from dalikd.pipelines.transfer import DeviceTransfer
 
 __all__ = ["BadFileError", "Batch", "Loader"]
 
@@ -135,7 +135,7 @@ class Loader:
         self.damaged: dict[int, int] = {}
         self.note_damaged(self.replaced)
         self._attach = attach
-        self._hand = HandOver(self.device, buffers)
+        self._hand = DeviceTransfer(self.device, buffers)
         self._threads = threads or _default_threads()
         self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
         work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
@@ -268,7 +268,7 @@ class Loader:
 
     def _order(self) -> str:
         """Where the order of rows comes from. In containers each process has its own share to shuffle."""
-        if self.source.records is None or isinstance(self._engine, GatherEngine):
+        if self.source.records is None or isinstance(self._engine, GatherBackend):
             return _BY_ROW
         share = f" in {self.sampler.world} share(s)" if reads_shares(self.sampler) else ""
         return f"containers {self.source.records.digest}{share}"
@@ -324,13 +324,13 @@ class Loader:
         raise BadFileError("no picture of the data set can be decoded")
 
 
-def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler: Sampler) -> Engine:
+def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler: Sampler) -> Backend:
     if not can_gather(work.source, work.spec, resident):
-        return DaliEngine(work, options) if work.source.records is None else RecordsEngine(work, options, sampler)
+        return DaliBackend(work, options) if work.source.records is None else ShardBackend(work, options, sampler)
     if resident is None:
         assert work.source.arrays is not None
         resident = Resident.from_arrays(work.source.arrays, work.device)
-    return GatherEngine(work, resident)
+    return GatherBackend(work, resident)
 
 
 def _named(draws: MixArrays) -> dict[str, np.ndarray]:

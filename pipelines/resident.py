@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.augment import View, ViewRun
+from dalikd.pipelines.draw_spec import View, ViewRun
 
 __all__ = ["Resident", "ResidentViews", "check_fits", "crop_and_flip"]
 

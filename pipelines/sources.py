@@ -12,16 +12,16 @@ from typing import cast
 
 import numpy as np
 
-from dalikd.pipelines.cifar import find_cifar
-from dalikd.pipelines.classes import check_equal_classes, stratified_rows
-from dalikd.pipelines.containers import EXTENSIONS, ContainerFormat
-from dalikd.pipelines.facts import FACTS, Statistics, default_statistics
-from dalikd.pipelines.folders import find_digits, find_tinyimagenet, find_tree
-from dalikd.pipelines.manifest import FileList
-from dalikd.pipelines.records import Records
-from dalikd.pipelines.request import Found, Request, Role
-from dalikd.pipelines.stl10 import find_stl10
-from dalikd.pipelines.svhn import find_svhn
+from dalikd.pipelines.datasets.cifar import find_cifar
+from dalikd.pipelines.datasets.classes import check_equal_classes, stratified_rows
+from dalikd.pipelines.datasets.file_list import FileList
+from dalikd.pipelines.datasets.folders import find_digits, find_tinyimagenet, find_tree
+from dalikd.pipelines.datasets.info import DATASET_INFO, Statistics, default_statistics
+from dalikd.pipelines.datasets.spec import Role, SplitIndex, SplitSpec
+from dalikd.pipelines.datasets.stl10 import find_stl10
+from dalikd.pipelines.datasets.svhn import find_svhn
+from dalikd.pipelines.shards.layout import EXTENSIONS, ContainerFormat
+from dalikd.pipelines.shards.read import Records
 
 __all__ = [
     "SOURCE_NAMES",
@@ -201,7 +201,7 @@ def open_source(
     )
     _check_options(name, folder, download, listed, class_seed)
     split = split or _default_split(name, role)
-    request = Request(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
+    request = SplitSpec(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
     source = _open_records(request) if name in EXTENSIONS else _source(request, _FINDERS[name](request))
     option = "--data.limit" if role == "train" else "--data.val_limit"
     return source if limit is None else source.limit(limit, seed, option=option)
@@ -216,7 +216,7 @@ def _check_name(name: str) -> None:
 
 def _check_options(name: str, root: Path | None, download: bool, classes: Path | None, class_seed: int | None) -> None:
     if download and name not in _DOWNLOADABLE:
-        origin = FACTS[name].origin if name in FACTS else ""
+        origin = DATASET_INFO[name].origin if name in DATASET_INFO else ""
         advice = f"; to get it, {origin.replace('ROOT', str(root or 'ROOT'))}" if origin else ""
         raise ValueError(f"{name} cannot be downloaded by --data.download; only {', '.join(_DOWNLOADABLE)} can{advice}")
     if classes is not None and name in EXTENSIONS:
@@ -236,7 +236,7 @@ def _default_split(name: str, role: Role) -> str:
     return "test" if role == "val" and name in _DOWNLOADABLE else role
 
 
-def _open_records(request: Request) -> Source:
+def _open_records(request: SplitSpec) -> Source:
     """What `dalikd prepare` has written. The statistics are those of the data set that it was made from."""
     records = Records(request.split_folder(), cast(ContainerFormat, request.name))
     described = records.description
@@ -252,7 +252,7 @@ def _open_records(request: Request) -> Source:
     )
 
 
-def _source(request: Request, found: Found) -> Source:
+def _source(request: SplitSpec, found: SplitIndex) -> Source:
     return Source(
         name=request.name,
         split=request.split,
@@ -265,8 +265,8 @@ def _source(request: Request, found: Found) -> Source:
     )
 
 
-_DOWNLOADABLE = tuple(name for name, facts in FACTS.items() if facts.downloadable)
-_FINDERS: dict[str, Callable[[Request], Found]] = {
+_DOWNLOADABLE = tuple(name for name, facts in DATASET_INFO.items() if facts.downloadable)
+_FINDERS: dict[str, Callable[[SplitSpec], SplitIndex]] = {
     "imagefolder": find_tree,
     "imagenet": find_tree,
     "imagenet100": find_tree,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.pipelines.augment import AUGMENTED_VIEWS_IN_DALI, DrawSpec, View, ViewRun
+from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, DrawSpec, View, ViewRun
 from dalikd.pipelines.resident import crop_and_flip
 
 __all__ = ["WindowViews", "resize_windows"]

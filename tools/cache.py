@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dalikd.tools.cli import run_command
-from dalikd.trainers.cache import Comparison, fill_cache, verify_cache
 from dalikd.trainers.launch import start
 from dalikd.trainers.options import CacheOptions
+from dalikd.trainers.teacher_cache.fill import Comparison, fill_cache, verify_cache
 
 
 def cache(options: CacheOptions, config: dict[str, Any]) -> Path:

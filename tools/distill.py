@@ -5,9 +5,9 @@ from typing import Any
 
 from dalikd.tools.cli import run_command
 from dalikd.tools.report import print_training
-from dalikd.trainers.assembly import build_distillation, run_training
 from dalikd.trainers.launch import start
 from dalikd.trainers.options import DistillOptions
+from dalikd.trainers.setup import build_distillation, run_training
 
 
 def distill(options: DistillOptions, config: dict[str, Any]) -> dict[str, Any]:

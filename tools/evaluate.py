@@ -10,11 +10,11 @@ import torch
 from dalikd.pipelines.data import as_used, open_split
 from dalikd.tools.cli import run_command
 from dalikd.tools.report import evaluation_line
-from dalikd.trainers.assembly import reading, validation_loader
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.models import build_model
 from dalikd.trainers.options import EvaluateOptions
+from dalikd.trainers.setup import reading, validation_loader
 from dalikd.trainers.tracking import check_writable, versions, write_json
 from dalikd.trainers.trial import check_class_order, try_net
 

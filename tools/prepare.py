@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dalikd.pipelines.containers import DESCRIPTION
-from dalikd.pipelines.convert import WriteOptions, check_pictures, check_target, write_records
 from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
-from dalikd.pipelines.inspection import PUBLISHED, check_count, remedy, verify_files
-from dalikd.pipelines.published import Finding
-from dalikd.pipelines.records import Records
-from dalikd.pipelines.request import Role
+from dalikd.pipelines.datasets.inspection import PUBLISHED, check_count, remedy, verify_files
+from dalikd.pipelines.datasets.published import Finding
+from dalikd.pipelines.datasets.spec import Role
+from dalikd.pipelines.shards.layout import DESCRIPTION
+from dalikd.pipelines.shards.read import Records
+from dalikd.pipelines.shards.write import WriteOptions, check_pictures, check_target, write_records
 from dalikd.pipelines.sources import Source
 from dalikd.tools.cli import run_function
 

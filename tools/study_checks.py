@@ -14,16 +14,16 @@ from dalikd.kd.backbones import create_model
 from dalikd.pipelines.data import evaluation_view, open_sources, training_view
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.assembly import build_student, check_training
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import start
-from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.measure import check_measuring
 from dalikd.trainers.models import _check_pretrained, build_model, build_teacher
 from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainingOptions, TrainOptions
+from dalikd.trainers.setup import build_student, check_training
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.work import Sizes, Work, work
 from dalikd.trainers.tasks.supervised import Supervised
+from dalikd.trainers.teacher_step import check_compiler
 from dalikd.trainers.trial import try_step
 
 __all__ = ["Opened", "check_cell", "check_machine", "check_teacher"]

@@ -5,9 +5,9 @@ from typing import Any
 
 from dalikd.tools.cli import run_command
 from dalikd.tools.report import print_training
-from dalikd.trainers.assembly import build_student, open_training_data, run_training
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.options import TrainOptions
+from dalikd.trainers.setup import build_student, open_training_data, run_training
 from dalikd.trainers.tasks.supervised import Supervised
 
 

@@ -20,13 +20,13 @@ from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate, replaced_files
-from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, save_after
 from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.teacher_step import check_compiler
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
 __all__ = ["Loop", "make_optimizer", "parameter_groups"]

@@ -14,19 +14,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dalikd.kd.goodness import FEWEST_GROUPS
+from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.losses.base import full_precision
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import Teacher
-from dalikd.kd.teacher_cache import weights_digest
-from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import as_used, evaluation_view, open_split, training_view
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.assembly import make_loader, reading, resident_pictures
 from dalikd.trainers.augmentation import (
     Augmenter,
     Branches,
@@ -37,12 +36,13 @@ from dalikd.trainers.augmentation import (
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files
 from dalikd.trainers.launch import model_type
-from dalikd.trainers.looking import CompileMode
 from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor
 from dalikd.trainers.models import build_model, describe_teacher, open_teacher
 from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.progress import progress
+from dalikd.trainers.setup import make_loader, reading, resident_pictures
 from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
+from dalikd.trainers.teacher_step import CompileMode
 from dalikd.trainers.tracking import check_writable, versions
 from dalikd.trainers.trial import check_class_order, check_finite, try_net
 

@@ -19,8 +19,8 @@ from dalikd.kd.survey import Branch, BranchOutputs, Survey, survey
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches, is_picked_by_student
-from dalikd.trainers.looking import CompileMode, check_compiler
 from dalikd.trainers.options import MetricName
+from dalikd.trainers.teacher_step import CompileMode, check_compiler
 
 __all__ = ["EntropyLogs", "Measurement", "Surveyor"]
 

@@ -12,12 +12,11 @@ from torch import nn
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.timm_models import input_statistics
 from dalikd.kd.checkpoints import Origin, class_order, load_weights, order_classes, read_origin
-from dalikd.kd.known_weights import file_sha256, identify, published_classes
+from dalikd.kd.known_weights import file_sha256, identify, published_classes, weights_digest
 from dalikd.kd.normalize import Normalisation, Normalized
 from dalikd.kd.teacher import Teacher
-from dalikd.kd.teacher_cache import weights_digest
-from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
 from dalikd.trainers.trial import try_net

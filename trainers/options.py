@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dalikd.kd.losses import KD, DistillationLoss
-from dalikd.kd.teacher_cache import Storage
 from dalikd.pipelines.data import DataConfig, FilePath
 from dalikd.trainers.augmentation import MixOptions, augmentation_names
 from dalikd.trainers.launch import Device, Precision
-from dalikd.trainers.looking import CompileMode, automatic_mode
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.teacher_cache.layout import Storage
+from dalikd.trainers.teacher_step import CompileMode, automatic_mode
 
 __all__ = [
     "DATA_RANGES",

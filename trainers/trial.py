@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from dalikd.kd.checkpoints import Origin, read_origin
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.classes import shorten
+from dalikd.pipelines.datasets.classes import shorten
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source

@@ -5,8 +5,8 @@ import torch
 
 from dalikd.tools.bench import rounds, step
 from dalikd.tools.cli import parse
-from dalikd.trainers.assembly import build_distillation
 from dalikd.trainers.launch import start
+from dalikd.trainers.setup import build_distillation
 
 pytestmark = pytest.mark.gpu
 

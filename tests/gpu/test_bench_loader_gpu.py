@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import open_source
 from dalikd.tools.bench.loader import main
 from dalikd.tools.bench.record import load

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on, package_versions
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.backends import can_gather
 from dalikd.pipelines.decode import decode_source
-from dalikd.pipelines.engines import can_gather
+from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
@@ -171,7 +171,7 @@ def test_resuming_under_mixed_decode_is_bit_identical(photo_source):
 
 BAD_HEADERS = """
 import sys
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source

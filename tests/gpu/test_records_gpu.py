@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalikd.pipelines.augment import DrawSpec, View, ViewRun
-from dalikd.pipelines.convert import WriteOptions, write_records
-from dalikd.pipelines.engines import DaliEngine
+from dalikd.pipelines.backends import DaliBackend
+from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.shards.write import WriteOptions, write_records
 from dalikd.pipelines.sources import open_source
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_dali")]
@@ -32,7 +32,7 @@ def test_the_mixed_decoder_gives_the_same_pixels_from_containers(small_images: P
     assert {batch.images.device.type for batch in batches} == {"cuda"}
     plans = [loader.plan(position, batch.ids.cpu().numpy()) for position, batch in enumerate(batches, start=1)]
     engine = Loader(files, Sampler(300, 60, seed=7), SPEC, device="cuda", threads=2)._engine
-    assert type(engine) is DaliEngine
+    assert type(engine) is DaliBackend
     for position, (batch, plan) in enumerate(zip(batches, plans, strict=True), start=1):
         engine.close()
         engine._work = replace(engine._work, plan=lambda _, plan=plan: plan)

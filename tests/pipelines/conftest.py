@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.containers import ContainerFormat
-from dalikd.pipelines.convert import WriteOptions, write_records
+from dalikd.pipelines.shards.layout import ContainerFormat
+from dalikd.pipelines.shards.write import WriteOptions, write_records
 from dalikd.pipelines.sources import Source, open_source
 
 FORMATS: tuple[ContainerFormat, ...] = ("webdataset", "tfrecord")

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
-from dalikd.pipelines.facts import default_statistics
+from dalikd.pipelines.datasets.info import default_statistics
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.policies import policy_name
 from dalikd.pipelines.sources import Source
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.doctor import BadFile, Decoder, find_bad_files
-from dalikd.pipelines.manifest import FileList
 from dalikd.pipelines.sources import Source
 
 

@@ -25,7 +25,7 @@ from torchvision.transforms import autoaugment as published
 from torchvision.transforms import functional as transforms
 
 from dalikd.pipelines import graphs
-from dalikd.pipelines.augment import DrawSpec, View, ViewRun
+from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.graphs import build_graph, input_names
 from dalikd.pipelines.hardware import Decoding

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.engines import DaliEngine, GatherEngine
+from dalikd.pipelines.backends import DaliBackend, GatherBackend
+from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
@@ -134,7 +134,7 @@ def test_each_view_is_what_a_loader_with_that_view_alone_brings(source, in_memor
     pictures = source if kind == "files" else in_memory
     together = _loader(pictures, replace(TRAINING, views=runs), 16, buffers=buffers)
     alone = [_loader(pictures, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
-    assert isinstance(together._engine, GatherEngine) == (kind == "arrays")
+    assert isinstance(together._engine, GatherBackend) == (kind == "arrays")
     for _ in range(3):
         batch = together.next()
         assert len(batch.augmented) == len(batch.augmented_pixels) == len(runs)
@@ -264,7 +264,7 @@ def test_resuming_is_bit_identical(source, in_memory, kind, position):
 
 SAVED_RUN = """
 import sys, hashlib, torch
-from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
@@ -547,8 +547,8 @@ def test_a_name_that_is_no_utf8_is_printed(copy_tree, capfdbinary):
 
 BAD_HEADERS = """
 import sys
-from dalikd.pipelines.augment import DrawSpec, View
-from dalikd.pipelines.engines import DaliEngine
+from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.backends import DaliBackend
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
@@ -595,7 +595,7 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     spec = DrawSpec(view, 7, (ViewRun("crop_flip"),), (MixRun("derangement"),))
     loader = _loader(source, spec, 256)
     engine = loader._engine
-    assert isinstance(engine, DaliEngine)
+    assert isinstance(engine, DaliBackend)
     engine._prepare(0)  # orders are made
     times = []
     for position in range(30):
@@ -638,5 +638,5 @@ def test_a_machines_processes_share_its_cores(source, monkeypatch, cores, proces
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     engine = Loader(source, Sampler(len(source), 8), EVALUATION)._engine
-    assert isinstance(engine, DaliEngine)
+    assert isinstance(engine, DaliBackend)
     assert engine._options.threads == threads

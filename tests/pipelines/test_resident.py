@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.augment import AugmentedView, DrawSpec, View, ViewRun
-from dalikd.pipelines.engines import DaliEngine, DaliOptions, GatherEngine, Work, can_gather
-from dalikd.pipelines.handover import HandOver
+from dalikd.pipelines.backends import DaliBackend, DaliOptions, GatherBackend, Work, can_gather
+from dalikd.pipelines.draw_spec import AugmentedView, DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.resident import Resident, ResidentViews, crop_and_flip
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.transfer import DeviceTransfer
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def _runs(*kinds: AugmentedView) -> tuple[ViewRun, ...]:
     return tuple(ViewRun(kind, run) for run, kind in enumerate(kinds))
 
 
-def _batches(source: Source, spec: DrawSpec, engine: type[DaliEngine] | type[GatherEngine]) -> list[Batch]:
+def _batches(source: Source, spec: DrawSpec, engine: type[DaliBackend] | type[GatherBackend]) -> list[Batch]:
     loader = Loader(source, Sampler(len(source), 50, seed=4), spec, threads=1)
-    if engine is DaliEngine:
+    if engine is DaliBackend:
         cpu = torch.device("cpu")
-        loader._engine = DaliEngine(Work(source, spec, 50, cpu, loader.plan, HandOver(cpu)), DaliOptions(1))
+        loader._engine = DaliBackend(Work(source, spec, 50, cpu, loader.plan, DeviceTransfer(cpu)), DaliOptions(1))
     assert type(loader._engine) is engine
     batches = [loader.next() for _ in range(3)]
     loader.close()
@@ -47,8 +47,8 @@ def _batches(source: Source, spec: DrawSpec, engine: type[DaliEngine] | type[Gat
 @pytest.mark.parametrize("crop", ["pad_crop", "center_crop"])
 def test_the_gather_is_bit_equal_to_the_graph(on_disk, in_memory, crop, views, border):
     spec = DrawSpec(View(32, crop, resize=32, padding=5, border=border), 4, _runs(*views))
-    gathered = _batches(in_memory, spec, GatherEngine)
-    for other in (_batches(in_memory, spec, DaliEngine), _batches(on_disk, spec, DaliEngine)):
+    gathered = _batches(in_memory, spec, GatherBackend)
+    for other in (_batches(in_memory, spec, DaliBackend), _batches(on_disk, spec, DaliBackend)):
         for one, two in zip(gathered, other, strict=True):
             assert torch.equal(one.ids, two.ids)
             assert torch.equal(one.images, two.images)
@@ -71,7 +71,7 @@ def test_what_has_to_be_resized_or_warped_goes_through_dali(in_memory):
 def test_a_resized_evaluation_of_arrays_is_that_of_the_files(on_disk, in_memory):
     """Arrays have their size, but the view enlarges before it crops."""
     spec = DrawSpec(View(32, "center_crop", resize=36), 4)
-    for one, two in zip(_batches(in_memory, spec, DaliEngine), _batches(on_disk, spec, DaliEngine), strict=True):
+    for one, two in zip(_batches(in_memory, spec, DaliBackend), _batches(on_disk, spec, DaliBackend), strict=True):
         assert torch.equal(one.images, two.images)
 
 

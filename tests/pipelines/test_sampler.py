@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dalikd.pipelines.augment import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.sampler import Sampler
 
 LAYOUTS = [(world, accumulation) for world in (1, 2, 4) for accumulation in (1, 2)]

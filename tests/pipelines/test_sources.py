@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalikd.pipelines.classes import stratified_rows
-from dalikd.pipelines.manifest import FileList
+from dalikd.pipelines.datasets.classes import stratified_rows
+from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.sources import (
     Source,
     check_same_classes,

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from dalikd.pipelines.augment import DrawSpec, View, ViewRun
+from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import crop_and_flip
 from dalikd.pipelines.sampler import Sampler

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from dalikd.kd.teacher_cache import TeacherCache
 from dalikd.tools.cli import parse
+from dalikd.trainers.teacher_cache.layout import TeacherCache
 
 
 @pytest.fixture

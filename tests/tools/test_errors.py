@@ -206,7 +206,7 @@ def test_a_gpu_that_torch_cannot_see(refused, training, monkeypatch, device):
 
 
 def test_places_that_cannot_be_written(refused, training, options, teacher, weights, tmp_path):
-    """Found before the work, not after it."""
+    """SplitIndex before the work, not after it."""
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "below"
     assert f"--output: {place}" in refused("train", *training, output=place)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from dalikd.pipelines import inspection, stl10
 from dalikd.pipelines.data import DataConfig, open_sources
-from dalikd.pipelines.facts import FACTS
-from dalikd.pipelines.inspection import PUBLISHED
-from dalikd.pipelines.published import PublishedSet
-from dalikd.pipelines.stl10 import STL10
+from dalikd.pipelines.datasets import inspection, stl10
+from dalikd.pipelines.datasets.info import DATASET_INFO
+from dalikd.pipelines.datasets.inspection import PUBLISHED
+from dalikd.pipelines.datasets.published import PublishedSet
+from dalikd.pipelines.datasets.stl10 import STL10
 from dalikd.tools import prepare
 
 
@@ -190,8 +190,8 @@ def small_stl10(monkeypatch: pytest.MonkeyPatch) -> PublishedSet:
     monkeypatch.setattr(stl10, "STL10", published)
     monkeypatch.setitem(PUBLISHED, "stl10", published)
     monkeypatch.setattr(datasets, "STL10", download)
-    facts = {"stl10": replace(FACTS["stl10"], images={"train": 10, "test": 10})}
-    monkeypatch.setattr(inspection, "FACTS", facts)
+    facts = {"stl10": replace(DATASET_INFO["stl10"], images={"train": 10, "test": 10})}
+    monkeypatch.setattr(inspection, "DATASET_INFO", facts)
     return published
 
 

@@ -15,8 +15,8 @@ from dalikd.kd.backbones import factory
 from dalikd.kd.losses import KD
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.augment import DrawSpec, View
 from dalikd.pipelines.data import DataConfig
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source

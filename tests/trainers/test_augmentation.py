@@ -6,7 +6,7 @@ import torch
 from dalikd.kd.manifold import manifold_mixup
 from dalikd.kd.mixing import cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import CRITERIA
-from dalikd.pipelines.augment import MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import MixRun, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import (

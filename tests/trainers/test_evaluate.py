@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers import evaluate as evaluate_module

@@ -262,6 +262,6 @@ def test_a_fused_optimizer_changes_no_loss(make):
 
 
 def test_compiling_without_a_compiler_is_refused(make, monkeypatch):
-    monkeypatch.setattr("dalikd.trainers.looking.shutil.which", lambda _: None)
+    monkeypatch.setattr("dalikd.trainers.teacher_step.shutil.which", lambda _: None)
     with pytest.raises(ValueError, match=r"--compile default needs a C\+\+ compiler and there is none: install g\+\+"):
         make("run", compile="default")

@@ -12,7 +12,7 @@ from dalikd.kd.backbones import create_model
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names

@@ -9,8 +9,7 @@ from dalikd.kd.backbones import create_model
 from dalikd.kd.checkpoints import load_weights
 from dalikd.kd.known_weights import KnownWeights, file_sha256, published_classes
 from dalikd.kd.normalize import Normalisation
-from dalikd.pipelines.augment import View
-from dalikd.trainers.cached import teacher_fingerprint
+from dalikd.pipelines.draw_spec import View
 from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.models import (
     TeacherConfig,
@@ -20,6 +19,7 @@ from dalikd.trainers.models import (
     open_teacher,
     reinitialise,
 )
+from dalikd.trainers.teacher_cache.read import teacher_fingerprint
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.backbones import create_model
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.draw_spec import View
 from dalikd.tools import distill, evaluate, measure, train
 from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.trial import check_class_order, try_net, try_training

@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from dalikd.kd.backbones import create_model
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
+from dalikd.pipelines.backends import GatherBackend
 from dalikd.pipelines.data import DataConfig, open_split, training_view
-from dalikd.pipelines.engines import GatherEngine
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import ResidentViews
 from dalikd.pipelines.sampler import Sampler
@@ -41,11 +41,11 @@ from dalikd.tools.bench.machine import device_slug, environment
 from dalikd.tools.bench.options import RESULTS, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, number, summary, write
 from dalikd.tools.cli import run_function
-from dalikd.trainers.assembly import reading
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import DATA_RANGES, FROM_1, DistillOptions, check_numbers
+from dalikd.trainers.setup import reading
 from dalikd.trainers.tasks.distill import Distillation
 from dalikd.trainers.tracking import RunFolder
 
@@ -150,7 +150,7 @@ def watching(loader: Loader) -> Iterator[Watch]:
         (WindowViews, "__call__", _PIXELS),
         (ResidentViews, "__call__", _PIXELS),
     ]
-    if not isinstance(engine, GatherEngine):
+    if not isinstance(engine, GatherBackend):
         from nvidia.dali.pipeline import Pipeline
 
         # _feed_input holds _prep_data_for_feed_input and the copy into DALI's own memory

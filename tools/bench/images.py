@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dalikd.pipelines.manifest import IMAGE_EXTENSIONS
+from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS
 from dalikd.pipelines.sources import Source
 
 __all__ = [

@@ -21,11 +21,11 @@ from dalikd.tools.bench.record import Record, alternate, check_output, markdown,
 from dalikd.tools.bench.teacher import images_asked, open_images
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
-from dalikd.trainers.assembly import make_loader, resident_pictures
 from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
 from dalikd.trainers.launch import autocast_type, start
-from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.measure import build_scorer, measure_branches
+from dalikd.trainers.setup import make_loader, resident_pictures
+from dalikd.trainers.teacher_step import check_compiler
 
 __all__ = ["main", "plan", "run"]
 

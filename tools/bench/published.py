@@ -31,8 +31,8 @@ from dalikd.tools.bench.rounds import training_loop
 from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
 from dalikd.tools.bench.teacher_options import PublishedOptions, teacher_net
 from dalikd.tools.cli import run_command
-from dalikd.trainers.assembly import TrainingData, build_student, open_training_data
 from dalikd.trainers.launch import autocast_type, model_type, start
+from dalikd.trainers.setup import TrainingData, build_student, open_training_data
 from dalikd.trainers.tasks.distill import Distillation
 
 __all__ = ["Costs", "Nets", "Rung", "main", "open_ladder", "plan", "run"]

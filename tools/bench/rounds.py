@@ -22,9 +22,9 @@ from dalikd.pipelines.data import open_split
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.tools.bench.machine import synchronize
 from dalikd.tools.bench.training import StepOptions
-from dalikd.trainers.assembly import TrainingData
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import TrainingOptions
+from dalikd.trainers.setup import TrainingData
 from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tracking import RunFolder
 

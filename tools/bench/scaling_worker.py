@@ -13,8 +13,8 @@ import torch
 from dalikd.tools.bench.rounds import keep_batches, replayed, step_round, training_loop, warm_up, with_weights
 from dalikd.tools.bench.training import ScalingOptions
 from dalikd.tools.cli import run_command
-from dalikd.trainers.assembly import build_distillation
 from dalikd.trainers.launch import start
+from dalikd.trainers.setup import build_distillation
 from dalikd.trainers.tracking import write_json
 
 __all__ = ["main", "work"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.augment import DrawSpec, View, policy_name
+from dalikd.pipelines.draw_spec import DrawSpec, View, policy_name
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler

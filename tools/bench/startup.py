@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dalikd.pipelines.augment import DrawSpec
+from dalikd.pipelines.datasets.file_list import list_folder, manifest_folder, open_tree, scan
+from dalikd.pipelines.draw_spec import DrawSpec
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.manifest import list_folder, manifest_folder, open_tree, scan
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
 from dalikd.tools.bench.images import describe

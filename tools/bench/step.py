@@ -45,9 +45,9 @@ from dalikd.tools.bench.rounds import (
 )
 from dalikd.tools.bench.training import StepOptions
 from dalikd.tools.cli import run_command
-from dalikd.trainers.assembly import build_distillation
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.setup import build_distillation
 
 __all__ = ["SIDES", "Measured", "bound", "cached", "main", "measure", "plan", "run", "setting", "unquiet", "variant"]
 

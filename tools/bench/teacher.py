@@ -34,11 +34,11 @@ from dalikd.tools.bench.options import ON_GPU, check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
-from dalikd.trainers.assembly import make_loader, resident_pictures
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.launch import autocast_type, start
-from dalikd.trainers.looking import check_compiler
 from dalikd.trainers.measure import build_scorer, measure
+from dalikd.trainers.setup import make_loader, resident_pictures
+from dalikd.trainers.teacher_step import check_compiler
 
 __all__ = ["Comparison", "images_asked", "main", "open_images", "plan", "run"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.augment import View
 from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.options import RESULTS
 from dalikd.tools.bench.training import StepOptions

@@ -19,9 +19,9 @@ from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import Look, Teacher, batch_statistics, entropies
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
-from dalikd.trainers.cached import CachedLooks
-from dalikd.trainers.looking import CompileMode, Looker
 from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.teacher_cache.read import CachedLooks
+from dalikd.trainers.teacher_step import CompileMode, Looker
 from dalikd.trainers.trial import check_finite
 
 __all__ = ["Distillation", "DistillationInputs", "gather_rows", "score_groups", "score_groups_at_once"]

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dalikd.pipelines.augment import DrawSpec, View
+from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source

@@ -17,9 +17,9 @@ from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench import published as bench
 from dalikd.tools.bench.habits import RUNGS, HabitLoop, Habits, HostMeters, Input, host_cutmix
 from dalikd.tools.cli import parse
-from dalikd.trainers.assembly import open_training_data
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.setup import open_training_data
 
 BATCH = 16
 NAMES = [*RUNGS, "dalikd distill's step"]

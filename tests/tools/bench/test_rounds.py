@@ -10,8 +10,8 @@ from dalikd.kd.backbones import create_model
 from dalikd.kd.checkpoints import load_weights
 from dalikd.tools.bench import rounds
 from dalikd.tools.cli import parse
-from dalikd.trainers.assembly import build_distillation
 from dalikd.trainers.launch import start
+from dalikd.trainers.setup import build_distillation
 
 CONV = 15 * 15 * 8 * 3 * 3 * 3  # multiplications of the small net's convolution, one image of 32 x 32 pixels
 LINEAR = 8 * 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import Source, open_source
 from dalikd.pipelines.windows import WindowViews
 from dalikd.tools.bench import sides

@@ -11,8 +11,8 @@ from dalikd.tools.bench import record, rounds, step
 from dalikd.tools.bench.dispatch import main as bench
 from dalikd.tools.bench.rounds import training_loop
 from dalikd.tools.cli import parse
-from dalikd.trainers.assembly import build_distillation
 from dalikd.trainers.launch import start
+from dalikd.trainers.setup import build_distillation
 
 
 @pytest.fixture

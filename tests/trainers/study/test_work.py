@@ -1,6 +1,6 @@
 import pytest
 
-from dalikd.pipelines.augment import View
+from dalikd.pipelines.draw_spec import View
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions

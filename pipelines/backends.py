@@ -1,0 +1,450 @@
+"""What makes the pixels of a batch: a gather over pictures in memory, or a DALI graph."""
+
+import ctypes
+import gc
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
+from dalikd.pipelines.doctor import Decoder, is_decode_failure
+from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
+from dalikd.pipelines.draws import place_windows
+from dalikd.pipelines.hardware import PLAIN, Decoding
+from dalikd.pipelines.resident import Resident, ResidentViews
+from dalikd.pipelines.sampler import Microbatch, Sampler
+from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import DeviceTransfer
+from dalikd.pipelines.windows import WindowViews
+
+__all__ = [
+    "Backend",
+    "DaliBackend",
+    "DaliOptions",
+    "GatherBackend",
+    "Pixels",
+    "Plan",
+    "ShardBackend",
+    "UnfitError",
+    "Work",
+    "can_gather",
+]
+
+_READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: by DALI, and one planned
+_PNG, _JPEG = 0x50, 0xD8  # second bytes
+_END = (0xFF, 0xD9)  # of a JPEG
+
+
+class UnfitError(RuntimeError):
+    """DALI has decoded an image of a kind that it gets wrong; `doctor` says which and why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a microbatch holds: its place, its rows after replacing quarantined ones, its draws."""
+
+    micro: Microbatch
+    rows: np.ndarray
+    draws: Draws
+
+
+class Pixels(NamedTuple):
+    """What an engine has made: `images`, and `augmented` for each augmented view, uint8 [B, S, S, 3] each."""
+
+    plan: Plan
+    images: Tensor
+    augmented: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class DaliOptions:
+    """How DALI works.
+
+    Attributes:
+        threads: CPU threads.
+        prefetch: batches made ahead.
+        decoding: how a GPU decodes.
+    """
+
+    threads: int
+    prefetch: int = 2
+    decoding: Decoding = PLAIN
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine works on.
+
+    Attributes:
+        source: the pictures.
+        spec: views and draws.
+        microbatch: the largest batch.
+        device: where pixels are wanted.
+        plan: microbatch number -> its plan; its rows may be given where a reader decides which they are.
+        hand: brings tensors to the device.
+    """
+
+    source: Source
+    spec: DrawSpec
+    microbatch: int
+    device: torch.device
+    plan: Callable[..., Plan]
+    hand: DeviceTransfer
+
+
+class Backend(Protocol):
+    """Makes pixels, microbatch after microbatch."""
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of microbatch number `position`: the one after the last, or any after `close`."""
+        ...
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch."""
+        ...
+
+    def feed(self, plan: Plan) -> tuple[Any, ...]:
+        """All that Python does for a plan: the inputs of its views."""
+        ...
+
+    def restart(self) -> None:
+        """Drop what was made ahead, after a failure; `fetch` goes on where it was."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory; the next `fetch` starts anew."""
+        ...
+
+
+def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None) -> bool:
+    """Whether nothing has to be resized or warped, so that a gather makes the views of pictures in memory.
+
+    One view that only DALI can make sends all of them through DALI, which decodes or slices once for all.
+    """
+    view = spec.view
+    if resident is None and (source.arrays is None or source.arrays.shape[1:3] != (view.size, view.size)):
+        return False
+    resizes = view.crop == "random_resized_crop" or (view.crop == "center_crop" and view.resize != view.size)
+    return not resizes and not any(run.kind in AUGMENTED_VIEWS_IN_DALI for run in spec.views)
+
+
+class GatherBackend:
+    """Pictures in the device's memory, gathered by torch."""
+
+    def __init__(self, work: Work, resident: Resident) -> None:
+        self._work = work
+        self._views = ResidentViews(resident, work.spec.view, work.spec.views)
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of a microbatch."""
+        plan = self.plan(position)
+        rows, draws = self.feed(plan)
+        return Pixels(plan, *self._views(rows, draws))
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch."""
+        return self._work.plan(position)
+
+    def feed(self, plan: Plan) -> tuple[Any, ...]:
+        """A plan as tensors on the device."""
+        sent = self._work.hand.arrays({"rows": plan.rows, **plan.draws.views}, "views")
+        return sent.pop("rows"), sent
+
+    def restart(self) -> None:
+        """Nothing runs ahead."""
+
+    def close(self) -> None:
+        """Nothing runs ahead."""
+
+
+class DaliBackend:
+    """A DALI pipeline fed by the sampler, built when first needed."""
+
+    def __init__(self, work: Work, options: DaliOptions) -> None:
+        from dalikd.pipelines.graphs import input_names
+
+        self._reader: Literal["files", "bytes", "arrays"] = "files" if work.source.arrays is None else "arrays"
+        self._work, self._options = work, options
+        self._view = work.spec.view
+        self._views: tuple[ViewRun, ...] = work.spec.views
+        self._windows: WindowViews | None = None
+        if self._view.crop == "random_resized_crop" and work.device.type == "cpu":
+            self._windows = WindowViews(work.spec, work.microbatch, options.threads)
+            self._view, self._views = replace(self._view, crop="window"), ()
+        self._names = input_names(self._view, self._views)[1:]
+        self._sides: np.ndarray | None = None  # height and width of each row, 0 where not known: int32 [N, 2]
+        if self._view.crop in ("window", "random_resized_crop"):
+            self._sides = self._known_sides()
+        self._graph: Any = None
+        self._first = 0
+        self._plans: deque[Plan] = deque()
+        # makes the next batch's inputs meanwhile: the thread that runs a step also launches its kernels
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="dalikd-plan")
+        self._ahead: Future[tuple[Plan, tuple[Any, ...]]] | None = None
+        self._fit: set[int] = set()  # rows of rare formats that have been looked at
+        self._mend_cmyk = False
+        self._judge: Decoder | None = None  # once a JPEG 2000 image has come
+        self._judged = np.zeros(len(work.source), bool)  # rows that it knows
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of a microbatch; the pipeline is built at the first one.
+
+        Raises:
+            RuntimeError: DALI fails.
+            UnfitError: DALI does not, but has made wrong pixels.
+        """
+        if self._graph is None:
+            self._build(position)
+        try:
+            outputs = self._run()
+        except RuntimeError as error:
+            if self._judge is not None or not is_decode_failure(error) or not self._holds_jpeg2000(position):
+                raise
+            outputs = None
+        if outputs is None:
+            self._judge = Decoder(self._options.threads, self._work.device, self._options.decoding)
+            self.restart()
+            return self.fetch(position)
+        if self._reader != "arrays":
+            views = 1 + len(self._views)
+            outputs, signs = outputs[:views], outputs[views:]
+            if self._look(self._plans[0], *(np.asarray(sign.as_tensor()) for sign in signs)):
+                self.restart()
+                return self.fetch(position)
+        if self._windows is not None:
+            plan, (windows,) = self._plans.popleft(), outputs
+            return Pixels(plan, *self._windows(windows, plan.draws.views))
+        hand = self._work.hand
+        images, *augmented = (hand.pixels(f"view{number}", made.as_tensor()) for number, made in enumerate(outputs))
+        return Pixels(self._plans.popleft(), images, tuple(augmented))
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch."""
+        return self._work.plan(position)
+
+    def restart(self) -> None:
+        """Free the pipeline."""
+        self.close()
+
+    def close(self) -> None:
+        """Free the pipeline; what is planned in the thread is waited for, and dropped."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
+        if self._judge is not None:
+            self._judge.close()
+        if self._graph is None:
+            return
+        self._graph = None
+        self._plans.clear()
+        if self._windows is not None:
+            self._windows.close()
+        gc.collect()
+        with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # DALI's freed buffers stay in glibc's arenas
+        if with_trim is not None:
+            with_trim(0)
+
+    def feed(self, plan: Plan) -> tuple[Any, ...]:
+        """A plan as the graph's inputs."""
+        trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
+        pictures, draws = self._pictures(plan), plan.draws.views
+        if self._sides is not None:
+            sides = np.maximum(self._sides[plan.rows], 1)
+            start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
+            draws = {**draws, "start": start, "shape": shape}
+        return (pictures, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
+
+    def _holds_jpeg2000(self, position: int) -> bool:
+        """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
+        plan = self.plan(position)
+        return any(is_jpeg2000(self._content_or_nothing(plan, slot)) for slot in range(len(plan.rows)))
+
+    def _trusted(self, plan: Plan, judge: Decoder) -> np.ndarray:
+        """Which JPEG 2000 images DALI may decode: those that another process has decoded, each once.
+
+        Returns:
+            uint8 [B], 1 for these. Other formats need none.
+        """
+        new = np.flatnonzero(~self._judged[plan.rows])
+        with ThreadPoolExecutor(self._options.threads) as pool:
+            for first in range(0, len(new), judge.at_once):
+                slots = new[first : first + judge.at_once]
+                read = pool.map(partial(self._content_or_nothing, plan), slots)
+                contents = zip(plan.rows[slots].tolist(), read, strict=True)
+                found = {row: content for row, content in contents if is_jpeg2000(content)}
+                answers = zip(found, judge.decode(list(found.values())), strict=True)
+                self._fit |= {row for row, answer in answers if not isinstance(answer, str)}
+        self._judged[plan.rows] = True
+        if self._judged.all():
+            judge.close()
+        return np.array([row in self._fit for row in plan.rows.tolist()], np.uint8)
+
+    def _content_or_nothing(self, plan: Plan, slot: int) -> bytes:
+        """The encoded image in a slot; where it cannot be read DALI fails too."""
+        try:
+            return self._content(plan, slot)
+        except OSError:
+            return b""
+
+    def _known_sides(self) -> np.ndarray:
+        source = self._work.source
+        if source.arrays is not None:
+            return np.full((len(source), 2), source.arrays.shape[1:3], np.int32)
+        return np.zeros((len(source), 2), np.int32) if source.files is None else source.files.sides()
+
+    def _pictures(self, plan: Plan) -> np.ndarray | list[np.ndarray]:
+        source = self._work.source
+        return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
+
+    def _look(self, plan: Plan, second: np.ndarray, shape: np.ndarray, ends: np.ndarray | None = None) -> bool:
+        """Compare the sides that windows were placed by. Look at images, once each, that are neither PNG nor JPEG of
+        one or three channels; on a GPU also at JPEGs that other bytes than the marker of their end conclude: where
+        pixels are missing, nvJPEG may put grey ones without a word, which the CPU's decoder refuses.
+
+        Args:
+            plan: of a batch that DALI has decoded.
+            second: second byte of each image, uint8 [B].
+            shape: height, width and channels of each image, [B, 3].
+            ends: on a GPU, last two bytes of each image, [B, 2].
+
+        Returns:
+            whether the batch must be made again, with the right sides or CMYK mended.
+        """
+        if self._sides is not None:
+            wrong = (self._sides[plan.rows] != shape[:, :2]).any(1)
+            self._sides[plan.rows[wrong]] = shape[wrong, :2]
+            if wrong.any():
+                return True
+        rare = (second != _JPEG) | (shape[:, 2] == 4)
+        if ends is not None:
+            rare |= (ends != _END).any(1)
+        rare = np.flatnonzero((second != _PNG) & rare)
+        for slot in rare.tolist():
+            row = int(plan.rows[slot])
+            if row in self._fit:
+                continue
+            try:
+                encoded = self._content(plan, slot)
+            except OSError as error:  # it has just been there
+                raise UnfitError from error
+            if refusal(encoded) is not None:
+                raise UnfitError
+            if ends is not None and lacks_end(encoded) and isinstance(Decoder(1).decode([encoded])[0], str):
+                raise UnfitError
+            if not self._mend_cmyk and second[slot] == _JPEG and shape[slot, 2] == 4 and lacks_app14(encoded):
+                self._mend_cmyk = True
+                return True
+            self._fit.add(row)
+        return False
+
+    def _content(self, plan: Plan, slot: int) -> bytes:
+        """The encoded image in a slot of a batch."""
+        return Path(self._work.source.path(int(plan.rows[slot]))).read_bytes()
+
+    def _build(self, position: int) -> None:
+        from dalikd.pipelines.graphs import build_graph
+
+        work, self._first = self._work, position
+        self._graph = build_graph(
+            self._inputs,
+            self._view,
+            self._views,
+            reader=self._reader,
+            batch_size=work.microbatch,
+            device_id=(work.device.index or 0) if work.device.type == "cuda" else None,
+            threads=self._options.threads,
+            prefetch=self._options.prefetch,
+            decoding=self._options.decoding,
+            mend_cmyk=self._mend_cmyk,
+            jpeg2000=self._judge is not None,
+            ends=work.device.type == "cuda" and self._reader != "arrays",
+        )
+
+    def _inputs(self, info: Any) -> tuple[Any, ...]:
+        position = self._first + info.iteration
+        plan, inputs = self._prepare(position) if self._ahead is None else self._ahead.result()
+        self._ahead = self._planner.submit(self._prepare, position + 1)
+        self._plans.append(plan)
+        return inputs
+
+    def _prepare(self, position: int) -> tuple[Plan, tuple[Any, ...]]:
+        plan = self.plan(position)
+        return plan, self.feed(plan)
+
+    def _run(self):
+        if self._work.device.type != "cuda":
+            return self._graph.run()
+        # without a stream run() would wait for the device
+        return self._graph.run(torch.cuda.current_stream(self._work.device))
+
+
+class ShardBackend(DaliBackend):
+    """A DALI pipeline fed by a reader of containers: the reader says which rows come, and brings their bytes.
+
+    Batches that were read stay until their pixels are out, so that after a failure nothing is read again.
+    """
+
+    def __init__(self, work: Work, options: DaliOptions, sampler: Sampler) -> None:
+        from dalikd.pipelines.shards.stream import Encoded, MicrobatchReader
+
+        assert work.source.records is not None
+        super().__init__(work, options)
+        self._reader = "bytes"
+        self._records = work.source.records
+        self._microbatches = MicrobatchReader(self._records, sampler)
+        self._read: dict[int, Encoded] = {}
+        self._most = options.prefetch + _READ_AHEAD
+
+    def fetch(self, position: int) -> Pixels:
+        """The pixels of a microbatch."""
+        pixels = super().fetch(position)
+        self._read.pop(position, None)
+        return pixels
+
+    def plan(self, position: int) -> Plan:
+        """The plan of a microbatch; it is read for that."""
+        if position not in self._read:
+            self._read[position] = self._microbatches.take(position)
+        if len(self._read) > self._most:
+            del self._read[min(self._read)]
+        return self._work.plan(position, self._read[position].ids)
+
+    def restart(self) -> None:
+        """Free the pipeline, but not what was read for it."""
+        super().close()
+
+    def close(self) -> None:
+        """Free the pipeline and the reader."""
+        super().close()
+        self._read.clear()
+        self._microbatches.close()
+
+    def _content(self, plan: Plan, slot: int) -> bytes:
+        read, row = self._read[plan.micro.index], int(plan.rows[slot])
+        return read.contents[slot].tobytes() if row == read.ids[slot] else self._records.read(row)
+
+    def _pictures(self, plan: Plan) -> list[np.ndarray]:
+        read = self._read[plan.micro.index]
+        contents = read.contents
+        if not np.array_equal(plan.rows, read.ids):
+            pictures = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
+            contents = [
+                content if row == own else np.frombuffer(self._records.read(row), np.uint8)
+                for row, own, content in pictures
+            ]
+        if self._sides is not None:
+            for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once
+                self._sides[plan.rows[slot]] = image_sides(partial(_part, contents[slot]))
+        return contents
+
+
+def _part(content: np.ndarray, offset: int, count: int) -> bytes:
+    return content[offset : offset + count].tobytes()

@@ -1,0 +1,1 @@
+"""Data sets written one file after another: webdataset tars and TFRecords."""

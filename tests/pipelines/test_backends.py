@@ -1,0 +1,288 @@
+"""Batches from containers. The loader's own tests cover files and arrays."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalikd.pipelines.backends import DaliBackend, ShardBackend, UnfitError
+from dalikd.pipelines.decode import decode_source
+from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.shards import write as convert
+from dalikd.pipelines.shards.read import Records
+from dalikd.pipelines.shards.write import WriteOptions, write_records
+from dalikd.pipelines.sources import Source, open_source
+
+TRAINING = DrawSpec(View(32, "random_resized_crop"), 7, (ViewRun("crop_flip"),), (MixRun("derangement"),), mix_group=8)
+EVALUATION = DrawSpec(View(32, "center_crop", resize=32))
+
+
+def _loader(source: Source, spec: DrawSpec = TRAINING, batch_size: int = 32, **options: Any) -> Loader:
+    return Loader(source, Sampler(len(source), batch_size, seed=7), spec, threads=1, **options)
+
+
+def _same(one: Batch, two: Batch) -> bool:
+    assert len(one.augmented) == len(two.augmented) == 1
+    tensors = [(one.images, two.images), (one.ids, two.ids), (one.labels, two.labels)]
+    tensors += zip(one.augmented, two.augmented, strict=True)
+    tensors += zip(one.mix[0][:3], two.mix[0][:3], strict=True)
+    return all(torch.equal(a, b) for a, b in tensors)
+
+
+def _from_files(loader: Loader, like: Batch, position: int) -> Batch:
+    """The batch of the same rows and draws, read from files."""
+    engine = loader._engine
+    assert type(engine) is DaliBackend
+    engine.close()
+    plan = loader.plan(position, like.ids.numpy())
+    engine._work = replace(engine._work, plan=lambda _: plan)
+    return loader._batch(engine.fetch(position))
+
+
+def test_pixels_labels_and_draws_are_those_of_the_files(written):
+    """A row looks the same in the same epoch, wherever it is read from."""
+    loader, files = _loader(written.open()), _loader(written.source)
+    for position in (1, 12):  # 9 batches an epoch
+        loader.seek(position)
+        batch = loader.next()
+        assert _same(batch, _from_files(files, batch, position))
+        assert batch.labels.tolist() == written.source.labels[batch.ids].tolist()
+
+
+def test_training_goes_through_epochs(written):
+    loader = _loader(written.open())
+    epochs = [torch.cat([batch.ids for batch in loader]).tolist() for _ in range(3)]
+    assert all(len(set(ids)) == len(ids) == 288 for ids in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert loader.position == 27
+
+
+@pytest.mark.parametrize("position", [1, 8, 9, 20])
+def test_resuming_is_exact(written, position):
+    whole = _loader(written.open())
+    for _ in range(position):
+        whole.next()
+    resumed = _loader(written.open(), prefetch=3)
+    resumed.load_state_dict(whole.state_dict())
+    assert all(_same(whole.next(), resumed.next()) for _ in range(4))
+
+
+def test_held_batches_stay_as_they_were(written):
+    loader = _loader(written.open(), batch_size=16)
+    held = [loader.next() for _ in range(8)]
+    copies = [batch.images.clone() for batch in held]
+    for _ in range(8):
+        loader.next()
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
+
+
+def test_evaluation_shows_every_picture_once(written):
+    source = written.open()
+    for world in (1, 3):
+        seen, sizes = [], []
+        for rank in range(world):
+            sampler = Sampler(300, 96, shuffle=False, drop_last=False, world=world, rank=rank)
+            loader = Loader(source, sampler, EVALUATION, threads=1)
+            for _ in range(2):  # two passes
+                batches = list(loader)
+                seen += [row for batch in batches for row in batch.ids.tolist()]
+                sizes.append([batch.total for batch in batches])
+        assert sizes == [[96, 96, 96, 12]] * 2 * world
+        assert sorted(seen) == sorted(2 * list(range(300)))
+
+
+def test_a_resident_set_can_be_read_from_containers(written):
+    source, spec = written.open(), DrawSpec(View(32, "pad_crop"), 7)
+    resident = decode_source(source, spec.view, device=torch.device("cpu"), threads=1)
+    kept, files = _loader(source, spec, resident=resident), _loader(written.source, spec)
+    for _ in range(3):
+        one, two = kept.next(), files.next()
+        assert torch.equal(one.ids, two.ids)
+        assert torch.equal(one.images, two.images)
+    assert kept.state_dict() == files.state_dict()  # a resident set has the sampler's order
+
+
+# ----------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_state_of_another_order_is_refused(written, tmp_path):
+    source = written.open()
+    state = _loader(source).state_dict()
+    with pytest.raises(ValueError, match="order was containers"):
+        _loader(written.source).load_state_dict(state)
+    with pytest.raises(ValueError, match="order was by row, now it is containers"):
+        _loader(source).load_state_dict(_loader(written.source).state_dict())
+    two = Loader(source, Sampler(300, 32, seed=7, world=2), TRAINING, threads=1)
+    with pytest.raises(ValueError, match=r"in 1 share\(s\), now it is .* in 2 share\(s\)"):
+        two.load_state_dict(state)
+    write_records(written.source, tmp_path / "train", WriteOptions(written.format, seed=9, threads=1))
+    with pytest.raises(ValueError, match="order was containers"):
+        _loader(open_source(written.format, tmp_path, "train")).load_state_dict(state)
+
+
+def test_a_state_without_an_order_is_one_of_files(written):
+    state = _loader(written.source).state_dict()
+    del state["order"]
+    _loader(written.source).load_state_dict(state)
+    with pytest.raises(ValueError, match="order was by row"):
+        _loader(written.open()).load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------- bad files
+
+
+@pytest.fixture
+def spoiled(written, tmp_path) -> tuple[Source, list[int]]:
+    """The same containers with two bad pictures, in batches 1 and 11 of a training."""
+    loader, rows = _loader(written.open()), []
+    for position, slot in ((1, 5), (11, 0)):
+        loader.seek(position)
+        rows.append(int(loader.next().ids[slot]))
+    tree = tmp_path / "tree"
+    shutil.copytree(written.source.files.root, tree)
+    paths = [tree / Path(written.source.path(row)).relative_to(written.source.files.root) for row in rows]
+    paths[0].write_bytes(paths[0].read_bytes()[:-200])  # the pixels end early
+    paths[1].write_bytes(b"\xff\xd8\xff no picture")
+    source = open_source("imagefolder", tree, "train", split=".")
+    write_records(source, tmp_path / "out/train", WriteOptions(written.format, seed=4, shard_images=70, threads=1))
+    return open_source(written.format, tmp_path / "out", "train"), rows
+
+
+def test_a_bad_picture_stops_the_run_by_name(spoiled):
+    source, rows = spoiled
+    loader = _loader(source)
+    loader.next()
+    with pytest.raises(BadFileError, match=rf"{rows[0]:09d}.* \(the JPEG is truncated\).*--data\.bad_files replace"):
+        loader.next()
+    assert loader.position == 1
+
+
+def test_a_bad_picture_is_replaced_and_nothing_else_moves(written, spoiled, capsys, monkeypatch):
+    source, rows = spoiled
+    opened = _count_streams(monkeypatch)
+    loader, clean = _loader(source, bad_files="replace"), _loader(written.source)
+    whole = _loader(written.open())
+    for position in range(16):
+        batch, expected = loader.next(), whole.next()
+        ids = [loader.replaced.get(row, row) for row in expected.ids.tolist()]
+        assert batch.ids.tolist() == ids
+        kept = torch.tensor([row not in rows for row in expected.ids.tolist()])
+        assert torch.equal(batch.images[kept], expected.images[kept])
+        if position == 1:
+            slot = kept.tolist().index(False)
+            plan = replace(clean.plan(1, expected.ids.numpy()), rows=np.array(ids))  # own draws, another's picture
+            clean._engine._work = replace(clean._engine._work, plan=lambda _, plan=plan: plan)  # type: ignore
+            assert torch.equal(batch.images[slot], clean._engine.fetch(1).images[slot])
+    assert set(loader.replaced) == set(rows)
+    out = capsys.readouterr().out
+    assert out.count("cannot decode") == 2
+    assert all(f"{row:09d}" in out for row in rows)
+    assert opened() == [3, 3]  # two epochs and the one ahead: after a bad picture nothing was read again
+
+
+def _count_streams(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Counts the streams of `loader` and `whole` above by the records they read."""
+    from dalikd.pipelines.shards import stream as streams
+
+    opened: dict[int, int] = {}
+
+    class Counted(streams.RecordStream):
+        def __init__(self, records: Records, shuffle: Any, batch_size: int) -> None:
+            opened[id(records)] = opened.get(id(records), 0) + 1
+            super().__init__(records, shuffle, batch_size)
+
+    monkeypatch.setattr(streams, "RecordStream", Counted)
+    return lambda: list(opened.values())
+
+
+def test_replacements_survive_a_resume(spoiled):
+    source, rows = spoiled
+    loader = _loader(source, bad_files="replace")
+    for _ in range(3):
+        loader.next()
+    resumed = _loader(source, bad_files="replace")
+    resumed.load_state_dict(loader.state_dict())
+    assert list(resumed.replaced) == rows[:1]
+    for _ in range(10):
+        assert _same(loader.next(), resumed.next())
+
+
+def test_a_resident_set_holds_the_replacements(spoiled):
+    source, rows = spoiled
+    view, cpu = View(32, "pad_crop"), torch.device("cpu")
+    resident = decode_source(source, view, device=cpu, threads=1, bad_files="replace")
+    assert set(resident.replaced) == set(rows)
+    for row, other in resident.replaced.items():
+        assert torch.equal(resident.pixels[row], resident.pixels[other])
+
+
+def test_rare_kinds_in_containers_are_looked_at_too(tmp_path, small_images, monkeypatch):
+    photo = Image.open(small_images / "ant" / "000.jpg").copy()
+    folder = tmp_path / "tree" / "class"
+    folder.mkdir(parents=True)
+    photo.save(folder / "0.jpg")
+    photo.save(folder / "1.tif")
+    photo.convert("CMYK").save(folder / "2.jpg", quality=95)
+    cmyk = (folder / "2.jpg").read_bytes()
+    (folder / "2.jpg").write_bytes(cmyk.replace(b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\0", b""))
+    photo.save(folder / "3.tif", tiffinfo={274: 3})
+    monkeypatch.setattr(convert, "refusal", lambda _: None)  # as an earlier version wrote them
+    write_records(
+        open_source("imagefolder", tmp_path / "tree", "train", split="."),
+        tmp_path / "out/train",
+        WriteOptions(threads=1),
+    )
+    source = open_source("webdataset", tmp_path / "out", "train")
+    sampler, spec = Sampler(4, 4, shuffle=False, drop_last=False), DrawSpec(View(32, "square"))
+    with pytest.raises(BadFileError, match=r"tar:000000003\.tiff \(TIFF with an orientation tag \(3\)"):
+        Loader(source, sampler, spec, threads=1).next()
+    batch = Loader(source, sampler, spec, threads=1, bad_files="replace").next()
+    assert sorted(batch.ids.tolist()) == [0, 0, 1, 2]
+    for image in batch.images.numpy():
+        assert np.abs(image.astype(np.int64) - np.asarray(photo)).mean() < 12  # JPEG's own loss
+
+
+def test_a_reader_does_not_keep_more_than_it_needs(written):
+    loader = _loader(written.open(), batch_size=16)
+    engine = loader._engine
+    assert isinstance(engine, ShardBackend)
+    for index in range(18):
+        loader.feed(index)  # plans that no pipeline takes
+    assert len(engine._read) == 2 + 5
+    loader.close()
+    assert not engine._read
+
+
+# ------------------------------------------------------------------------------------------- truncated JPEGs
+
+
+def test_on_a_gpu_a_jpeg_that_is_cut_off_is_found_by_its_end(small_images: Path, tmp_path: Path):
+    """Other ends are looked at once."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    names = sorted(small_images.rglob("*.jp*g"))[:3]
+    whole, trailed, cut = (path.read_bytes() for path in names)
+    for number, content in enumerate((whole, trailed + b"tail", cut[:-40])):
+        (folder / f"{number}.jpg").write_bytes(content)
+    loader = _loader(open_source("imagefolder", tmp_path, "train", split="."), EVALUATION, 3)
+    engine = loader._engine
+    assert isinstance(engine, DaliBackend)
+    jpeg, shape = np.full(3, 0xD8, np.uint8), np.full((3, 3), 3.0, np.float32)
+    end = np.tile(np.uint8([0xFF, 0xD9]), (3, 1))
+    plan = replace(loader.plan(0), rows=np.arange(3))
+    assert not engine._look(plan, jpeg, shape, end)
+    assert engine._fit == set()
+    end[1] = 0
+    assert not engine._look(plan, jpeg, shape, end)
+    assert engine._fit == {1}
+    end[2] = 0
+    with pytest.raises(UnfitError):
+        engine._look(plan, jpeg, shape, end)
+    assert not engine._look(plan, jpeg, shape)  # the CPU's decoder says so itself

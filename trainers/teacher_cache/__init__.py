@@ -1,0 +1,1 @@
+"""Teacher outputs on disk: written by one run, read by many."""

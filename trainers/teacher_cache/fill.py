@@ -1,0 +1,399 @@
+"""`dalikd cache`: the teacher's outputs of whole epochs, written in one pass each; and a check of a share of them."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
+
+from dalikd.kd.mixing import Mixed
+from dalikd.kd.teacher import Look, Teacher
+from dalikd.pipelines.data import evaluation_view, open_split, training_view
+from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.sampler import Microbatch, Sampler
+from dalikd.pipelines.sources import Source
+from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.launch import autocast_type
+from dalikd.trainers.models import open_teacher
+from dalikd.trainers.options import CacheOptions
+from dalikd.trainers.progress import progress
+from dalikd.trainers.setup import make_loader, reading, resident_pictures
+from dalikd.trainers.stopping import Interrupted, StopSignals
+from dalikd.trainers.teacher_cache.layout import (
+    CacheLayout,
+    TeacherCache,
+    from_group_picks,
+    pack_logits,
+    to_group_picks,
+    unpack_logits,
+)
+from dalikd.trainers.teacher_cache.read import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
+from dalikd.trainers.teacher_step import Looker
+from dalikd.trainers.trial import check_class_order, check_finite
+
+__all__ = ["Comparison", "fill_cache", "verify_cache"]
+
+#: Largest difference that verifying lets pass, of logits, with topk of probabilities; by storage, and by precision
+#: where another run, whose kernels may be others, rounds more than the storage does.
+_TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "topk": 1e-3}
+_ROUNDED = {"fp32": (1e-3, 1e-3), "tf32": (1e-2, 1e-3), "bf16": (1e-1, 1e-2), "fp16": (1e-1, 1e-2)}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What filling and verifying share."""
+
+    options: CacheOptions
+    accelerator: Accelerator
+    source: Source
+    view: View
+    augmenter: Augmenter
+    teacher: Teacher
+    layout: CacheLayout
+
+    def loader(self, sampler: Sampler) -> Loader:
+        options, accelerator = self.options, self.accelerator
+        resident = resident_pictures(self.source, self.view, options.data, accelerator)
+        return make_loader(
+            self.source,
+            sampler,
+            self.augmenter.draw_spec,
+            options.data,
+            accelerator,
+            resident=resident,
+            buffers=2,
+        )
+
+    def looker(self) -> Looker:
+        return Looker(self.teacher, self.augmenter, compile_mode=self.options.compile)
+
+
+# ------------------------------------------------------------------------------------------------------- filling
+
+
+def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str, Any]) -> TeacherCache:
+    """Write the teacher's outputs of every epoch, or those that a stopped call has left out.
+
+    Args:
+        options: of the command.
+        accelerator: whose processes share the work; they never wait for each other but at start and end.
+        config: the same options as plain values; kept beside the cache, for verifying.
+
+    Raises:
+        ValueError, OSError: data, teacher, folder or disk are not as they should be; nothing is written then.
+        Interrupted: SIGTERM or SIGINT came; what was asked is written.
+    """
+    _check_options(options, accelerator)
+    assert options.output is not None
+    folder, work = Path(options.output), _open_work(options, accelerator)
+    sampler = Sampler(
+        len(work.source), options.batch_size, options.seed, drop_last=False, world=accelerator.num_processes,
+        rank=accelerator.process_index, group=options.mix_group,
+    )  # fmt: skip
+    needed, free = TeacherCache.check_target(folder, work.layout)
+    accelerator.wait_for_everyone()  # nobody looks at the folder once the main process writes there
+    if accelerator.is_main_process:
+        print(_announcement(folder, work.layout, needed, free, accelerator.num_processes), flush=True)
+        TeacherCache.create(folder, work.layout)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    accelerator.wait_for_everyone()
+    cache = TeacherCache(folder, writable=True)
+    _fill(cache, work, sampler)
+    accelerator.wait_for_everyone()
+    cache.check_filled()
+    return cache
+
+
+def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
+    options = work.options
+    loader, looker, writer = work.loader(sampler), work.looker(), _Writer(cache, options.mix_group)
+    asked = False
+    bar = progress(work.accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
+    with bar, StopSignals(work.accelerator) as signals:
+        for index in range(options.epochs * len(loader)):
+            micro = sampler[index]
+            rows = micro.rows[: micro.valid]
+            if len(rows) and not cache.filled(micro.epoch, rows):
+                if loader.position != index:  # past what an earlier call has written
+                    loader.seek(index)
+                if options.compile != "off":
+                    torch.compiler.cudagraph_mark_step_begin()  # the last look may be overwritten
+                seen = looker(loader.next())
+                if not asked:
+                    asked = True  # the first time, at the cost of a wait
+                    check_finite(torch.cat((seen.logits, seen.augmented_logits)), "the teacher")
+                writer.put(micro.epoch, rows, seen)
+            bar.update(micro.total)
+            if (index + 1) % len(loader) == 0 or signals.number:
+                writer.finish()
+                cache.flush(micro.epoch)
+            if signals.number:  # each process fills its own share, so each stops by itself
+                raise Interrupted(f"stopped by signal {signals.number}; the same command goes on", signals.number)
+    loader.close()
+
+
+class _Writer:
+    """Writes what the teacher said of a batch while the device works on the next one.
+
+    Args:
+        cache: where to.
+        group: originals in a mix group.
+    """
+
+    def __init__(self, cache: TeacherCache, group: int) -> None:
+        self._cache, self._group = cache, group
+        self._waiting: tuple[int, np.ndarray, dict[str, Tensor], torch.cuda.Event | None] | None = None
+
+    def put(self, epoch: int, rows: np.ndarray, seen: Look) -> None:
+        """Send a look's outputs to the host, and write those of the look before."""
+        columns = _columns(self._cache.layout, seen)
+        on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in columns.items()}
+        sent = None
+        if seen.logits.is_cuda:
+            sent = torch.cuda.Event()
+            sent.record()
+        self.finish()
+        self._waiting = epoch, rows, on_host, sent
+
+    def finish(self) -> None:
+        """Write what waits."""
+        if self._waiting is None:
+            return
+        epoch, rows, tensors, sent = self._waiting
+        if sent is not None:
+            sent.synchronize()
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        if "picks" in arrays:
+            arrays["picks"] = to_group_picks(arrays["picks"], len(rows), self._group)
+        self._cache.write(epoch, rows, arrays)
+        self._waiting = None
+
+
+def _columns(layout: CacheLayout, seen: Look) -> dict[str, Tensor]:
+    """A look as the cache's columns."""
+    outputs = {"logits": seen.logits, "augmented": seen.augmented_logits}
+    columns = {
+        f"{output}{part}": tensor
+        for output in layout.outputs
+        for part, tensor in pack_logits(outputs[output], layout.storage, layout.k).items()
+    }
+    if layout.pool:
+        assert seen.picks is not None
+        columns["picks"] = seen.picks
+    return columns
+
+
+# ----------------------------------------------------------------------------------------------------- verifying
+
+
+@dataclass
+class Comparison:
+    """How far what a teacher says now is from what a cache holds; both in the form of its storage.
+
+    Attributes:
+        tolerance: largest difference that passes.
+        storage: of the cache.
+        most_picks: largest share of picks that may be others: candidates of nearly equal entropy change places by
+            rounding.
+        rows: of the data set that were looked at, in all epochs.
+        logits: largest and mean difference of logits.
+        probabilities: largest and mean difference of probabilities at temperature 1.
+        picks: rows whose pick is another one now.
+    """
+
+    tolerance: float
+    storage: str
+    most_picks: float = 0.01
+    rows: int = 0
+    logits: tuple[float, float] = (0.0, 0.0)
+    probabilities: tuple[float, float] = (0.0, 0.0)
+    picks: int = 0
+    _values: int = field(default=0, repr=False)
+
+    @property
+    def passes(self) -> bool:
+        """Whether the cache may be used."""
+        largest = (self.probabilities if self.storage == "topk" else self.logits)[0]
+        return largest <= self.tolerance and self.picks <= self.most_picks * self.rows  # NaN does not pass
+
+    def add(self, now: Tensor, cached: Tensor) -> None:
+        """Compare logits [B, C]."""
+        by_probability = functional.softmax(now, 1), functional.softmax(cached, 1)
+        self.logits = self._with(self.logits, now - cached)
+        self.probabilities = self._with(self.probabilities, by_probability[0] - by_probability[1])
+        self._values += now.numel()
+
+    def _with(self, figures: tuple[float, float], difference: Tensor) -> tuple[float, float]:
+        largest, mean = figures
+        total = mean * self._values + float(difference.abs().double().sum())
+        # numpy's maximum keeps a NaN, Python's may lose it
+        return float(np.maximum(largest, float(difference.abs().max()))), total / (self._values + difference.numel())
+
+
+class _SomeBatches(Sampler):
+    """A share of each epoch's microbatches, in order.
+
+    Args:
+        size: rows in the data set.
+        microbatch: whole mix groups.
+        seed: of the epochs' orders, and of the choice.
+        epochs: then they come again.
+        share: of the microbatches, at least one.
+    """
+
+    def __init__(self, size: int, microbatch: int, seed: int, epochs: int, share: float) -> None:
+        super().__init__(size, microbatch, seed, drop_last=False, repeat=epochs)
+        self._every = Sampler(size, microbatch, seed, drop_last=False, repeat=epochs)
+        count = self._every.steps_per_epoch
+        self.steps_per_epoch = max(1, round(share * count))
+        chosen = [np.sort(permutation(seed, epoch, count)[: self.steps_per_epoch]) for epoch in range(epochs)]
+        self._indices = np.concatenate([epoch * count + picked for epoch, picked in enumerate(chosen)])
+
+    def place(self, index: int) -> Microbatch:
+        """Where microbatch number `index` lies, without its rows."""
+        return self._every.place(int(self._indices[index % len(self._indices)]))
+
+
+@torch.no_grad()
+def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
+    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare.
+
+    Where images were picked, the images compared are those that the cache says were picked; that the teacher would pick
+    others now is counted by itself.
+
+    Raises:
+        ValueError, OSError: there is no such cache, it is not filled, or the options are not those it was made with.
+    """
+    assert options.verify is not None
+    _check_options(options, accelerator)
+    cache = TeacherCache(Path(options.verify))
+    cache.check_filled()
+    work = _open_work(options, accelerator)
+    cache.check_made_for(work.layout.fingerprint, "Set the options to those of the cache")
+    layout = cache.layout
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = max(_TOLERANCES[layout.storage], _ROUNDED[options.precision][layout.storage == "topk"])
+    found = Comparison(tolerance, layout.storage, 0.05 if autocast_type(options.precision) else 0.01)
+    microbatch = layout.microbatch or options.batch_size
+    sampler = _SomeBatches(layout.rows, microbatch, options.seed, layout.epochs, options.share)
+    loader, looker = work.loader(sampler), work.looker()
+    total = layout.epochs * len(loader)
+    for index, batch in enumerate(progress(accelerator, "verify", _first(loader, total), total=total)):
+        micro = sampler[index]
+        rows = micro.rows[: micro.valid]
+        cached = {name: torch.from_numpy(array) for name, array in cache.read(micro.epoch, rows).items()}
+        _compare(found, work, cache.layout, looker(batch), batch, cached)
+        found.rows += len(rows)
+    loader.close()
+    return found
+
+
+def _first(loader: Loader, count: int) -> Iterator[Batch]:
+    for _ in range(count):
+        yield loader.next()
+
+
+def _compare(
+    found: Comparison, work: _Work, layout: CacheLayout, seen: Look, batch: Batch, cached: dict[str, Tensor]
+) -> None:
+    """Add a microbatch to the comparison."""
+    now = {"logits": seen.logits, "augmented": seen.augmented_logits}
+    if layout.pool:
+        assert seen.picks is not None
+        group = work.options.mix_group
+        picks = _checked_picks(cached["picks"].numpy(), len(batch), group, layout.pool // group)
+        found.picks += int((seen.picks.cpu().numpy() != picks).sum())
+        candidates = work.augmenter.candidates(batch)
+        assert candidates is not None
+        images = Mixed(*candidates).images[torch.from_numpy(picks).to(batch.images.device)]
+        now["augmented"] = work.teacher(images)
+    for output in layout.outputs:
+        packed = pack_logits(now[output], layout.storage, layout.k)
+        found.add(unpack_logits(packed, layout.classes).cpu(), logits_of(output, cached, layout.classes))
+
+
+def _checked_picks(picks: np.ndarray, batch: int, group: int, runs: int) -> np.ndarray:
+    """A microbatch's picks as indices into its pool.
+
+    Raises:
+        ValueError: there are no such candidates.
+    """
+    first = np.arange(batch) // group * group
+    if ((picks < 0) | (picks >= runs * np.minimum(group, batch - first))).any():
+        raise ValueError("the cache holds picks outside of the pool: its files are damaged, make it anew")
+    return from_group_picks(picks, batch, group)
+
+
+# -------------------------------------------------------------------------------------------------------- common
+
+
+def _check_options(options: CacheOptions, accelerator: Accelerator) -> None:
+    if options.output is None and options.verify is None:
+        raise ValueError("no folder given: say with --output where the teacher cache goes")
+    if options.teacher.cache is not None:
+        raise ValueError("--teacher.cache is read by dalikd distill: name the folder of a new cache with --output")
+    if options.precision == "fp64":
+        raise ValueError("--precision fp64: a teacher cache holds float32 at most; use fp32")
+    if options.verify is not None and accelerator.num_processes > 1:
+        raise ValueError("--verify runs in one process: start it without a launcher")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    if here != accelerator.num_processes:  # memory maps of one file on two machines overwrite each other
+        raise ValueError(f"{accelerator.num_processes} processes, {here} of them here: fill a cache on one machine")
+
+
+def _open_work(options: CacheOptions, accelerator: Accelerator) -> _Work:
+    source = open_split(options.data, "train", options.seed)
+    view = training_view(options.data, source)
+    augmenter = Augmenter(options.augmentation, options, source, view, options.seed)
+    check_cacheable(source, augmenter)
+    run = run_fingerprint(options, source, view, accelerator.device)
+    layout = _layout(options, source, augmenter, run, accelerator.num_processes)
+    usual = evaluation_view(options.data, source)
+    teacher = open_teacher(options.teacher, source, usual, accelerator.device, options.precision)
+    check_class_order(
+        teacher, f"the teacher {options.teacher.name}", options.teacher.weights, source, usual, accelerator.device,
+        **reading(options.data),
+    )  # fmt: skip
+    return _Work(options, accelerator, source, view, augmenter, teacher, layout)
+
+
+def _layout(
+    options: CacheOptions, source: Source, augmenter: Augmenter, run: dict[str, Any], processes: int
+) -> CacheLayout:
+    classes = len(source.classes)
+    if options.storage == "topk" and not 1 <= options.k <= classes:
+        raise ValueError(f"--k {options.k}: the data have {classes} classes; give 1 to {classes}")
+    return CacheLayout(
+        rows=len(source),
+        classes=classes,
+        epochs=options.epochs,
+        storage=options.storage,
+        k=options.k if options.storage == "topk" else 0,
+        augmented=augmenter.makes_candidates,
+        pool=augmenter.runs * options.mix_group if augmenter.criterion is not None else 0,
+        fingerprint={**run, **teacher_fingerprint(options.teacher, source)},
+        microbatch=options.batch_size // processes,
+    )
+
+
+def _announcement(folder: Path, layout: CacheLayout, needed: int, free: int, processes: int) -> str:
+    kept = f"top {layout.k} of {layout.classes} logits" if layout.storage == "topk" else layout.storage
+    return (
+        f"teacher cache {folder}: {layout.epochs} epoch(s) of {layout.rows} images, {kept}: "
+        f"{_size(layout.epochs * layout.epoch_bytes)}, {_size(layout.epoch_bytes)} an epoch; "
+        f"{_size(needed)} to be made, {_size(free)} free; {processes} process(es)"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

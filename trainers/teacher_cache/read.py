@@ -1,0 +1,191 @@
+"""Distillation from a teacher-output cache: what a cache depends on, and looks that are read instead of asked for."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalikd.kd.known_weights import weights_digest
+from dalikd.kd.teacher import Look
+from dalikd.pipelines.backends import Plan
+from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.hardware import decoding_on
+from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.sources import Source
+from dalikd.trainers.augmentation import Augmenter, MixOptions
+from dalikd.trainers.models import TeacherConfig, build_teacher
+from dalikd.trainers.options import CacheOptions, DistillOptions
+from dalikd.trainers.teacher_cache.layout import TeacherCache, from_group_picks, unpack_logits
+
+__all__ = ["CachedLooks", "check_cacheable", "logits_of", "open_cached", "run_fingerprint", "teacher_fingerprint"]
+
+
+class CachedLooks:
+    """Looks of a teacher that is not there: its outputs come from a cache, its images from the same draws.
+
+    Args:
+        cache: filled, and made for this run.
+        augmenter: makes the candidates.
+    """
+
+    def __init__(self, cache: TeacherCache, augmenter: Augmenter) -> None:
+        self.cache, self._augmenter = cache, augmenter
+
+    def attach(self, plan: Plan) -> dict[str, np.ndarray]:
+        """What the cache holds of a microbatch: goes along with the batch."""
+        rows = plan.micro.rows  # as drawn: a picture that stands in for a bad one has the place of that one
+        arrays = self.cache.read(plan.micro.epoch, rows)
+        if "picks" in arrays:
+            arrays["picks"] = from_group_picks(arrays["picks"], len(rows), self._augmenter.group)
+        return arrays
+
+    def __call__(self, batch: Batch) -> Look:
+        """What the teacher saw and said of a batch, on the batch's device."""
+        classes = self.cache.layout.classes
+        logits = logits_of("logits", batch.extras, classes)
+        candidates = self._augmenter.candidates(batch)
+        own = torch.arange(len(batch), device=logits.device)
+        if candidates is None:
+            return Look(logits, batch.pixels, logits, own, torch.ones(len(batch), device=logits.device), own)
+        picks = batch.extras.get("picks")
+        rows = own
+        if picks is not None:
+            candidates, rows = candidates.take(picks), picks % len(batch)
+        return Look(
+            logits,
+            candidates.images,
+            logits_of("augmented", batch.extras, classes),
+            candidates.partner,
+            candidates.lam,
+            rows,
+            picks,
+            layer=candidates.layer,
+        )
+
+    def describe(self, epochs: int) -> dict[str, Any]:
+        """What results.json says of the cache, in a run of so many epochs."""
+        layout = self.cache.layout
+        summary = f"teacher cache: {layout.epochs} epochs"
+        if epochs > layout.epochs:
+            summary += ", repeated"
+        if layout.storage == "topk":
+            summary += f"; top {layout.k} of {layout.classes} logits, T. stddev and entropy are of what they restore"
+        teacher = {name: value for name, value in layout.fingerprint.items() if name.startswith("teacher.")}
+        return {"summary": summary, "folder": str(self.cache.folder), "storage": layout.storage, **teacher}
+
+
+def open_cached(
+    options: DistillOptions, source: Source, view: View, augmenter: Augmenter, device: torch.device
+) -> CachedLooks | None:
+    """Open the cache that a run names, or None.
+
+    Raises:
+        ValueError, OSError: there is no such cache, it is not filled, or it was made for another run.
+    """
+    if options.teacher.cache is None:
+        return None
+    check_cacheable(source, augmenter)
+    if options.entropy_log_every and augmenter.criterion is not None:
+        raise ValueError(
+            "--entropy_log_every: a teacher cache holds no outputs on candidates that were not picked; distil without "
+            "--teacher.cache, or without the log"
+        )
+    cache = TeacherCache(Path(options.teacher.cache))
+    own = {
+        **run_fingerprint(options, source, view, device),
+        **_named_teacher(options.teacher, cache.layout.fingerprint, source),
+    }
+    cache.check_made_for(own, "Set the options to those of the cache, or make another with dalikd cache")
+    cache.check_filled()
+    return CachedLooks(cache, augmenter)
+
+
+def check_cacheable(source: Source, augmenter: Augmenter) -> None:
+    """Check that what the teacher says is a function of epoch and sample.
+
+    Raises:
+        ValueError: it depends on the student, or on the order in which containers are read; or there is not one
+            augmented image for each original.
+    """
+    if augmenter.criterion is not None and augmenter.criterion.needs_student:
+        raise ValueError(
+            f"{augmenter.name} is picked by the student, which changes while it learns: its teacher outputs cannot be "
+            "cached; use cutmixpick_teacher, or distil without --teacher.cache"
+        )
+    if augmenter.criterion is not None and augmenter.keep is not None:
+        raise ValueError(
+            f"--n_pick {augmenter.keep}: a teacher cache holds one augmented image for each original; leave --n_pick "
+            "out, or distil without --teacher.cache"
+        )
+    if source.files is None and source.arrays is None:
+        raise ValueError(
+            f"{source.name} is read in the containers' order, which mix groups follow: its teacher outputs cannot be "
+            "cached; use the class folders it was made from"
+        )
+
+
+def run_fingerprint(
+    options: CacheOptions | DistillOptions, source: Source, view: View, device: torch.device
+) -> dict[str, Any]:
+    """What images and outputs depend on besides the teacher. Not the batch size, the processes or the epochs."""
+    on_gpu = device.type == "cuda"
+    decoder = decoding_on(source, device, options.data.decode, options.data.hw_decoder_load).options()
+    mixing = ("augmentation", *(field.name for field in fields(MixOptions)))
+    return {
+        "data": source.name,
+        "data.images": len(source),
+        "data.fingerprint": source.fingerprint,
+        **{f"view.{name}": value for name, value in asdict(view).items()},
+        "seed": options.seed,
+        **{name: getattr(options, name) for name in mixing},
+        "precision": options.precision,
+        "decoder": "mixed" if on_gpu else "cpu",
+        # a GPU's JPEG engine rounds unlike its other decoder, and windows may differ at their borders
+        **({f"data.{name}": used for name, used in decoder.items()} if on_gpu else {"data.hw_decoder_load": None}),
+    }
+
+
+def teacher_fingerprint(config: TeacherConfig, source: Source) -> dict[str, Any]:
+    """What the outputs depend on in the teacher. It is built for this, and let go.
+
+    Raises:
+        ValueError: as for `build_teacher`.
+    """
+    teacher = build_teacher(config, source)
+    mean, std = teacher.normalisation
+    return {
+        "teacher.name": config.name,
+        "teacher.args": config.args,
+        "teacher.weights": weights_digest(teacher.model),
+        "teacher.mean": list(mean),
+        "teacher.std": list(std),
+        "teacher.fold_bn": config.fold_bn,
+    }
+
+
+def logits_of(output: str, columns: dict[str, Tensor], num_classes: int) -> Tensor:
+    """One of the teacher's outputs out of a cache's columns, float32 [B, C].
+
+    Args:
+        output: a name of CacheLayout.outputs.
+        columns: by name, each [B, ...], on any device.
+        num_classes: C.
+    """
+    parts = {name.removeprefix(output): part for name, part in columns.items() if name.startswith(output)}
+    return unpack_logits(parts, num_classes)
+
+
+def _named_teacher(config: TeacherConfig, cached: dict[str, Any], source: Source) -> dict[str, Any]:
+    """What a run says of its teacher; with a cache it need not say anything."""
+    if config.weights is not None:
+        name, args = config.name or cached["teacher.name"], config.args or cached["teacher.args"]
+        return teacher_fingerprint(replace(config, name=name, args=args, cache=None), source)
+    if config.sha256 is not None:
+        raise ValueError("--teacher.sha256 is the checksum of a weights file: give --teacher.weights too, or neither")
+    named = {
+        "teacher.name": config.name, "teacher.args": config.args, "teacher.mean": config.mean, "teacher.std": config.std
+    }  # fmt: skip
+    return {name: value for name, value in named.items() if value}
