@@ -131,7 +131,7 @@ def _items(root: Path, output: Path, device: str) -> dict[str, _Item]:
         batch, few = ("--batch_size", "384", "--precision", "bf16"), ("--seconds", "0.5")
         short, shorter = ("--steps", "20", "--warmup", "4"), ("--steps", "4")
     else:
-        nets = ("--teacher.name", "resnet8", "--model", "resnet8", "--batch_size", "16", "--mix_group", "16")
+        nets = ("--teacher.name", "resnet8", "--model", "resnet8", "--batch_size", "16", "--mix.group", "16")
         both = (*both, "--data.image_size", "32", "--data.threads", "1")
         batch, few = ("--batch_size", "16", "--data.image_size", "32"), ("--images", "16")
         short, shorter = ("--steps", "2", "--warmup", "2"), ("--steps", "1")
@@ -306,7 +306,7 @@ def interrupt_and_resume(file: str, root: str, device: str) -> None:
     teacher, student, sizes = "timm:resnet34", "timm:resnet18", ("--batch_size", "128", "--epochs", "60")
     if device == "cpu":
         teacher = student = "resnet8"
-        sizes = ("--batch_size", "16", "--epochs", "20", "--mix_group", "8", "--data.image_size", "32")
+        sizes = ("--batch_size", "16", "--epochs", "20", "--mix.group", "8", "--data.image_size", "32")
     classes = len(open_source("imagefolder", root, "train", split=".").classes)
     torch.save(create_model(teacher, classes).state_dict(), folder / "teacher.pt")
     data = ("--data.root", root, "--data.train_split", ".", "--data.val_split", ".", "--data.threads", "2")

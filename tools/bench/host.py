@@ -44,9 +44,9 @@ from dalikd.tools.cli import run_function
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.options import DATA_RANGES, FROM_1, DistillOptions, check_numbers
+from dalikd.trainers.options import DATA_RANGES, FROM_1, check_numbers
 from dalikd.trainers.setup import reading
-from dalikd.trainers.tasks.distill import Distillation
+from dalikd.trainers.tasks.distill import Distillation, DistillOptions
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = ["HostOptions", "Watch", "loader_microseconds", "main", "plan", "run", "watching"]

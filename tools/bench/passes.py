@@ -22,10 +22,9 @@ from dalikd.tools.bench.teacher import images_asked, open_images
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
 from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
-from dalikd.trainers.launch import autocast_type, start
+from dalikd.trainers.launch import autocast_type, check_compiler, start
 from dalikd.trainers.measure import build_scorer, measure_branches
 from dalikd.trainers.setup import make_loader, resident_pictures
-from dalikd.trainers.teacher_step import check_compiler
 
 __all__ = ["main", "plan", "run"]
 
@@ -52,7 +51,7 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
     net = teacher_net(options, source, evaluation_view(options.data, source))
     teacher = Teacher(net, accelerator.device, autocast_type(options.precision), fold_bn=options.teacher.fold_bn)
     resident = resident_pictures(source, view, options.data, accelerator)
-    sampler = Sampler(len(source), options.batch_size, options.seed, drop_last=False, group=options.mix_group)
+    sampler = Sampler(len(source), options.batch_size, options.seed, drop_last=False, group=options.mix.group)
 
     def opened(branches: Branches) -> Loader:
         return make_loader(source, sampler, branches.draw_spec, options.data, accelerator, resident=resident, buffers=2)

@@ -23,9 +23,8 @@ from dalikd.pipelines.loader import Batch, Loader
 from dalikd.tools.bench.machine import synchronize
 from dalikd.tools.bench.training import StepOptions
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.options import TrainingOptions
 from dalikd.trainers.setup import TrainingData
-from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [

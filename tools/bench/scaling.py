@@ -203,7 +203,7 @@ def _check_processes(processes: Sequence[int], device: torch.device, running: in
 def _check_size(options: ScalingOptions, size: int, count: int) -> None:
     try:
         Sampler(
-            size, count * options.batch_size, world=count, accumulation=options.accumulation, group=options.mix_group
+            size, count * options.batch_size, world=count, accumulation=options.accumulation, group=options.mix.group
         )
     except ValueError as error:
         raise ValueError(f"--processes {count} with --batch_size {options.batch_size} for each: {error}") from error

@@ -214,7 +214,7 @@ def cached(source: Source, sample: int = 500) -> str:
 def plan(root: Path) -> list[Planned]:
     """What `dalikd bench all` runs: nets of ImageNet's size on photos, and of CIFAR's on pictures kept in memory."""
     data = ("--data.root", str(root), "--data.train_split", ".", "--data.val_split", ".", "--data.image_size")
-    small = ("--teacher.name", "timm:resnet18", "--model", "timm:resnet10t", "--batch_size", "16", "--mix_group", "16")
+    small = ("--teacher.name", "timm:resnet18", "--model", "timm:resnet10t", "--batch_size", "16", "--mix.group", "16")
     large = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU)
     wide = (
         "--teacher.name",

@@ -35,10 +35,9 @@ from dalikd.tools.bench.record import Record, alternate, check_output, markdown,
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
-from dalikd.trainers.launch import autocast_type, start
+from dalikd.trainers.launch import autocast_type, check_compiler, start
 from dalikd.trainers.measure import build_scorer, measure
 from dalikd.trainers.setup import make_loader, resident_pictures
-from dalikd.trainers.teacher_step import check_compiler
 
 __all__ = ["Comparison", "images_asked", "main", "open_images", "plan", "run"]
 
@@ -198,7 +197,7 @@ def _compiled(teacher: Teacher, options: TeacherOptions) -> Callable[[Tensor], T
 def _rates(augmenter: Augmenter, options: TeacherOptions, parts: _Parts) -> dict[str, list[float]]:
     """Originals a second of each side, one number a round."""
     source, accelerator = parts.source, parts.accelerator
-    sampler = Sampler(len(source), options.batch_size, options.seed, drop_last=False, group=options.mix_group)
+    sampler = Sampler(len(source), options.batch_size, options.seed, drop_last=False, group=options.mix.group)
     loader = make_loader(
         source, sampler, augmenter.draw_spec, options.data, accelerator, resident=parts.resident, buffers=2
     )

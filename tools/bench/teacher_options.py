@@ -12,8 +12,9 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.options import RESULTS
 from dalikd.tools.bench.training import StepOptions
 from dalikd.trainers.launch import model_type
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.models import build_model, build_teacher
-from dalikd.trainers.options import FROM_1, MeasureOptions, check_numbers
+from dalikd.trainers.options import FROM_1, check_numbers
 
 __all__ = ["PublishedOptions", "TeacherOptions", "teacher_net"]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dalikd.pipelines.data import FilePath
 from dalikd.tools.bench.options import RESULTS
-from dalikd.trainers.options import FROM_0, FROM_1, DistillOptions, check_numbers
+from dalikd.trainers.options import FROM_0, FROM_1, check_numbers
+from dalikd.trainers.tasks.distill import DistillOptions
 
 __all__ = ["ScalingOptions", "StepOptions"]
 

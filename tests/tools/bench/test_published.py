@@ -266,7 +266,7 @@ def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
     ("more", "message"),
     [
         (["--ema", "0.9"], "--ema 0.9: the published loop has no such thing"),
-        (["--clip", "1"], "give --clip null"),
+        (["--clip_grad_norm", "1"], "give --clip_grad_norm null"),
         (["--accumulation", "2"], "--accumulation 2"),
         (["--rounds", "2"], "--rounds 2: give at least 5"),
         (["--precision", "fp16"], "--precision fp16"),

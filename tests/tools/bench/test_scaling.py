@@ -149,7 +149,7 @@ def test_what_all_runs_can_be_parsed(tmp_path):
 def test_two_processes_share_a_step(tree, tmp_path):
     weights = tmp_path / "teacher.pt"
     torch.save(create_model("resnet8", 3).state_dict(), weights)
-    data = ("--data.root", tree, "--data.image_size", 32, "--device", "cpu", "--batch_size", 16, "--mix_group", 8)
+    data = ("--data.root", tree, "--data.image_size", 32, "--device", "cpu", "--batch_size", 16, "--mix.group", 8)
     nets = ("--model", "resnet8", "--teacher.name", "resnet8", "--teacher.weights", weights)
     words = [*data, *nets, "--augmentation", "mixup", "--steps", 2, "--warmup", 2]
     options, config = parse("bench scaling", [str(word) for word in words])

@@ -29,7 +29,7 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def arguments(options, tmp_path):
-    own = ["--batch_size", 16, "--mix_group", 8, "--teacher.name", "small", "--output", tmp_path / "out"]
+    own = ["--batch_size", 16, "--mix.group", 8, "--teacher.name", "small", "--output", tmp_path / "out"]
     return [str(word) for word in (*options, *own)]
 
 
