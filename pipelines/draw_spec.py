@@ -7,7 +7,7 @@ device, from the draws made here. A batch may have any number of both: none of t
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ __all__ = [
     "AugmentedView",
     "DrawSpec",
     "Draws",
-    "MixArrays",
+    "MixDraws",
     "MixRun",
     "Schedule",
     "View",
@@ -161,37 +161,28 @@ class MixRun:
         return _value_at(self.floor, epoch, 0.0), _value_at(self.ceiling, epoch, 1.0)
 
 
-@dataclass(frozen=True)
-class MixArrays:
-    """Draws of one mixing run.
+class MixDraws(NamedTuple):
+    """What chance decided in one mixing run: numpy arrays as drawn, tensors in a batch. The last three are there for
+    the functions that use them."""
 
-    Attributes:
-        partner: row of this batch, int64 [B].
-        lam: wanted share of the image itself, float32 [B].
-        center: (y, x) in [0, 1), float32 [B, 2].
-        cells: in [0, 1), float32 [B, cells].
-        box: top, left, height and width in pixels, int32 [B, 4]; zeros for no box.
-        layer: 0 to layers - 1, int32 [B].
-    """
-
-    partner: np.ndarray
-    lam: np.ndarray
-    center: np.ndarray
-    cells: np.ndarray | None = None
-    box: np.ndarray | None = None
-    layer: np.ndarray | None = None
+    partner: Any  # int64 [B], row of this batch to mix in
+    lam: Any  # float32 [B], wanted share of the image itself
+    center: Any  # float32 [B, 2], (y, x) as fractions of the height and width, in [0, 1)
+    cells: Any = None  # float32 [B, cells], in [0, 1), one number for each cell of a grid, row by row
+    box: Any = None  # int32 [B, 4], a box's top, left, height and width in pixels; zeros for none
+    layer: Any = None  # int32 [B], the stages of a net after which hidden states are mixed; 0: the input
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All draws of a microbatch: named arrays for the views, one MixArrays for each mixing run.
+    """All draws of a microbatch: named arrays for the views, one MixDraws for each mixing run.
 
     The base view's names are "crop", "flip", "tries" and "offsets", as it needs them. Augmented view number i has
     "augmented_crop{i}" and "augmented_flip{i}", or, of a policy, "operation{i}", "magnitude{i}" and "sign{i}".
     """
 
     views: dict[str, np.ndarray]
-    mix: tuple[MixArrays, ...]
+    mix: tuple[MixDraws, ...]
 
 
 @dataclass(frozen=True)
@@ -296,9 +287,9 @@ class DrawSpec:
             pieces.append((inside + (start + size * np.arange(len(numbers)))[:, None]).reshape(-1))
         return np.concatenate(pieces)
 
-    def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixArrays:
+    def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixDraws:
         own = {stream - run.run: numbers[stream][:, :count] for stream, count in run.streams.items()}
-        return MixArrays(
+        return MixDraws(
             partner,
             _lam(run, epoch, own[Stream.MIX][:, 0]).astype(np.float32),
             _below_one(own[Stream.MIX][:, 1:3]),

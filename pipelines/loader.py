@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.kd.mixing import MixDraws
 from dalikd.pipelines.backends import (
     Backend,
     DaliBackend,
@@ -24,7 +23,7 @@ from dalikd.pipelines.backends import (
     can_gather,
 )
 from dalikd.pipelines.doctor import dali_words, find_bad_files, is_decode_failure, printable
-from dalikd.pipelines.draw_spec import DrawSpec, MixArrays
+from dalikd.pipelines.draw_spec import DrawSpec, MixDraws
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
@@ -276,17 +275,23 @@ class Loader:
     def _batch(self, pixels: Pixels) -> Batch:
         plan, valid = pixels.plan, pixels.plan.micro.valid
         arrays = {"labels": self.source.labels[plan.rows], "ids": plan.rows}
-        mixes = [_named(draws) for draws in plan.draws.mix]
-        for index, named in enumerate(mixes):
-            arrays |= {f"{name}{index}": array for name, array in named.items()}
         extras = {} if self._attach is None else self._attach(plan)
-        sent = {name: tensor[:valid] for name, tensor in self._hand.arrays({**arrays, **extras}).items()}
+        mixes = {
+            (number, name): array
+            for number, draws in enumerate(plan.draws.mix)
+            for name, array in draws._asdict().items()
+            if array is not None
+        }
+        sent = {key: tensor[:valid] for key, tensor in self._hand.arrays({**arrays, **extras, **mixes}).items()}
         return Batch(
             pixels.images[:valid],
             tuple(view[:valid] for view in pixels.augmented),
             sent["labels"],
             sent["ids"],
-            tuple(MixDraws(**{name: sent[f"{name}{index}"] for name in named}) for index, named in enumerate(mixes)),
+            tuple(
+                MixDraws(*(sent.get((number, name)) for name in MixDraws._fields))
+                for number in range(len(plan.draws.mix))
+            ),
             plan.micro.epoch,
             plan.micro.start,
             plan.micro.total,
@@ -331,11 +336,6 @@ def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler
         assert work.source.arrays is not None
         resident = Resident.from_arrays(work.source.arrays, work.device)
     return GatherBackend(work, resident)
-
-
-def _named(draws: MixArrays) -> dict[str, np.ndarray]:
-    """The arrays that a mixing run has drawn, by the names of MixDraws."""
-    return {name: array for name, array in vars(draws).items() if array is not None}
 
 
 def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:

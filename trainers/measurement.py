@@ -13,10 +13,10 @@ from torch.nn import functional
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.mixing import MixDraws
 from dalikd.kd.picking import entropy, pick_count
 from dalikd.kd.survey import Branch, BranchOutputs, Survey, survey
 from dalikd.kd.teacher import Teacher
+from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches, is_picked_by_student
 from dalikd.trainers.options import MetricName

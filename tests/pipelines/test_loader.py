@@ -118,7 +118,7 @@ def test_each_mixing_run_brings_the_draws_it_asked_for(source, buffers):
     for index in range(3):
         batch, draws = loader.next(), spec.draw(loader.sampler[index])
         for tensors, arrays in zip(batch.mix, draws.mix, strict=True):
-            for name, array in vars(arrays).items():
+            for name, array in arrays._asdict().items():
                 found = getattr(tensors, name)
                 assert (found is None) == (array is None), name
                 assert array is None or torch.equal(found, torch.from_numpy(array)), name

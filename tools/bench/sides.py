@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.draw_spec import DrawSpec, View, policy_name
+from dalikd.pipelines.draw_spec import DrawSpec, MixDraws, View, policy_name
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
