@@ -1,4 +1,4 @@
-"""What makes the pixels of a batch: a gather over pictures in memory, or a DALI graph."""
+"""What makes the pixels of a batch: a gather over images in memory, or a DALI graph."""
 
 import ctypes
 import gc
@@ -84,7 +84,7 @@ class Work:
     """What an engine works on.
 
     Attributes:
-        source: the pictures.
+        source: the images.
         spec: views and draws.
         microbatch: the largest batch.
         device: where pixels are wanted.
@@ -125,7 +125,7 @@ class Backend(Protocol):
 
 
 def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None) -> bool:
-    """Whether nothing has to be resized or warped, so that a gather makes the views of pictures in memory.
+    """Whether nothing has to be resized or warped, so that a gather makes the views of images in memory.
 
     One view that only DALI can make sends all of them through DALI, which decodes or slices once for all.
     """
@@ -137,7 +137,7 @@ def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None)
 
 
 class GatherBackend:
-    """Pictures in the device's memory, gathered by torch."""
+    """Images in the device's memory, gathered by torch."""
 
     def __init__(self, work: Work, resident: Resident) -> None:
         self._work = work
@@ -255,12 +255,12 @@ class DaliBackend:
     def feed(self, plan: Plan) -> tuple[Any, ...]:
         """A plan as the graph's inputs."""
         trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
-        pictures, draws = self._pictures(plan), plan.draws.views
+        images, draws = self._images(plan), plan.draws.views
         if self._sides is not None:
             sides = np.maximum(self._sides[plan.rows], 1)
             start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
             draws = {**draws, "start": start, "shape": shape}
-        return (pictures, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
+        return (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
     def _holds_jpeg2000(self, position: int) -> bool:
         """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
@@ -300,7 +300,7 @@ class DaliBackend:
             return np.full((len(source), 2), source.arrays.shape[1:3], np.int32)
         return np.zeros((len(source), 2), np.int32) if source.files is None else source.files.sides()
 
-    def _pictures(self, plan: Plan) -> np.ndarray | list[np.ndarray]:
+    def _images(self, plan: Plan) -> np.ndarray | list[np.ndarray]:
         source = self._work.source
         return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
 
@@ -431,14 +431,14 @@ class ShardBackend(DaliBackend):
         read, row = self._read[plan.micro.index], int(plan.rows[slot])
         return read.contents[slot].tobytes() if row == read.ids[slot] else self._records.read(row)
 
-    def _pictures(self, plan: Plan) -> list[np.ndarray]:
+    def _images(self, plan: Plan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]
         contents = read.contents
         if not np.array_equal(plan.rows, read.ids):
-            pictures = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
+            images = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
             contents = [
                 content if row == own else np.frombuffer(self._records.read(row), np.uint8)
-                for row, own, content in pictures
+                for row, own, content in images
             ]
         if self._sides is not None:
             for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once

@@ -1,4 +1,4 @@
-"""Decodes a split once, through DALI, and keeps the pictures on the device."""
+"""Decodes a split once, through DALI, and keeps the images on the device."""
 
 from dataclasses import replace
 
@@ -16,26 +16,26 @@ _BATCH = 512
 
 
 def can_be_resident(view: View) -> bool:
-    """Whether every batch of a view starts from the same square of each picture."""
+    """Whether every batch of a view starts from the same square of each image."""
     return view.crop in ("pad_crop", "square") or (view.crop == "center_crop" and view.resize == view.size)
 
 
 def decode_source(source: Source, view: View, *, device: torch.device, **options) -> Resident:
-    """Decode every picture to the square that a view starts from.
+    """Decode every image to the square that a view starts from.
 
     Args:
-        source: the pictures.
+        source: the images.
         view: pad_crop, or center_crop without resizing.
-        device: where the pictures are kept.
+        device: where the images are kept.
         options: of the Loader: threads, prefetch, bad_files and others.
 
     Raises:
-        ValueError: a view that cuts another window each time, or pictures that do not fit into the device's memory.
-        BadFileError: a picture cannot be decoded, and they are not to be replaced.
+        ValueError: a view that cuts another window each time, or images that do not fit into the device's memory.
+        BadFileError: a image cannot be decoded, and they are not to be replaced.
     """
     if not can_be_resident(view):
         raise ValueError(
-            "--data.resident true keeps squares of one size, but this view cuts another window of the whole picture "
+            "--data.resident true keeps squares of one size, but this view cuts another window of the whole image "
             "each time: set --data.crop pad_crop, or leave it out"
         )
     square = view if view.crop == "center_crop" else replace(view, crop="square")

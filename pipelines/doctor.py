@@ -217,9 +217,9 @@ def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
     from dalikd.pipelines.graphs import build_graph
 
     y, x = np.mgrid[:375, :500]
-    picture = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
+    image = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image).save(buffer, "JPEG", quality=90)
     windows = np.array([(0, 0, 375, 500), (17, 33, 200, 301), (120, 7, 255, 96), (301, 402, 74, 98)] * 2)
     start, shape = windows[:, :2].astype(np.float32), windows[:, 2:].astype(np.float32)
     inputs = ([np.frombuffer(buffer.getvalue(), np.uint8)] * len(windows), start, shape)

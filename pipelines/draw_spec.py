@@ -1,6 +1,6 @@
 """What is drawn for a batch: the draws of its views and of its mixing, as arrays.
 
-A *view* turns a stored picture into uint8 pixels of a fixed side. Training sees the base view; each per-image
+A *view* turns a stored image into uint8 pixels of a fixed side. Training sees the base view; each per-image
 augmentation adds an augmented view on top of it. Batch-level mixing (mixup, cutmix, cutout) happens later, on the
 device, from the draws made here. A batch may have any number of both: none of them changes what another one draws.
 """
@@ -47,14 +47,14 @@ MOST_RUNS = 240  # streams set aside for each use
 
 @dataclass(frozen=True)
 class View:
-    """How a stored picture becomes a square of `size` x `size` uint8 pixels.
+    """How a stored image becomes a square of `size` x `size` uint8 pixels.
 
     Attributes:
         size: side of the result in pixels.
         crop: random_resized_crop (window of random area and aspect ratio, resized; then a random flip), pad_crop
             (resize the short side to `size`, crop the centre, pad, crop at random, flip at random), center_crop
             (evaluation: resize the short side to `resize`, crop the centre). Parts of these: square (what pad_crop
-            starts from), window (random_resized_crop before its resize and flip), whole (the picture as it is).
+            starts from), window (random_resized_crop before its resize and flip), whole (the image as it is).
         resize: short side before the centre crop; only for center_crop.
         padding: pixels on each side; for pad_crop and the crop_flip augmentation.
         border: what the padding holds.

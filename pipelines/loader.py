@@ -38,7 +38,7 @@ _BY_ROW = "by row"  # of orders that the sampler makes
 
 
 class BadFileError(ValueError):
-    """A picture could not be decoded while running."""
+    """A image could not be decoded while running."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ class Loader:
     """Yields `Batch`es for ever over the sampler's steps; iterating stops at the end of the current epoch.
 
     Args:
-        source: the pictures.
+        source: the images.
         sampler: their order and this process's share of it.
         spec: views and draws.
-        device: where batches go. On "cuda" pictures are decoded by DALI's mixed backend, else on the CPU.
+        device: where batches go. On "cuda" images are decoded by DALI's mixed backend, else on the CPU.
         threads: DALI's CPU threads; default: this process's share of the cores, 16 at most.
         prefetch: batches made ahead.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; default: 1 where it has one.
-        decode: on a GPU, decode windows of the pictures, or whole ones; as `hardware.decoding_on`.
-        bad_files: at a picture that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
+        hw_decoder_load: share of the images that a GPU's JPEG engine decodes; default: 1 where it has one.
+        decode: on a GPU, decode windows of the images, or whole ones; as `hardware.decoding_on`.
+        bad_files: at a image that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
             data set, for the rest of the run, and say so once.
-        resident: the decoded pictures of the source, where they are kept on the device.
+        resident: the decoded images of the source, where they are kept on the device.
         buffers: 0: every batch owns its memory. n: batches on a GPU lie in n sets of fixed buffers used in turn, and
             each holds until n - 1 further ones have been taken; nothing is allocated in a step.
         attach: plan -> arrays [B, ...] by name that go along with the batch, as its `extras`.
@@ -153,7 +153,7 @@ class Loader:
         """The next batch, across epochs.
 
         Raises:
-            BadFileError: a picture cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
+            BadFileError: a image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
         """
         started = time.perf_counter()
         self._hand.advance()
@@ -299,7 +299,7 @@ class Loader:
         )
 
     def _handle_bad_files(self, error: RuntimeError) -> None:
-        """After a failed decode: name the pictures, then stop or replace them and start again at the same batch."""
+        """After a failed decode: name the images, then stop or replace them and start again at the same batch."""
         self._engine.restart()
         plan = self._engine.plan(self.position)
         bad = find_bad_files(
@@ -326,7 +326,7 @@ class Loader:
             other = (row + step) % len(self.source)
             if other not in bad:
                 return other
-        raise BadFileError("no picture of the data set can be decoded")
+        raise BadFileError("no image of the data set can be decoded")
 
 
 def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler: Sampler) -> Backend:

@@ -18,6 +18,7 @@ from dalikd.pipelines.backends import Plan
 from dalikd.pipelines.data import DataConfig, as_used, evaluation_view, open_sources, training_view
 from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
@@ -313,7 +314,7 @@ def run_training(
     accelerator.wait_for_everyone()
     results = loop.run()
     if isinstance(task, Distillation) and task.entropy_log and accelerator.is_main_process:
-        task.entropy_log.save(path / "entropies.npz")
+        write_atomically(path / "entropies.npz", task.entropy_log.save)
         plot_entropies(task.entropy_log, path / "entropies.png", f"{options.augmentation}, {options.model}")
     return {**results, "folder": str(path)}
 

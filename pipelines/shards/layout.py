@@ -5,7 +5,6 @@ A split is a folder: shards (webdataset tars or TFRecord files) each with its in
 that the image has in the source it came from.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ __all__ = [
     "ARRAYS",
     "DESCRIPTION",
     "EXTENSIONS",
-    "PICTURE_EXTENSIONS",
+    "MEMBER_EXTENSIONS",
     "REMEDY",
     "VERSION",
     "ContainerFormat",
     "Description",
     "Feature",
     "Shard",
-    "file_sha256",
 ]
 
 ContainerFormat = Literal["webdataset", "tfrecord"]
@@ -33,8 +31,8 @@ VERSION = 1  # of the folder's layout
 REMEDY = "write the folder again with `dalikd prepare`"
 #: Of the containers, by format.
 EXTENSIONS: dict[ContainerFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
-#: Of a picture in a tar, by its content; each sample has one of them.
-PICTURE_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
+#: Of a image in a tar, by its content; each sample has one of them.
+MEMBER_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
 
 
 class Feature:
@@ -75,9 +73,9 @@ class Description:
         mean: per-channel mean of pixels scaled to 0..1.
         std: the same for the standard deviation.
         image_size: the data set's usual side in pixels.
-        fingerprint: of the source; where pictures were resized, with that appended.
+        fingerprint: of the source; where images were resized, with that appended.
         seed: of the storage order.
-        resize: pictures were resized to this short side in pixels; None: kept byte by byte.
+        resize: images were resized to this short side in pixels; None: kept byte by byte.
         arrays: SHA-256 of labels.npy and order.npy.
         shards: the containers in storage order.
     """
@@ -127,9 +125,3 @@ class Description:
             return cls(**content, **tuples, shards=shards)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

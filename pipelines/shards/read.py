@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalikd.pipelines.files import file_digest
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.layout import (
@@ -19,7 +20,6 @@ from dalikd.pipelines.shards.layout import (
     Description,
     Feature,
     Shard,
-    file_sha256,
 )
 from dalikd.pipelines.shards.tfrecord import decode_example, unframe
 
@@ -112,7 +112,7 @@ class Records:
         """
         checks = list(self._checksums())
         bar = progress(f"verifying {self.folder.name}", checks, unit=" files")
-        wrong = [str(path) for path, expected in bar if file_sha256(path) != expected]
+        wrong = [str(path) for path, expected in bar if file_digest(path) != expected]
         if wrong:
             raise ValueError(f"checksum differs: {', '.join(wrong)}; {REMEDY}")
 
@@ -175,7 +175,7 @@ def _check_described(folder: Path) -> None:
 
 def _check_format(folder: Path, description: Description, format: ContainerFormat | None) -> None:
     if format is not None and description.format != format:
-        raise ValueError(f"{folder} holds {description.format}, not {format}: say --data.name {description.format}")
+        raise ValueError(f"{folder} holds {description.format}, not {format}: give --data.name {description.format}")
     if description.format not in EXTENSIONS:
         raise ValueError(f"{folder / DESCRIPTION}: format {description.format!r} is unknown: {REMEDY}")
     if not description.images:
@@ -202,5 +202,5 @@ def _check_open_files(description: Description) -> None:
     if description.format == "webdataset" and allowed != resource.RLIM_INFINITY and needed > allowed:
         raise ValueError(
             f"{description.split} has {len(description.shards)} tars, and this process may open only {allowed} files: "
-            f"say `ulimit -n {needed}` before, or prepare with a larger --shard_images"
+            f"run `ulimit -n {needed}` before, or prepare with a larger --shard_images"
         )

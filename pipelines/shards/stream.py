@@ -21,7 +21,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from dalikd.pipelines.doctor import dali_words
 from dalikd.pipelines.draws import Stream, permutation, philox
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.shards.layout import PICTURE_EXTENSIONS, REMEDY, Feature
+from dalikd.pipelines.shards.layout import MEMBER_EXTENSIONS, REMEDY, Feature
 from dalikd.pipelines.shards.read import Records, reads_shares
 
 __all__ = ["Encoded", "MicrobatchReader", "RecordStream", "Shuffle"]
@@ -197,7 +197,7 @@ def _graph(reader, paths: list[str], indices: list[str], options: dict[str, Any]
 
 
 def _read_webdataset(paths: list[str], indices: list[str], options: dict[str, Any]):
-    components = [";".join(PICTURE_EXTENSIONS), "id"]
+    components = [";".join(MEMBER_EXTENSIONS), "id"]
     return fn.readers.webdataset(
         paths=paths, index_paths=indices, ext=components, missing_component_behavior="error", **options
     )

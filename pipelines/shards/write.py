@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from dalikd.pipelines.content import extension_of, is_jpeg2000, refusal
-from dalikd.pipelines.datasets.file_list import build_once
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.files import build_once, file_digest
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
@@ -32,12 +32,11 @@ from dalikd.pipelines.shards.layout import (
     Description,
     Feature,
     Shard,
-    file_sha256,
 )
 from dalikd.pipelines.shards.tfrecord import encode_example, frame
 from dalikd.pipelines.sources import Source
 
-__all__ = ["WriteOptions", "check_pictures", "check_target", "write_records"]
+__all__ = ["WriteOptions", "check_decodable", "check_target", "write_records"]
 
 _CHUNK = 256  # images that are read ahead
 _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
@@ -55,8 +54,8 @@ class WriteOptions:
         format: webdataset tars, or TFRecord files.
         seed: of the storage order.
         shard_images: images a shard, at most; None: 1000, or as many as make 256 shards.
-        resize: pictures whose short side is longer are resized to it, and stored as JPEG of quality 95; None: no.
-        check: decode every picture first, and name those that cannot be.
+        resize: images whose short side is longer are resized to it, and stored as JPEG of quality 95; None: no.
+        check: decode every image first, and name those that cannot be.
         overwrite: replace what an earlier call has written.
         threads: that read, decode and encode.
     """
@@ -71,13 +70,13 @@ class WriteOptions:
 
     def __post_init__(self) -> None:
         if self.format not in EXTENSIONS:
-            raise ValueError(f"--format {self.format} is unknown: say {' or '.join(EXTENSIONS)}")
+            raise ValueError(f"--format {self.format} is unknown: give {' or '.join(EXTENSIONS)}")
         if self.seed < 0:
-            raise ValueError(f"--seed {self.seed} is negative: say 0 or more")
+            raise ValueError(f"--seed {self.seed} is negative: give 0 or more")
         for option in ("shard_images", "resize", "threads"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise ValueError(f"--{option} {value}: say 1 or more")
+                raise ValueError(f"--{option} {value}: give 1 or more")
 
 
 def write_records(source: Source, folder: Path, options: WriteOptions) -> Description:
@@ -98,7 +97,7 @@ def write_records(source: Source, folder: Path, options: WriteOptions) -> Descri
     shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
     with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
         if options.check:
-            check_pictures(source, options.threads)
+            check_decodable(source, options.threads)
         build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
     if target != folder:
         shutil.rmtree(folder)
@@ -141,7 +140,7 @@ def _write_split(source: Source, folder: Path, prefix: str, options: WriteOption
         fingerprint=source.fingerprint + resized,
         seed=options.seed,
         resize=options.resize,
-        arrays={name: file_sha256(folder / name) for name in ARRAYS},
+        arrays={name: file_digest(folder / name) for name in ARRAYS},
         shards=shards,
     ).write(folder)
 
@@ -172,7 +171,7 @@ def _write_shard(path: Path, format: ContainerFormat, samples: Iterator[_Sample]
         digest.update(layout.end)
     index = path.with_suffix(".idx")
     index.write_text(layout.heading.format(images) + "".join(f"{line}\n" for line in lines), encoding="ascii")
-    return Shard(path.name, images, offset, digest.hexdigest(), file_sha256(index))
+    return Shard(path.name, images, offset, digest.hexdigest(), file_digest(index))
 
 
 def _pack_members(sample: _Sample, offset: int) -> tuple[bytes, str]:
@@ -329,15 +328,15 @@ def _check_space(source: Source, folder: Path, resize: int | None) -> None:
     if needed > free:
         raise OSError(
             f"{source.split} takes about {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: "
-            "name another --output, or make pictures smaller with --resize"
+            "name another --output, or make images smaller with --resize"
         )
 
 
-def check_pictures(source: Source, threads: int) -> None:
-    """Decode everything as training does; pictures in memory are decoded already.
+def check_decodable(source: Source, threads: int) -> None:
+    """Decode everything as training does; images in memory are decoded already.
 
     Raises:
-        ValueError: names the first pictures that cannot be decoded, and says how many there are.
+        ValueError: names the first images that cannot be decoded, and says how many there are.
     """
     with progress(f"checking {source.split}", total=len(source), unit=" images") as bar:
         bad = find_bad_files(source, range(len(source)), threads=threads, done=bar.update)

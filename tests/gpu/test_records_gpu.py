@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from dalikd.pipelines.backends import DaliBackend
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import open_source
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_dali")]
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.shards.layout import ContainerFormat
 from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 FORMATS: tuple[ContainerFormat, ...] = ("webdataset", "tfrecord")
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, ShardBackend, UnfitError
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.decode import decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
@@ -18,7 +19,7 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import write as convert
 from dalikd.pipelines.shards.read import Records
 from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 TRAINING = DrawSpec(View(32, "random_resized_crop"), 7, (ViewRun("crop_flip"),), (MixRun("derangement"),), mix_group=8)
 EVALUATION = DrawSpec(View(32, "center_crop", resize=32))
@@ -83,7 +84,7 @@ def test_held_batches_stay_as_they_were(written):
     assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
 
 
-def test_evaluation_shows_every_picture_once(written):
+def test_evaluation_shows_every_image_once(written):
     source = written.open()
     for world in (1, 3):
         seen, sizes = [], []
@@ -140,7 +141,7 @@ def test_a_state_without_an_order_is_one_of_files(written):
 
 @pytest.fixture
 def spoiled(written, tmp_path) -> tuple[Source, list[int]]:
-    """The same containers with two bad pictures, in batches 1 and 11 of a training."""
+    """The same containers with two bad images, in batches 1 and 11 of a training."""
     loader, rows = _loader(written.open()), []
     for position, slot in ((1, 5), (11, 0)):
         loader.seek(position)
@@ -149,13 +150,13 @@ def spoiled(written, tmp_path) -> tuple[Source, list[int]]:
     shutil.copytree(written.source.files.root, tree)
     paths = [tree / Path(written.source.path(row)).relative_to(written.source.files.root) for row in rows]
     paths[0].write_bytes(paths[0].read_bytes()[:-200])  # the pixels end early
-    paths[1].write_bytes(b"\xff\xd8\xff no picture")
+    paths[1].write_bytes(b"\xff\xd8\xff no image")
     source = open_source("imagefolder", tree, "train", split=".")
     write_records(source, tmp_path / "out/train", WriteOptions(written.format, seed=4, shard_images=70, threads=1))
     return open_source(written.format, tmp_path / "out", "train"), rows
 
 
-def test_a_bad_picture_stops_the_run_by_name(spoiled):
+def test_a_bad_image_stops_the_run_by_name(spoiled):
     source, rows = spoiled
     loader = _loader(source)
     loader.next()
@@ -164,7 +165,7 @@ def test_a_bad_picture_stops_the_run_by_name(spoiled):
     assert loader.position == 1
 
 
-def test_a_bad_picture_is_replaced_and_nothing_else_moves(written, spoiled, capsys, monkeypatch):
+def test_a_bad_image_is_replaced_and_nothing_else_moves(written, spoiled, capsys, monkeypatch):
     source, rows = spoiled
     opened = _count_streams(monkeypatch)
     loader, clean = _loader(source, bad_files="replace"), _loader(written.source)
@@ -177,14 +178,14 @@ def test_a_bad_picture_is_replaced_and_nothing_else_moves(written, spoiled, caps
         assert torch.equal(batch.images[kept], expected.images[kept])
         if position == 1:
             slot = kept.tolist().index(False)
-            plan = replace(clean.plan(1, expected.ids.numpy()), rows=np.array(ids))  # own draws, another's picture
+            plan = replace(clean.plan(1, expected.ids.numpy()), rows=np.array(ids))  # own draws, another's image
             clean._engine._work = replace(clean._engine._work, plan=lambda _, plan=plan: plan)  # type: ignore
             assert torch.equal(batch.images[slot], clean._engine.fetch(1).images[slot])
     assert set(loader.replaced) == set(rows)
     out = capsys.readouterr().out
     assert out.count("cannot decode") == 2
     assert all(f"{row:09d}" in out for row in rows)
-    assert opened() == [3, 3]  # two epochs and the one ahead: after a bad picture nothing was read again
+    assert opened() == [3, 3]  # two epochs and the one ahead: after a bad image nothing was read again
 
 
 def _count_streams(monkeypatch: pytest.MonkeyPatch) -> Any:

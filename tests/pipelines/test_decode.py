@@ -6,12 +6,13 @@ import torch
 
 from dalikd.pipelines import resident as resident_module
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 CPU = torch.device("cpu")
 
@@ -62,18 +63,18 @@ def test_views_that_cut_windows_are_refused(source):
 
 def test_a_set_larger_than_the_memory_is_refused_before_decoding(source, monkeypatch):
     monkeypatch.setattr(resident_module, "_free_bytes", lambda _: 300 * 32 * 32 * 4)
-    with pytest.raises(ValueError, match=r"300 pictures of 32 x 32 pixels need 0.0 GiB .* leave out --data.resident"):
+    with pytest.raises(ValueError, match=r"300 images of 32 x 32 pixels need 0.0 GiB .* leave out --data.resident"):
         decode_source(source, View(32, "pad_crop"), device=CPU)
     monkeypatch.setattr(resident_module, "_free_bytes", lambda _: 300 * 32 * 32 * 5)
     assert Resident.empty(300, 32, CPU).pixels.shape == (300, 32, 32)
 
 
-def test_a_bad_picture_is_replaced_as_in_the_files(source, tmp_path):
+def test_a_bad_image_is_replaced_as_in_the_files(source, tmp_path):
     rows = range(24)
     for row in rows:
         path = Path(source.path(row))
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
-        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes() if row != 5 else b"no picture")
+        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes() if row != 5 else b"no image")
     spoiled = open_source("imagefolder", tmp_path, "train", split=".")
     view = View(32, "pad_crop")
     with pytest.raises(BadFileError, match="cannot decode"):

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
 TRAINING = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), MIXES, mix_group=8)
@@ -131,9 +132,9 @@ def test_each_mixing_run_brings_the_draws_it_asked_for(source, buffers):
 def test_each_view_is_what_a_loader_with_that_view_alone_brings(source, in_memory, kind, buffers):
     runs = (ViewRun("flip"), ViewRun("crop_flip"), ViewRun("flip", 1))
     runs += (ViewRun("trivialaugment"),) if kind == "through dali" else ()
-    pictures = source if kind == "files" else in_memory
-    together = _loader(pictures, replace(TRAINING, views=runs), 16, buffers=buffers)
-    alone = [_loader(pictures, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
+    images = source if kind == "files" else in_memory
+    together = _loader(images, replace(TRAINING, views=runs), 16, buffers=buffers)
+    alone = [_loader(images, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
     assert isinstance(together._engine, GatherBackend) == (kind == "arrays")
     for _ in range(3):
         batch = together.next()
@@ -186,10 +187,10 @@ def test_held_batches_stay_as_they_were(source, in_memory, kind):
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
-def test_short_last_batches_show_every_picture_once(source, in_memory, kind):
-    pictures = source if kind == "files" else in_memory
+def test_short_last_batches_show_every_image_once(source, in_memory, kind):
+    images = source if kind == "files" else in_memory
     loaders = [
-        Loader(pictures, Sampler(300, 128, shuffle=False, drop_last=False, world=4, rank=rank), EVALUATION, threads=1)
+        Loader(images, Sampler(300, 128, shuffle=False, drop_last=False, world=4, rank=rank), EVALUATION, threads=1)
         for rank in range(4)
     ]
     sizes, ids = [], []
@@ -248,14 +249,14 @@ RESUME_AT = [("files", 1), ("files", 5), ("files", 36), ("files", 37), ("files",
 def test_resuming_is_bit_identical(source, in_memory, kind, position):
     """Anywhere, also at the last batch of an epoch (37 batches) and at the first of the next."""
     spec = replace(TRAINING, views=(ViewRun("autoaugment"),)) if kind == "autoaugment" else TRAINING
-    pictures = in_memory if kind == "arrays" else source
-    first = _loader(pictures, spec)
+    images = in_memory if kind == "arrays" else source
+    first = _loader(images, spec)
     first.seek(position - 1)
     first.next()
     state = first.state_dict()
     assert state["position"] == position
     expected = [first.next() for _ in range(4)]
-    second = _loader(pictures, spec)
+    second = _loader(images, spec)
     second.next()
     second.load_state_dict(state)
     for batch in expected:
@@ -267,7 +268,7 @@ import sys, hashlib, torch
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.data import open_source
 
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
 mixes = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
@@ -330,7 +331,7 @@ def test_a_closed_loader_goes_on_where_it_stood(source):
 # -------------------------------------------------------------------------------------------------- bad files
 
 SPOILERS: dict[str, Callable[[bytes], bytes]] = {
-    "text": lambda _: b"This is not a picture.\n" * 20,
+    "text": lambda _: b"This is not a image.\n" * 20,
     "empty": lambda _: b"",
     "header": lambda content: content[:100],
     "body": lambda content: content[: len(content) // 2],
@@ -454,7 +455,7 @@ def test_when_nothing_can_be_decoded_replacing_ends(copy_tree):
     for path in root.glob("*/*.jpg"):
         _spoil(path, "text")
     loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace")
-    with pytest.raises(BadFileError, match="no picture of the data set can be decoded"):
+    with pytest.raises(BadFileError, match="no image of the data set can be decoded"):
         loader.next()
 
 
@@ -551,7 +552,7 @@ from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.backends import DaliBackend
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.data import open_source
 
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
 view = View(32, sys.argv[2], resize=32)

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, DaliOptions, GatherBackend, Work, can_gather
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import AugmentedView, DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.resident import Resident, ResidentViews, crop_and_flip
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 from dalikd.pipelines.transfer import DeviceTransfer
 
 
@@ -23,8 +24,8 @@ def on_disk(small_images: Path) -> Source:
 
 @pytest.fixture(scope="module")
 def in_memory(on_disk: Source) -> Source:
-    pictures = [np.asarray(Image.open(on_disk.path(row)).convert("RGB")) for row in range(len(on_disk))]
-    return replace(on_disk, files=None, arrays=np.stack(pictures))
+    images = [np.asarray(Image.open(on_disk.path(row)).convert("RGB")) for row in range(len(on_disk))]
+    return replace(on_disk, files=None, arrays=np.stack(images))
 
 
 def _runs(*kinds: AugmentedView) -> tuple[ViewRun, ...]:

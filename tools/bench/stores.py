@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dalikd.pipelines.data import DataConfig, open_split
+from dalikd.pipelines.data import DataConfig, open_source, open_split
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.layout import ContainerFormat
 from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 __all__ = ["STORES", "open_pictures", "open_store", "own_store", "stored_files"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import read as records_module
 from dalikd.pipelines.shards.read import Records, reads_shares
 from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import open_source
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_an_empty_folder(tmp_path):
 
 def test_the_other_format_is_named(written):
     other = {"webdataset": "tfrecord", "tfrecord": "webdataset"}[written.format]
-    message = rf"train holds {written.format}, not {other}: say --data\.name {written.format}"
+    message = rf"train holds {written.format}, not {other}: give --data\.name {written.format}"
     with pytest.raises(ValueError, match=message):
         open_source(other, written.folder.parent, "train")
 
@@ -156,7 +156,7 @@ def test_more_tars_than_may_be_open(monkeypatch, written):
     if written.format == "tfrecord":
         assert len(Records(written.folder)) == 300  # DALI opens these one after the other
         return
-    with pytest.raises(ValueError, match=r"has 5 tars, .* only 265 files: say `ulimit -n 266` before"):
+    with pytest.raises(ValueError, match=r"has 5 tars, .* only 265 files: run `ulimit -n 266` before"):
         Records(written.folder)
     monkeypatch.setattr(records_module.resource, "getrlimit", lambda _: (266, 1000))
     assert len(Records(written.folder)) == 300

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.loader import Loader
@@ -19,7 +20,7 @@ from dalikd.pipelines.shards import write as convert
 from dalikd.pipelines.shards.layout import Description
 from dalikd.pipelines.shards.tfrecord import decode_example, unframe
 from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 ONE_THREAD = WriteOptions(threads=1)
 
@@ -151,7 +152,7 @@ def test_indices_of_records_tell_offset_and_size(written):
 
 def test_arrays_are_written_without_loss(tmp_path):
     arrays = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    tree = open_source("imagefolder", _pictures(tmp_path / "any", 10), "train", split=".")
+    tree = open_source("imagefolder", _images(tmp_path / "any", 10), "train", split=".")
     source = replace(tree, files=None, arrays=arrays, name="cifar10")
     write_records(source, tmp_path / "out", ONE_THREAD)
     members = _members(tmp_path / "out")
@@ -159,7 +160,7 @@ def test_arrays_are_written_without_loss(tmp_path):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(members[f"{row:09d}.png"]))), arrays[row])
 
 
-def _pictures(folder: Path, count: int) -> Path:
+def _images(folder: Path, count: int) -> Path:
     (folder / "class").mkdir(parents=True)
     for number in range(count):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "class" / f"{number}.png")
@@ -185,7 +186,7 @@ def test_shards_without_being_told(monkeypatch, tree, tmp_path):
     assert [shard.images for shard in write_records(_open(tree), tmp_path / "most", ONE_THREAD).shards] == [4] * 3
 
 
-def test_larger_pictures_are_resized(photos, tmp_path):
+def test_larger_images_are_resized(photos, tmp_path):
     source = open_source("imagefolder", photos, "train", split=".")
     description = write_records(source, tmp_path / "out", replace(ONE_THREAD, resize=100))
     assert description.resize == 100
@@ -244,7 +245,7 @@ def test_names_in_records_are_utf8(tree, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "zip"}, r"--format zip is unknown: say webdataset or tfrecord"),
+        ({"format": "zip"}, r"--format zip is unknown: give webdataset or tfrecord"),
         ({"seed": -1}, r"--seed -1"),
         ({"shard_images": 0}, r"--shard_images 0"),
         ({"resize": 0}, r"--resize 0"),
@@ -260,7 +261,7 @@ def test_wrong_options(changes, message):
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "the file is empty"), (b"text", "the content is no image but")])
-def test_a_file_that_is_no_picture_is_named(tree, tmp_path, content, reason):
+def test_a_file_that_is_no_image_is_named(tree, tmp_path, content, reason):
     (tree / "bee/002.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=rf"tree/bee/002\.jpg cannot be decoded \({reason}.*--check"):
         write_records(_open(tree), tmp_path / "out" / "train", ONE_THREAD)
