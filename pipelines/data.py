@@ -13,8 +13,8 @@ from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
 from dalikd.pipelines.datasets.spec import Role, SplitIndex, SplitSpec
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import Decode, decoding_on
-from dalikd.pipelines.shards.layout import EXTENSIONS, ContainerFormat
-from dalikd.pipelines.shards.read import Records
+from dalikd.pipelines.shards.layout import EXTENSIONS, ShardFormat
+from dalikd.pipelines.shards.read import ShardSet
 from dalikd.pipelines.sources import Source, check_same_classes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = [
 #: the type of options that are paths: command lines and configs may use ~ and $VAR in them
 FilePath = NewType("FilePath", str)
 
-_DOWNLOADABLE = tuple(name for name, facts in DATASET_INFO.items() if facts.downloadable)
+_DOWNLOADABLE = tuple(name for name, info in DATASET_INFO.items() if info.downloadable)
 _FINDERS: dict[str, Callable[[SplitSpec], SplitIndex]] = {
     "imagefolder": find_tree,
     "imagenet": find_tree,
@@ -221,7 +221,7 @@ def open_source(
     split = split or ("test" if role == "val" and name in _DOWNLOADABLE else role)  # as these are published
     spec = SplitSpec(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
     if name in EXTENSIONS:
-        source = _open_records(spec)
+        source = _open_shards(spec)
     else:
         index = _FINDERS[name](spec)
         source = Source(
@@ -245,7 +245,7 @@ def _check_options(name: str, root: Path | None, download: bool, classes: Path |
         raise ValueError(f"{name} cannot be downloaded by --data.download; only {', '.join(_DOWNLOADABLE)} can{advice}")
     if classes is not None and name in EXTENSIONS:
         raise ValueError(
-            "--data.classes: containers are read whole; choose classes when they are written: "
+            "--data.classes: shards are read whole; choose classes when they are written: "
             "`dalikd prepare --data.classes FILE`"
         )
     if class_seed is not None and (name != "imagenet100" or classes is not None):
@@ -255,19 +255,19 @@ def _check_options(name: str, root: Path | None, download: bool, classes: Path |
         )
 
 
-def _open_records(spec: SplitSpec) -> Source:
+def _open_shards(spec: SplitSpec) -> Source:
     """What `dalikd prepare` has written. The statistics are those of the data set that it was made from."""
-    records = Records(spec.split_folder(), cast(ContainerFormat, spec.name))
-    described = records.description
+    shards = ShardSet(spec.split_folder(), cast(ShardFormat, spec.name))
+    manifest = shards.manifest
     return Source(
-        name=described.name,
-        split=described.split,
-        classes=described.classes,
-        labels=records.labels,
-        mean=described.mean,
-        std=described.std,
-        image_size=described.image_size,
-        records=records,
+        name=manifest.name,
+        split=manifest.split,
+        classes=manifest.classes,
+        labels=shards.labels,
+        mean=manifest.mean,
+        std=manifest.std,
+        image_size=manifest.image_size,
+        shards=shards,
     )
 
 

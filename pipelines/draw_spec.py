@@ -7,7 +7,7 @@ device, from the draws made here. A batch may have any number of both: none of t
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from dalikd.pipelines.policies import (
     rand_augment_draws,
     trivial_augment_draws,
 )
-from dalikd.pipelines.sampler import Microbatch
+
+if TYPE_CHECKING:
+    from dalikd.pipelines.sampler import Microbatch
 
 __all__ = [
     "AUGMENTED_VIEWS_IN_DALI",
@@ -210,10 +212,11 @@ class DrawSpec:
         """Whether a microbatch must hold whole mix groups."""
         return self.mode == "per_batch" or any(run.partner != "none" for run in self.mixes)
 
-    def draw(self, micro: Microbatch) -> Draws:
+    def draw(self, micro: "Microbatch") -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
         groups = (micro.start + np.arange(len(micro.rows))) // self.mix_group
-        own: dict[int, int] = {Stream.BASE_VIEW: n} if (n := self._base_count) else {}
+        of_view = {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)
+        own: dict[int, int] = {Stream.BASE_VIEW: of_view} if of_view else {}
         streams = self._streams
         if self.mode == "per_batch":
             addresses, spread = np.unique(groups, return_inverse=True)
@@ -226,7 +229,8 @@ class DrawSpec:
         for index, run in enumerate(self.views):
             drawn = self._augmented_draws(run, numbers)
             views |= {f"{name}{index}": array for name, array in drawn.items()}
-        partners = self._all_partners(micro.epoch, groups)
+        wanted: set[tuple[Partner, int]] = {(run.partner, run.run) for run in self.mixes}
+        partners = {key: self._partners(micro.epoch, groups, *key) for key in wanted}  # each drawn once
         mix = (self._mix(run, micro.epoch, numbers, partners[run.partner, run.run]) for run in self.mixes)
         return Draws(views, tuple(mix))
 
@@ -239,11 +243,6 @@ class DrawSpec:
         for stream, count in wanted:
             counts[stream] = max(count, counts.get(stream, 0))
         return counts
-
-    @property
-    def _base_count(self) -> int:
-        """Numbers that an image takes for the base view."""
-        return {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)
 
     def _base_draws(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         if self.view.crop == "pad_crop":
@@ -266,11 +265,6 @@ class DrawSpec:
     def _crop(self, numbers: np.ndarray) -> np.ndarray:
         return np.floor(numbers[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
 
-    def _all_partners(self, epoch: int, groups: np.ndarray) -> dict[tuple[Partner, int], np.ndarray]:
-        """By kind and run, each drawn once."""
-        wanted: set[tuple[Partner, int]] = {(run.partner, run.run) for run in self.mixes}
-        return {(partner, run): self._partners(epoch, groups, partner, run) for partner, run in wanted}
-
     def _partners(self, epoch: int, groups: np.ndarray, partner: Partner, run: int) -> np.ndarray:
         rows = np.arange(len(groups))
         if partner == "none":
@@ -289,17 +283,15 @@ class DrawSpec:
 
     def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixDraws:
         own = {stream - run.run: numbers[stream][:, :count] for stream, count in run.streams.items()}
+        erased = (self.view.size, run.box_probability, run.box_scale, run.box_ratio)
         return MixDraws(
             partner,
             _lam(run, epoch, own[Stream.MIX][:, 0]).astype(np.float32),
             _below_one(own[Stream.MIX][:, 1:3]),
             _below_one(own[Stream.CELLS]) if run.cells else None,
-            self._boxes(run, own[Stream.BOX]) if run.box else None,
+            erasing_boxes(own[Stream.BOX], *erased) if run.box else None,
             np.floor(own[Stream.LAYER][:, 0] * run.layers).astype(np.int32) if run.layers else None,
         )
-
-    def _boxes(self, run: MixRun, numbers: np.ndarray) -> np.ndarray:
-        return erasing_boxes(numbers, self.view.size, run.box_probability, run.box_scale, run.box_ratio)
 
 
 def _lam(run: MixRun, epoch: int, numbers: np.ndarray) -> np.ndarray:

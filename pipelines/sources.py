@@ -1,4 +1,4 @@
-"""The images of one split: on disk, in memory or in containers. Nothing is decoded here."""
+"""The images of one split: on disk, in memory or in shards. Nothing is decoded here."""
 
 import json
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import numpy as np
 
 from dalikd.pipelines.datasets.classes import check_equal_classes, stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
-from dalikd.pipelines.shards.read import Records
+from dalikd.pipelines.shards.read import ShardSet
 
 __all__ = ["Source", "check_same_classes", "why_fingerprints_differ"]
 
@@ -19,7 +19,7 @@ _WITHOUT_SIZES, _WITH_SIZES = 16, 20  # hex digits of a fingerprint: its length 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
-    """The N labelled images of one split: on disk (`files`), in memory (`arrays`) or in containers (`records`).
+    """The N labelled images of one split: on disk (`files`), in memory (`arrays`) or in `shards`.
 
     Attributes:
         name: data set, e.g. "tinyimagenet".
@@ -31,7 +31,7 @@ class Source:
         image_size: the data set's usual side in pixels.
         files: encoded files on disk, or None.
         arrays: uint8 [N, H, W, 3] in memory, or None.
-        records: containers that `dalikd prepare` has written, or None; a row is an image's row in its first source.
+        shards: that `dalikd prepare` has written, or None; a row is an image's row in its first source.
         notes: lines that a run prints at its start: what was left out, how classes were ordered.
     """
 
@@ -44,12 +44,12 @@ class Source:
     image_size: int
     files: FileList | None = None
     arrays: np.ndarray | None = None
-    records: Records | None = None
+    shards: ShardSet | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        held = [images for images in (self.files, self.arrays, self.records) if images is not None]
-        assert len(held) == 1, "a source has either files or arrays, or records"
+        held = [images for images in (self.files, self.arrays, self.shards) if images is not None]
+        assert len(held) == 1, "a source has either files or arrays, or shards"
         assert len(held[0]) == len(self.labels), f"{len(held[0])} images, {len(self.labels)} labels"
 
     def __len__(self) -> int:
@@ -59,14 +59,14 @@ class Source:
     def fingerprint(self) -> str:
         """Hex digits of a SHA-256 over name, split, classes, labels and pixels; or relative paths and sizes of files.
 
-        The same for a data set that has moved to another folder, or into containers; computed when first asked for.
+        The same for a data set that has moved to another folder, or into shards; computed when first asked for.
         Two sets of files with the same fingerprint have the same classes, names, labels and file sizes, except that
         images re-made to exactly the same sizes pass, and of more than 20,000 files, whose sizes are remembered, those
         that were rewritten in place without a change of size in one of the 32,768 or more that each start looks at.
         It has 20 digits where sizes are in it, else 16, as those of files had in earlier versions.
         """
-        if self.records is not None:
-            return self.records.description.fingerprint
+        if self.shards is not None:
+            return self.shards.manifest.fingerprint
         digest = sha256(json.dumps([self.name, self.split, self.classes]).encode())
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         if self.files is not None:
@@ -80,21 +80,21 @@ class Source:
         return digest.hexdigest()[:_WITHOUT_SIZES]
 
     def path(self, row: int) -> str:
-        """Path of an image; for one in memory or in a container, a name to print."""
-        if self.records is not None:
-            return self.records.name(row)
+        """Path of an image; for one in memory or in a shard, a name to print."""
+        if self.shards is not None:
+            return self.shards.name(row)
         return self.files.path(row) if self.files is not None else f"{self.name}/{self.split}[{row}]"
 
     def read(self, row: int) -> bytes:
-        """The encoded bytes of an image in a file or container.
+        """The encoded bytes of an image in a file or shard.
 
         Raises:
             FileNotFoundError: the file is missing; says where the list of files is remembered, if it is.
             OSError: it cannot be read.
-            ValueError: the container is damaged there.
+            ValueError: the shard is damaged there.
         """
-        if self.records is not None:
-            return self.records.read(row)
+        if self.shards is not None:
+            return self.shards.read(row)
         assert self.files is not None, "images in memory are decoded"
         try:
             return Path(self.files.path(row)).read_bytes()
@@ -108,11 +108,11 @@ class Source:
 
         Raises:
             ValueError: `n` is smaller than the number of classes or larger than the source, `seed` is negative, or
-                the images are in containers.
+                the images are in shards.
         """
-        if self.records is not None:
+        if self.shards is not None:
             raise ValueError(
-                f"{option} {n}: containers are read whole; write smaller ones by `dalikd prepare {option} {n}`"
+                f"{option} {n}: shards are read whole; write smaller ones by `dalikd prepare {option} {n}`"
             )
         if not len(self.classes) <= n <= len(self):
             raise ValueError(

@@ -31,11 +31,6 @@ class DeviceTransfer:
         self._slots: list[dict[str, Tensor]] = [{} for _ in range(buffers)]
         self._turn = 0
 
-    @property
-    def copies(self) -> bool:
-        """Whether tensors are copied at all."""
-        return self._device.type == "cuda" or bool(self._slots)
-
     def advance(self) -> None:
         """Take the next set of buffers: a new batch begins."""
         if self._slots:
@@ -50,7 +45,7 @@ class DeviceTransfer:
         """
         if not arrays:
             return {}
-        if not self.copies:
+        if self._device.type == "cpu" and not self._slots:
             return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         packed, layout = pack(arrays, pin=self._device.type == "cuda")
         buffer = self._buffer(place, packed.shape, packed.dtype)

@@ -1,4 +1,4 @@
-"""`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in one sweep."""
+"""`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in sequence."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
 from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, published_set
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding, check_count
 from dalikd.pipelines.datasets.spec import Role
-from dalikd.pipelines.shards.layout import DESCRIPTION
-from dalikd.pipelines.shards.read import Records
-from dalikd.pipelines.shards.write import WriteOptions, check_decodable, check_target, write_records
+from dalikd.pipelines.shards.layout import MANIFEST
+from dalikd.pipelines.shards.read import ShardSet
+from dalikd.pipelines.shards.write import WriteOptions, check_decodable, check_target, write_shards
 from dalikd.pipelines.sources import Source
 from dalikd.tools.cli import run_function
 
@@ -49,7 +49,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PrepareOptions(WriteOptions):
-    """Download a data set, check it, or write it into containers: shuffled, indexed, with checksums.
+    """Download a data set, check it, or write it into shards: shuffled, indexed, with checksums.
 
     Without --output nothing is written but what --data.download fetches: --data.download true and --check true compare
     published files with their MD5, and count the images of Tiny-ImageNet and ImageNet.
@@ -82,7 +82,7 @@ def prepare(options: PrepareOptions) -> None:
     for role, source in sources.items():
         check_target(source, options.output / role, options)
     for role, source in sources.items():
-        written = write_records(source, options.output / role, options)
+        written = write_shards(source, options.output / role, options)
         print(
             f"{options.output / role}: {written.images} images of {len(written.classes)} classes in "
             f"{len(written.shards)} files, {written.bytes / 1e6:.1f} MB"
@@ -161,15 +161,13 @@ def _root(data: SourceConfig) -> Path:
 
 def verify(folder: Path) -> None:
     """Verify every split in a folder, or the one that it is."""
-    found = sorted(path.parent for path in (*folder.glob(DESCRIPTION), *folder.glob(f"*/{DESCRIPTION}")))
+    found = sorted(path.parent for path in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")))
     if not found:
-        raise FileNotFoundError(
-            f"--verify {folder}: there is no {DESCRIPTION} in it or in its folders: name an --output"
-        )
+        raise FileNotFoundError(f"--verify {folder}: there is no {MANIFEST} in it or in its folders: name an --output")
     for split in found:
-        records = Records(split)
-        records.verify()
-        print(f"{split}: {len(records)} images in {len(records.paths)} files, all checksums fit")
+        shards = ShardSet(split)
+        shards.verify()
+        print(f"{split}: {len(shards)} images in {len(shards.paths)} files, all checksums fit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,12 +14,11 @@ from torch import nn
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.backends import Plan
+from dalikd.pipelines.backends import BatchPlan
 from dalikd.pipelines.data import DataConfig, as_used, evaluation_view, open_sources, training_view
-from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.files import write_atomically
-from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.loader import Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -125,7 +124,7 @@ def make_loader(
     *,
     resident: Resident | None = None,
     buffers: int = 0,
-    attach: Callable[[Plan], dict[str, np.ndarray]] | None = None,
+    attach: Callable[[BatchPlan], dict[str, np.ndarray]] | None = None,
 ) -> Loader:
     """A loader on this process's device, with the data options.
 

@@ -60,12 +60,12 @@ def default_statistics(name: str) -> Statistics:
     """Usual mean, std and side of a data set by its name.
 
     Raises:
-        ValueError: a name without statistics of its own; containers hold those of what they were made of.
+        ValueError: a name without statistics of its own; shards hold those of what they were made of.
     """
     if name not in DATASET_INFO:
         raise ValueError(f"data set {name!r} has no statistics of its own: give one of {', '.join(DATASET_INFO)}")
-    facts = DATASET_INFO[name]
-    return Statistics(facts.mean, facts.std, facts.image_size)
+    info = DATASET_INFO[name]
+    return Statistics(info.mean, info.std, info.image_size)
 
 
 def cutout_side(name: str, size: int) -> int:
@@ -75,10 +75,10 @@ def cutout_side(name: str, size: int) -> int:
         name: the data set's. Where nothing is published about it, a quarter of the image's side.
         size: the images' side in pixels. At another one than the data set's own, the published square in proportion.
     """
-    facts = DATASET_INFO.get(name)
-    if facts is None or facts.cutout_side is None:
+    info = DATASET_INFO.get(name)
+    if info is None or info.cutout_side is None:
         return max(1, size // 4)
-    return max(1, round(facts.cutout_side * size / facts.image_size))
+    return max(1, round(info.cutout_side * size / info.image_size))
 
 
 class Finding(NamedTuple):
@@ -97,18 +97,18 @@ def check_count(source: "Source", split: str, *, part: bool = False) -> Finding:
 
     Args:
         source: the split, not limited.
-        split: what it is called in the table of facts; "train+extra" is both together.
+        split: what it is called in the table; "train+extra" is both together.
         part: classes were left out.
     """
-    facts, counts = DATASET_INFO[source.name], np.bincount(source.labels, minlength=len(source.classes))
+    info, counts = DATASET_INFO[source.name], np.bincount(source.labels, minlength=len(source.classes))
     wrong = []
-    if not part and facts.classes not in (None, len(counts)):
-        wrong.append(f"{facts.classes:,} classes are published")
-    published = sum(facts.images.get(name, 0) for name in split.split("+")) or len(source)
+    if not part and info.classes not in (None, len(counts)):
+        wrong.append(f"{info.classes:,} classes are published")
+    published = sum(info.images.get(name, 0) for name in split.split("+")) or len(source)
     if not part and published != len(source):
         wrong.append(f"{published:,} images are published")
-    if split in facts.a_class:
-        fewest, most = facts.a_class[split]
+    if split in info.a_class:
+        fewest, most = info.a_class[split]
         pairs = zip(source.classes, counts, strict=True)
         outside = [f"{name} {count}" for name, count in pairs if not fewest <= count <= most]
         usual = f"{fewest}" if fewest == most else f"{fewest} to {most}"

@@ -127,12 +127,12 @@ class SplitSpec:
         return folder
 
     def _or_get_it(self, root: Path) -> str:
-        facts = DATASET_INFO.get(self.name)
-        if facts is None:
+        info = DATASET_INFO.get(self.name)
+        if info is None:
             return ""
-        if facts.downloadable:
+        if info.downloadable:
             return ", or give --data.download true to fetch it"
-        return f"; to get it, {facts.origin.replace('ROOT', str(root))}" if facts.origin else ""
+        return f"; to get it, {info.origin.replace('ROOT', str(root))}" if info.origin else ""
 
     def _advice(self, root: Path) -> str:
         """What to say instead of a split that is missing."""

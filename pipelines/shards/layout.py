@@ -1,4 +1,4 @@
-"""The folder of an image set in containers, as `dalikd prepare` writes it, and what its dataset.json says.
+"""The folder of a split in shards, as `dalikd prepare` writes it, and what its dataset.json says.
 
 A split is a folder: shards (webdataset tars or TFRecord files) each with its index, `labels.npy` (int64 [N], by id),
 `order.npy` (int64 [N], the id at each storage position) and `dataset.json`, which describes them all. An id is the row
@@ -12,25 +12,25 @@ from typing import Any, Literal
 
 __all__ = [
     "ARRAYS",
-    "DESCRIPTION",
     "EXTENSIONS",
+    "MANIFEST",
     "MEMBER_EXTENSIONS",
     "REMEDY",
     "VERSION",
-    "ContainerFormat",
-    "Description",
     "Feature",
     "Shard",
+    "ShardFormat",
+    "ShardManifest",
 ]
 
-ContainerFormat = Literal["webdataset", "tfrecord"]
+ShardFormat = Literal["webdataset", "tfrecord"]
 
-DESCRIPTION = "dataset.json"
+MANIFEST = "dataset.json"
 ARRAYS = ("labels.npy", "order.npy")
 VERSION = 1  # of the folder's layout
 REMEDY = "write the folder again with `dalikd prepare`"
-#: Of the containers, by format.
-EXTENSIONS: dict[ContainerFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
+#: Of the shards, by format.
+EXTENSIONS: dict[ShardFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
 #: Of a image in a tar, by its content; each sample has one of them.
 MEMBER_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
 
@@ -46,7 +46,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Shard:
-    """One container: file `name`, how many `images` and `bytes`, SHA-256 of it and of its index."""
+    """One shard: file `name`, how many `images` and `bytes`, SHA-256 of it and of its index."""
 
     name: str
     images: int
@@ -61,12 +61,12 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Description:
+class ShardManifest:
     """What `dataset.json` says.
 
     Attributes:
         version: of the layout.
-        format: of the containers.
+        format: of the shards.
         name: the data set the images came from, e.g. "tinyimagenet".
         split: its split, e.g. "train".
         classes: names, index = label.
@@ -77,11 +77,11 @@ class Description:
         seed: of the storage order.
         resize: images were resized to this short side in pixels; None: kept byte by byte.
         arrays: SHA-256 of labels.npy and order.npy.
-        shards: the containers in storage order.
+        shards: the shards in storage order.
     """
 
     version: int
-    format: ContainerFormat
+    format: ShardFormat
     name: str
     split: str
     classes: tuple[str, ...]
@@ -106,16 +106,16 @@ class Description:
 
     def write(self, folder: Path) -> None:
         """Write dataset.json into a folder."""
-        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> "Description":
+    def read(cls, folder: Path) -> "ShardManifest":
         """Read dataset.json.
 
         Raises:
             ValueError: it is damaged, or of another version.
         """
-        path = folder / DESCRIPTION
+        path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != VERSION:

@@ -1,4 +1,4 @@
-"""Writes a source into containers that DALI reads in one sweep: webdataset tars or TFRecord files.
+"""Writes a source into shards that DALI reads in sequence: webdataset tars or TFRecord files.
 
 The images are shuffled once, so that any stretch of a shard is a fair sample; each keeps its row in the source as its
 id. Encoded files go in byte by byte, arrays as PNG. All is written beside the target folder, then moved there whole.
@@ -25,18 +25,18 @@ from dalikd.pipelines.files import build_once, file_digest
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
-    DESCRIPTION,
     EXTENSIONS,
+    MANIFEST,
     VERSION,
-    ContainerFormat,
-    Description,
     Feature,
     Shard,
+    ShardFormat,
+    ShardManifest,
 )
 from dalikd.pipelines.shards.tfrecord import encode_example, frame
 from dalikd.pipelines.sources import Source
 
-__all__ = ["WriteOptions", "check_decodable", "check_target", "write_records"]
+__all__ = ["WriteOptions", "check_decodable", "check_target", "write_shards"]
 
 _CHUNK = 256  # images that are read ahead
 _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
@@ -48,7 +48,7 @@ _REPAIR = "{} cannot be decoded ({}): repair or remove it (--check true names al
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How containers are written.
+    """How shards are written.
 
     Args:
         format: webdataset tars, or TFRecord files.
@@ -60,7 +60,7 @@ class WriteOptions:
         threads: that read, decode and encode.
     """
 
-    format: ContainerFormat = "webdataset"
+    format: ShardFormat = "webdataset"
     seed: int = 0
     shard_images: int | None = None
     resize: int | None = None
@@ -79,7 +79,7 @@ class WriteOptions:
                 raise ValueError(f"--{option} {value}: give 1 or more")
 
 
-def write_records(source: Source, folder: Path, options: WriteOptions) -> Description:
+def write_shards(source: Source, folder: Path, options: WriteOptions) -> ShardManifest:
     """Write one split into a folder of its own.
 
     Args:
@@ -102,17 +102,17 @@ def write_records(source: Source, folder: Path, options: WriteOptions) -> Descri
     if target != folder:
         shutil.rmtree(folder)
         target.rename(folder)
-    return Description.read(folder)
+    return ShardManifest.read(folder)
 
 
 def check_target(source: Source, folder: Path, options: WriteOptions) -> None:
-    """Check that `write_records` may write there, and that there is room.
+    """Check that `write_shards` may write there, and that there is room.
 
     Raises:
         FileExistsError: the folder holds something that may not be replaced.
         OSError: the disk is too small.
     """
-    assert source.records is None, "containers are made of files or arrays"
+    assert source.shards is None, "shards are made of files or arrays"
     _check_folder(folder, options.overwrite)
     _check_space(source, folder, options.resize)
 
@@ -128,7 +128,7 @@ def _write_split(source: Source, folder: Path, prefix: str, options: WriteOption
     for name, array in zip(ARRAYS, (source.labels, order), strict=True):
         np.save(folder / name, array.astype("<i8"))
     resized = "" if options.resize is None else f"-short{options.resize}"
-    Description(
+    ShardManifest(
         version=VERSION,
         format=options.format,
         name=source.name,
@@ -158,7 +158,7 @@ class _Sample(NamedTuple):
     name: str
 
 
-def _write_shard(path: Path, format: ContainerFormat, samples: Iterator[_Sample], images: int) -> Shard:
+def _write_shard(path: Path, format: ShardFormat, samples: Iterator[_Sample], images: int) -> Shard:
     """Take so many samples and write them and their index."""
     layout, offset, lines, digest = _LAYOUTS[format], 0, [], hashlib.sha256()
     with path.open("xb") as file:
@@ -205,7 +205,7 @@ def _pack_example(sample: _Sample, offset: int) -> tuple[bytes, str]:
 
 
 class _Layout(NamedTuple):
-    """How a container is laid out: a sample's content and index line, what ends it, the index's heading."""
+    """How a shard is laid out: a sample's content and index line, what ends it, the index's heading."""
 
     pack: Callable[[_Sample, int], tuple[bytes, str]]
     end: bytes
@@ -308,8 +308,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{folder} is not empty: name another --output, or replace it with --overwrite true")
-    if not (folder / DESCRIPTION).is_file():
-        raise FileExistsError(f"{folder} holds something else than an image set ({DESCRIPTION}): name another --output")
+    if not (folder / MANIFEST).is_file():
+        raise FileExistsError(f"{folder} holds something else than an image set ({MANIFEST}): name another --output")
 
 
 def _check_space(source: Source, folder: Path, resize: int | None) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dalikd.pipelines.backends import can_gather
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.decode import decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import Batch, Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from dalikd.pipelines.content import extension_of, image_sides, refusal, why_damaged
-from dalikd.pipelines.doctor import Decoder, is_decode_failure
+from dalikd.pipelines.doctor import Decoder
+from dalikd.pipelines.hardware import is_decode_failure
 
 SIDES = (40, 48)  # rows, columns
 RGB = np.asarray(

@@ -68,7 +68,7 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
 
 def _equal(one: Batch, two: Batch) -> bool:
     same = all(torch.equal(a, b) for a, b in zip(_tensors(one), _tensors(two), strict=True))
-    return same and (one.epoch, one.start, one.total) == (two.epoch, two.start, two.total)
+    return same and one.total == two.total
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -83,7 +83,7 @@ def test_a_batch_holds_pixels_labels_and_ids(source, in_memory, kind):
     assert batch.labels.dtype == batch.ids.dtype == torch.int64
     assert batch.augmented == batch.augmented_pixels == ()
     assert batch.mix == ()
-    assert (len(batch), batch.epoch, batch.start, batch.total) == (50, 0, 0, 50)
+    assert (len(batch), batch.total) == (50, 50)
     assert batch.ids.tolist() == loader.sampler.order(0)[:50].tolist()
     assert batch.labels.tolist() == source.labels[batch.ids].tolist()
     for row, image in zip(batch.ids.tolist(), batch.images.numpy(), strict=True):
@@ -135,7 +135,7 @@ def test_each_view_is_what_a_loader_with_that_view_alone_brings(source, in_memor
     images = source if kind == "files" else in_memory
     together = _loader(images, replace(TRAINING, views=runs), 16, buffers=buffers)
     alone = [_loader(images, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
-    assert isinstance(together._engine, GatherBackend) == (kind == "arrays")
+    assert isinstance(together._backend, GatherBackend) == (kind == "arrays")
     for _ in range(3):
         batch = together.next()
         assert len(batch.augmented) == len(batch.augmented_pixels) == len(runs)
@@ -166,7 +166,6 @@ def test_iterating_stops_at_the_end_of_the_epoch(source, in_memory, kind):
     assert len(loader) == 4  # 300 rows, the last 44 left out
     for epoch in (0, 1):
         batches = list(loader)
-        assert [batch.epoch for batch in batches] == [epoch] * 4
         ids = torch.cat([batch.ids for batch in batches])
         assert ids.tolist() == loader.sampler.order(epoch)[:256].tolist()
     assert loader.position == 8
@@ -386,7 +385,6 @@ def test_with_replace_only_the_bad_samples_change(copy_tree, capfd):
     changed = 0
     for one, two in zip(clean, healed, strict=True):
         assert two.ids.tolist() == [expected[row] for row in one.ids.tolist()]
-        assert (one.epoch, one.start) == (two.epoch, two.start)
         kept = one.ids == two.ids
         changed += int((~kept).sum())
         assert torch.equal(one.images[kept], two.images[kept])
@@ -595,13 +593,13 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     view = View(224 if crop == "random_resized_crop" else 32, crop)
     spec = DrawSpec(view, 7, (ViewRun("crop_flip"),), (MixRun("derangement"),))
     loader = _loader(source, spec, 256)
-    engine = loader._engine
-    assert isinstance(engine, DaliBackend)
-    engine._prepare(0)  # orders are made
+    backend = loader._backend
+    assert isinstance(backend, DaliBackend)
+    backend._prepare(0)  # orders are made
     times = []
     for position in range(30):
         started = time.thread_time()
-        engine._prepare(position)  # in a thread of its own, as a rule
+        backend._prepare(position)  # in a thread of its own, as a rule
         times.append(time.thread_time() - started)
     cost = float(np.median(times)) / 256 * 1e6
     print(f"{crop}: {cost:.1f} us a sample")
@@ -638,6 +636,6 @@ def test_a_machines_processes_share_its_cores(source, monkeypatch, cores, proces
     if processes is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    engine = Loader(source, Sampler(len(source), 8), EVALUATION)._engine
-    assert isinstance(engine, DaliBackend)
-    assert engine._options.threads == threads
+    backend = Loader(source, Sampler(len(source), 8), EVALUATION)._backend
+    assert isinstance(backend, DaliBackend)
+    assert backend._options.threads == threads

@@ -93,7 +93,7 @@ class TestOpenSource:
         [
             (
                 {"name": "webdataset", "classes": "c.txt"},
-                "containers are read whole; choose classes when they are written",
+                "shards are read whole; choose classes when they are written",
             ),
             (
                 {"name": "imagefolder", "class_seed": 1},

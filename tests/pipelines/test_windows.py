@@ -41,7 +41,7 @@ def _window(height: int, width: int, tries: np.ndarray, offsets: np.ndarray) -> 
 def test_the_view_is_torchvisions_resized_crop_exactly(source, interpolation):
     loader = _loader(source, DrawSpec(replace(VIEW, interpolation=interpolation), 5))
     for index in range(3):
-        batch, draws = loader.next(), loader.plan(index).draws.views
+        batch, draws = loader.next(), loader._backend.plan(index).draws.views
         flips = 0
         for place, row in enumerate(batch.ids.tolist()):
             image = torch.from_numpy(np.array(Image.open(source.path(row)).convert("RGB"))).permute(2, 0, 1)
@@ -69,7 +69,7 @@ def test_augmented_views_are_those_of_the_same_images_in_memory(source, augmente
     """The base views, stored as arrays, through the engines for arrays: the same draws make the same pixels."""
     loader = _loader(source, DrawSpec(VIEW, 5, (ViewRun(augmented),)))
     for index in range(3):
-        batch, draws = loader.next(), loader.plan(index).draws.views
+        batch, draws = loader.next(), loader._backend.plan(index).draws.views
         if augmented == "autoaugment":
             expected = _through_dali(batch.images.numpy(), draws)
         else:

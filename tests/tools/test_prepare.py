@@ -238,7 +238,7 @@ def test_some_classes_go_into_containers(call, tree, tmp_path):
     code, out, _ = call(*arguments, "--check", "true")
     assert (code, out.count("whole (2 classes, ")) == (0, 2)
     config = DataConfig(name="webdataset", root=str(tmp_path / "out"), classes=str(tmp_path / "two.txt"))
-    with pytest.raises(ValueError, match="containers are read whole; choose classes when they are written"):
+    with pytest.raises(ValueError, match="shards are read whole; choose classes when they are written"):
         open_sources(config, 0)
 
 

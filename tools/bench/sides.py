@@ -292,7 +292,7 @@ def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
 def cannot(name: str, job: Job, cache: str = "warm") -> str | None:
     """What a loader lacks for a job, or None."""
     backend = BACKENDS[name]
-    if job.source.records is not None and not backend.records:
+    if job.source.shards is not None and not backend.records:
         return "a reader of tars and TFRecords"
     if job.source.files is None and backend.files_only:
         return "files"

@@ -7,9 +7,8 @@ import torch
 from dalikd.pipelines import resident as resident_module
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import BadFileError, Loader
+from dalikd.pipelines.loader import BadFileError, Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -35,8 +34,8 @@ def test_resident_batches_are_those_of_the_files(source, size, crop, views):
     spec = DrawSpec(view, 3, views, (MixRun("derangement"),), mix_group=16)
     from_files = _loader(source, spec)
     resident = _loader(source, spec, resident=decode_source(source, view, device=CPU, threads=1))
-    assert isinstance(from_files._engine, DaliBackend)
-    assert isinstance(resident._engine, GatherBackend)
+    assert isinstance(from_files._backend, DaliBackend)
+    assert isinstance(resident._backend, GatherBackend)
     for _ in range(8):  # across the end of the epoch
         one, two = from_files.next(), resident.next()
         assert torch.equal(one.ids, two.ids)
@@ -52,7 +51,7 @@ def test_what_dali_alone_can_augment_is_read_from_the_files(source):
     view = View(32, "pad_crop")
     resident = decode_source(source, view, device=CPU, threads=1)
     spec = DrawSpec(view, views=(ViewRun("flip"), ViewRun("autoaugment")))
-    assert isinstance(_loader(source, spec, resident=resident)._engine, DaliBackend)
+    assert isinstance(_loader(source, spec, resident=resident)._backend, DaliBackend)
 
 
 def test_views_that_cut_windows_are_refused(source):
@@ -100,7 +99,7 @@ def test_square_is_what_pad_crop_starts_from(source):
     square = _loader(source, DrawSpec(replace(view, crop="square"), 3)).next()
     cut = _loader(source, DrawSpec(view, 3))
     batch = cut.next()
-    draws = cut.plan(0).draws.views
+    draws = cut._backend.plan(0).draws.views
     straight = [row for row in range(48) if draws["crop"][row].tolist() == [3, 3]]
     assert straight  # the middle window is the square itself
     for row in straight:
