@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -92,20 +92,10 @@ class EntropyLog:
             **{name: _filled_up(rows) for name, rows in zip(KINDS, columns, strict=True)},
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write `arrays`, and "every", to a .npz file; one that is there is replaced at once.
-
-        Raises:
-            NotADirectoryError: the folder of path does not exist.
-        """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
+    def save(self, file: BinaryIO) -> None:
+        """Write `arrays`, and "every", to an open .npz file."""
         arrays: dict[str, Any] = {"every": np.int64(self.every), **self.arrays()}
-        unfinished = path.with_name(path.name + ".unfinished")
-        with unfinished.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        unfinished.replace(path)
+        np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import NetOutput
-from dalikd.kd.mixing import HiddenMix, MixDraws, Mixed, mixup
+from dalikd.kd.mixing import DrawnTensors, HiddenMix, Mixed, mixup
 from dalikd.kd.normalize import Normalized
 
 __all__ = [
@@ -34,7 +34,7 @@ LAYERS = 3  # drawn from: the input, and after the first two stages; published
 MANIFOLD_ALPHA = 2.0  # lam ~ Beta(2, 2); published
 
 
-def manifold_mixup(images: Tensor, draws: MixDraws) -> Mixed:
+def manifold_mixup(images: Tensor, draws: DrawnTensors) -> Mixed:
     """Mix those images whose layer is 0; the nets mix the others.
 
     Args:
@@ -50,9 +50,9 @@ def manifold_mixup(images: Tensor, draws: MixDraws) -> Mixed:
     if draws.layer is None or draws.layer.shape != draws.lam.shape:
         found = None if draws.layer is None else tuple(draws.layer.shape)
         raise ValueError(f"layers have shape {found} for {len(images)} images: give layer [B]")
-    at_input = torch.where(draws.layer == 0, draws.lam, torch.ones_like(draws.lam))
-    mixed = mixup(images, draws._replace(lam=at_input))
-    return Mixed(mixed.images, draws.partner, draws.lam, draws.layer)
+    mixed = mixup(images, draws).images
+    at_input = (draws.layer == 0)[:, None, None, None]
+    return Mixed(torch.where(at_input, mixed, images), draws.partner, draws.lam, draws.layer)
 
 
 def check_mixable(model: nn.Module, name: str, compile_mode: str = "off", side: int | None = None) -> None:

@@ -6,7 +6,7 @@ pixel space.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from dalikd.kd.masks import box_mask, cell_mask, even_span, square_span
 
 __all__ = [
+    "DrawnTensors",
     "HiddenMix",
-    "MixDraws",
     "Mixed",
     "cutmix",
     "cutout",
@@ -27,15 +27,31 @@ __all__ = [
 ]
 
 
-class MixDraws(NamedTuple):
-    """What chance decided for each image of a batch. The last three are there for the functions that use them."""
+class DrawnTensors(Protocol):
+    """What chance decided for each of B images: any object with these tensors, such as `draw_spec.MixDraws`.
 
-    partner: Tensor  # int64 [B], row of this batch to mix in
-    lam: Tensor  # float32 [B], wanted share of the image itself
-    center: Tensor  # float32 [B, 2], (y, x) as fractions of the height and width, in [0, 1)
-    cells: Tensor | None = None  # float32 [B, cells], in [0, 1), one number for each cell of a grid, row by row
-    box: Tensor | None = None  # int32 [B, 4], a box's top, left, height and width in pixels; zeros for none
-    layer: Tensor | None = None  # int32 [B], the stages of a net after which hidden states are mixed; 0: the input
+    Attributes:
+        partner: int64 [B], row of this batch to mix in.
+        lam: float32 [B], wanted share of the image itself.
+        center: float32 [B, 2], (y, x) as fractions of the height and width, in [0, 1).
+        cells: float32 [B, cells], in [0, 1), one number for each cell of a grid, row by row; None where no function
+            takes them.
+        box: int32 [B, 4], a box's top, left, height and width in pixels, zeros for none; or None.
+        layer: int32 [B], the stages of a net after which hidden states are mixed, 0 for the input; or None.
+    """
+
+    @property
+    def partner(self) -> Tensor: ...
+    @property
+    def lam(self) -> Tensor: ...
+    @property
+    def center(self) -> Tensor: ...
+    @property
+    def cells(self) -> Tensor | None: ...
+    @property
+    def box(self) -> Tensor | None: ...
+    @property
+    def layer(self) -> Tensor | None: ...
 
 
 class HiddenMix(NamedTuple):
@@ -79,7 +95,7 @@ class Mixed(NamedTuple):
 # ------------------------------------------------------------------------------------------ images of two samples
 
 
-def mixup(images: Tensor, draws: MixDraws) -> Mixed:
+def mixup(images: Tensor, draws: DrawnTensors) -> Mixed:
     """Blend each image with its partner: lam * x + (1 - lam) * x[partner].
 
     Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, arXiv 1710.09412.
@@ -101,7 +117,7 @@ def mixup(images: Tensor, draws: MixDraws) -> Mixed:
     return Mixed(mixed, draws.partner, draws.lam)
 
 
-def cutmix(images: Tensor, draws: MixDraws) -> Mixed:
+def cutmix(images: Tensor, draws: DrawnTensors) -> Mixed:
     """Paste a box of the partner into each image.
 
     Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
@@ -128,7 +144,7 @@ def cutmix(images: Tensor, draws: MixDraws) -> Mixed:
     return Mixed(torch.where(box, images[draws.partner], images), draws.partner, 1 - replaced)
 
 
-def patchmix(images: Tensor, draws: MixDraws, side: int) -> Mixed:
+def patchmix(images: Tensor, draws: DrawnTensors, side: int) -> Mixed:
     """Replace squares of a grid by the partner's.
 
     Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", NeurIPS 2022, arXiv 2012.02909:
@@ -161,7 +177,7 @@ def patchmix(images: Tensor, draws: MixDraws, side: int) -> Mixed:
     )
 
 
-def same(images: Tensor, draws: MixDraws) -> Mixed:
+def same(images: Tensor, draws: DrawnTensors) -> Mixed:
     """Replace each image by its partner altogether: by the first of its mix group, if the draws say so.
 
     Args:
@@ -181,7 +197,7 @@ def same(images: Tensor, draws: MixDraws) -> Mixed:
 # ------------------------------------------------------------------------------------------ parts filled with a value
 
 
-def cutout(images: Tensor, draws: MixDraws, side: int, fill: Sequence[float]) -> Mixed:
+def cutout(images: Tensor, draws: DrawnTensors, side: int, fill: Sequence[float]) -> Mixed:
     """Fill one square of each image, centred anywhere and clipped at the border.
 
     DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017, arXiv 1708.04552.
@@ -208,7 +224,9 @@ def cutout(images: Tensor, draws: MixDraws, side: int, fill: Sequence[float]) ->
     return _filled(images, draws, hole, fill, "cutout")
 
 
-def masking(images: Tensor, draws: MixDraws, fill: Sequence[float], cells_a_side: int = 4, ratio: float = 0.5) -> Mixed:
+def masking(
+    images: Tensor, draws: DrawnTensors, fill: Sequence[float], cells_a_side: int = 4, ratio: float = 0.5
+) -> Mixed:
     """Fill a share of the cells of a grid, as the input of a masked autoencoder is masked.
 
     He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377. The cells with the
@@ -242,7 +260,7 @@ def masking(images: Tensor, draws: MixDraws, fill: Sequence[float], cells_a_side
     return _filled(images, draws, mask, fill, "masking")
 
 
-def random_erasing(images: Tensor, draws: MixDraws, fill: Sequence[float]) -> Mixed:
+def random_erasing(images: Tensor, draws: DrawnTensors, fill: Sequence[float]) -> Mixed:
     """Fill the box that was drawn for each image, if there was one.
 
     Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, arXiv 1708.04896.
@@ -270,7 +288,7 @@ def random_erasing(images: Tensor, draws: MixDraws, fill: Sequence[float]) -> Mi
 # ------------------------------------------------------------------------------------------------------- common
 
 
-def _filled(images: Tensor, draws: MixDraws, mask: Tensor, fill: Sequence[float], name: str) -> Mixed:
+def _filled(images: Tensor, draws: DrawnTensors, mask: Tensor, fill: Sequence[float], name: str) -> Mixed:
     """Images with their part under the mask, bool [B, 1, H, W], filled; the labels stay."""
     if len(fill) != images.shape[1]:
         raise ValueError(f"{name} fill has {len(fill)} values for {images.shape[1]} channels: give one per channel")
@@ -280,7 +298,7 @@ def _filled(images: Tensor, draws: MixDraws, mask: Tensor, fill: Sequence[float]
     return Mixed(filled, torch.arange(len(images), device=images.device), torch.ones_like(draws.lam))
 
 
-def _cells(draws: MixDraws, batch: int, grid: tuple[int, int]) -> Tensor:
+def _cells(draws: DrawnTensors, batch: int, grid: tuple[int, int]) -> Tensor:
     """The number of each cell [B, cells]."""
     wanted = (batch, grid[0] * grid[1])
     if draws.cells is None or draws.cells.shape != wanted:
@@ -289,8 +307,8 @@ def _cells(draws: MixDraws, batch: int, grid: tuple[int, int]) -> Tensor:
     return draws.cells
 
 
-def _check_draws(images: Tensor, draws: MixDraws) -> None:
+def _check_draws(images: Tensor, draws: DrawnTensors) -> None:
     batch = len(images)
-    shapes = tuple(tuple(draw.shape) for draw in draws[:3])
+    shapes = tuple(tuple(draw.shape) for draw in (draws.partner, draws.lam, draws.center))
     if shapes != ((batch,), (batch,), (batch, 2)):
         raise ValueError(f"draws have shapes {shapes} for {batch} images: give partner [B], lam [B], center [B, 2]")

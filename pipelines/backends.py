@@ -1,24 +1,24 @@
-"""What makes the pixels of a batch: a gather over pictures in memory, or a DALI graph."""
+"""What plans a batch and makes its pixels: a gather over images in memory, or a DALI graph."""
 
 import ctypes
 import gc
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
-from dalikd.pipelines.doctor import Decoder, is_decode_failure
+from dalikd.pipelines.doctor import Decoder
 from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
-from dalikd.pipelines.hardware import PLAIN, Decoding
+from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.sources import Source
@@ -27,14 +27,14 @@ from dalikd.pipelines.windows import WindowViews
 
 __all__ = [
     "Backend",
+    "BatchPlan",
+    "Context",
     "DaliBackend",
     "DaliOptions",
     "GatherBackend",
-    "Pixels",
-    "Plan",
+    "Output",
     "ShardBackend",
     "UnfitError",
-    "Work",
     "can_gather",
 ]
 
@@ -48,18 +48,18 @@ class UnfitError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a microbatch holds: its place, its rows after replacing quarantined ones, its draws."""
+class BatchPlan:
+    """What a microbatch holds: its place and rows as drawn, its rows after replacing quarantined ones, its draws."""
 
     micro: Microbatch
     rows: np.ndarray
     draws: Draws
 
 
-class Pixels(NamedTuple):
-    """What an engine has made: `images`, and `augmented` for each augmented view, uint8 [B, S, S, 3] each."""
+class Output(NamedTuple):
+    """What a backend has made: `images`, and `augmented` for each augmented view, uint8 [B, S, S, 3] each."""
 
-    plan: Plan
+    plan: BatchPlan
     images: Tensor
     augmented: tuple[Tensor, ...]
 
@@ -80,52 +80,61 @@ class DaliOptions:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What an engine works on.
+class Context:
+    """What a backend works with.
 
     Attributes:
-        source: the pictures.
+        source: the images.
+        sampler: their order, and this process's share of it.
         spec: views and draws.
-        microbatch: the largest batch.
         device: where pixels are wanted.
-        plan: microbatch number -> its plan; its rows may be given where a reader decides which they are.
-        hand: brings tensors to the device.
+        transfer: brings tensors to the device.
+        replaced: row that cannot be decoded -> row used in its place; the loader adds to it.
     """
 
     source: Source
+    sampler: Sampler
     spec: DrawSpec
-    microbatch: int
     device: torch.device
-    plan: Callable[..., Plan]
-    hand: DeviceTransfer
+    transfer: DeviceTransfer
+    replaced: dict[int, int] = field(default_factory=dict)
 
 
-class Backend(Protocol):
-    """Makes pixels, microbatch after microbatch."""
+class Backend(ABC):
+    """Plans microbatches and makes their pixels, one after the other."""
 
-    def fetch(self, position: int) -> Pixels:
-        """The pixels of microbatch number `position`: the one after the last, or any after `close`."""
-        ...
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
-    def plan(self, position: int) -> Plan:
-        """The plan of a microbatch."""
-        ...
+    def plan(self, position: int, rows: np.ndarray | None = None) -> BatchPlan:
+        """What microbatch number `position` holds: a pure function of it, and of the rows where a reader decides which
+        they are."""
+        context = self._context
+        sampler = context.sampler
+        micro = sampler[position] if rows is None else replace(sampler.place(position), rows=rows)
+        rows = micro.rows
+        if context.replaced:
+            rows = np.array([context.replaced.get(int(row), int(row)) for row in rows])
+        return BatchPlan(micro, rows, context.spec.draw(micro))
 
-    def feed(self, plan: Plan) -> tuple[Any, ...]:
+    @abstractmethod
+    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
         """All that Python does for a plan: the inputs of its views."""
-        ...
+
+    @abstractmethod
+    def fetch(self, position: int) -> Output:
+        """The pixels of microbatch number `position`: the one after the last, or any after `close`."""
 
     def restart(self) -> None:
         """Drop what was made ahead, after a failure; `fetch` goes on where it was."""
-        ...
+        self.close()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - where nothing runs ahead, nothing is to be done
         """Free threads and memory; the next `fetch` starts anew."""
-        ...
 
 
 def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None) -> bool:
-    """Whether nothing has to be resized or warped, so that a gather makes the views of pictures in memory.
+    """Whether nothing has to be resized or warped, so that a gather makes the views of images in memory.
 
     One view that only DALI can make sends all of them through DALI, which decodes or slices once for all.
     """
@@ -136,65 +145,58 @@ def can_gather(source: Source, spec: DrawSpec, resident: Resident | None = None)
     return not resizes and not any(run.kind in AUGMENTED_VIEWS_IN_DALI for run in spec.views)
 
 
-class GatherBackend:
-    """Pictures in the device's memory, gathered by torch."""
+class GatherBackend(Backend):
+    """Images in the device's memory, gathered by torch."""
 
-    def __init__(self, work: Work, resident: Resident) -> None:
-        self._work = work
-        self._views = ResidentViews(resident, work.spec.view, work.spec.views)
+    def __init__(self, context: Context, resident: Resident) -> None:
+        super().__init__(context)
+        self._views = ResidentViews(resident, context.spec.view, context.spec.views)
 
-    def fetch(self, position: int) -> Pixels:
+    def fetch(self, position: int) -> Output:
         """The pixels of a microbatch."""
         plan = self.plan(position)
         rows, draws = self.feed(plan)
-        return Pixels(plan, *self._views(rows, draws))
+        return Output(plan, *self._views(rows, draws))
 
-    def plan(self, position: int) -> Plan:
-        """The plan of a microbatch."""
-        return self._work.plan(position)
-
-    def feed(self, plan: Plan) -> tuple[Any, ...]:
+    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
         """A plan as tensors on the device."""
-        sent = self._work.hand.arrays({"rows": plan.rows, **plan.draws.views}, "views")
+        sent = self._context.transfer.arrays({"rows": plan.rows, **plan.draws.views}, "views")
         return sent.pop("rows"), sent
 
-    def restart(self) -> None:
-        """Nothing runs ahead."""
 
-    def close(self) -> None:
-        """Nothing runs ahead."""
-
-
-class DaliBackend:
+class DaliBackend(Backend):
     """A DALI pipeline fed by the sampler, built when first needed."""
 
-    def __init__(self, work: Work, options: DaliOptions) -> None:
+    def __init__(self, context: Context, options: DaliOptions) -> None:
         from dalikd.pipelines.graphs import input_names
 
-        self._reader: Literal["files", "bytes", "arrays"] = "files" if work.source.arrays is None else "arrays"
-        self._work, self._options = work, options
-        self._view = work.spec.view
-        self._views: tuple[ViewRun, ...] = work.spec.views
+        super().__init__(context)
+        source, self._options = context.source, options
+        self._reader: Literal["files", "bytes", "arrays"] = "files" if source.arrays is None else "arrays"
+        self._view = context.spec.view
+        self._views: tuple[ViewRun, ...] = context.spec.views
         self._windows: WindowViews | None = None
-        if self._view.crop == "random_resized_crop" and work.device.type == "cpu":
-            self._windows = WindowViews(work.spec, work.microbatch, options.threads)
+        if self._view.crop == "random_resized_crop" and context.device.type == "cpu":
+            self._windows = WindowViews(context.spec, context.sampler.microbatch, options.threads)
             self._view, self._views = replace(self._view, crop="window"), ()
         self._names = input_names(self._view, self._views)[1:]
         self._sides: np.ndarray | None = None  # height and width of each row, 0 where not known: int32 [N, 2]
         if self._view.crop in ("window", "random_resized_crop"):
-            self._sides = self._known_sides()
+            self._sides = np.zeros((len(source), 2), np.int32) if source.files is None else source.files.sides()
+            if source.arrays is not None:
+                self._sides[:] = source.arrays.shape[1:3]
         self._graph: Any = None
         self._first = 0
-        self._plans: deque[Plan] = deque()
+        self._plans: deque[BatchPlan] = deque()
         # makes the next batch's inputs meanwhile: the thread that runs a step also launches its kernels
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="dalikd-plan")
-        self._ahead: Future[tuple[Plan, tuple[Any, ...]]] | None = None
+        self._ahead: Future[tuple[BatchPlan, tuple[Any, ...]]] | None = None
         self._fit: set[int] = set()  # rows of rare formats that have been looked at
         self._mend_cmyk = False
         self._judge: Decoder | None = None  # once a JPEG 2000 image has come
-        self._judged = np.zeros(len(work.source), bool)  # rows that it knows
+        self._judged = np.zeros(len(source), bool)  # rows that it knows
 
-    def fetch(self, position: int) -> Pixels:
+    def fetch(self, position: int) -> Output:
         """The pixels of a microbatch; the pipeline is built at the first one.
 
         Raises:
@@ -202,15 +204,18 @@ class DaliBackend:
             UnfitError: DALI does not, but has made wrong pixels.
         """
         if self._graph is None:
-            self._build(position)
+            self._graph = self._build(position)
+        device = self._context.device
+        # without a stream run() would wait for the device
+        stream = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         try:
-            outputs = self._run()
+            outputs = self._graph.run(*stream)
         except RuntimeError as error:
             if self._judge is not None or not is_decode_failure(error) or not self._holds_jpeg2000(position):
                 raise
             outputs = None
         if outputs is None:
-            self._judge = Decoder(self._options.threads, self._work.device, self._options.decoding)
+            self._judge = Decoder(self._options.threads, device, self._options.decoding)
             self.restart()
             return self.fetch(position)
         if self._reader != "arrays":
@@ -221,18 +226,10 @@ class DaliBackend:
                 return self.fetch(position)
         if self._windows is not None:
             plan, (windows,) = self._plans.popleft(), outputs
-            return Pixels(plan, *self._windows(windows, plan.draws.views))
-        hand = self._work.hand
-        images, *augmented = (hand.pixels(f"view{number}", made.as_tensor()) for number, made in enumerate(outputs))
-        return Pixels(self._plans.popleft(), images, tuple(augmented))
-
-    def plan(self, position: int) -> Plan:
-        """The plan of a microbatch."""
-        return self._work.plan(position)
-
-    def restart(self) -> None:
-        """Free the pipeline."""
-        self.close()
+            return Output(plan, *self._windows(windows, plan.draws.views))
+        transfer = self._context.transfer
+        images, *augmented = (transfer.pixels(f"view{number}", made.as_tensor()) for number, made in enumerate(outputs))
+        return Output(self._plans.popleft(), images, tuple(augmented))
 
     def close(self) -> None:
         """Free the pipeline; what is planned in the thread is waited for, and dropped."""
@@ -252,22 +249,22 @@ class DaliBackend:
         if with_trim is not None:
             with_trim(0)
 
-    def feed(self, plan: Plan) -> tuple[Any, ...]:
+    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
         """A plan as the graph's inputs."""
         trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
-        pictures, draws = self._pictures(plan), plan.draws.views
+        images, draws = self._encoded(plan), plan.draws.views
         if self._sides is not None:
             sides = np.maximum(self._sides[plan.rows], 1)
             start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
             draws = {**draws, "start": start, "shape": shape}
-        return (pictures, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
+        return (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
     def _holds_jpeg2000(self, position: int) -> bool:
         """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
         plan = self.plan(position)
         return any(is_jpeg2000(self._content_or_nothing(plan, slot)) for slot in range(len(plan.rows)))
 
-    def _trusted(self, plan: Plan, judge: Decoder) -> np.ndarray:
+    def _trusted(self, plan: BatchPlan, judge: Decoder) -> np.ndarray:
         """Which JPEG 2000 images DALI may decode: those that another process has decoded, each once.
 
         Returns:
@@ -287,24 +284,18 @@ class DaliBackend:
             judge.close()
         return np.array([row in self._fit for row in plan.rows.tolist()], np.uint8)
 
-    def _content_or_nothing(self, plan: Plan, slot: int) -> bytes:
+    def _content_or_nothing(self, plan: BatchPlan, slot: int) -> bytes:
         """The encoded image in a slot; where it cannot be read DALI fails too."""
         try:
             return self._content(plan, slot)
         except OSError:
             return b""
 
-    def _known_sides(self) -> np.ndarray:
-        source = self._work.source
-        if source.arrays is not None:
-            return np.full((len(source), 2), source.arrays.shape[1:3], np.int32)
-        return np.zeros((len(source), 2), np.int32) if source.files is None else source.files.sides()
-
-    def _pictures(self, plan: Plan) -> np.ndarray | list[np.ndarray]:
-        source = self._work.source
+    def _encoded(self, plan: BatchPlan) -> np.ndarray | list[np.ndarray]:
+        source = self._context.source
         return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
 
-    def _look(self, plan: Plan, second: np.ndarray, shape: np.ndarray, ends: np.ndarray | None = None) -> bool:
+    def _look(self, plan: BatchPlan, second: np.ndarray, shape: np.ndarray, ends: np.ndarray | None = None) -> bool:
         """Compare the sides that windows were placed by. Look at images, once each, that are neither PNG nor JPEG of
         one or three channels; on a GPU also at JPEGs that other bytes than the marker of their end conclude: where
         pixels are missing, nvJPEG may put grey ones without a word, which the CPU's decoder refuses.
@@ -345,27 +336,27 @@ class DaliBackend:
             self._fit.add(row)
         return False
 
-    def _content(self, plan: Plan, slot: int) -> bytes:
+    def _content(self, plan: BatchPlan, slot: int) -> bytes:
         """The encoded image in a slot of a batch."""
-        return Path(self._work.source.path(int(plan.rows[slot]))).read_bytes()
+        return Path(self._context.source.path(int(plan.rows[slot]))).read_bytes()
 
-    def _build(self, position: int) -> None:
+    def _build(self, position: int) -> Any:
         from dalikd.pipelines.graphs import build_graph
 
-        work, self._first = self._work, position
-        self._graph = build_graph(
+        context, self._first = self._context, position
+        return build_graph(
             self._inputs,
             self._view,
             self._views,
             reader=self._reader,
-            batch_size=work.microbatch,
-            device_id=(work.device.index or 0) if work.device.type == "cuda" else None,
+            batch_size=context.sampler.microbatch,
+            device_id=(context.device.index or 0) if context.device.type == "cuda" else None,
             threads=self._options.threads,
             prefetch=self._options.prefetch,
             decoding=self._options.decoding,
             mend_cmyk=self._mend_cmyk,
             jpeg2000=self._judge is not None,
-            ends=work.device.type == "cuda" and self._reader != "arrays",
+            ends=context.device.type == "cuda" and self._reader != "arrays",
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
@@ -375,47 +366,43 @@ class DaliBackend:
         self._plans.append(plan)
         return inputs
 
-    def _prepare(self, position: int) -> tuple[Plan, tuple[Any, ...]]:
+    def _prepare(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
         plan = self.plan(position)
         return plan, self.feed(plan)
 
-    def _run(self):
-        if self._work.device.type != "cuda":
-            return self._graph.run()
-        # without a stream run() would wait for the device
-        return self._graph.run(torch.cuda.current_stream(self._work.device))
-
 
 class ShardBackend(DaliBackend):
-    """A DALI pipeline fed by a reader of containers: the reader says which rows come, and brings their bytes.
+    """A DALI pipeline fed by a reader of shards: the reader decides which rows come, and brings their bytes.
 
     Batches that were read stay until their pixels are out, so that after a failure nothing is read again.
     """
 
-    def __init__(self, work: Work, options: DaliOptions, sampler: Sampler) -> None:
+    def __init__(self, context: Context, options: DaliOptions) -> None:
         from dalikd.pipelines.shards.stream import Encoded, MicrobatchReader
 
-        assert work.source.records is not None
-        super().__init__(work, options)
+        assert context.source.shards is not None
+        super().__init__(context, options)
         self._reader = "bytes"
-        self._records = work.source.records
-        self._microbatches = MicrobatchReader(self._records, sampler)
+        self._shards = context.source.shards
+        self._microbatches = MicrobatchReader(self._shards, context.sampler)
         self._read: dict[int, Encoded] = {}
         self._most = options.prefetch + _READ_AHEAD
 
-    def fetch(self, position: int) -> Pixels:
+    def fetch(self, position: int) -> Output:
         """The pixels of a microbatch."""
-        pixels = super().fetch(position)
+        output = super().fetch(position)
         self._read.pop(position, None)
-        return pixels
+        return output
 
-    def plan(self, position: int) -> Plan:
-        """The plan of a microbatch; it is read for that."""
+    def plan(self, position: int, rows: np.ndarray | None = None) -> BatchPlan:
+        """What a microbatch holds; it is read for that, if its rows are not given."""
+        if rows is not None:
+            return super().plan(position, rows)
         if position not in self._read:
             self._read[position] = self._microbatches.take(position)
         if len(self._read) > self._most:
             del self._read[min(self._read)]
-        return self._work.plan(position, self._read[position].ids)
+        return super().plan(position, self._read[position].ids)
 
     def restart(self) -> None:
         """Free the pipeline, but not what was read for it."""
@@ -427,18 +414,18 @@ class ShardBackend(DaliBackend):
         self._read.clear()
         self._microbatches.close()
 
-    def _content(self, plan: Plan, slot: int) -> bytes:
+    def _content(self, plan: BatchPlan, slot: int) -> bytes:
         read, row = self._read[plan.micro.index], int(plan.rows[slot])
-        return read.contents[slot].tobytes() if row == read.ids[slot] else self._records.read(row)
+        return read.contents[slot].tobytes() if row == read.ids[slot] else self._shards.read(row)
 
-    def _pictures(self, plan: Plan) -> list[np.ndarray]:
+    def _encoded(self, plan: BatchPlan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]
         contents = read.contents
         if not np.array_equal(plan.rows, read.ids):
-            pictures = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
+            images = zip(plan.rows.tolist(), read.ids.tolist(), read.contents, strict=True)
             contents = [
-                content if row == own else np.frombuffer(self._records.read(row), np.uint8)
-                for row, own, content in pictures
+                content if row == own else np.frombuffer(self._shards.read(row), np.uint8)
+                for row, own, content in images
             ]
         if self._sides is not None:
             for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once

@@ -1,21 +1,53 @@
-"""The data options of a run, and what follows from them: sources and views."""
+"""The data options of a run, and what follows from them: sources, which are opened here, and views."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NewType
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NewType, cast
 
+from dalikd.pipelines.datasets.arrays import find_arrays
+from dalikd.pipelines.datasets.folders import find_digits, find_tinyimagenet, find_tree
+from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
+from dalikd.pipelines.datasets.spec import Role, SplitIndex, SplitSpec
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import Decode, decoding_on
-from dalikd.pipelines.sources import Source, check_same_classes, open_source
+from dalikd.pipelines.shards.layout import EXTENSIONS, ShardFormat
+from dalikd.pipelines.shards.read import ShardSet
+from dalikd.pipelines.sources import Source, check_same_classes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DataConfig", "FilePath", "as_used", "evaluation_view", "open_sources", "open_split", "training_view"]
+__all__ = [
+    "SOURCE_NAMES",
+    "DataConfig",
+    "FilePath",
+    "as_used",
+    "evaluation_view",
+    "open_source",
+    "open_sources",
+    "open_split",
+    "training_view",
+]
 
 #: the type of options that are paths: command lines and configs may use ~ and $VAR in them
 FilePath = NewType("FilePath", str)
 
+_DOWNLOADABLE = tuple(name for name, info in DATASET_INFO.items() if info.downloadable)
+_FINDERS: dict[str, Callable[[SplitSpec], SplitIndex]] = {
+    "imagefolder": find_tree,
+    "imagenet": find_tree,
+    "imagenet100": find_tree,
+    "tinyimagenet": find_tinyimagenet,
+    "cifar10": find_arrays,
+    "cifar100": find_arrays,
+    "svhn": find_arrays,
+    "stl10": find_arrays,
+    "digits": find_digits,
+}
+SOURCE_NAMES = (*_FINDERS, *EXTENSIONS)
 _PADDING = {32: 4, 64: 8, 224: 28}
 
 
@@ -35,11 +67,11 @@ class DataConfig:
         classes: text file of the classes to keep, one a line, # before remarks; labels follow the data set's order, not
             the file's. Default: all; for imagenet100 a hundred chosen by class_seed.
         class_seed: of that choice; default: 0. It has nothing to do with the seed of training.
-        image_size: side of the training pictures in pixels; default: the data set's own (imagefolder: 224).
-        limit: use only so many training pictures; seeded, class shares kept.
-        val_limit: use only so many validation pictures; seeded, class shares kept.
+        image_size: side of the training images in pixels; default: the data set's own (imagefolder: 224).
+        limit: use only so many training images; seeded, class shares kept.
+        val_limit: use only so many validation images; seeded, class shares kept.
         download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
-        crop: how training pictures are cut: random_resized_crop, pad_crop (pad, crop, flip), or auto: pad_crop up to
+        crop: how training images are cut: random_resized_crop, pad_crop (pad, crop, flip), or auto: pad_crop up to
             96 pixels, random_resized_crop above.
         padding: pixels added on each side before cropping; default: 4 at 32, 8 at 64, 28 at 224, an eighth else.
         border: what the padding holds.
@@ -50,13 +82,13 @@ class DataConfig:
             evaluation.
         prefetch: batches made ahead.
         hw_decoder_load: 1: a GPU's JPEG engine decodes what it can; 0: the GPU's cores decode all. Only `bench` takes
-            shares between, with which a picture's pixels depend on its neighbours in the batch. Default: 1 where the
+            shares between, with which a image's pixels depend on its neighbours in the batch. Default: 1 where the
             GPU has an engine.
         decode: on a GPU, decode windows of JPEGs, or whole ones that are cut then, which takes longer; auto: whole
             ones where nvImageCodec is 0.9 or newer and a test at the start finds that it cannot decode windows.
-        resident: decode every picture once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
+        resident: decode every image once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
             (evaluation too, unless it resizes). CIFAR, SVHN and STL-10 are always kept so.
-        bad_files: at a picture that cannot be decoded stop, or replace it by the next one and go on.
+        bad_files: at a image that cannot be decoded stop, or replace it by the next one and go on.
     """
 
     name: Literal[
@@ -140,6 +172,102 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
         classes=config.classes,
         class_seed=config.class_seed,
         train_split=config.train_split,
+    )
+
+
+def open_source(
+    name: str,
+    root: str | Path | None,
+    role: Role,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    classes: str | Path | None = None,
+    class_seed: int | None = None,
+    train_split: str | None = None,
+) -> Source:
+    """Find the images of one split.
+
+    Args:
+        name: one of SOURCE_NAMES.
+        root: the data set's folder; digits needs none.
+        role: what the images are for; decides the split where none is named.
+        split: the split's own name. For folder trees the folder, "." where `root` itself holds the class folders.
+        limit: keep this many, stratified.
+        seed: of `limit`.
+        download: fetch what torchvision can fetch if it is missing.
+        classes: file that lists the classes to keep; default: all, for imagenet100 a hundred chosen by `class_seed`.
+        class_seed: of that choice; default: 0.
+        train_split: the training split's own name, where Tiny-ImageNet's validation split finds its classes.
+
+    Raises:
+        ValueError: unknown name, role, split or layout; a class without images or one that is not there; a limit out
+            of range; an option that does not go with the data set.
+        FileNotFoundError, NotADirectoryError, FileExistsError: a folder or file is missing or in the way.
+        ConnectionError: the download failed.
+    """
+    if name not in SOURCE_NAMES:
+        close = get_close_matches(name, SOURCE_NAMES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"data set {name!r} is unknown: {hint}give one of {', '.join(SOURCE_NAMES)}")
+    if role not in ("train", "val"):
+        raise ValueError(f"role {role!r} is unknown: give train or val")
+    folder, listed = (
+        None if path is None else Path(os.path.realpath(Path(path).expanduser())) for path in (root, classes)
+    )
+    _check_options(name, folder, download, listed, class_seed)
+    split = split or ("test" if role == "val" and name in _DOWNLOADABLE else role)  # as these are published
+    spec = SplitSpec(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
+    if name in EXTENSIONS:
+        source = _open_shards(spec)
+    else:
+        index = _FINDERS[name](spec)
+        source = Source(
+            name=name,
+            split=split,
+            classes=index.classes,
+            labels=index.labels,
+            files=index.files,
+            arrays=index.arrays,
+            notes=index.notes,
+            **default_statistics(name)._asdict(),
+        )
+    option = "--data.limit" if role == "train" else "--data.val_limit"
+    return source if limit is None else source.limit(limit, seed, option=option)
+
+
+def _check_options(name: str, root: Path | None, download: bool, classes: Path | None, class_seed: int | None) -> None:
+    if download and name not in _DOWNLOADABLE:
+        origin = DATASET_INFO[name].origin if name in DATASET_INFO else ""
+        advice = f"; to get it, {origin.replace('ROOT', str(root or 'ROOT'))}" if origin else ""
+        raise ValueError(f"{name} cannot be downloaded by --data.download; only {', '.join(_DOWNLOADABLE)} can{advice}")
+    if classes is not None and name in EXTENSIONS:
+        raise ValueError(
+            "--data.classes: shards are read whole; choose classes when they are written: "
+            "`dalikd prepare --data.classes FILE`"
+        )
+    if class_seed is not None and (name != "imagenet100" or classes is not None):
+        raise ValueError(
+            f"--data.class_seed {class_seed} chooses the classes of imagenet100 where --data.classes names none: "
+            "leave it out"
+        )
+
+
+def _open_shards(spec: SplitSpec) -> Source:
+    """What `dalikd prepare` has written. The statistics are those of the data set that it was made from."""
+    shards = ShardSet(spec.split_folder(), cast(ShardFormat, spec.name))
+    manifest = shards.manifest
+    return Source(
+        name=manifest.name,
+        split=manifest.split,
+        classes=manifest.classes,
+        labels=shards.labels,
+        mean=manifest.mean,
+        std=manifest.std,
+        image_size=manifest.image_size,
+        shards=shards,
     )
 
 

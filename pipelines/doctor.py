@@ -7,7 +7,6 @@ decodes them: a process of their own does it, which imports this file, so that t
 import io
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from PIL import Image
 
 from dalikd.pipelines.content import is_jpeg2000, lacks_end, refusal, why_damaged
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.hardware import PLAIN, Decoding
+from dalikd.pipelines.hardware import PLAIN, Decoding, dali_words, is_decode_failure
 
 if TYPE_CHECKING:
     import torch
@@ -32,21 +31,14 @@ if TYPE_CHECKING:
     from dalikd.pipelines.sources import Source
 
 __all__ = [
-    "LACK",
     "BadFile",
     "Decoder",
-    "dali_words",
     "decode_windows",
     "find_bad_files",
-    "is_decode_failure",
     "printable",
     "serve",
 ]
 
-#: How torch and DALI say that a GPU or the host has no memory left.
-LACK = re.compile(
-    r"out of memory|CUDABadAlloc|bad_alloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory"
-)
 _EACH_THREAD = 2  # images at once
 
 
@@ -109,7 +101,7 @@ def _read(source: "Source", row: int) -> bytes | str:
         return "the file is missing" + str(error).partition(" is missing")[2]
     except OSError as error:
         return f"the file cannot be read: {error.strerror or type(error).__name__}"
-    except ValueError as error:  # a damaged container; it says where
+    except ValueError as error:  # a damaged shard; it says where
         return printable(str(error))
 
 
@@ -217,9 +209,9 @@ def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
     from dalikd.pipelines.graphs import build_graph
 
     y, x = np.mgrid[:375, :500]
-    picture = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
+    image = np.stack([x / 2, y / 2, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image).save(buffer, "JPEG", quality=90)
     windows = np.array([(0, 0, 375, 500), (17, 33, 200, 301), (120, 7, 255, 96), (301, 402, 74, 98)] * 2)
     start, shape = windows[:, :2].astype(np.float32), windows[:, 2:].astype(np.float32)
     inputs = ([np.frombuffer(buffer.getvalue(), np.uint8)] * len(windows), start, shape)
@@ -244,19 +236,6 @@ def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
             sys.exit(f"a window of {height} x {width} pixels came out as {pixels.shape[0]} x {pixels.shape[1]}")
         if np.abs(expected[top : top + height, left : left + width] - pixels).mean() > 4:
             sys.exit("its pixels are others than Pillow's")
-
-
-def is_decode_failure(error: RuntimeError) -> bool:
-    """Whether DALI failed on what it was given, rather than for lack of memory or another fault of the GPU."""
-    text = str(error)
-    of_gpu = re.search(r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError", text)
-    return "in pipeline" in text and of_gpu is None and LACK.search(text) is None
-
-
-def dali_words(error: Exception) -> str:
-    """What DALI says in one line, without the lines of its graph and of its own code."""
-    text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
-    return " ".join(text.split())[:300]
 
 
 # -------------------------------------------------------------------------------------------- JPEG 2000

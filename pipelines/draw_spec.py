@@ -1,13 +1,13 @@
 """What is drawn for a batch: the draws of its views and of its mixing, as arrays.
 
-A *view* turns a stored picture into uint8 pixels of a fixed side. Training sees the base view; each per-image
+A *view* turns a stored image into uint8 pixels of a fixed side. Training sees the base view; each per-image
 augmentation adds an augmented view on top of it. Batch-level mixing (mixup, cutmix, cutout) happens later, on the
 device, from the draws made here. A batch may have any number of both: none of them changes what another one draws.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from dalikd.pipelines.policies import (
     rand_augment_draws,
     trivial_augment_draws,
 )
-from dalikd.pipelines.sampler import Microbatch
+
+if TYPE_CHECKING:
+    from dalikd.pipelines.sampler import Microbatch
 
 __all__ = [
     "AUGMENTED_VIEWS_IN_DALI",
@@ -28,7 +30,7 @@ __all__ = [
     "AugmentedView",
     "DrawSpec",
     "Draws",
-    "MixArrays",
+    "MixDraws",
     "MixRun",
     "Schedule",
     "View",
@@ -47,14 +49,14 @@ MOST_RUNS = 240  # streams set aside for each use
 
 @dataclass(frozen=True)
 class View:
-    """How a stored picture becomes a square of `size` x `size` uint8 pixels.
+    """How a stored image becomes a square of `size` x `size` uint8 pixels.
 
     Attributes:
         size: side of the result in pixels.
         crop: random_resized_crop (window of random area and aspect ratio, resized; then a random flip), pad_crop
             (resize the short side to `size`, crop the centre, pad, crop at random, flip at random), center_crop
             (evaluation: resize the short side to `resize`, crop the centre). Parts of these: square (what pad_crop
-            starts from), window (random_resized_crop before its resize and flip), whole (the picture as it is).
+            starts from), window (random_resized_crop before its resize and flip), whole (the image as it is).
         resize: short side before the centre crop; only for center_crop.
         padding: pixels on each side; for pad_crop and the crop_flip augmentation.
         border: what the padding holds.
@@ -161,37 +163,28 @@ class MixRun:
         return _value_at(self.floor, epoch, 0.0), _value_at(self.ceiling, epoch, 1.0)
 
 
-@dataclass(frozen=True)
-class MixArrays:
-    """Draws of one mixing run.
+class MixDraws(NamedTuple):
+    """What chance decided in one mixing run: numpy arrays as drawn, tensors in a batch. The last three are there for
+    the functions that use them."""
 
-    Attributes:
-        partner: row of this batch, int64 [B].
-        lam: wanted share of the image itself, float32 [B].
-        center: (y, x) in [0, 1), float32 [B, 2].
-        cells: in [0, 1), float32 [B, cells].
-        box: top, left, height and width in pixels, int32 [B, 4]; zeros for no box.
-        layer: 0 to layers - 1, int32 [B].
-    """
-
-    partner: np.ndarray
-    lam: np.ndarray
-    center: np.ndarray
-    cells: np.ndarray | None = None
-    box: np.ndarray | None = None
-    layer: np.ndarray | None = None
+    partner: Any  # int64 [B], row of this batch to mix in
+    lam: Any  # float32 [B], wanted share of the image itself
+    center: Any  # float32 [B, 2], (y, x) as fractions of the height and width, in [0, 1)
+    cells: Any = None  # float32 [B, cells], in [0, 1), one number for each cell of a grid, row by row
+    box: Any = None  # int32 [B, 4], a box's top, left, height and width in pixels; zeros for none
+    layer: Any = None  # int32 [B], the stages of a net after which hidden states are mixed; 0: the input
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All draws of a microbatch: named arrays for the views, one MixArrays for each mixing run.
+    """All draws of a microbatch: named arrays for the views, one MixDraws for each mixing run.
 
     The base view's names are "crop", "flip", "tries" and "offsets", as it needs them. Augmented view number i has
     "augmented_crop{i}" and "augmented_flip{i}", or, of a policy, "operation{i}", "magnitude{i}" and "sign{i}".
     """
 
     views: dict[str, np.ndarray]
-    mix: tuple[MixArrays, ...]
+    mix: tuple[MixDraws, ...]
 
 
 @dataclass(frozen=True)
@@ -219,10 +212,11 @@ class DrawSpec:
         """Whether a microbatch must hold whole mix groups."""
         return self.mode == "per_batch" or any(run.partner != "none" for run in self.mixes)
 
-    def draw(self, micro: Microbatch) -> Draws:
+    def draw(self, micro: "Microbatch") -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
         groups = (micro.start + np.arange(len(micro.rows))) // self.mix_group
-        own: dict[int, int] = {Stream.BASE_VIEW: n} if (n := self._base_count) else {}
+        of_view = {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)
+        own: dict[int, int] = {Stream.BASE_VIEW: of_view} if of_view else {}
         streams = self._streams
         if self.mode == "per_batch":
             addresses, spread = np.unique(groups, return_inverse=True)
@@ -235,7 +229,8 @@ class DrawSpec:
         for index, run in enumerate(self.views):
             drawn = self._augmented_draws(run, numbers)
             views |= {f"{name}{index}": array for name, array in drawn.items()}
-        partners = self._all_partners(micro.epoch, groups)
+        wanted: set[tuple[Partner, int]] = {(run.partner, run.run) for run in self.mixes}
+        partners = {key: self._partners(micro.epoch, groups, *key) for key in wanted}  # each drawn once
         mix = (self._mix(run, micro.epoch, numbers, partners[run.partner, run.run]) for run in self.mixes)
         return Draws(views, tuple(mix))
 
@@ -248,11 +243,6 @@ class DrawSpec:
         for stream, count in wanted:
             counts[stream] = max(count, counts.get(stream, 0))
         return counts
-
-    @property
-    def _base_count(self) -> int:
-        """Numbers that an image takes for the base view."""
-        return {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)
 
     def _base_draws(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         if self.view.crop == "pad_crop":
@@ -275,11 +265,6 @@ class DrawSpec:
     def _crop(self, numbers: np.ndarray) -> np.ndarray:
         return np.floor(numbers[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
 
-    def _all_partners(self, epoch: int, groups: np.ndarray) -> dict[tuple[Partner, int], np.ndarray]:
-        """By kind and run, each drawn once."""
-        wanted: set[tuple[Partner, int]] = {(run.partner, run.run) for run in self.mixes}
-        return {(partner, run): self._partners(epoch, groups, partner, run) for partner, run in wanted}
-
     def _partners(self, epoch: int, groups: np.ndarray, partner: Partner, run: int) -> np.ndarray:
         rows = np.arange(len(groups))
         if partner == "none":
@@ -296,19 +281,17 @@ class DrawSpec:
             pieces.append((inside + (start + size * np.arange(len(numbers)))[:, None]).reshape(-1))
         return np.concatenate(pieces)
 
-    def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixArrays:
+    def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixDraws:
         own = {stream - run.run: numbers[stream][:, :count] for stream, count in run.streams.items()}
-        return MixArrays(
+        erased = (self.view.size, run.box_probability, run.box_scale, run.box_ratio)
+        return MixDraws(
             partner,
             _lam(run, epoch, own[Stream.MIX][:, 0]).astype(np.float32),
             _below_one(own[Stream.MIX][:, 1:3]),
             _below_one(own[Stream.CELLS]) if run.cells else None,
-            self._boxes(run, own[Stream.BOX]) if run.box else None,
+            erasing_boxes(own[Stream.BOX], *erased) if run.box else None,
             np.floor(own[Stream.LAYER][:, 0] * run.layers).astype(np.int32) if run.layers else None,
         )
-
-    def _boxes(self, run: MixRun, numbers: np.ndarray) -> np.ndarray:
-        return erasing_boxes(numbers, self.view.size, run.box_probability, run.box_scale, run.box_ratio)
 
 
 def _lam(run: MixRun, epoch: int, numbers: np.ndarray) -> np.ndarray:

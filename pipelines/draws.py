@@ -163,7 +163,7 @@ def crop_windows(
 
     Args:
         numbers: uniform [n, 22]: ten areas, ten aspect ratios, two offsets.
-        scale: range of the area as a share of the picture's.
+        scale: range of the area as a share of the image's.
         ratio: range of width / height, drawn log-uniformly.
 
     Returns:
@@ -211,13 +211,13 @@ def erasing_boxes(
     """Turn uniform numbers into the boxes of random erasing, as torchvision's RandomErasing draws them.
 
     Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, arXiv 1708.04896. Of ten tries the first counts whose
-    box is smaller than the picture, in both directions.
+    box is smaller than the image, in both directions.
 
     Args:
         numbers: uniform [n, 23]: whether to erase, ten areas, ten aspect ratios, two offsets.
-        side: of the pictures, in pixels.
+        side: of the images, in pixels.
         probability: of erasing.
-        scale: range of the area as a share of the picture's.
+        scale: range of the area as a share of the image's.
         ratio: range of height / width, drawn log-uniformly.
 
     Returns:

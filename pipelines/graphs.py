@@ -39,7 +39,7 @@ _AUGMENTED_DRAWS = {
 
 
 def input_names(view: View, views: Sequence[ViewRun] = (), *, jpeg2000: bool = False) -> tuple[str, ...]:
-    """The graph's inputs in order: `source` (paths, encoded pictures or arrays); the draws by name, of windows their
+    """The graph's inputs in order: `source` (paths, encoded images or arrays); the draws by name, of windows their
     `start` and `shape` (`draws.place_windows`); `trusted` where JPEG 2000 images may come: uint8, 1 for those that
     another process has decoded."""
     base = {
@@ -75,7 +75,7 @@ def build_graph(
         callback: returns one batch for each of `input_names(view, views, jpeg2000=jpeg2000)`, for ever.
         view: the base view.
         views: the augmented views.
-        reader: the source is "files": paths as uint8 arrays, zeros at their ends or none; "bytes": encoded pictures as
+        reader: the source is "files": paths as uint8 arrays, zeros at their ends or none; "bytes": encoded images as
             uint8 arrays; "arrays": uint8 [H, W, 3] pixels.
         batch_size: the largest batch.
         threads: DALI's CPU threads.
@@ -288,9 +288,9 @@ def _resize(pixels, sides, new_sides, view: View, **options):  # noqa: ARG001 - 
 
 
 def _resize_renormalised(pixels, sides, new_sides, view: View):
-    """Resize as Pillow does up to the border: there the filter's weights are those inside the picture, scaled to 1.
+    """Resize as Pillow does up to the border: there the filter's weights are those inside the image, scaled to 1.
 
-    DALI repeats the edge instead, up to 27 grey levels away on photographs. So the picture gets a fourth channel of
+    DALI repeats the edge instead, up to 27 grey levels away on photographs. So the image gets a fourth channel of
     ones and a margin of zeros; resized, the fourth channel is the sum of the weights inside.
     """
     margin = 2 * (sides[0] // new_sides[0]) + 4  # a bicubic filter reaches 1.5 old pixels a new one over the border

@@ -1,4 +1,5 @@
-"""What a GPU decodes with: its driver, DALI and nvImageCodec, the chip's JPEG engine; and how it is to be used.
+"""What a GPU decodes with: its driver, DALI and nvImageCodec, the chip's JPEG engine; how it is to be used; and what
+DALI's errors mean.
 
 Importing this loads neither torch nor DALI.
 """
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from dalikd.pipelines.sources import Source
 
 __all__ = [
+    "LACK",
     "PLAIN",
     "Decode",
     "Decoding",
     "check_libraries",
+    "dali_words",
     "decoding_on",
     "driver_version",
+    "is_decode_failure",
     "package_versions",
 ]
 
@@ -38,6 +42,10 @@ _WINDOWS_DOUBTED = 900  # nvImageCodec 0.9, as it writes its versions: 1000, 100
 _DRIVER = Path("/proc/driver/nvidia/version")
 _HARDWARE = 3  # nvJPEG's backend that is the engine
 _PROBE_SECONDS = 120
+#: How torch and DALI say that a GPU or the host has no memory left.
+LACK = re.compile(
+    r"out of memory|CUDABadAlloc|bad_alloc|ALLOC(ATOR)?_FAIL|CUDA allocation failed|[cC]an(no|')t allocate memory"
+)
 
 
 class Decoding(NamedTuple):
@@ -245,3 +253,19 @@ def _say(words: str) -> None:
     """Once for all processes: accelerate and torchrun number them in RANK."""
     if os.environ.get("RANK", "0") == "0":
         print(f"dalikd: {words}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------- DALI's errors
+
+
+def is_decode_failure(error: RuntimeError) -> bool:
+    """Whether DALI failed on what it was given, rather than for lack of memory or another fault of the GPU."""
+    text = str(error)
+    of_gpu = re.search(r"CUDA[ _](runtime|driver|allocation|ERROR)|cudaError", text)
+    return "in pipeline" in text and of_gpu is None and LACK.search(text) is None
+
+
+def dali_words(error: Exception) -> str:
+    """What DALI says in one line, without the lines of its graph and of its own code."""
+    text = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
+    return " ".join(text.split())[:300]

@@ -10,36 +10,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.kd.mixing import MixDraws
 from dalikd.pipelines.backends import (
     Backend,
+    BatchPlan,
+    Context,
     DaliBackend,
     DaliOptions,
     GatherBackend,
-    Pixels,
-    Plan,
     ShardBackend,
     UnfitError,
-    Work,
     can_gather,
 )
-from dalikd.pipelines.doctor import dali_words, find_bad_files, is_decode_failure, printable
-from dalikd.pipelines.draw_spec import DrawSpec, MixArrays
-from dalikd.pipelines.hardware import Decode, decoding_on
+from dalikd.pipelines.doctor import find_bad_files, printable
+from dalikd.pipelines.draw_spec import DrawSpec, MixDraws, View
+from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.shards.read import reads_shares
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
 from dalikd.pipelines.transfer import DeviceTransfer
 
-__all__ = ["BadFileError", "Batch", "Loader"]
+__all__ = ["BadFileError", "Batch", "Loader", "can_be_resident", "decode_source"]
 
 _ASKED_TOO_MUCH = "std::bad_alloc"  # the machine has no memory left, or a damaged header asks for more than there is
+_DECODED_AT_ONCE = 512  # images
 _BY_ROW = "by row"  # of orders that the sampler makes
 
 
 class BadFileError(ValueError):
-    """A picture could not be decoded while running."""
+    """A image could not be decoded while running."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,6 @@ class Batch:
         labels: int64 [B].
         ids: rows of the data set, int64 [B].
         mix: draws of each mixing run, in the order of `DrawSpec.mixes`.
-        epoch: of this batch.
-        start: position of the first row in the epoch's order.
         total: rows of this microbatch over all processes.
         extras: what the loader was told to attach, each [B, ...].
     """
@@ -63,8 +59,6 @@ class Batch:
     labels: Tensor
     ids: Tensor
     mix: tuple[MixDraws, ...]
-    epoch: int
-    start: int
     total: int
     extras: dict[str, Tensor] = field(default_factory=dict)
 
@@ -86,17 +80,17 @@ class Loader:
     """Yields `Batch`es for ever over the sampler's steps; iterating stops at the end of the current epoch.
 
     Args:
-        source: the pictures.
+        source: the images.
         sampler: their order and this process's share of it.
         spec: views and draws.
-        device: where batches go. On "cuda" pictures are decoded by DALI's mixed backend, else on the CPU.
+        device: where batches go. On "cuda" images are decoded by DALI's mixed backend, else on the CPU.
         threads: DALI's CPU threads; default: this process's share of the cores, 16 at most.
         prefetch: batches made ahead.
-        hw_decoder_load: share of the pictures that a GPU's JPEG engine decodes; default: 1 where it has one.
-        decode: on a GPU, decode windows of the pictures, or whole ones; as `hardware.decoding_on`.
-        bad_files: at a picture that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
+        hw_decoder_load: share of the images that a GPU's JPEG engine decodes; default: 1 where it has one.
+        decode: on a GPU, decode windows of the images, or whole ones; as `hardware.decoding_on`.
+        bad_files: at a image that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
             data set, for the rest of the run, and say so once.
-        resident: the decoded pictures of the source, where they are kept on the device.
+        resident: the decoded images of the source, where they are kept on the device.
         buffers: 0: every batch owns its memory. n: batches on a GPU lie in n sets of fixed buffers used in turn, and
             each holds until n - 1 further ones have been taken; nothing is allocated in a step.
         attach: plan -> arrays [B, ...] by name that go along with the batch, as its `extras`.
@@ -122,7 +116,7 @@ class Loader:
         bad_files: Literal["stop", "replace"] = "stop",
         resident: Resident | None = None,
         buffers: int = 0,
-        attach: Callable[[Plan], dict[str, np.ndarray]] | None = None,
+        attach: Callable[[BatchPlan], dict[str, np.ndarray]] | None = None,
     ) -> None:
         assert len(source) == sampler.size
         _check_groups(sampler, spec)
@@ -135,11 +129,11 @@ class Loader:
         self.damaged: dict[int, int] = {}
         self.note_damaged(self.replaced)
         self._attach = attach
-        self._hand = DeviceTransfer(self.device, buffers)
+        self._transfer = DeviceTransfer(self.device, buffers)
         self._threads = threads or _default_threads()
         self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
-        work = Work(source, spec, sampler.microbatch, self.device, self.plan, self._hand)
-        self._engine = _engine(work, DaliOptions(self._threads, prefetch, self._decoding), resident, sampler)
+        context = Context(source, sampler, spec, self.device, self._transfer, self.replaced)
+        self._backend = _backend(context, DaliOptions(self._threads, prefetch, self._decoding), resident)
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -154,20 +148,41 @@ class Loader:
         """The next batch, across epochs.
 
         Raises:
-            BadFileError: a picture cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
+            BadFileError: a image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
         """
         started = time.perf_counter()
-        self._hand.advance()
+        self._transfer.advance()
         while True:
             try:
-                pixels = self._engine.fetch(self.position)
+                plan, images, augmented = self._backend.fetch(self.position)
                 break
             except RuntimeError as error:
                 damaged = isinstance(error, UnfitError) or is_decode_failure(error) or _ASKED_TOO_MUCH in str(error)
                 if not damaged:
                     raise
                 self._handle_bad_files(error)
-        batch = self._batch(pixels)
+        extras = {} if self._attach is None else self._attach(plan)
+        mixes = {
+            (number, name): array
+            for number, draws in enumerate(plan.draws.mix)
+            for name, array in draws._asdict().items()
+            if array is not None
+        }
+        arrays = {"labels": self.source.labels[plan.rows], "ids": plan.rows, **extras, **mixes}
+        valid = plan.micro.valid
+        sent = {name: tensor[:valid] for name, tensor in self._transfer.arrays(arrays).items()}
+        batch = Batch(
+            images[:valid],
+            tuple(view[:valid] for view in augmented),
+            sent["labels"],
+            sent["ids"],
+            tuple(
+                MixDraws(*(sent.get((number, name)) for name in MixDraws._fields))
+                for number in range(len(plan.draws.mix))
+            ),
+            plan.micro.total,
+            {name: sent[name] for name in extras},
+        )
         self.position += 1
         self.wait_seconds += time.perf_counter() - started
         return batch
@@ -190,9 +205,10 @@ class Loader:
             if key != "fingerprint" and saved.get(key) != value:
                 raise ValueError(
                     f"cannot resume the data loader: {key} was {saved.get(key)}, now it is {value}; "
-                    "resume with the same data, --seed and --batch_size, from containers also on as many processes"
+                    "resume with the same data, --seed and --batch_size, from shards also on as many processes"
                 )
-        self.replaced = dict(state["replaced"])
+        self.replaced.clear()  # the backend has the same dictionary
+        self.replaced.update(state["replaced"])
         self.note_damaged(state.get("damaged", {}))
         self.seek(state["position"])
 
@@ -226,7 +242,7 @@ class Loader:
 
     def seek(self, position: int) -> None:
         """Continue at microbatch number `position`."""
-        self._engine.close()
+        self._backend.close()
         self.position = position
 
     def replace(self, rows: Iterable[int]) -> None:
@@ -242,61 +258,30 @@ class Loader:
 
     def close(self) -> None:
         """Free the pipeline's threads and memory. The loader can be used again."""
-        self._engine.close()
-
-    def plan(self, index: int, rows: np.ndarray | None = None) -> Plan:
-        """Rows and draws of microbatch number `index`: a pure function of it, and of the rows where they are given."""
-        micro = self.sampler[index] if rows is None else replace(self.sampler.place(index), rows=rows)
-        rows = micro.rows
-        if self.replaced:
-            rows = np.array([self.replaced.get(int(row), int(row)) for row in rows])
-        return Plan(micro, rows, self.spec.draw(micro))
+        self._backend.close()
 
     def feed(self, index: int) -> tuple[Any, ...]:
         """All that Python does for microbatch number `index`: its plan, as inputs of the views. For benchmarks."""
-        return self._engine.feed(self._engine.plan(index))
+        return self._backend.feed(self._backend.plan(index))
 
     def _identity(self) -> dict[str, Any]:
         sampler = self.sampler
         # world size and accumulation do not matter to what a step holds: the trainer keeps the position in steps
+        order = _BY_ROW
+        if self.source.shards is not None and not isinstance(self._backend, GatherBackend):
+            share = f" in {sampler.world} share(s)" if sampler.reads_shares else ""  # that each process shuffles
+            order = f"containers {self.source.shards.digest}{share}"
         return {
             "fingerprint": self.source.fingerprint,
             "seed": sampler.seed,
             "batch_size": sampler.batch_size,
-            "order": self._order(),
+            "order": order,
         }
 
-    def _order(self) -> str:
-        """Where the order of rows comes from. In containers each process has its own share to shuffle."""
-        if self.source.records is None or isinstance(self._engine, GatherBackend):
-            return _BY_ROW
-        share = f" in {self.sampler.world} share(s)" if reads_shares(self.sampler) else ""
-        return f"containers {self.source.records.digest}{share}"
-
-    def _batch(self, pixels: Pixels) -> Batch:
-        plan, valid = pixels.plan, pixels.plan.micro.valid
-        arrays = {"labels": self.source.labels[plan.rows], "ids": plan.rows}
-        mixes = [_named(draws) for draws in plan.draws.mix]
-        for index, named in enumerate(mixes):
-            arrays |= {f"{name}{index}": array for name, array in named.items()}
-        extras = {} if self._attach is None else self._attach(plan)
-        sent = {name: tensor[:valid] for name, tensor in self._hand.arrays({**arrays, **extras}).items()}
-        return Batch(
-            pixels.images[:valid],
-            tuple(view[:valid] for view in pixels.augmented),
-            sent["labels"],
-            sent["ids"],
-            tuple(MixDraws(**{name: sent[f"{name}{index}"] for name in named}) for index, named in enumerate(mixes)),
-            plan.micro.epoch,
-            plan.micro.start,
-            plan.micro.total,
-            {name: sent[name] for name in extras},
-        )
-
     def _handle_bad_files(self, error: RuntimeError) -> None:
-        """After a failed decode: name the pictures, then stop or replace them and start again at the same batch."""
-        self._engine.restart()
-        plan = self._engine.plan(self.position)
+        """After a failed decode: name the images, then stop or replace them and start again at the same batch."""
+        self._backend.restart()
+        plan = self._backend.plan(self.position)
         bad = find_bad_files(
             self.source, np.unique(plan.rows), device=self.device, decoding=self._decoding, threads=self._threads
         )
@@ -321,21 +306,17 @@ class Loader:
             other = (row + step) % len(self.source)
             if other not in bad:
                 return other
-        raise BadFileError("no picture of the data set can be decoded")
+        raise BadFileError("no image of the data set can be decoded")
 
 
-def _engine(work: Work, options: DaliOptions, resident: Resident | None, sampler: Sampler) -> Backend:
-    if not can_gather(work.source, work.spec, resident):
-        return DaliBackend(work, options) if work.source.records is None else ShardBackend(work, options, sampler)
+def _backend(context: Context, options: DaliOptions, resident: Resident | None) -> Backend:
+    source = context.source
+    if not can_gather(source, context.spec, resident):
+        return DaliBackend(context, options) if source.shards is None else ShardBackend(context, options)
     if resident is None:
-        assert work.source.arrays is not None
-        resident = Resident.from_arrays(work.source.arrays, work.device)
-    return GatherBackend(work, resident)
-
-
-def _named(draws: MixArrays) -> dict[str, np.ndarray]:
-    """The arrays that a mixing run has drawn, by the names of MixDraws."""
-    return {name: array for name, array in vars(draws).items() if array is not None}
+        assert source.arrays is not None
+        resident = Resident.from_arrays(source.arrays, context.device)
+    return GatherBackend(context, resident)
 
 
 def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:
@@ -351,3 +332,42 @@ def _default_threads() -> int:
     16 threads wait for each other, and each holds memory of the host and of the GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16))
+
+
+# ---------------------------------------------------------------------------------------- kept on the device
+
+
+def can_be_resident(view: View) -> bool:
+    """Whether every batch of a view starts from the same square of each image."""
+    return view.crop in ("pad_crop", "square") or (view.crop == "center_crop" and view.resize == view.size)
+
+
+def decode_source(source: Source, view: View, *, device: torch.device, **options) -> Resident:
+    """Decode every image to the square that a view starts from.
+
+    Args:
+        source: the images.
+        view: pad_crop, or center_crop without resizing.
+        device: where the images are kept.
+        options: of the Loader: threads, prefetch, bad_files and others.
+
+    Raises:
+        ValueError: a view that cuts another window each time, or images that do not fit into the device's memory.
+        BadFileError: a image cannot be decoded, and they are not to be replaced.
+    """
+    if not can_be_resident(view):
+        raise ValueError(
+            "--data.resident true keeps squares of one size, but this view cuts another window of the whole image "
+            "each time: set --data.crop pad_crop, or leave it out"
+        )
+    square = view if view.crop == "center_crop" else replace(view, crop="square")
+    resident = Resident.empty(len(source), view.size, device)
+    sampler = Sampler(len(source), min(_DECODED_AT_ONCE, len(source)), shuffle=False, drop_last=False)
+    loader = Loader(source, sampler, DrawSpec(square), device=device, **options)
+    for batch in loader:
+        resident.put(batch.ids, batch.images)  # by row: shards have an order of their own
+    loader.close()
+    for row, other in loader.replaced.items():
+        resident.pixels[row] = resident.pixels[other]
+    resident.replaced.update(loader.replaced)
+    return resident

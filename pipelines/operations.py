@@ -24,7 +24,7 @@ def apply_policy(kind: PolicyKind, pixels, steps: int, size: int, draws: dict[st
         kind: of the policy.
         pixels: uint8 [size, size, 3] a sample.
         steps: operations each.
-        size: the pictures' side.
+        size: the images' side.
         draws: "operation", "magnitude" and "sign", int32 [steps] a sample.
     """
     table = _wide_operations() if kind == "trivialaugment" else _operations()
@@ -51,7 +51,7 @@ def _operations() -> dict[str, Any]:
 
 
 def _wide_operations() -> dict[str, Any]:
-    """With the ranges of TrivialAugment; it shifts by pixels, on pictures of any size."""
+    """With the ranges of TrivialAugment; it shifts by pixels, on images of any size."""
     return _ranged(shear=0.99, degrees=135, enhance=0.99, fewest_bits=2) | {
         "TranslateX": dali.translate_x_no_shape.augmentation((0, 32), True),
         "TranslateY": dali.translate_y_no_shape.augmentation((0, 32), True),

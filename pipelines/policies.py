@@ -1,4 +1,4 @@
-"""Policies of operations: which of them a picture gets, how strong and with which sign, drawn from uniform numbers.
+"""Policies of operations: which of them a image gets, how strong and with which sign, drawn from uniform numbers.
 
 AutoAugment: Cubuk et al., CVPR 2019. RandAugment: Cubuk et al., NeurIPS 2020, arXiv 1909.13719. TrivialAugment: Müller
 and Hutter, ICCV 2021, arXiv 2103.10158. Operations and ranges are torchvision's; DALI executes them (`operations.py`).
@@ -68,7 +68,7 @@ def policy_table(name: Literal["cifar10", "imagenet"]) -> tuple[list[str], np.nd
 
 
 def operation_names(kind: PolicyKind, size: int) -> list[str]:
-    """What the drawn operation numbers of a policy stand for, on pictures of a side."""
+    """What the drawn operation numbers of a policy stand for, on images of a side."""
     return policy_table(policy_name(size))[0] if kind == "autoaugment" else list(RANDOM_OPERATIONS)
 
 

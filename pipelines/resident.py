@@ -19,11 +19,11 @@ _LARGEST_SHARE = 0.8  # of the free memory; nets and activations need the rest
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """The decoded pictures of a split, on the device.
+    """The decoded images of a split, on the device.
 
     Attributes:
         pixels: int32 [N, S, S], a word holds red, green, blue and nothing.
-        replaced: row that could not be decoded -> row whose picture is in its place.
+        replaced: row that could not be decoded -> row whose image is in its place.
     """
 
     pixels: Tensor
@@ -31,7 +31,7 @@ class Resident:
 
     @classmethod
     def empty(cls, count: int, size: int, device: torch.device, replaced: dict[int, int] | None = None) -> Self:
-        """Room for `count` pictures of `size` x `size`.
+        """Room for `count` images of `size` x `size`.
 
         Raises:
             ValueError: the device has not enough memory.
@@ -41,7 +41,7 @@ class Resident:
 
     @classmethod
     def from_arrays(cls, arrays: np.ndarray, device: torch.device) -> Self:
-        """Take over pictures uint8 [N, S, S, 3]."""
+        """Take over images uint8 [N, S, S, 3]."""
         resident = cls.empty(len(arrays), arrays.shape[1], device)
         for start in range(0, len(arrays), _PACKED_ROWS):
             part = np.ascontiguousarray(arrays[start : start + _PACKED_ROWS])
@@ -49,12 +49,12 @@ class Resident:
         return resident
 
     def put(self, rows: slice | Tensor, images: Tensor) -> None:
-        """Store pictures uint8 [B, S, S, 3] on the device."""
+        """Store images uint8 [B, S, S, 3] on the device."""
         self.pixels[rows] = _pack(images)
 
 
 def check_fits(count: int, size: int, device: torch.device) -> None:
-    """Check that the pictures fit into the device's memory.
+    """Check that the images fit into the device's memory.
 
     Raises:
         ValueError: they take more than 80 % of what is free.
@@ -62,7 +62,7 @@ def check_fits(count: int, size: int, device: torch.device) -> None:
     needed, free = 4 * count * size * size, _free_bytes(device)
     if needed > _LARGEST_SHARE * free:
         raise ValueError(
-            f"{count} pictures of {size} x {size} pixels need {needed / 2**30:.1f} GiB to stay in memory, of which "
+            f"{count} images of {size} x {size} pixels need {needed / 2**30:.1f} GiB to stay in memory, of which "
             f"{device.type} has {free / 2**30:.1f} GiB free (at most {100 * _LARGEST_SHARE:.0f} % of it is taken): "
             "leave out --data.resident true if you gave it, or use a smaller --data.image_size, or fewer images with "
             "--data.limit and --data.val_limit"
@@ -78,10 +78,10 @@ def _free_bytes(device: torch.device) -> int:
 
 
 class ResidentViews:
-    """Makes the views of pictures that lie decoded on the device.
+    """Makes the views of images that lie decoded on the device.
 
     Args:
-        resident: pictures whose side is `view.size`.
+        resident: images whose side is `view.size`.
         view: pad_crop or center_crop.
         views: flips and crops of it.
     """
@@ -117,12 +117,12 @@ class ResidentViews:
 
 
 def crop_and_flip(images: Tensor, rows: Tensor, crop: Tensor, flip: Tensor, padding: int, border: str) -> Tensor:
-    """Pad, crop and flip pictures in one gather.
+    """Pad, crop and flip images in one gather.
 
     Args:
         images: uint8 [N, S, S, 3].
-        rows: which pictures, int64 [B].
-        crop: top left corner (y, x) in the padded picture, 0 to 2 x padding, integers [B, 2].
+        rows: which images, int64 [B].
+        crop: top left corner (y, x) in the padded image, 0 to 2 x padding, integers [B, 2].
         flip: 1 to mirror left and right, [B].
         padding: pixels on each side.
         border: "zero", or "reflect" (without repeating the edge).

@@ -81,6 +81,12 @@ class Sampler:
         """Microbatches of this process in an epoch."""
         return self.steps_per_epoch * self.accumulation
 
+    @property
+    def reads_shares(self) -> bool:
+        """Whether each process reads and shuffles a share of the shards of its own: in training, where the short last
+        batch is left out, so that every share is long enough. Else all of them read everything, in storage order."""
+        return self.shuffle and self.drop_last
+
     def order(self, epoch: int) -> np.ndarray:
         """The row at each position of an epoch, int64 [size]; the next epoch's is prepared in a thread."""
         if not self.shuffle:

@@ -1,7 +1,7 @@
 """From the host and from DALI's buffers to tensors of the batch, without waiting for the device."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["DeviceTransfer", "pack", "unpack"]
 
 _ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
-Layout = dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
+Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
 
 
 class DeviceTransfer:
@@ -31,26 +31,21 @@ class DeviceTransfer:
         self._slots: list[dict[str, Tensor]] = [{} for _ in range(buffers)]
         self._turn = 0
 
-    @property
-    def copies(self) -> bool:
-        """Whether tensors are copied at all."""
-        return self._device.type == "cuda" or bool(self._slots)
-
     def advance(self) -> None:
         """Take the next set of buffers: a new batch begins."""
         if self._slots:
             self._turn = (self._turn + 1) % len(self._slots)
 
-    def arrays(self, arrays: Mapping[str, np.ndarray], place: str = "arrays") -> dict[str, Tensor]:
+    def arrays(self, arrays: Mapping[Hashable, np.ndarray], place: str = "arrays") -> dict[Any, Tensor]:
         """Send arrays together.
 
         Args:
-            arrays: by name, of any types and shapes.
+            arrays: by any keys, of any types and shapes.
             place: name of the buffer; each is used once a batch.
         """
         if not arrays:
             return {}
-        if not self.copies:
+        if self._device.type == "cpu" and not self._slots:
             return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         packed, layout = pack(arrays, pin=self._device.type == "cuda")
         buffer = self._buffer(place, packed.shape, packed.dtype)
@@ -81,14 +76,14 @@ class DeviceTransfer:
         return fixed[: shape[0]]
 
 
-def pack(arrays: Mapping[str, np.ndarray], pin: bool = False) -> tuple[Tensor, Layout]:
+def pack(arrays: Mapping[Hashable, np.ndarray], pin: bool = False) -> tuple[Tensor, Layout]:
     """Put arrays one after the other into one buffer.
 
     Returns:
         uint8 [bytes], in pinned memory where asked for, and where each array lies in it.
     """
     layout, size = {}, 0
-    sources: dict[str, Any] = {}
+    sources: dict[Hashable, Any] = {}
     for name, array in arrays.items():
         source = torch.from_numpy(np.ascontiguousarray(array))
         layout[name], sources[name] = (size, tuple(source.shape), source.dtype), source
@@ -99,7 +94,7 @@ def pack(arrays: Mapping[str, np.ndarray], pin: bool = False) -> tuple[Tensor, L
     return packed, layout
 
 
-def unpack(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
+def unpack(packed: Tensor, layout: Layout) -> dict[Any, Tensor]:
     """The arrays of a packed buffer, as views."""
     views = {}
     for name, (start, shape, dtype) in layout.items():

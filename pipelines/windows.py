@@ -39,7 +39,7 @@ class WindowViews:
         """Resize, flip, augment.
 
         Args:
-            windows: uint8 [h, w, 3] for each picture, as DALI's TensorList or any sequence of arrays; they may lie in
+            windows: uint8 [h, w, 3] for each image, as DALI's TensorList or any sequence of arrays; they may lie in
                 memory that is used again later.
             draws: of the views, as named by `DrawSpec.draw`.
 
@@ -98,10 +98,10 @@ def resize_windows(windows: Any, flip: np.ndarray, view: View, pool: ThreadPoolE
 
 
 class _Policies:
-    """Policies applied to resized pictures, by one DALI pipeline that is built when first needed.
+    """Policies applied to resized images, by one DALI pipeline that is built when first needed.
 
     Args:
-        view: whose side the pictures have.
+        view: whose side the images have.
         views: the policies, by their number among the augmented views.
         batch_size: the largest batch.
         threads: DALI's.
@@ -128,7 +128,7 @@ class _Policies:
                 batch_size=self._batch_size,
                 threads=self._threads,
                 device_id=None,
-                prefetch=1,  # no batch is asked for before its pictures are there
+                prefetch=1,  # no batch is asked for before its images are there
             )
         _, *augmented = self._graph.run()
         return {

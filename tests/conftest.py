@@ -1,4 +1,4 @@
-"""Pictures that every test may read, and the rule that a test marked `gpu` needs a CUDA device."""
+"""Images that every test may read, and the rule that a test marked `gpu` needs a CUDA device."""
 
 import os
 import sys
@@ -89,14 +89,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(20)
     for name, size in _PHOTOS.items():
-        picture = _draw_photo(random, *size)
+        image = _draw_photo(random, *size)
         (root / name).parent.mkdir(exist_ok=True)
         path = root / f"{name}.jpg"
         exif = Image.Exif()
         if name == "tree/turned":
             exif[_EXIF_ORIENTATION] = 6
-        picture = picture.convert("L") if name == "tree/gray" else picture
-        picture.save(path, quality=90, exif=exif)
+        image = image.convert("L") if name == "tree/gray" else image
+        image.save(path, quality=90, exif=exif)
     return root
 
 
@@ -113,7 +113,7 @@ def small_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _draw_photo(random: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A picture with what photographs have: slow gradients, soft blobs, hard edges and a little grain."""
+    """A image with what photographs have: slow gradients, soft blobs, hard edges and a little grain."""
     coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(smooth)

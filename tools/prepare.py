@@ -1,4 +1,4 @@
-"""`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in one sweep."""
+"""`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in sequence."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
-from dalikd.pipelines.datasets.inspection import PUBLISHED, check_count, remedy, verify_files
-from dalikd.pipelines.datasets.published import Finding
+from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, published_set
+from dalikd.pipelines.datasets.info import DATASET_INFO, Finding, check_count
 from dalikd.pipelines.datasets.spec import Role
-from dalikd.pipelines.shards.layout import DESCRIPTION
-from dalikd.pipelines.shards.read import Records
-from dalikd.pipelines.shards.write import WriteOptions, check_pictures, check_target, write_records
+from dalikd.pipelines.shards.layout import MANIFEST
+from dalikd.pipelines.shards.read import ShardSet
+from dalikd.pipelines.shards.write import WriteOptions, check_decodable, check_target, write_shards
 from dalikd.pipelines.sources import Source
 from dalikd.tools.cli import run_function
 
@@ -29,8 +29,8 @@ class SourceConfig:
         classes: text file of the classes to keep, one a line; default: all, and for imagenet100 a hundred chosen by
             class_seed.
         class_seed: of that choice; default: 0.
-        limit: take only so many training pictures; seeded, class shares kept.
-        val_limit: take only so many validation pictures; seeded, class shares kept.
+        limit: take only so many training images; seeded, class shares kept.
+        val_limit: take only so many validation images; seeded, class shares kept.
         download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
     """
 
@@ -49,10 +49,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PrepareOptions(WriteOptions):
-    """Download a data set, check it, or write it into containers: shuffled, indexed, with checksums.
+    """Download a data set, check it, or write it into shards: shuffled, indexed, with checksums.
 
     Without --output nothing is written but what --data.download fetches: --data.download true and --check true compare
-    published files with their MD5, and count the pictures of Tiny-ImageNet and ImageNet.
+    published files with their MD5, and count the images of Tiny-ImageNet and ImageNet.
 
     Args:
         data: the data set.
@@ -82,7 +82,7 @@ def prepare(options: PrepareOptions) -> None:
     for role, source in sources.items():
         check_target(source, options.output / role, options)
     for role, source in sources.items():
-        written = write_records(source, options.output / role, options)
+        written = write_shards(source, options.output / role, options)
         print(
             f"{options.output / role}: {written.images} images of {len(written.classes)} classes in "
             f"{len(written.shards)} files, {written.bytes / 1e6:.1f} MB"
@@ -102,19 +102,19 @@ def look(options: PrepareOptions) -> dict[Role, Source]:
     """Open the splits and compare the data set with what is published, line by line.
 
     Raises:
-        ValueError: something is not as published, or a picture cannot be decoded.
+        ValueError: something is not as published, or a image cannot be decoded.
     """
     data = options.data
     sources = open_splits(options) if data.download else None  # else a missing file would be an error, not a line
-    if data.name in PUBLISHED:
-        _report(data, verify_files(data.name, _root(data), [_split(data, role) for role in _roles(options)]))
+    if data.name in PUBLISHED_FILES:
+        _report(data, published_set(data.name).verify(_root(data), [_split(data, role) for role in _roles(options)]))
     sources = open_splits(options) if sources is None else sources
     limits, part = {"train": data.limit, "val": data.val_limit}, data.classes is not None
     whole = ((_split(data, role), source) for role, source in sources.items() if limits[role] is None)
     _report(data, (check_count(source, split, part=part) for split, source in whole))
     if options.check and options.output is None:  # else they are decoded before they are written
         for source in sources.values():
-            check_pictures(source, options.threads)
+            check_decodable(source, options.threads)
     return sources
 
 
@@ -131,7 +131,14 @@ def _report(data: SourceConfig, findings: Iterable[Finding]) -> None:
     bad = [finding for finding in listed if finding.state != "whole"]
     if bad:
         first, more = f"{bad[0].place} is {bad[0].state}", f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ValueError(f"{data.name} is not as published ({first}{more}): {remedy(data.name, data.root)}")
+        raise ValueError(f"{data.name} is not as published ({first}{more}): {_remedy(data)}")
+
+
+def _remedy(data: SourceConfig) -> str:
+    if data.name in PUBLISHED_FILES:
+        return published_set(data.name).remedy
+    origin = DATASET_INFO[data.name].origin
+    return origin.replace("ROOT", data.root or "ROOT") if origin else "repair it"
 
 
 def _roles(options: PrepareOptions) -> tuple[Role, ...]:
@@ -139,8 +146,8 @@ def _roles(options: PrepareOptions) -> tuple[Role, ...]:
 
 
 def _split(data: SourceConfig, role: Role) -> str:
-    """What the split is called where its files or pictures are counted; folders may have other names."""
-    if data.name not in PUBLISHED:
+    """What the split is called where its files or images are counted; folders may have other names."""
+    if data.name not in PUBLISHED_FILES:
         return role
     named = data.train_split if role == "train" else data.val_split
     return named or {"train": "train", "val": "test"}[role]
@@ -148,21 +155,19 @@ def _split(data: SourceConfig, role: Role) -> str:
 
 def _root(data: SourceConfig) -> Path:
     if data.root is None:
-        raise ValueError(f"{data.name} needs a folder: say --data.root FOLDER")
+        raise ValueError(f"{data.name} needs a folder: give --data.root FOLDER")
     return Path(data.root).resolve()
 
 
 def verify(folder: Path) -> None:
     """Verify every split in a folder, or the one that it is."""
-    found = sorted(path.parent for path in (*folder.glob(DESCRIPTION), *folder.glob(f"*/{DESCRIPTION}")))
+    found = sorted(path.parent for path in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")))
     if not found:
-        raise FileNotFoundError(
-            f"--verify {folder}: there is no {DESCRIPTION} in it or in its folders: name an --output"
-        )
+        raise FileNotFoundError(f"--verify {folder}: there is no {MANIFEST} in it or in its folders: name an --output")
     for split in found:
-        records = Records(split)
-        records.verify()
-        print(f"{split}: {len(records)} images in {len(records.paths)} files, all checksums fit")
+        shards = ShardSet(split)
+        shards.verify()
+        print(f"{split}: {len(shards)} images in {len(shards.paths)} files, all checksums fit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

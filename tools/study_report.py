@@ -1,13 +1,12 @@
 """What a study prints and writes: its plan before, its tables and plots after."""
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import yaml
 
-from dalikd.kd.correlation import Coefficient, Correlation, plot
+from dalikd.kd.correlation import Coefficient, Correlation, draw
+from dalikd.pipelines.files import write_atomically
 from dalikd.tools.study_plan import Study, cell_command
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.results import collect, points_of
@@ -49,11 +48,11 @@ def write_report(study: Study) -> dict[str, Any]:
     drawn = [group for group in results["groups"] if group["correlation"] is not None]
     plots = {id(group): f"plots/{_plot_name(group)}" for group in drawn}
     for group in drawn:
-        _whole(study.folder / plots[id(group)], lambda path, group=group: _draw(group, path))
+        write_atomically(study.folder / plots[id(group)], lambda file, group=group: _draw(group, file))
     by_number = {number: plots[id(group)] for number, group in enumerate(results["groups"]) if id(group) in plots}
     text = markdown(results, f"T. stddev and students: {study.folder.name}", by_number)
-    _whole(study.folder / "table.md", lambda path: path.write_text(text, "utf-8"))
-    _whole(study.folder / "table.csv", lambda path: path.write_text(csv_table(results), "utf-8"))
+    write_atomically(study.folder / "table.md", text.encode())
+    write_atomically(study.folder / "table.csv", csv_table(results).encode())
     write_json(study.folder / "results.json", results)
     print(f"\n{text}\nwritten: {study.folder}/table.md, table.csv, results.json and {len(drawn)} plot(s) in plots/")
     return results
@@ -83,16 +82,9 @@ def _plot_name(group: dict[str, Any]) -> str:
     return f"{group['teacher']}_{group['student']}-x{group['epoch_factor']:g}.png"
 
 
-def _draw(group: dict[str, Any], path: Path) -> None:
+def _draw(group: dict[str, Any], file: BinaryIO) -> None:
     points, spreads = points_of(group)
     found = Correlation(*(Coefficient(*value) for value in group["correlation"].values()))
     unit = "epoch" if group["epochs"] == 1 else "epochs"
-    plot(points, found, path, f"{group['teacher']} → {group['student']}, {group['epochs']:g} {unit}", spreads)
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    write(temporary)
-    temporary.replace(path)
+    title = f"{group['teacher']} → {group['student']}, {group['epochs']:g} {unit}"
+    draw(points, found, title, spreads).savefig(file, format="png", dpi=160)

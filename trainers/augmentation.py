@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dalikd.kd.manifold import LAYERS, MANIFOLD_ALPHA, check_mixable, manifold_mixup
-from dalikd.kd.mixing import MixDraws, Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
+from dalikd.kd.mixing import Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_by_name
 from dalikd.pipelines.datasets.info import cutout_side
-from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, DrawSpec, MixDraws, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
 

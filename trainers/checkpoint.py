@@ -1,7 +1,6 @@
 """What is saved of a run, and how it is read back."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,14 @@ from torch import nn
 
 from dalikd.kd.checkpoints import ORIGIN_KEY
 from dalikd.kd.normalize import Normalisation
+from dalikd.pipelines.files import write_atomically
 
 __all__ = ["read_state", "save_state", "save_weights"]
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the trainer's state, whole or not at all: a kill leaves the file before it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -59,12 +53,8 @@ def save_weights(
         normalisation: of the images it was trained on; goes into the metadata, so that whoever loads the file has it.
         class_names: of its logits, in their order; the same.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     mean, std = normalisation or (None, None)
     origin = {"mean": mean, "std": std, "class_names": None if class_names is None else list(class_names)}
     # one entry: several are written in any order, and the file's checksum would not be reproducible
-    content = save(tensors, {ORIGIN_KEY: json.dumps(origin)})
-    temporary.write_bytes(content)  # save_file makes files for the owner alone, whatever the umask
-    temporary.replace(path)
+    write_atomically(path, save(tensors, {ORIGIN_KEY: json.dumps(origin)}))

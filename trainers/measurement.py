@@ -13,10 +13,11 @@ from torch.nn import functional
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.mixing import MixDraws
 from dalikd.kd.picking import entropy, pick_count
 from dalikd.kd.survey import Branch, BranchOutputs, Survey, survey
 from dalikd.kd.teacher import Teacher
+from dalikd.pipelines.draw_spec import MixDraws
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches, is_picked_by_student
 from dalikd.trainers.launch import CompileMode, check_compiler
@@ -251,7 +252,7 @@ class EntropyLogs:
         for name, log in self._logs.items():
             assert self._folder is not None
             self._folder.mkdir(parents=True, exist_ok=True)
-            log.save(self._folder / f"{name}.npz")
+            write_atomically(self._folder / f"{name}.npz", log.save)
             plots.append(self._folder / f"{name}.png")
             plot_entropies(log, plots[-1], name)
         return plots

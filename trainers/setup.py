@@ -10,11 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.backends import Plan
+from dalikd.pipelines.backends import BatchPlan
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
-from dalikd.pipelines.decode import can_be_resident, decode_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
-from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.loader import Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -111,7 +110,7 @@ class Setup:
         *,
         accumulation: int = 1,
         repeat: int | None = None,
-        attach: Callable[[Plan], dict[str, np.ndarray]] | None = None,
+        attach: Callable[[BatchPlan], dict[str, np.ndarray]] | None = None,
     ) -> Loader:
         """Training batches; nothing is read ahead yet.
 

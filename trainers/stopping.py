@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from dalikd.pipelines.doctor import LACK, dali_words
+from dalikd.pipelines.hardware import LACK, dali_words
 from dalikd.pipelines.loader import BadFileError
 
 __all__ = ["Interrupted", "StopSignals", "lack_of_memory", "save_after"]

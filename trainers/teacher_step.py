@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalikd.kd.mixing import MixDraws
 from dalikd.kd.teacher import Look, Teacher, look
+from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import CompileMode, check_compiler

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 
 from dalikd.kd.known_weights import file_sha256
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.hardware import package_versions
 
 __all__ = ["Meter", "RunFolder", "check_writable", "versions", "write_json"]
@@ -109,8 +109,8 @@ class RunFolder:
             self._clear()
         elif log.exists():
             lines = [line for line in log.read_text("utf-8").splitlines() if _step_of(line) <= resumed_step]
-        log.write_text("".join(line + "\n" for line in lines), "utf-8")
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+        write_atomically(log, "".join(line + "\n" for line in lines).encode())
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self._log = log.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(self.path / "tensorboard"), purge_step=None if resumed_step is None else resumed_step + 1
@@ -181,10 +181,7 @@ def check_writable(option: str, path: Path) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write strict JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _version(package: str) -> str:

@@ -178,7 +178,7 @@ def check_class_order(
 
 def _some_of_each(source: Source, size: int, device: torch.device) -> Source:
     """A few images of up to ten classes; of containers, which are shuffled, all: the first batch is looked at."""
-    if source.records is not None:
+    if source.shards is not None:
         return source
     most = _PIXELS // max(size, 64) ** 2 if device.type == "cpu" else 256
     classes = np.unique(source.labels)

@@ -141,7 +141,7 @@ def stratified_rows(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
         ValueError: `seed` is negative.
     """
     if seed < 0:
-        raise ValueError(f"seed {seed} is negative: say 0 or more")
+        raise ValueError(f"seed {seed} is negative: give 0 or more")
     # The raw bits of Philox, unlike a Generator's methods, are promised to stay the same between numpy versions.
     noise = np.random.Philox(key=seed).random_raw(len(labels))
     by_class = np.lexsort((noise, labels))

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 import time
 import warnings
 import zlib
@@ -28,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dalikd.pipelines.content import image_sides
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.progress import progress
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "FileList",
     "Listing",
     "Tree",
-    "build_once",
     "cache_folder",
     "count_of",
     "list_folder",
@@ -157,7 +156,7 @@ class FileList:
                     return kept
             sides = self._look()
             try:
-                _replace(target, lambda path: _write_array(path, sides))
+                write_atomically(target, lambda file: np.save(file, sides), sync=False)
             except OSError as error:
                 warnings.warn(f"the sides of images could not be kept in {target.parent}: {error}", stacklevel=2)
             return sides
@@ -291,7 +290,7 @@ def scan(folder: Path, classes: Sequence[str]) -> Tree:
         if not paths:
             found = f"; it has {count_of(others)}" if others else ""
             raise ValueError(
-                f"{folder / name} has no picture ({' '.join(IMAGE_EXTENSIONS)}){found}: add some or remove the folder"
+                f"{folder / name} has no image ({' '.join(IMAGE_EXTENSIONS)}){found}: add some or remove the folder"
             )
         left_out += others
         buffers.append(b"".join(paths))
@@ -348,26 +347,6 @@ def manifest_folder(folder: Path, part: Sequence[str] | None = None) -> Path:
     return cache_folder() / "manifests" / sha256(key).hexdigest()[:16]
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a new folder and move it to `target` whole; where another process was faster, keep its folder.
-
-    Raises:
-        FileExistsError: `target` was there before, and is not an empty folder.
-    """
-    if target.exists() and not _is_empty_folder(target):
-        raise FileExistsError(f"{target} is already there")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        made = Path(scratch) / target.name  # a folder below, because the scratch folder is private (mode 0700)
-        made.mkdir()
-        build(made)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir() or _is_empty_folder(target):
-                raise
-
-
 def _sides_in_file(path: bytes) -> tuple[int, int]:
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -376,10 +355,6 @@ def _sides_in_file(path: bytes) -> tuple[int, int]:
         finally:
             os.close(file)
     return 0, 0
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
@@ -426,30 +401,15 @@ def _save(target: Path, folder: Path, classes: Sequence[str], tree: Tree) -> Tre
         "checksum": checksum,
     }
     try:
-        target.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
-            _replace(target / f"{name}-{checksum}.npy", lambda path, array=array: _write_array(path, array))
-        _replace(target / "manifest.json", lambda path: path.write_text(json.dumps(note), encoding="ascii"))
+            place = target / f"{name}-{checksum}.npy"
+            write_atomically(place, lambda file, array=array: np.save(file, array), sync=False)
+        write_atomically(target / "manifest.json", json.dumps(note).encode("ascii"), sync=False)
         _remove_outdated(target, checksum)
     except OSError as error:
         warnings.warn(f"the list of {folder} could not be kept in {target}: {error}", stacklevel=2)
         return tree
     return tree._replace(files=replace(tree.files, kept_in=str(target)))
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, then move it there in one step."""
-    part = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _remove_outdated(target: Path, checksum: str) -> None:

@@ -1,36 +1,39 @@
-"""Folder trees of images: class folders, and Tiny-ImageNet's own layout."""
+"""Folder trees of images: class folders, Tiny-ImageNet's own layout, scikit-learn's digits as they are written here."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dalikd.pipelines.datasets.classes import check_equal_classes, in_order
-from dalikd.pipelines.datasets.digits import SPLIT_SIZES, prepare_digits
-from dalikd.pipelines.datasets.file_list import FileList, count_of, list_folder, open_tree
+from dalikd.pipelines.datasets.classes import check_equal_classes, in_order, stratified_rows
+from dalikd.pipelines.datasets.file_list import FileList, cache_folder, count_of, list_folder, open_tree
 from dalikd.pipelines.datasets.spec import SplitIndex, SplitSpec
+from dalikd.pipelines.files import build_once
 
 __all__ = ["find_digits", "find_tinyimagenet", "find_tree"]
 
+_DIGITS = {"train": 1347, "val": 450}  # images of each split
 
-def find_tree(request: SplitSpec) -> SplitIndex:
+
+def find_tree(spec: SplitSpec) -> SplitIndex:
     """`split/<class>/**/image`. Of classes that are left out nothing is read."""
-    folder = request.split_folder()
+    folder = spec.split_folder()
     present = list_folder(folder).folders
     if not present:
-        raise ValueError(f"{request.name}: {folder} has no class folders: put pictures in {folder}/<class>/")
-    return _read_classes(request, folder, present)
+        raise ValueError(f"{spec.name}: {folder} has no class folders: put images in {folder}/<class>/")
+    return _read_classes(spec, folder, present)
 
 
-def find_tinyimagenet(request: SplitSpec) -> SplitIndex:
+def find_tinyimagenet(spec: SplitSpec) -> SplitIndex:
     """train/<wnid>/images, and val/images with val_annotations.txt as published; or val sorted into val/<wnid> or
     val/images/<wnid>, as converters leave it. The classes are those of the training split, wherever val is."""
-    if request.role == "train":
-        return find_tree(request)
-    folder, train = request.split_folder(), request.check_root() / request.train_split
+    if spec.role == "train":
+        return find_tree(spec)
+    folder, train = spec.split_folder(), spec.check_root() / spec.train_split
     if not train.is_dir():
         raise FileNotFoundError(
-            f"{request.name}: {train} is missing; its folders are the classes of {request.split}: check --data.root "
+            f"{spec.name}: {train} is missing; its folders are the classes of {spec.split}: check --data.root "
             "and --data.train_split"
         )
     classes, _ = in_order(list_folder(train).folders, train)
@@ -42,41 +45,41 @@ def find_tinyimagenet(request: SplitSpec) -> SplitIndex:
         folder, present = images, listing.folders
         if present and listing.images:
             raise ValueError(
-                f"{request.name}: {images} has {len(present)} class folders, and {len(listing.images)} images beside "
+                f"{spec.name}: {images} has {len(present)} class folders, and {len(listing.images)} images beside "
                 "them: sort these into their classes too, or unpack the data set again"
             )
     if present:
-        check_equal_classes(request.name, (request.train_split, classes), (request.split, in_order(present, folder)[0]))
-        return _read_classes(request, folder, present)
+        check_equal_classes(spec.name, (spec.train_split, classes), (spec.split, in_order(present, folder)[0]))
+        return _read_classes(spec, folder, present)
     if annotations.is_file():
-        return _read_annotations(annotations, classes, request.train_split).keep(request.choose(classes, train))
+        return _read_annotations(annotations, classes, spec.train_split).keep(spec.choose(classes, train))
     advice = f"unpack the data set again, or put images in {folder}/<class>/"
-    if request.split != "val" and (request.check_root() / "val").is_dir():
-        advice = "say --data.val_split val"
+    if spec.split != "val" and (spec.check_root() / "val").is_dir():
+        advice = "give --data.val_split val"
     raise ValueError(
-        f"{request.name}: {request.split_folder()} has neither class folders nor val_annotations.txt "
+        f"{spec.name}: {spec.split_folder()} has neither class folders nor val_annotations.txt "
         f"(the published test split has no labels): {advice}"
     )
 
 
-def find_digits(request: SplitSpec) -> SplitIndex:
+def find_digits(spec: SplitSpec) -> SplitIndex:
     """scikit-learn's digits, written out when first asked for."""
-    folder = prepare_digits(request.root)
-    whole = SplitSpec(request.name, folder, request.role, request.split)
+    folder = _prepare_digits(spec.root)
+    whole = SplitSpec(spec.name, folder, spec.role, spec.split)
     found = find_tree(whole)
-    expected = SPLIT_SIZES.get(request.split)
+    expected = _DIGITS.get(spec.split)
     if expected is not None and len(found.labels) != expected:
         raise ValueError(
-            f"digits: {folder / request.split} has {len(found.labels)} pictures instead of {expected}: "
+            f"digits: {folder / spec.split} has {len(found.labels)} images instead of {expected}: "
             f"remove {folder} to have it written again"
         )
-    return found.keep(request.choose(found.classes, folder / request.split))
+    return found.keep(spec.choose(found.classes, folder / spec.split))
 
 
-def _read_classes(request: SplitSpec, folder: Path, present: list[str]) -> SplitIndex:
+def _read_classes(spec: SplitSpec, folder: Path, present: list[str]) -> SplitIndex:
     """Those class folders that are wanted."""
-    classes, order = in_order(request.choose(present, folder), folder)
-    tree = open_tree(folder, classes, part=request.takes_part)
+    classes, order = in_order(spec.choose(present, folder), folder)
+    tree = open_tree(folder, classes, part=spec.takes_part)
     return SplitIndex(classes, tree.labels, files=tree.files, notes=(*order, *_left_out(folder, tree.left_out)))
 
 
@@ -104,7 +107,7 @@ def _read_annotations(path: Path, classes: tuple[str, ...], train_split: str) ->
         paths.append(f"{folder}/{image}")
         labels.append(label_of[wnid])
     if not paths:
-        raise ValueError(f"{path} lists no picture: unpack the data set again")
+        raise ValueError(f"{path} lists no image: unpack the data set again")
     left_out = {**listing.left_out, **({f"image(s) that {path.name} does not list": len(present)} if present else {})}
     files = FileList.from_paths(paths, path.parent)
     files = replace(files, sizes=files.measure())
@@ -114,5 +117,58 @@ def _read_annotations(path: Path, classes: tuple[str, ...], train_split: str) ->
 def _read_annotation(line: str, where: str) -> tuple[str, str]:
     fields = line.split("\t")
     if len(fields) < 2:
-        raise ValueError(f"{where}: {line!r} is not 'picture <tab> class <tab> box'")
+        raise ValueError(f"{where}: {line!r} is not 'image <tab> class <tab> box'")
     return fields[0], fields[1]
+
+
+# -------------------------------------------------------------------------------------------------- digits
+
+
+def _prepare_digits(root: Path | None = None) -> Path:
+    """Write the tree if it is not there, and return its folder: `{train,val}/{0..9}/NNNN.jpg`.
+
+    A real data set that needs no download: 1797 grey images of 8x8 pixels (Alpaydin and Kaynak, 1998, UCI ML
+    repository), enlarged to 32x32 RGB.
+
+    Args:
+        root: the tree's folder; by default digits-v1 in the cache folder. The name changes when the files would.
+
+    Raises:
+        FileExistsError: `root` is a folder with something else in it.
+    """
+    folder = cache_folder() / "digits-v1" if root is None else root
+    if _is_there(folder):
+        return folder
+    try:
+        build_once(folder, _write_tree)
+    except FileExistsError:
+        if not _is_there(folder):  # else another process has just put it there
+            raise FileExistsError(
+                f"digits: {folder} has something else in it than train and val: empty it or name a new --data.root"
+            ) from None
+    return folder
+
+
+def _is_there(folder: Path) -> bool:
+    return all((folder / split).is_dir() for split in _DIGITS)
+
+
+def _write_tree(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    data: Any = load_digits()
+    images = np.round(data["images"] * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0..16 -> 0..255
+    labels = data["target"].astype(np.int64)
+    is_train = np.zeros(len(labels), dtype=bool)
+    is_train[stratified_rows(labels, _DIGITS["train"], seed=0)] = True
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        split = "train" if is_train[row] else "val"
+        _write_image(image, folder / split / str(label) / f"{row:04d}.jpg")
+
+
+def _write_image(image: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    enlarged = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
+    enlarged.convert("RGB").save(path, format="JPEG", quality=95)

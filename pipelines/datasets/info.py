@@ -1,15 +1,22 @@
 """What is known of each data set by its name: normalisation, sizes, the published cutout side, where to get it.
 
-What follows from the picture's side alone stands elsewhere: the crop's padding and the side that evaluation resizes to
+What follows from the image's side alone stands elsewhere: the crop's padding and the side that evaluation resizes to
 in `data.py`, the AutoAugment policy in `policies.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-__all__ = ["DATASET_INFO", "DatasetInfo", "Statistics", "cutout_side", "default_statistics"]
+import numpy as np
+
+from dalikd.pipelines.datasets.classes import shorten
+
+if TYPE_CHECKING:
+    from dalikd.pipelines.sources import Source
+
+__all__ = ["DATASET_INFO", "DatasetInfo", "Finding", "Statistics", "check_count", "cutout_side", "default_statistics"]
 
 Color = tuple[float, float, float]
 
@@ -53,25 +60,61 @@ def default_statistics(name: str) -> Statistics:
     """Usual mean, std and side of a data set by its name.
 
     Raises:
-        ValueError: a name without statistics of its own; containers hold those of what they were made of.
+        ValueError: a name without statistics of its own; shards hold those of what they were made of.
     """
     if name not in DATASET_INFO:
-        raise ValueError(f"data set {name!r} has no statistics of its own: say one of {', '.join(DATASET_INFO)}")
-    facts = DATASET_INFO[name]
-    return Statistics(facts.mean, facts.std, facts.image_size)
+        raise ValueError(f"data set {name!r} has no statistics of its own: give one of {', '.join(DATASET_INFO)}")
+    info = DATASET_INFO[name]
+    return Statistics(info.mean, info.std, info.image_size)
 
 
 def cutout_side(name: str, size: int) -> int:
     """Side of cutout's square in pixels.
 
     Args:
-        name: the data set's. Where nothing is published about it, a quarter of the picture's side.
-        size: the pictures' side in pixels. At another one than the data set's own, the published square in proportion.
+        name: the data set's. Where nothing is published about it, a quarter of the image's side.
+        size: the images' side in pixels. At another one than the data set's own, the published square in proportion.
     """
-    facts = DATASET_INFO.get(name)
-    if facts is None or facts.cutout_side is None:
+    info = DATASET_INFO.get(name)
+    if info is None or info.cutout_side is None:
         return max(1, size // 4)
-    return max(1, round(facts.cutout_side * size / facts.image_size))
+    return max(1, round(info.cutout_side * size / info.image_size))
+
+
+class Finding(NamedTuple):
+    """Whether a file or split at `place` is as published; `detail` says what was found."""
+
+    place: str
+    state: Literal["whole", "damaged", "missing", "different"]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.state}{f' ({self.detail})' if self.detail else ''}"
+
+
+def check_count(source: "Source", split: str, *, part: bool = False) -> Finding:
+    """Compare how many classes and images a split has with what is published.
+
+    Args:
+        source: the split, not limited.
+        split: what it is called in the table; "train+extra" is both together.
+        part: classes were left out.
+    """
+    info, counts = DATASET_INFO[source.name], np.bincount(source.labels, minlength=len(source.classes))
+    wrong = []
+    if not part and info.classes not in (None, len(counts)):
+        wrong.append(f"{info.classes:,} classes are published")
+    published = sum(info.images.get(name, 0) for name in split.split("+")) or len(source)
+    if not part and published != len(source):
+        wrong.append(f"{published:,} images are published")
+    if split in info.a_class:
+        fewest, most = info.a_class[split]
+        pairs = zip(source.classes, counts, strict=True)
+        outside = [f"{name} {count}" for name, count in pairs if not fewest <= count <= most]
+        usual = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        wrong += [f"a class has {usual} images, but {shorten(outside)}"] if outside else []
+    found = f"{len(counts):,} classes, {len(source):,} images"
+    return Finding(f"{source.name} {source.split}", "different" if wrong else "whole", "; ".join([found, *wrong]))
 
 
 # Not the data's own, but what ImageNet models have been trained with ever since.
@@ -79,7 +122,7 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_ORIGIN = (
-    "register at https://image-net.org, fetch ILSVRC 2012, and put the pictures into "
+    "register at https://image-net.org, fetch ILSVRC 2012, and put the images into "
     "ROOT/train/<wnid>/*.JPEG and ROOT/val/<wnid>/*.JPEG"
 )
 
@@ -98,7 +141,7 @@ DATASET_INFO: Mapping[str, DatasetInfo] = MappingProxyType(
             a_class={"train": (732, 1300), "val": (50, 50)},
             origin=_IMAGENET_ORIGIN,
         ),
-        # A hundred classes of ImageNet; how many pictures depends on which.
+        # A hundred classes of ImageNet; how many images depends on which.
         "imagenet100": DatasetInfo(
             mean=_IMAGENET_MEAN,
             std=_IMAGENET_STD,

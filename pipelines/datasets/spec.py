@@ -93,7 +93,7 @@ class SplitSpec:
             ValueError: none was given.
         """
         if self.root is None:
-            raise ValueError(f"{self.name} needs a folder: say --data.root FOLDER")
+            raise ValueError(f"{self.name} needs a folder: give --data.root FOLDER")
         return self.root
 
     def check_root(self) -> Path:
@@ -127,12 +127,12 @@ class SplitSpec:
         return folder
 
     def _or_get_it(self, root: Path) -> str:
-        facts = DATASET_INFO.get(self.name)
-        if facts is None:
+        info = DATASET_INFO.get(self.name)
+        if info is None:
             return ""
-        if facts.downloadable:
-            return ", or say --data.download true to fetch it"
-        return f"; to get it, {facts.origin.replace('ROOT', str(root))}" if facts.origin else ""
+        if info.downloadable:
+            return ", or give --data.download true to fetch it"
+        return f"; to get it, {info.origin.replace('ROOT', str(root))}" if info.origin else ""
 
     def _advice(self, root: Path) -> str:
         """What to say instead of a split that is missing."""
@@ -143,5 +143,5 @@ class SplitSpec:
         likely = [name for name in usual if name in folders]
         option = f"--data.{self.role}_split"
         if likely:
-            return f"it has {shorten(folders)}: say {option} {likely[0]}"
-        return f"it has {shorten(folders)}: name one with {option}, or say {option} . if these are the classes"
+            return f"it has {shorten(folders)}: give {option} {likely[0]}"
+        return f"it has {shorten(folders)}: name one with {option}, or give {option} . if these are the classes"

@@ -1,11 +1,10 @@
-"""The folder of an image set in containers, as `dalikd prepare` writes it, and what its dataset.json says.
+"""The folder of a split in shards, as `dalikd prepare` writes it, and what its dataset.json says.
 
 A split is a folder: shards (webdataset tars or TFRecord files) each with its index, `labels.npy` (int64 [N], by id),
 `order.npy` (int64 [N], the id at each storage position) and `dataset.json`, which describes them all. An id is the row
 that the image has in the source it came from.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,28 +12,27 @@ from typing import Any, Literal
 
 __all__ = [
     "ARRAYS",
-    "DESCRIPTION",
     "EXTENSIONS",
-    "PICTURE_EXTENSIONS",
+    "MANIFEST",
+    "MEMBER_EXTENSIONS",
     "REMEDY",
     "VERSION",
-    "ContainerFormat",
-    "Description",
     "Feature",
     "Shard",
-    "file_sha256",
+    "ShardFormat",
+    "ShardManifest",
 ]
 
-ContainerFormat = Literal["webdataset", "tfrecord"]
+ShardFormat = Literal["webdataset", "tfrecord"]
 
-DESCRIPTION = "dataset.json"
+MANIFEST = "dataset.json"
 ARRAYS = ("labels.npy", "order.npy")
 VERSION = 1  # of the folder's layout
 REMEDY = "write the folder again with `dalikd prepare`"
-#: Of the containers, by format.
-EXTENSIONS: dict[ContainerFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
-#: Of a picture in a tar, by its content; each sample has one of them.
-PICTURE_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
+#: Of the shards, by format.
+EXTENSIONS: dict[ShardFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
+#: Of a image in a tar, by its content; each sample has one of them.
+MEMBER_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
 
 
 class Feature:
@@ -48,7 +46,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Shard:
-    """One container: file `name`, how many `images` and `bytes`, SHA-256 of it and of its index."""
+    """One shard: file `name`, how many `images` and `bytes`, SHA-256 of it and of its index."""
 
     name: str
     images: int
@@ -63,27 +61,27 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Description:
+class ShardManifest:
     """What `dataset.json` says.
 
     Attributes:
         version: of the layout.
-        format: of the containers.
+        format: of the shards.
         name: the data set the images came from, e.g. "tinyimagenet".
         split: its split, e.g. "train".
         classes: names, index = label.
         mean: per-channel mean of pixels scaled to 0..1.
         std: the same for the standard deviation.
         image_size: the data set's usual side in pixels.
-        fingerprint: of the source; where pictures were resized, with that appended.
+        fingerprint: of the source; where images were resized, with that appended.
         seed: of the storage order.
-        resize: pictures were resized to this short side in pixels; None: kept byte by byte.
+        resize: images were resized to this short side in pixels; None: kept byte by byte.
         arrays: SHA-256 of labels.npy and order.npy.
-        shards: the containers in storage order.
+        shards: the shards in storage order.
     """
 
     version: int
-    format: ContainerFormat
+    format: ShardFormat
     name: str
     split: str
     classes: tuple[str, ...]
@@ -108,16 +106,16 @@ class Description:
 
     def write(self, folder: Path) -> None:
         """Write dataset.json into a folder."""
-        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> "Description":
+    def read(cls, folder: Path) -> "ShardManifest":
         """Read dataset.json.
 
         Raises:
             ValueError: it is damaged, or of another version.
         """
-        path = folder / DESCRIPTION
+        path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != VERSION:
@@ -127,9 +125,3 @@ class Description:
             return cls(**content, **tuples, shards=shards)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""An image set in containers, opened: checked, and read image by image. `streams` reads it in one sweep."""
+"""The shards of one split, opened: checked, and read image by image. `stream` reads it in sequence."""
 
 import hashlib
 import resource
@@ -8,54 +8,53 @@ from pathlib import Path
 
 import numpy as np
 
+from dalikd.pipelines.files import file_digest
 from dalikd.pipelines.progress import progress
-from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
-    DESCRIPTION,
     EXTENSIONS,
+    MANIFEST,
     REMEDY,
-    ContainerFormat,
-    Description,
     Feature,
     Shard,
-    file_sha256,
+    ShardFormat,
+    ShardManifest,
 )
 from dalikd.pipelines.shards.tfrecord import decode_example, unframe
 
-__all__ = ["Records", "reads_shares"]
+__all__ = ["ShardSet"]
 
-_INDEX_TOOLS: dict[ContainerFormat, str] = {"webdataset": "wds2idx", "tfrecord": "tfrecord2idx"}
+_INDEX_TOOLS: dict[ShardFormat, str] = {"webdataset": "wds2idx", "tfrecord": "tfrecord2idx"}
 _INDICES_KEPT = 8  # a batch comes from a few shards
 _OTHER_FILES = 256  # that a process may have open besides its shards
 
 
-class Records:
-    """The N images of one split, in containers.
+class ShardSet:
+    """The N images of one split, in shards.
 
     Args:
         folder: the split's folder.
-        format: of its containers; None for whatever it has.
+        format: of its shards; None for whatever it has.
 
     Attributes:
         folder: resolved.
-        description: what dataset.json says.
+        manifest: what dataset.json says.
         labels: int64 [N], by id.
         order: the id at each storage position, int64 [N].
 
     Raises:
-        FileNotFoundError: the folder, its description, a shard or an index is missing.
-        ValueError: a file is not as the description says; the format is another one.
+        FileNotFoundError: the folder, its manifest, a shard or an index is missing.
+        ValueError: a file is not as the manifest says; the format is another one.
     """
 
-    def __init__(self, folder: Path, format: ContainerFormat | None = None) -> None:
+    def __init__(self, folder: Path, format: ShardFormat | None = None) -> None:
         self.folder = folder.expanduser().resolve()
-        _check_described(self.folder)
-        self.description = Description.read(self.folder)
-        _check_format(self.folder, self.description, format)
-        for shard in self.description.shards:
-            _check_shard(self.folder, shard, self.description.format)
-        _check_open_files(self.description)
+        _check_manifest(self.folder)
+        self.manifest = ShardManifest.read(self.folder)
+        _check_format(self.folder, self.manifest, format)
+        for shard in self.manifest.shards:
+            _check_shard(self.folder, shard, self.manifest.format)
+        _check_open_files(self.manifest)
         self.labels, self.order = (self._read_array(name) for name in ARRAYS)
         self._index_lines = lru_cache(maxsize=_INDICES_KEPT)(self._read_index)
 
@@ -64,23 +63,23 @@ class Records:
 
     @property
     def paths(self) -> list[str]:
-        """The containers in storage order."""
-        return [str(self.folder / shard.name) for shard in self.description.shards]
+        """The shards in storage order."""
+        return [str(self.folder / shard.name) for shard in self.manifest.shards]
 
     @property
     def index_paths(self) -> list[str]:
         """Their indices."""
-        return [str(self.folder / shard.index) for shard in self.description.shards]
+        return [str(self.folder / shard.index) for shard in self.manifest.shards]
 
     @cached_property
     def digest(self) -> str:
         """16 hex digits that change with any byte of any shard: a SHA-256 of dataset.json."""
-        return hashlib.sha256((self.folder / DESCRIPTION).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()[:16]
 
     def name(self, row: int) -> str:
         """Where an image is: `shard.tar:member`, or `shard.tfrecord:id`."""
         shard, line = self._find(row)
-        member = line.split(" ")[3] if self.description.format == "webdataset" else f"{row:09d}"
+        member = line.split(" ")[3] if self.manifest.format == "webdataset" else f"{row:09d}"
         return f"{self.folder / shard.name}:{member}"
 
     def read(self, row: int) -> bytes:
@@ -91,11 +90,11 @@ class Records:
         """
         shard, line = self._find(row)
         fields = line.split(" ")
-        offset, size = (int(field) for field in (fields[1:3] if self.description.format == "webdataset" else fields))
+        offset, size = (int(field) for field in (fields[1:3] if self.manifest.format == "webdataset" else fields))
         with (self.folder / shard.name).open("rb") as file:
             file.seek(offset)
             content = file.read(size)
-        if self.description.format == "webdataset":
+        if self.manifest.format == "webdataset":
             return content
         try:
             encoded = decode_example(unframe(content))[Feature.ENCODED]
@@ -112,14 +111,14 @@ class Records:
         """
         checks = list(self._checksums())
         bar = progress(f"verifying {self.folder.name}", checks, unit=" files")
-        wrong = [str(path) for path, expected in bar if file_sha256(path) != expected]
+        wrong = [str(path) for path, expected in bar if file_digest(path) != expected]
         if wrong:
             raise ValueError(f"checksum differs: {', '.join(wrong)}; {REMEDY}")
 
     def _checksums(self) -> Iterator[tuple[Path, str]]:
         for name in ARRAYS:
-            yield self.folder / name, self.description.arrays[name]
-        for shard in self.description.shards:
+            yield self.folder / name, self.manifest.arrays[name]
+        for shard in self.manifest.shards:
             yield self.folder / shard.name, shard.sha256
             yield self.folder / shard.index, shard.index_sha256
 
@@ -128,8 +127,8 @@ class Records:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {REMEDY}")
         array = np.load(path).astype(np.int64)
-        if array.shape != (self.description.images,):
-            raise ValueError(f"{path} has {array.size} entries, {DESCRIPTION} {self.description.images}: {REMEDY}")
+        if array.shape != (self.manifest.images,):
+            raise ValueError(f"{path} has {array.size} entries, {MANIFEST} {self.manifest.images}: {REMEDY}")
         return array
 
     @cached_property
@@ -142,47 +141,41 @@ class Records:
     @cached_property
     def _bounds(self) -> np.ndarray:
         """First position of each shard, and the end: int64 [shards + 1]."""
-        return np.cumsum([0, *(shard.images for shard in self.description.shards)])
+        return np.cumsum([0, *(shard.images for shard in self.manifest.shards)])
 
     def _find(self, row: int) -> tuple[Shard, str]:
         """The shard of an image, and its line in the index."""
         position = int(self._positions[row])
         number = int(np.searchsorted(self._bounds, position, side="right")) - 1
-        shard = self.description.shards[number]
+        shard = self.manifest.shards[number]
         return shard, self._index_lines(shard.index)[position - int(self._bounds[number])]
 
     def _read_index(self, name: str) -> list[str]:
         lines = (self.folder / name).read_text(encoding="ascii").splitlines()
-        return lines[1:] if self.description.format == "webdataset" else lines  # a tar's index begins with the count
+        return lines[1:] if self.manifest.format == "webdataset" else lines  # a tar's index begins with the count
 
 
-def reads_shares(sampler: Sampler) -> bool:
-    """Whether each process reads and shuffles a share of its own: in training, where the short last batch is left out,
-    so that every share is long enough. Else all of them read everything, in storage order."""
-    return sampler.shuffle and sampler.drop_last
-
-
-def _check_described(folder: Path) -> None:
-    if (folder / DESCRIPTION).is_file():
+def _check_manifest(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
         return
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: check --data.root")
     raise FileNotFoundError(
-        f"{folder} has no {DESCRIPTION}: only what `dalikd prepare` has written can be read; "
+        f"{folder} has no {MANIFEST}: only what `dalikd prepare` has written can be read; "
         "write it with `dalikd prepare --data.name NAME --data.root FOLDER --output DIR`"
     )
 
 
-def _check_format(folder: Path, description: Description, format: ContainerFormat | None) -> None:
-    if format is not None and description.format != format:
-        raise ValueError(f"{folder} holds {description.format}, not {format}: say --data.name {description.format}")
-    if description.format not in EXTENSIONS:
-        raise ValueError(f"{folder / DESCRIPTION}: format {description.format!r} is unknown: {REMEDY}")
-    if not description.images:
-        raise ValueError(f"{folder / DESCRIPTION} lists no image: {REMEDY}")
+def _check_format(folder: Path, manifest: ShardManifest, format: ShardFormat | None) -> None:
+    if format is not None and manifest.format != format:
+        raise ValueError(f"{folder} holds {manifest.format}, not {format}: give --data.name {manifest.format}")
+    if manifest.format not in EXTENSIONS:
+        raise ValueError(f"{folder / MANIFEST}: format {manifest.format!r} is unknown: {REMEDY}")
+    if not manifest.images:
+        raise ValueError(f"{folder / MANIFEST} lists no image: {REMEDY}")
 
 
-def _check_shard(folder: Path, shard: Shard, format: ContainerFormat) -> None:
+def _check_shard(folder: Path, shard: Shard, format: ShardFormat) -> None:
     path, index = folder / shard.name, folder / shard.index
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: copy the folder again, or {REMEDY}")
@@ -195,12 +188,12 @@ def _check_shard(folder: Path, shard: Shard, format: ContainerFormat) -> None:
         )
 
 
-def _check_open_files(description: Description) -> None:
+def _check_open_files(manifest: ShardManifest) -> None:
     """DALI keeps every tar open, and those of the next epoch while it changes over."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = 2 * len(description.shards) + _OTHER_FILES
-    if description.format == "webdataset" and allowed != resource.RLIM_INFINITY and needed > allowed:
+    needed = 2 * len(manifest.shards) + _OTHER_FILES
+    if manifest.format == "webdataset" and allowed != resource.RLIM_INFINITY and needed > allowed:
         raise ValueError(
-            f"{description.split} has {len(description.shards)} tars, and this process may open only {allowed} files: "
-            f"say `ulimit -n {needed}` before, or prepare with a larger --shard_images"
+            f"{manifest.split} has {len(manifest.shards)} tars, and this process may open only {allowed} files: "
+            f"run `ulimit -n {needed}` before, or prepare with a larger --shard_images"
         )

@@ -1,4 +1,4 @@
-"""Reads containers in one sweep: DALI's own readers deliver encoded images and ids; nothing is decoded here.
+"""Reads shards in sequence: DALI's own readers deliver encoded images and ids; nothing is decoded here.
 
 Training reads each epoch in a new order: the shards permuted, then a window over them shuffled by DALI, each process
 its own share. Everything else reads the storage order, which `dalikd prepare` has shuffled, every image exactly once.
@@ -18,13 +18,13 @@ import numpy as np
 from nvidia.dali import fn, tfrecord
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from dalikd.pipelines.doctor import dali_words
 from dalikd.pipelines.draws import Stream, permutation, philox
+from dalikd.pipelines.hardware import dali_words
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.shards.layout import PICTURE_EXTENSIONS, REMEDY, Feature
-from dalikd.pipelines.shards.read import Records, reads_shares
+from dalikd.pipelines.shards.layout import MEMBER_EXTENSIONS, REMEDY, Feature
+from dalikd.pipelines.shards.read import ShardSet
 
-__all__ = ["Encoded", "MicrobatchReader", "RecordStream", "Shuffle"]
+__all__ = ["Encoded", "MicrobatchReader", "ShardStream", "Shuffle"]
 
 _AHEAD = 8  # microbatches before an epoch's end at which the next epoch's reader is opened
 _LARGEST_READ = 128  # images that DALI reads at once
@@ -57,11 +57,11 @@ class Shuffle:
     window: int = _WINDOW
 
 
-class RecordStream:
+class ShardStream:
     """One epoch of a DALI reader.
 
     Args:
-        records: the containers.
+        shards: of one split.
         shuffle: a training order; None for the storage order.
         batch_size: images that DALI reads at once.
 
@@ -70,19 +70,19 @@ class RecordStream:
         position: images taken or skipped so far.
     """
 
-    def __init__(self, records: Records, shuffle: Shuffle | None = None, batch_size: int = 64) -> None:
+    def __init__(self, shards: ShardSet, shuffle: Shuffle | None = None, batch_size: int = 64) -> None:
         world, rank = (1, 0) if shuffle is None else (shuffle.world, shuffle.rank)
-        self.length = len(records) * (rank + 1) // world - len(records) * rank // world  # as DALI cuts shares
+        self.length = len(shards) * (rank + 1) // world - len(shards) * rank // world  # as DALI cuts shares
         self.position = 0
-        self._folder, self._batch_size = records.folder, batch_size
-        self._graph = _build(records, shuffle, batch_size)
+        self._folder, self._batch_size = shards.folder, batch_size
+        self._graph = _build(shards, shuffle, batch_size)
         self._outputs: Any = None
 
     def take(self, count: int) -> Encoded:
         """The next images. Their bytes stay as they are for as long as they are held.
 
         Raises:
-            OSError: a container cannot be read.
+            OSError: a shard cannot be read.
         """
         contents: list[np.ndarray] = []
         ids = np.empty(count, np.int64)
@@ -119,28 +119,28 @@ class RecordStream:
 
 
 class MicrobatchReader:
-    """The encoded images of a sampler's microbatches; asked for one after the other, they are read in one sweep.
+    """The encoded images of a sampler's microbatches; asked for one after the other, they are read in sequence.
 
     Args:
-        records: the containers.
+        shards: of one split.
         sampler: cuts epochs into microbatches.
         window: images that a training order draws from.
     """
 
-    def __init__(self, records: Records, sampler: Sampler, window: int = _WINDOW) -> None:
-        self._records, self._sampler, self._window = records, sampler, window
-        self._streams: dict[int, Future[RecordStream]] = {}  # by epoch, counted on where orders repeat
+    def __init__(self, shards: ShardSet, sampler: Sampler, window: int = _WINDOW) -> None:
+        self._shards, self._sampler, self._window = shards, sampler, window
+        self._streams: dict[int, Future[ShardStream]] = {}  # by epoch, counted on where orders repeat
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dalikd-records")
 
     def take(self, index: int) -> Encoded:
         """The images of this process's microbatch number `index`; where it has none, one filler."""
         place = self._sampler.place(index)
         if not place.valid:
-            filler = int(self._records.order[0])
-            return Encoded([np.frombuffer(self._records.read(filler), np.uint8)], np.array([filler]))
+            filler = int(self._shards.order[0])
+            return Encoded([np.frombuffer(self._shards.read(filler), np.uint8)], np.array([filler]))
         per_epoch = self._sampler.microbatches_per_epoch
         epoch, within = divmod(index, per_epoch)
-        start = within * self._sampler.microbatch if reads_shares(self._sampler) else place.start
+        start = within * self._sampler.microbatch if self._sampler.reads_shares else place.start
         stream = self._stream(epoch, start)
         stream.skip(start - stream.position)
         if within + _AHEAD >= per_epoch and epoch + 1 not in self._streams:
@@ -151,7 +151,7 @@ class MicrobatchReader:
         """Free the readers. Can be used again."""
         self._streams.clear()
 
-    def _stream(self, epoch: int, start: int) -> RecordStream:
+    def _stream(self, epoch: int, start: int) -> ShardStream:
         """The epoch's stream, opened anew if it has gone past `start`."""
         for other in [number for number in self._streams if number not in (epoch, epoch + 1)]:
             del self._streams[other]
@@ -159,22 +159,22 @@ class MicrobatchReader:
             self._streams[epoch] = self._thread.submit(self._open, epoch)
         return self._streams[epoch].result()
 
-    def _open(self, epoch: int) -> RecordStream:
+    def _open(self, epoch: int) -> ShardStream:
         sampler = self._sampler
         batch_size = min(sampler.microbatch, _LARGEST_READ)
-        if not reads_shares(sampler):
-            return RecordStream(self._records, None, batch_size)
+        if not sampler.reads_shares:
+            return ShardStream(self._shards, None, batch_size)
         folded = sampler.place(epoch * sampler.microbatches_per_epoch).epoch
         shuffle = Shuffle(sampler.seed, folded, sampler.rank, sampler.world, self._window)
-        return RecordStream(self._records, shuffle, batch_size)
+        return ShardStream(self._shards, shuffle, batch_size)
 
 
 # ------------------------------------------------------------------------------------------------ reader
 
 
-def _build(records: Records, shuffle: Shuffle | None, batch_size: int) -> Pipeline:
+def _build(shards: ShardSet, shuffle: Shuffle | None, batch_size: int) -> Pipeline:
     """A built pipeline with two outputs: encoded bytes, and ids as uint8 [8] or int64 [1]."""
-    numbers = range(len(records.paths))
+    numbers = range(len(shards.paths))
     options: dict[str, Any] = {"dont_use_mmap": True, "pad_last_batch": False, "stick_to_shard": True}
     seed = 0
     if shuffle is not None:
@@ -184,8 +184,8 @@ def _build(records: Records, shuffle: Shuffle | None, batch_size: int) -> Pipeli
         # the counters of `permutation` have 0 where this has 1
         words = philox((np.uint64(0), np.uint64(shuffle.epoch), np.uint64(Stream.ORDER), np.uint64(1)), shuffle.seed)
         seed = int(words[0]) >> 1
-    paths, indices = ([names[number] for number in numbers] for names in (records.paths, records.index_paths))
-    reader = _READERS[records.description.format]
+    paths, indices = ([names[number] for number in numbers] for names in (shards.paths, shards.index_paths))
+    reader = _READERS[shards.manifest.format]
     graph = _graph(reader, paths, indices, options, batch_size=batch_size, num_threads=1, device_id=None, seed=seed)
     graph.build()
     return graph
@@ -197,7 +197,7 @@ def _graph(reader, paths: list[str], indices: list[str], options: dict[str, Any]
 
 
 def _read_webdataset(paths: list[str], indices: list[str], options: dict[str, Any]):
-    components = [";".join(PICTURE_EXTENSIONS), "id"]
+    components = [";".join(MEMBER_EXTENSIONS), "id"]
     return fn.readers.webdataset(
         paths=paths, index_paths=indices, ext=components, missing_component_behavior="error", **options
     )

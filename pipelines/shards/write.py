@@ -1,4 +1,4 @@
-"""Writes a source into containers that DALI reads in one sweep: webdataset tars or TFRecord files.
+"""Writes a source into shards that DALI reads in sequence: webdataset tars or TFRecord files.
 
 The images are shuffled once, so that any stretch of a shard is a fair sample; each keeps its row in the source as its
 id. Encoded files go in byte by byte, arrays as PNG. All is written beside the target folder, then moved there whole.
@@ -19,25 +19,24 @@ import numpy as np
 from PIL import Image
 
 from dalikd.pipelines.content import extension_of, is_jpeg2000, refusal
-from dalikd.pipelines.datasets.file_list import build_once
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.files import build_once, file_digest
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
-    DESCRIPTION,
     EXTENSIONS,
+    MANIFEST,
     VERSION,
-    ContainerFormat,
-    Description,
     Feature,
     Shard,
-    file_sha256,
+    ShardFormat,
+    ShardManifest,
 )
 from dalikd.pipelines.shards.tfrecord import encode_example, frame
 from dalikd.pipelines.sources import Source
 
-__all__ = ["WriteOptions", "check_pictures", "check_target", "write_records"]
+__all__ = ["WriteOptions", "check_decodable", "check_target", "write_shards"]
 
 _CHUNK = 256  # images that are read ahead
 _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
@@ -49,19 +48,19 @@ _REPAIR = "{} cannot be decoded ({}): repair or remove it (--check true names al
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How containers are written.
+    """How shards are written.
 
     Args:
         format: webdataset tars, or TFRecord files.
         seed: of the storage order.
         shard_images: images a shard, at most; None: 1000, or as many as make 256 shards.
-        resize: pictures whose short side is longer are resized to it, and stored as JPEG of quality 95; None: no.
-        check: decode every picture first, and name those that cannot be.
+        resize: images whose short side is longer are resized to it, and stored as JPEG of quality 95; None: no.
+        check: decode every image first, and name those that cannot be.
         overwrite: replace what an earlier call has written.
         threads: that read, decode and encode.
     """
 
-    format: ContainerFormat = "webdataset"
+    format: ShardFormat = "webdataset"
     seed: int = 0
     shard_images: int | None = None
     resize: int | None = None
@@ -71,16 +70,16 @@ class WriteOptions:
 
     def __post_init__(self) -> None:
         if self.format not in EXTENSIONS:
-            raise ValueError(f"--format {self.format} is unknown: say {' or '.join(EXTENSIONS)}")
+            raise ValueError(f"--format {self.format} is unknown: give {' or '.join(EXTENSIONS)}")
         if self.seed < 0:
-            raise ValueError(f"--seed {self.seed} is negative: say 0 or more")
+            raise ValueError(f"--seed {self.seed} is negative: give 0 or more")
         for option in ("shard_images", "resize", "threads"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise ValueError(f"--{option} {value}: say 1 or more")
+                raise ValueError(f"--{option} {value}: give 1 or more")
 
 
-def write_records(source: Source, folder: Path, options: WriteOptions) -> Description:
+def write_shards(source: Source, folder: Path, options: WriteOptions) -> ShardManifest:
     """Write one split into a folder of its own.
 
     Args:
@@ -98,22 +97,22 @@ def write_records(source: Source, folder: Path, options: WriteOptions) -> Descri
     shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
     with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
         if options.check:
-            check_pictures(source, options.threads)
+            check_decodable(source, options.threads)
         build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
     if target != folder:
         shutil.rmtree(folder)
         target.rename(folder)
-    return Description.read(folder)
+    return ShardManifest.read(folder)
 
 
 def check_target(source: Source, folder: Path, options: WriteOptions) -> None:
-    """Check that `write_records` may write there, and that there is room.
+    """Check that `write_shards` may write there, and that there is room.
 
     Raises:
         FileExistsError: the folder holds something that may not be replaced.
         OSError: the disk is too small.
     """
-    assert source.records is None, "containers are made of files or arrays"
+    assert source.shards is None, "shards are made of files or arrays"
     _check_folder(folder, options.overwrite)
     _check_space(source, folder, options.resize)
 
@@ -129,7 +128,7 @@ def _write_split(source: Source, folder: Path, prefix: str, options: WriteOption
     for name, array in zip(ARRAYS, (source.labels, order), strict=True):
         np.save(folder / name, array.astype("<i8"))
     resized = "" if options.resize is None else f"-short{options.resize}"
-    Description(
+    ShardManifest(
         version=VERSION,
         format=options.format,
         name=source.name,
@@ -141,7 +140,7 @@ def _write_split(source: Source, folder: Path, prefix: str, options: WriteOption
         fingerprint=source.fingerprint + resized,
         seed=options.seed,
         resize=options.resize,
-        arrays={name: file_sha256(folder / name) for name in ARRAYS},
+        arrays={name: file_digest(folder / name) for name in ARRAYS},
         shards=shards,
     ).write(folder)
 
@@ -159,7 +158,7 @@ class _Sample(NamedTuple):
     name: str
 
 
-def _write_shard(path: Path, format: ContainerFormat, samples: Iterator[_Sample], images: int) -> Shard:
+def _write_shard(path: Path, format: ShardFormat, samples: Iterator[_Sample], images: int) -> Shard:
     """Take so many samples and write them and their index."""
     layout, offset, lines, digest = _LAYOUTS[format], 0, [], hashlib.sha256()
     with path.open("xb") as file:
@@ -172,7 +171,7 @@ def _write_shard(path: Path, format: ContainerFormat, samples: Iterator[_Sample]
         digest.update(layout.end)
     index = path.with_suffix(".idx")
     index.write_text(layout.heading.format(images) + "".join(f"{line}\n" for line in lines), encoding="ascii")
-    return Shard(path.name, images, offset, digest.hexdigest(), file_sha256(index))
+    return Shard(path.name, images, offset, digest.hexdigest(), file_digest(index))
 
 
 def _pack_members(sample: _Sample, offset: int) -> tuple[bytes, str]:
@@ -206,7 +205,7 @@ def _pack_example(sample: _Sample, offset: int) -> tuple[bytes, str]:
 
 
 class _Layout(NamedTuple):
-    """How a container is laid out: a sample's content and index line, what ends it, the index's heading."""
+    """How a shard is laid out: a sample's content and index line, what ends it, the index's heading."""
 
     pack: Callable[[_Sample, int], tuple[bytes, str]]
     end: bytes
@@ -309,8 +308,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{folder} is not empty: name another --output, or replace it with --overwrite true")
-    if not (folder / DESCRIPTION).is_file():
-        raise FileExistsError(f"{folder} holds something else than an image set ({DESCRIPTION}): name another --output")
+    if not (folder / MANIFEST).is_file():
+        raise FileExistsError(f"{folder} holds something else than an image set ({MANIFEST}): name another --output")
 
 
 def _check_space(source: Source, folder: Path, resize: int | None) -> None:
@@ -329,15 +328,15 @@ def _check_space(source: Source, folder: Path, resize: int | None) -> None:
     if needed > free:
         raise OSError(
             f"{source.split} takes about {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: "
-            "name another --output, or make pictures smaller with --resize"
+            "name another --output, or make images smaller with --resize"
         )
 
 
-def check_pictures(source: Source, threads: int) -> None:
-    """Decode everything as training does; pictures in memory are decoded already.
+def check_decodable(source: Source, threads: int) -> None:
+    """Decode everything as training does; images in memory are decoded already.
 
     Raises:
-        ValueError: names the first pictures that cannot be decoded, and says how many there are.
+        ValueError: names the first images that cannot be decoded, and says how many there are.
     """
     with progress(f"checking {source.split}", total=len(source), unit=" images") as bar:
         bad = find_bad_files(source, range(len(source)), threads=threads, done=bar.update)

@@ -1,4 +1,4 @@
-"""What tests on a GPU read. Pictures that are arrays need no DALI: tests on them run where it is not installed."""
+"""What tests on a GPU read. Images that are arrays need no DALI: tests on them run where it is not installed."""
 
 import pickle
 from pathlib import Path
@@ -21,7 +21,7 @@ def two_gpus() -> None:
 
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a CIFAR-10 of 330 training and 40 test pictures, noise around a colour for each class."""
+    """Options of a CIFAR-10 of 330 training and 40 test images, noise around a colour for each class."""
     folder = tmp_path_factory.mktemp("cifar") / "cifar-10-batches-py"
     folder.mkdir()
     random = np.random.default_rng(0)

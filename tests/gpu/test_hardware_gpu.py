@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on, package_versions
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_dali")]
 

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from dalikd.pipelines.backends import can_gather
-from dalikd.pipelines.decode import decode_source
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import Batch, Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 pytestmark = pytest.mark.gpu
 
@@ -39,8 +39,8 @@ def small_source(small_images: Path) -> Source:
 @pytest.fixture(scope="module")
 def in_memory(small_source: Source) -> Source:
     paths = [small_source.path(row) for row in range(len(small_source))]
-    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    return replace(small_source, files=None, arrays=np.stack(pictures))
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return replace(small_source, files=None, arrays=np.stack(images))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def no_sync() -> Iterator[Callable[[], None]]:
 
 
 def _loader(source: Source, spec: DrawSpec, batch_size: int, device: str = "cuda", **options: Any) -> Loader:
-    """One decoder for all pictures, unless the options say otherwise: a batch that two share has other pixels."""
+    """One decoder for all images, unless the options say otherwise: a batch that two share has other pixels."""
     if not can_gather(source, spec, options.get("resident")):
         pytest.importorskip("nvidia.dali")
     options = {"hw_decoder_load": 0.0, **options}
@@ -64,7 +64,7 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _mean_differences(one: Tensor, two: Tensor) -> Tensor:
-    """Mean absolute difference of each picture, in grey levels, on the CPU."""
+    """Mean absolute difference of each image, in grey levels, on the CPU."""
     return (one.cpu().float() - two.cpu().float()).abs().mean((1, 2, 3))
 
 
@@ -94,11 +94,11 @@ def test_mixed_decode_shows_what_the_cpu_shows(photo_source, view, load):
         for ours, theirs in ((one.images, two.images), (one.augmented[0], two.augmented[0])):
             differences = _mean_differences(ours, theirs)
             assert differences.mean() < 2
-            assert differences.max() < 8  # another picture or window differs by dozens
+            assert differences.max() < 8  # another image or window differs by dozens
 
 
 @pytest.mark.parametrize("load", [0.0, 1.0])
-def test_a_picture_does_not_depend_on_its_batch(photo_source, load):
+def test_a_image_does_not_depend_on_its_batch(photo_source, load):
     spec = replace(PHOTOS, mixes=())
     few, many = (_loader(photo_source, spec, size, hw_decoder_load=load).next() for size in (5, 12))
     assert torch.equal(few.ids, many.ids[:5])
@@ -108,7 +108,7 @@ def test_a_picture_does_not_depend_on_its_batch(photo_source, load):
 @pytest.mark.parametrize("kind", ["autoaugment", "randaugment", "trivialaugment"])
 def test_a_policy_on_the_gpu_is_that_of_the_cpu(in_memory, kind):
     """From the same pixels. One level of rounding can become many where a later step equalises or solarises, so the
-    bound is on the average over the pictures."""
+    bound is on the average over the images."""
     spec = replace(TRAINING, views=(ViewRun(kind),))
     on_cpu, on_gpu = (_loader(in_memory, spec, 256, device) for device in ("cpu", "cuda"))
     one, two = on_cpu.next(), on_gpu.next()
@@ -174,7 +174,7 @@ import sys
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.data import open_source
 
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
 view = View(32, sys.argv[2], resize=32)
@@ -194,14 +194,14 @@ print("refused", *sorted(refused))
 @pytest.mark.usefixtures("needs_dali")
 @pytest.mark.parametrize("crop", ["random_resized_crop", "pad_crop", "center_crop"])
 def test_bad_files_are_named_and_never_crash_the_process(small_images, tmp_path, crop):
-    """No picture, an empty file, half a header, and a scan that is cut short, which a decoder may fill up with grey."""
+    """No image, an empty file, half a header, and a scan that is cut short, which a decoder may fill up with grey."""
 
     def cut(content: bytes) -> bytes:
         scan = content.index(b"\xff\xda")
         return content[: scan + (len(content) - scan) // 2]
 
     spoilers = {
-        1: lambda _: b"This is not a picture.\n" * 20,
+        1: lambda _: b"This is not a image.\n" * 20,
         4: lambda _: b"",
         9: lambda content: content[:100],
         14: cut,
@@ -225,7 +225,7 @@ def test_with_replace_the_run_goes_on(small_images, tmp_path):
         target.write_bytes(path.read_bytes())
     clean = _loader(open_source("imagefolder", tmp_path, "train", split="."), TRAINING, 8)
     expected = [clean.next() for _ in range(3)]
-    (tmp_path / "bee" / "003.jpg").write_bytes(b"This is not a picture.\n" * 20)
+    (tmp_path / "bee" / "003.jpg").write_bytes(b"This is not a image.\n" * 20)
     healed = _loader(open_source("imagefolder", tmp_path, "train", split="."), TRAINING, 8, bad_files="replace")
     for one in expected:
         two = healed.next()
@@ -295,7 +295,7 @@ def test_fixed_buffers_are_used_in_turn(photo_source):
 @pytest.mark.usefixtures("needs_dali")
 @pytest.mark.parametrize("load", [0.0, 1.0])
 @pytest.mark.parametrize("size", [32, 24])
-def test_resident_pictures_are_those_of_the_files(small_source, size, load):
+def test_resident_images_are_those_of_the_files(small_source, size, load):
     """Decoded in other batches, by the same decoder."""
     spec = replace(TRAINING, view=View(size, "pad_crop"))
     resident = decode_source(small_source, spec.view, device=torch.device("cuda"), threads=2, hw_decoder_load=load)

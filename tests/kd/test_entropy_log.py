@@ -22,6 +22,11 @@ def filled(steps: int, every: int = 10, seed: int = 0) -> EntropyLog:
     return log
 
 
+def save(log: EntropyLog, path: Path) -> None:
+    with path.open("wb") as file:
+        log.save(file)
+
+
 def assert_equal(log: EntropyLog, other: EntropyLog) -> None:
     for name, values in other.arrays().items():
         np.testing.assert_array_equal(log.arrays()[name], values)
@@ -58,12 +63,11 @@ def test_records_are_copies():
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_a_file_holds_everything(steps: int, tmp_path: Path):
     log, path = filled(steps), tmp_path / "entropies.npz"
-    log.save(path)
-    log.save(path)  # over the first one
+    save(log, path)
+    save(log, path)  # over the first one
     loaded = EntropyLog.load(path)
     assert_equal(loaded, log)
     assert (loaded.every, len(loaded)) == (10, steps)
-    assert [file.name for file in tmp_path.iterdir()] == ["entropies.npz"]
     with np.load(path) as file:
         assert sorted(file) == ["candidates", "every", "originals", "picks", "sizes", "steps"]
 
@@ -71,7 +75,7 @@ def test_a_file_holds_everything(steps: int, tmp_path: Path):
 def test_a_broken_entropy_survives_a_file(tmp_path: Path):
     log = EntropyLog(1)
     log.add(0, torch.tensor([1.0, torch.nan]), torch.tensor([torch.nan]), torch.tensor([2.0]))
-    log.save(tmp_path / "entropies.npz")
+    save(log, tmp_path / "entropies.npz")
     assert EntropyLog.load(tmp_path / "entropies.npz").arrays()["sizes"].tolist() == [[2, 1, 1]]
 
 
@@ -115,12 +119,10 @@ def test_unusable_records_are_refused():
 def test_unusable_files_are_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"missing\.npz: no such file"):
         EntropyLog.load(tmp_path / "missing.npz")
-    with pytest.raises(NotADirectoryError, match="no such folder"):
-        filled(1).save(tmp_path / "missing" / "entropies.npz")
     text, foreign, cut, array = (tmp_path / name for name in ("text.npz", "foreign.npz", "cut.npz", "array.npz"))
     text.write_text("no zip")
     np.savez(foreign, other=np.zeros(3))
-    filled(3).save(cut)
+    save(filled(3), cut)
     cut.write_bytes(cut.read_bytes()[:-100])
     with array.open("wb") as file:
         np.save(file, np.zeros(3))
@@ -165,7 +167,7 @@ def test_many_records_are_averaged():
 
 
 def test_plots_are_written_from_logs_and_files(tmp_path: Path):
-    filled(4).save(tmp_path / "entropies.npz")
+    save(filled(4), tmp_path / "entropies.npz")
     plot_entropies(tmp_path / "entropies.npz", tmp_path / "file.png")
     plot_entropies(filled(4), tmp_path / "log.png")
     assert (tmp_path / "file.png").read_bytes() == (tmp_path / "log.png").read_bytes()

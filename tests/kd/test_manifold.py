@@ -9,10 +9,11 @@ from torch.nn import functional
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.manifold import LAYERS, check_mixable, hidden_mixing, manifold_mixup, mixed_forward
-from dalikd.kd.mixing import HiddenMix, MixDraws, Mixed, mixup
+from dalikd.kd.mixing import HiddenMix, Mixed, mixup
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import CRITERIA, PoolOutputs, pick_rows
 from dalikd.kd.teacher import Teacher, look
+from dalikd.pipelines.draw_spec import MixDraws
 
 NETS = ["resnet20", "resnet20_option_a", "wrn_16_2", "vgg8", "timm:resnet18"]
 CLASSES = 7

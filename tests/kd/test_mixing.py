@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.kd.mixing import MixDraws, Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
+from dalikd.kd.mixing import Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
+from dalikd.pipelines.draw_spec import MixDraws
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "mixing.json").read_text())
 FILL = (129.3, 124.1, 112.4)

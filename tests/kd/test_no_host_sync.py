@@ -13,8 +13,9 @@ from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
-from dalikd.kd.mixing import MixDraws, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
+from dalikd.kd.mixing import cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import dissimilarity, entropy, kl_divergence, pick, pick_rows
+from dalikd.pipelines.draw_spec import MixDraws
 
 FILL = (129.3, 124.1, 112.4)
 

@@ -4,10 +4,11 @@ from torch import nn
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.manifold import manifold_mixup
-from dalikd.kd.mixing import MixDraws, Mixed, cutmix, mixup
+from dalikd.kd.mixing import Mixed, cutmix, mixup
 from dalikd.kd.picking import CRITERIA
 from dalikd.kd.survey import Branch, survey
 from dalikd.kd.teacher import Teacher, look
+from dalikd.pipelines.draw_spec import MixDraws
 
 B, GROUP, CLASSES = 20, 8, 5
 

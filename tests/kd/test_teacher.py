@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.backbones import create_model
-from dalikd.kd.mixing import MixDraws, Mixed, cutmix
+from dalikd.kd.mixing import Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import CRITERIA, entropy, pick_rows
 from dalikd.kd.teacher import (
@@ -21,6 +21,7 @@ from dalikd.kd.teacher import (
     entropies,
     look,
 )
+from dalikd.pipelines.draw_spec import MixDraws
 
 HALF = (0.5, 0.5, 0.5)
 GROUP = 16

@@ -1,4 +1,4 @@
-"""An image set in containers of both formats."""
+"""An image set in shards of both formats."""
 
 import io
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.shards.layout import ContainerFormat
-from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.data import open_source
+from dalikd.pipelines.shards.layout import ShardFormat
+from dalikd.pipelines.shards.write import WriteOptions, write_shards
+from dalikd.pipelines.sources import Source
 
-FORMATS: tuple[ContainerFormat, ...] = ("webdataset", "tfrecord")
+FORMATS: tuple[ShardFormat, ...] = ("webdataset", "tfrecord")
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +29,10 @@ class Written(NamedTuple):
 
     source: Source
     folder: Path
-    format: ContainerFormat
+    format: ShardFormat
 
     def open(self) -> Source:
-        """The same images, from the containers."""
+        """The same images, from the shards."""
         return open_source(self.format, self.folder.parent, "train")
 
 
@@ -40,5 +41,5 @@ def written(small_images: Path, tmp_path_factory: pytest.TempPathFactory, reques
     """The 300 small images in five shards of sixty; read only."""
     folder = tmp_path_factory.mktemp(request.param) / "train"
     source = open_source("imagefolder", small_images, "train", split=".")
-    write_records(source, folder, WriteOptions(request.param, seed=4, shard_images=70, threads=1))
+    write_shards(source, folder, WriteOptions(request.param, seed=4, shard_images=70, threads=1))
     return Written(source, folder, request.param)

@@ -1,4 +1,4 @@
-"""Batches from containers. The loader's own tests cover files and arrays."""
+"""Batches from shards. The loader's own tests cover files and arrays."""
 
 import shutil
 from dataclasses import replace
@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, ShardBackend, UnfitError
-from dalikd.pipelines.decode import decode_source
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.pipelines.loader import BadFileError, Batch, Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import write as convert
-from dalikd.pipelines.shards.read import Records
-from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.shards.read import ShardSet
+from dalikd.pipelines.shards.write import WriteOptions, write_shards
+from dalikd.pipelines.sources import Source
 
 TRAINING = DrawSpec(View(32, "random_resized_crop"), 7, (ViewRun("crop_flip"),), (MixRun("derangement"),), mix_group=8)
 EVALUATION = DrawSpec(View(32, "center_crop", resize=32))
@@ -36,23 +36,24 @@ def _same(one: Batch, two: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in tensors)
 
 
-def _from_files(loader: Loader, like: Batch, position: int) -> Batch:
+def _from_files(loader: Loader, like: Batch, position: int, monkeypatch: pytest.MonkeyPatch) -> Batch:
     """The batch of the same rows and draws, read from files."""
-    engine = loader._engine
-    assert type(engine) is DaliBackend
-    engine.close()
-    plan = loader.plan(position, like.ids.numpy())
-    engine._work = replace(engine._work, plan=lambda _: plan)
-    return loader._batch(engine.fetch(position))
+    backend = loader._backend
+    assert type(backend) is DaliBackend
+    backend.close()
+    plan = DaliBackend.plan(backend, position, like.ids.numpy())
+    monkeypatch.setattr(backend, "plan", lambda _: plan)
+    loader.position = position
+    return loader.next()
 
 
-def test_pixels_labels_and_draws_are_those_of_the_files(written):
+def test_pixels_labels_and_draws_are_those_of_the_files(written, monkeypatch):
     """A row looks the same in the same epoch, wherever it is read from."""
     loader, files = _loader(written.open()), _loader(written.source)
     for position in (1, 12):  # 9 batches an epoch
         loader.seek(position)
         batch = loader.next()
-        assert _same(batch, _from_files(files, batch, position))
+        assert _same(batch, _from_files(files, batch, position, monkeypatch))
         assert batch.labels.tolist() == written.source.labels[batch.ids].tolist()
 
 
@@ -83,7 +84,7 @@ def test_held_batches_stay_as_they_were(written):
     assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
 
 
-def test_evaluation_shows_every_picture_once(written):
+def test_evaluation_shows_every_image_once(written):
     source = written.open()
     for world in (1, 3):
         seen, sizes = [], []
@@ -122,7 +123,7 @@ def test_a_state_of_another_order_is_refused(written, tmp_path):
     two = Loader(source, Sampler(300, 32, seed=7, world=2), TRAINING, threads=1)
     with pytest.raises(ValueError, match=r"in 1 share\(s\), now it is .* in 2 share\(s\)"):
         two.load_state_dict(state)
-    write_records(written.source, tmp_path / "train", WriteOptions(written.format, seed=9, threads=1))
+    write_shards(written.source, tmp_path / "train", WriteOptions(written.format, seed=9, threads=1))
     with pytest.raises(ValueError, match="order was containers"):
         _loader(open_source(written.format, tmp_path, "train")).load_state_dict(state)
 
@@ -140,7 +141,7 @@ def test_a_state_without_an_order_is_one_of_files(written):
 
 @pytest.fixture
 def spoiled(written, tmp_path) -> tuple[Source, list[int]]:
-    """The same containers with two bad pictures, in batches 1 and 11 of a training."""
+    """The same shards with two bad images, in batches 1 and 11 of a training."""
     loader, rows = _loader(written.open()), []
     for position, slot in ((1, 5), (11, 0)):
         loader.seek(position)
@@ -149,13 +150,13 @@ def spoiled(written, tmp_path) -> tuple[Source, list[int]]:
     shutil.copytree(written.source.files.root, tree)
     paths = [tree / Path(written.source.path(row)).relative_to(written.source.files.root) for row in rows]
     paths[0].write_bytes(paths[0].read_bytes()[:-200])  # the pixels end early
-    paths[1].write_bytes(b"\xff\xd8\xff no picture")
+    paths[1].write_bytes(b"\xff\xd8\xff no image")
     source = open_source("imagefolder", tree, "train", split=".")
-    write_records(source, tmp_path / "out/train", WriteOptions(written.format, seed=4, shard_images=70, threads=1))
+    write_shards(source, tmp_path / "out/train", WriteOptions(written.format, seed=4, shard_images=70, threads=1))
     return open_source(written.format, tmp_path / "out", "train"), rows
 
 
-def test_a_bad_picture_stops_the_run_by_name(spoiled):
+def test_a_bad_image_stops_the_run_by_name(spoiled):
     source, rows = spoiled
     loader = _loader(source)
     loader.next()
@@ -164,7 +165,7 @@ def test_a_bad_picture_stops_the_run_by_name(spoiled):
     assert loader.position == 1
 
 
-def test_a_bad_picture_is_replaced_and_nothing_else_moves(written, spoiled, capsys, monkeypatch):
+def test_a_bad_image_is_replaced_and_nothing_else_moves(written, spoiled, capsys, monkeypatch):
     source, rows = spoiled
     opened = _count_streams(monkeypatch)
     loader, clean = _loader(source, bad_files="replace"), _loader(written.source)
@@ -177,28 +178,28 @@ def test_a_bad_picture_is_replaced_and_nothing_else_moves(written, spoiled, caps
         assert torch.equal(batch.images[kept], expected.images[kept])
         if position == 1:
             slot = kept.tolist().index(False)
-            plan = replace(clean.plan(1, expected.ids.numpy()), rows=np.array(ids))  # own draws, another's picture
-            clean._engine._work = replace(clean._engine._work, plan=lambda _, plan=plan: plan)  # type: ignore
-            assert torch.equal(batch.images[slot], clean._engine.fetch(1).images[slot])
+            plan = replace(clean._backend.plan(1, expected.ids.numpy()), rows=np.array(ids))  # another's image
+            monkeypatch.setattr(clean._backend, "plan", lambda _, plan=plan: plan)
+            assert torch.equal(batch.images[slot], clean._backend.fetch(1).images[slot])
     assert set(loader.replaced) == set(rows)
     out = capsys.readouterr().out
     assert out.count("cannot decode") == 2
     assert all(f"{row:09d}" in out for row in rows)
-    assert opened() == [3, 3]  # two epochs and the one ahead: after a bad picture nothing was read again
+    assert opened() == [3, 3]  # two epochs and the one ahead: after a bad image nothing was read again
 
 
 def _count_streams(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Counts the streams of `loader` and `whole` above by the records they read."""
+    """Counts the streams of `loader` and `whole` above by the shards they read."""
     from dalikd.pipelines.shards import stream as streams
 
     opened: dict[int, int] = {}
 
-    class Counted(streams.RecordStream):
-        def __init__(self, records: Records, shuffle: Any, batch_size: int) -> None:
-            opened[id(records)] = opened.get(id(records), 0) + 1
-            super().__init__(records, shuffle, batch_size)
+    class Counted(streams.ShardStream):
+        def __init__(self, shards: ShardSet, shuffle: Any, batch_size: int) -> None:
+            opened[id(shards)] = opened.get(id(shards), 0) + 1
+            super().__init__(shards, shuffle, batch_size)
 
-    monkeypatch.setattr(streams, "RecordStream", Counted)
+    monkeypatch.setattr(streams, "ShardStream", Counted)
     return lambda: list(opened.values())
 
 
@@ -234,7 +235,7 @@ def test_rare_kinds_in_containers_are_looked_at_too(tmp_path, small_images, monk
     (folder / "2.jpg").write_bytes(cmyk.replace(b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\0", b""))
     photo.save(folder / "3.tif", tiffinfo={274: 3})
     monkeypatch.setattr(convert, "refusal", lambda _: None)  # as an earlier version wrote them
-    write_records(
+    write_shards(
         open_source("imagefolder", tmp_path / "tree", "train", split="."),
         tmp_path / "out/train",
         WriteOptions(threads=1),
@@ -251,13 +252,13 @@ def test_rare_kinds_in_containers_are_looked_at_too(tmp_path, small_images, monk
 
 def test_a_reader_does_not_keep_more_than_it_needs(written):
     loader = _loader(written.open(), batch_size=16)
-    engine = loader._engine
-    assert isinstance(engine, ShardBackend)
+    backend = loader._backend
+    assert isinstance(backend, ShardBackend)
     for index in range(18):
         loader.feed(index)  # plans that no pipeline takes
-    assert len(engine._read) == 2 + 5
+    assert len(backend._read) == 2 + 5
     loader.close()
-    assert not engine._read
+    assert not backend._read
 
 
 # ------------------------------------------------------------------------------------------- truncated JPEGs
@@ -272,17 +273,17 @@ def test_on_a_gpu_a_jpeg_that_is_cut_off_is_found_by_its_end(small_images: Path,
     for number, content in enumerate((whole, trailed + b"tail", cut[:-40])):
         (folder / f"{number}.jpg").write_bytes(content)
     loader = _loader(open_source("imagefolder", tmp_path, "train", split="."), EVALUATION, 3)
-    engine = loader._engine
-    assert isinstance(engine, DaliBackend)
+    backend = loader._backend
+    assert isinstance(backend, DaliBackend)
     jpeg, shape = np.full(3, 0xD8, np.uint8), np.full((3, 3), 3.0, np.float32)
     end = np.tile(np.uint8([0xFF, 0xD9]), (3, 1))
-    plan = replace(loader.plan(0), rows=np.arange(3))
-    assert not engine._look(plan, jpeg, shape, end)
-    assert engine._fit == set()
+    plan = replace(backend.plan(0), rows=np.arange(3))
+    assert not backend._look(plan, jpeg, shape, end)
+    assert backend._fit == set()
     end[1] = 0
-    assert not engine._look(plan, jpeg, shape, end)
-    assert engine._fit == {1}
+    assert not backend._look(plan, jpeg, shape, end)
+    assert backend._fit == {1}
     end[2] = 0
     with pytest.raises(UnfitError):
-        engine._look(plan, jpeg, shape, end)
-    assert not engine._look(plan, jpeg, shape)  # the CPU's decoder says so itself
+        backend._look(plan, jpeg, shape, end)
+    assert not backend._look(plan, jpeg, shape)  # the CPU's decoder says so itself

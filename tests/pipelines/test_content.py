@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from dalikd.pipelines.content import extension_of, image_sides, refusal, why_damaged
-from dalikd.pipelines.doctor import Decoder, is_decode_failure
+from dalikd.pipelines.doctor import Decoder
+from dalikd.pipelines.hardware import is_decode_failure
 
 SIDES = (40, 48)  # rows, columns
 RGB = np.asarray(
@@ -268,7 +269,7 @@ def test_what_ends_early_is_told_from_what_is_damaged(kind):
 
 
 @pytest.mark.parametrize(
-    ("text", "of_the_picture"),
+    ("text", "of_the_image"),
     [
         ("Error when executing Mixed operator decoders__Image encountered: Failed to decode a.jpg", True),
         ("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory", False),
@@ -278,8 +279,8 @@ def test_what_ends_early_is_told_from_what_is_damaged(kind):
         ("nvjpeg error (5): NVJPEG_STATUS_ALLOCATOR_FAILURE The user-provided allocator functions failed", False),
     ],
 )
-def test_a_gpu_that_fails_is_no_bad_picture(text, of_the_picture):
-    assert is_decode_failure(RuntimeError(f"Critical error in pipeline:\n{text}")) is of_the_picture
+def test_a_gpu_that_fails_is_no_bad_image(text, of_the_image):
+    assert is_decode_failure(RuntimeError(f"Critical error in pipeline:\n{text}")) is of_the_image
 
 
 # --------------------------------------------------------------------------------------------- sides by the header

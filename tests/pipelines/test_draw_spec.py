@@ -32,7 +32,7 @@ def _all_draws(spec: DrawSpec, size: int, batch_size: int) -> tuple[list[Draws],
 
 
 def _mix_parts(draws: list[Draws], run: int) -> dict[str, list[np.ndarray]]:
-    names = [name for name, array in vars(draws[0].mix[run]).items() if array is not None]
+    names = [name for name, array in draws[0].mix[run]._asdict().items() if array is not None]
     return {name: [getattr(draw.mix[run], name) for draw in draws] for name in names}
 
 
@@ -204,7 +204,7 @@ def _per_image(spec: DrawSpec, images: int) -> dict[str, np.ndarray]:
     draws = spec.draw(_micro(np.arange(images)))
     arrays = {name: array for name, array in draws.views.items() if name not in ("crop", "flip")}
     for run, mix in enumerate(draws.mix):
-        arrays |= {f"{name}{run}": array for name, array in vars(mix).items() if array is not None}
+        arrays |= {f"{name}{run}": array for name, array in mix._asdict().items() if array is not None}
         arrays[f"partner{run}"] = (mix.partner - np.arange(images)) % spec.mix_group  # how far away
     columns = {name: array.reshape(images, -1).astype(float) for name, array in arrays.items()}
     return {f"{name}[{k}]": column[:, k] for name, column in columns.items() for k in range(column.shape[1])}
@@ -290,7 +290,7 @@ def test_each_run_draws_what_it_draws_alone(view, mode):
             assert np.array_equal(array, other), (run, name)
     for run, mix in zip(mixes, together.mix, strict=True):
         alone = replace(spec, views=(), mixes=(run,)).draw(micro).mix[0]
-        for name, array in vars(alone).items():
+        for name, array in alone._asdict().items():
             assert np.array_equal(array, getattr(mix, name)), (run, name)
 
 
@@ -303,7 +303,7 @@ def test_runs_differ():
         same_kind = [(a, b) for a in found for b in found if a < b and a // 3 == b // 3]
         assert same_kind
         assert not any(np.array_equal(found[a], found[b]) for a, b in same_kind), name
-    for name in vars(draws.mix[0]):
+    for name in draws.mix[0]._fields:
         one, two, three = (getattr(mix, name) for mix in draws.mix)
         assert not np.array_equal(one, two), name
         assert not np.array_equal(one, three), name

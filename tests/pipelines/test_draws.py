@@ -216,7 +216,7 @@ def test_windows_are_those_of_torchvision(scale, ratio):
 
 
 def test_the_window_where_no_try_fits_is_torchvisions_own():
-    """Areas of 1 to 1.2 times a picture outside the ratio range never fit, whatever torchvision draws."""
+    """Areas of 1 to 1.2 times a image outside the ratio range never fit, whatever torchvision draws."""
     ratio = (3 / 4, 4 / 3)
     sides = np.array([(200, 800), (601, 150), (100, 199), (1, 900), (900, 1), (333, 101)], np.int32)
     numbers = uniforms(1, 0, np.arange(len(sides)), {Stream.BASE_VIEW: 22})[Stream.BASE_VIEW]
@@ -262,8 +262,8 @@ def test_erasing_boxes_are_torchvisions_step_by_step(side):
 def test_erasing_boxes_are_distributed_like_torchvisions():
     """Against boxes that torchvision draws itself."""
     torch.manual_seed(0)
-    picture = torch.zeros(1, 32, 32)
-    drawn = [RandomErasing.get_params(picture, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)]
+    image = torch.zeros(1, 32, 32)
+    drawn = [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)]
     published = np.array(drawn)
     boxes, _ = _boxes(32, 4000, probability=1.0)
     assert (boxes[:, 2:] > 0).all()
@@ -275,7 +275,7 @@ def test_erasing_boxes_are_distributed_like_torchvisions():
     assert test.pvalue > 0.01
 
 
-def test_half_of_the_pictures_are_erased_inside_their_borders():
+def test_half_of_the_images_are_erased_inside_their_borders():
     boxes, _ = _boxes(32, 20_000)
     erased = boxes[:, 2] > 0
     assert stats.binomtest(int(erased.sum()), 20_000).pvalue > 0.001
@@ -289,7 +289,7 @@ def test_half_of_the_pictures_are_erased_inside_their_borders():
 
 def test_boxes_that_never_fit_and_boxes_without_area_are_none():
     numbers = uniforms(1, 0, np.arange(200), {Stream.BOX: 23})[Stream.BOX]
-    assert not erasing_boxes(numbers, 32, 1.0, (1.0, 1.0), (1.0, 1.0)).any()  # as large as the picture
+    assert not erasing_boxes(numbers, 32, 1.0, (1.0, 1.0), (1.0, 1.0)).any()  # as large as the image
     assert not erasing_boxes(numbers, 32, 1.0, (0.0, 0.0), (0.3, 3.3)).any()
     assert not erasing_boxes(numbers, 8, 1.0, (0.01, 0.01), (12.0, 12.0)).any()  # 3 x 0 pixels
 

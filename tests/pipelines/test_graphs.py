@@ -25,13 +25,14 @@ from torchvision.transforms import autoaugment as published
 from torchvision.transforms import functional as transforms
 
 from dalikd.pipelines import graphs
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.graphs import build_graph, input_names
 from dalikd.pipelines.hardware import Decoding
 from dalikd.pipelines.policies import POLICIES, RANDOM_OPERATIONS, operation_names, policy_table
 from dalikd.pipelines.sampler import Microbatch
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 CROPS = ("random_resized_crop", "pad_crop", "center_crop")
 AUGMENTED = ((), ("flip",), ("crop_flip",), ("autoaugment",), ("trivialaugment", "randaugment"))
@@ -47,28 +48,28 @@ def _draw(view: View, runs: tuple[ViewRun, ...], rows: np.ndarray, seed: int = 1
 
 
 def _run(
-    view: View, pictures: list[np.ndarray], views: dict[str, np.ndarray], runs: tuple[ViewRun, ...] = ()
+    view: View, images: list[np.ndarray], views: dict[str, np.ndarray], runs: tuple[ViewRun, ...] = ()
 ) -> list[np.ndarray]:
     """Outputs of a graph for one batch of paths (uint8 [n]) or pixels (uint8 [H, W, 3])."""
     names = input_names(view, runs)[1:]
     if "start" in names:
-        start, shape = _windows(view, pictures, views)
+        start, shape = _windows(view, images, views)
         views = {**views, "start": start, "shape": shape}
-    batch = (pictures, *(np.ascontiguousarray(views[name]) for name in names))
+    batch = (images, *(np.ascontiguousarray(views[name]) for name in names))
     graph = build_graph(
         lambda _: batch,
         view,
         runs,
-        reader="files" if pictures[0].ndim == 1 else "arrays",
-        batch_size=len(pictures),
+        reader="files" if images[0].ndim == 1 else "arrays",
+        batch_size=len(images),
         threads=1,
         device_id=None,
     )
     return [np.array(output.as_tensor()) for output in graph.run()[: 1 + len(runs)]]
 
 
-def _windows(view: View, pictures: list[np.ndarray], views: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    shapes = [p.shape[:2] if p.ndim > 1 else Image.open(p.tobytes()).size[::-1] for p in pictures]
+def _windows(view: View, images: list[np.ndarray], views: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    shapes = [p.shape[:2] if p.ndim > 1 else Image.open(p.tobytes()).size[::-1] for p in images]
     return place_windows(views["tries"], views["offsets"], np.array(shapes), view.ratio)
 
 
@@ -101,8 +102,8 @@ def test_random_resized_crop_shows_what_pillow_cuts_and_resizes(source, size, sc
     assert source.files is not None
     windows = np.hstack(_windows(view, source.files.encoded(np.arange(len(source))), views)).astype(int).tolist()
     for row, (y, x, height, width) in enumerate(windows):
-        picture = _open(source, row)
-        expected = picture.crop((x, y, x + width, y + height)).resize((size, size), Image.Resampling.BILINEAR)
+        image = _open(source, row)
+        expected = image.crop((x, y, x + width, y + height)).resize((size, size), Image.Resampling.BILINEAR)
         expected = transforms.hflip(expected) if views["flip"][row] else expected
         difference = _difference(pixels[row], expected)
         assert difference[1:-1, 1:-1].max() <= 1, source.path(row)
@@ -117,7 +118,7 @@ def test_random_resized_crop_shows_what_pillow_cuts_and_resizes(source, size, sc
     ("resize", "size"), [(256, 224), (224, 224), (225, 224), (226, 224), (64, 64), (73, 64), (33, 32), (16, 16)]
 )
 def test_center_crop_is_torchvisions_within_one_grey_level(source, resize, size):
-    """Down and (the tiny picture, and up to 224 for others) up, on every pixel of every picture."""
+    """Down and (the tiny image, and up to 224 for others) up, on every pixel of every image."""
     pixels, _ = _view_of_all(source, View(size, "center_crop", resize=resize))
     assert pixels.shape == (len(source), size, size, 3)
     for row in range(len(source)):
@@ -130,11 +131,11 @@ def test_center_crop_of_noise_is_torchvisions_within_one_grey_level(resize, size
     """The hardest content there is, up to the border; sides odd and even, down and up."""
     random = np.random.default_rng(5)
     sides = [(97, 64), (64, 131), (201, 200), (65, 65), (500, 333), (40, 31), (64, 64), (11, 90)]
-    pictures = [random.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
-    pixels = _run(View(size, "center_crop", resize=resize), pictures, {})[0]
-    for found, picture in zip(pixels, pictures, strict=True):
-        expected = CenterCrop(size)(Resize(resize, antialias=True)(Image.fromarray(picture)))
-        assert _difference(found, expected).max() <= 1, picture.shape
+    images = [random.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
+    pixels = _run(View(size, "center_crop", resize=resize), images, {})[0]
+    for found, image in zip(pixels, images, strict=True):
+        expected = CenterCrop(size)(Resize(resize, antialias=True)(Image.fromarray(image)))
+        assert _difference(found, expected).max() <= 1, image.shape
 
 
 @pytest.mark.parametrize(("resize", "size"), [(256, 224), (64, 64)])
@@ -154,12 +155,12 @@ def _row_of(source: Source, name: str) -> int:
 
 def test_exif_orientation_is_ignored(source):
     row = _row_of(source, "turned")
-    picture = Image.open(source.path(row))
-    assert picture.getexif()[0x0112] == 6
+    image = Image.open(source.path(row))
+    assert image.getexif()[0x0112] == 6
     pixels, _ = _view_of_all(source, View(64, "center_crop", resize=73))
-    expected = CenterCrop(64)(Resize(73)(picture))
+    expected = CenterCrop(64)(Resize(73)(image))
     assert _difference(pixels[row], expected).max() <= 1
-    turned = CenterCrop(64)(Resize(73)(picture.transpose(Image.Transpose.ROTATE_270)))
+    turned = CenterCrop(64)(Resize(73)(image.transpose(Image.Transpose.ROTATE_270)))
     assert _difference(pixels[row], turned).mean() > 10
 
 
@@ -172,7 +173,7 @@ def test_gray_becomes_rgb(source):
 
 
 def test_pad_crop_of_files_cuts_the_resized_centre(source):
-    """Larger and smaller pictures than the view; zero border."""
+    """Larger and smaller images than the view; zero border."""
     view = View(64, "pad_crop", padding=8)
     pixels, views = _view_of_all(source, view)
     for row in range(len(source)):
@@ -228,7 +229,7 @@ def test_the_check_for_random_operators_finds_them():
 @pytest.mark.parametrize(("crop", "augmented"), list(itertools.product(CROPS, AUGMENTED)))
 def test_no_graph_has_a_random_operator(reader, crop, augmented):
     """Every draw must come in through `ExternalSource`; an operator that draws, by name or by schema, would make a
-    picture depend on its slot in the batch. ExternalSource keeps a queue, no random state: it alone may be stateful."""
+    image depend on its slot in the batch. ExternalSource keeps a queue, no random state: it alone may be stateful."""
     view = View(32, crop, resize=32, border="reflect")
     runs = tuple(map(ViewRun, augmented))
     graph = build_graph(lambda _: (), view, runs, reader=reader, batch_size=2, threads=1, device_id=None)
@@ -271,14 +272,14 @@ def test_little_is_computed_in_a_graph_of_windows():
 
 
 def test_a_window_ends_where_its_image_does():
-    picture = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
+    image = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
     windows = {"start": np.array([[35, 5], [50, 2]], np.float32), "shape": np.array([[10, 20], [9, 90]], np.float32)}
-    batch = ([picture, picture], windows["start"], windows["shape"])
+    batch = ([image, image], windows["start"], windows["shape"])
     view = View(32, "window")
     graph = build_graph(lambda _: batch, view, reader="arrays", batch_size=2, threads=1, device_id=None)
     (found,) = graph.run()
-    assert np.array_equal(found.at(0), picture[35:, 5:25])
-    assert np.array_equal(found.at(1), picture[39:, 2:])
+    assert np.array_equal(found.at(0), image[35:, 5:25])
+    assert np.array_equal(found.at(1), image[39:, 2:])
 
 
 # --------------------------------------------------------------------------------------------- several views
@@ -290,10 +291,10 @@ def test_each_view_is_what_a_graph_with_that_view_alone_makes(source):
     kinds = ("trivialaugment", "flip", "crop_flip")
     runs = (*map(ViewRun, kinds), ViewRun("randaugment", 1, ops=1), ViewRun("trivialaugment", 1))
     assert source.files is not None
-    pictures = source.files.encoded(rows)
-    base, *together = _run(view, pictures, _draw(view, runs, rows), runs)
+    images = source.files.encoded(rows)
+    base, *together = _run(view, images, _draw(view, runs, rows), runs)
     for run, found in zip(runs, together, strict=True):
-        same_base, alone = _run(view, pictures, _draw(view, (run,), rows), (run,))
+        same_base, alone = _run(view, images, _draw(view, (run,), rows), (run,))
         assert np.array_equal(base, same_base)
         assert np.array_equal(found, alone), run
     assert _difference(together[0], together[-1]).mean() > 5
@@ -334,21 +335,19 @@ def test_a_policy_of_a_sample_does_not_depend_on_its_batch(small_images, kind):
     assert _difference(*forward).mean() > 10
 
 
-def _apply(size: int, pictures: np.ndarray, steps: list[tuple[str, int, int]], kind: Any = "autoaugment") -> np.ndarray:
-    """Each (operation, magnitude bin, sign) on each of the pictures: uint8 [steps, n, size, size, 3]."""
+def _apply(size: int, images: np.ndarray, steps: list[tuple[str, int, int]], kind: Any = "autoaugment") -> np.ndarray:
+    """Each (operation, magnitude bin, sign) on each of the images: uint8 [steps, n, size, size, 3]."""
     names = operation_names(kind, size)
     run = ViewRun(kind)
-    columns = np.repeat(
-        np.array([(names.index(name), *rest) for name, *rest in steps], np.int32), len(pictures), axis=0
-    )
+    columns = np.repeat(np.array([(names.index(name), *rest) for name, *rest in steps], np.int32), len(images), axis=0)
     nothing = np.zeros_like(columns)
     views = {
         f"{name}0": np.stack([columns[:, k], nothing[:, k]], 1)[:, : run.ops]
         for k, name in enumerate(("operation", "magnitude", "sign"))
     }
     view = View(size, "center_crop", resize=size)
-    outputs = _run(view, list(pictures) * len(steps), views, (run,))
-    return outputs[1].reshape(len(steps), *pictures.shape)
+    outputs = _run(view, list(images) * len(steps), views, (run,))
+    return outputs[1].reshape(len(steps), *images.shape)
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +357,8 @@ def squares(photos: Path) -> dict[int, np.ndarray]:
         photos / f"{name}.jpg" for name in ("bird/landscape", "bird/portrait", "boat/square", "boat/almost_square")
     ]
     paths += [photos / "tree/gray.jpg", photos / "tree/large.jpg"]
-    pictures = [Image.open(path).convert("RGB") for path in paths]
-    return {side: np.stack([np.asarray(CenterCrop(side)(Resize(side)(p))) for p in pictures]) for side in (32, 96)}
+    images = [Image.open(path).convert("RGB") for path in paths]
+    return {side: np.stack([np.asarray(CenterCrop(side)(Resize(side)(p))) for p in images]) for side in (32, 96)}
 
 
 def _published_space(kind: str, side: int) -> dict[str, tuple[Tensor, bool]]:
@@ -371,17 +370,17 @@ def _published_space(kind: str, side: int) -> dict[str, tuple[Tensor, bool]]:
     return TrivialAugmentWide()._augmentation_space(31)
 
 
-def _published_operation(kind: str, picture: np.ndarray, name: str, magnitude: int, sign: int) -> np.ndarray:
+def _published_operation(kind: str, image: np.ndarray, name: str, magnitude: int, sign: int) -> np.ndarray:
     """torchvision's operation with bilinear interpolation and grey filling, whole pixels aside.
 
     Translations are by fractions of a pixel (torchvision truncates them), and a shear's sign, fair as it is, means the
     other direction; both keep the top left corner in place.
     """
-    side = picture.shape[0]
+    side = image.shape[0]
     magnitudes, signed = _published_space(kind, side)[name]
     value = float(magnitudes[magnitude]) if magnitudes.ndim else 0.0
     value = -value if signed and sign else value
-    image, options = Image.fromarray(picture), {"interpolation": InterpolationMode.BILINEAR, "fill": [128.0] * 3}
+    image, options = Image.fromarray(image), {"interpolation": InterpolationMode.BILINEAR, "fill": [128.0] * 3}
     if name.startswith("Translate"):
         shift = [value, 0] if name == "TranslateX" else [0, value]
         return np.asarray(transforms.affine(image, 0, shift, 1.0, [0.0, 0.0], **options))
@@ -400,7 +399,7 @@ TOLERANCES = {
     "Contrast": ROUNDED,
     "Color": (2, 1),
     "Sharpness": (1, 3),  # Pillow leaves the border as it is, one pixel wide
-    "Rotate": RESAMPLED,  # the border of the turned picture is hard in one and soft in the other
+    "Rotate": RESAMPLED,  # the border of the turned image is hard in one and soft in the other
     "TranslateX": RESAMPLED,
     "TranslateY": RESAMPLED,
     "ShearX": RESAMPLED,
@@ -417,8 +416,8 @@ def test_operations_are_torchvisions(squares, size, kind, bins):
     steps = list(itertools.product(names, bins, (0, 1)))
     for (name, magnitude, sign), results in zip(steps, _apply(size, squares[size], steps, kind), strict=True):
         largest, mean = TOLERANCES[name]
-        for picture, result in zip(squares[size], results, strict=True):
-            difference = _difference(result, _published_operation(kind, picture, name, magnitude, sign))
+        for image, result in zip(squares[size], results, strict=True):
+            difference = _difference(result, _published_operation(kind, image, name, magnitude, sign))
             assert difference[1:-1, 1:-1].max() <= largest, (name, magnitude, sign)
             assert difference.mean() <= mean, (name, magnitude, sign)
 
@@ -436,11 +435,11 @@ def test_identity_leaves_the_pixels_alone(squares, size):
 
 def test_equalize_is_histogram_equalisation(squares):
     """The textbook formula, as in OpenCV. Pillow divides by a whole number of pixels a level, 3 or 4 instead of 4.02
-    for 32x32 pixels, and so ends too bright on small pictures."""
+    for 32x32 pixels, and so ends too bright on small images."""
     results = _apply(32, squares[32], [("Equalize", 0, 0)])[0]
-    for picture, result in zip(squares[32], results, strict=True):
+    for image, result in zip(squares[32], results, strict=True):
         for channel in range(3):
-            values = picture[:, :, channel]
+            values = image[:, :, channel]
             counts = np.bincount(values.ravel(), minlength=256).cumsum()
             first = counts[counts > 0][0]
             table = np.round((counts - first) * 255 / (values.size - first))
@@ -484,7 +483,7 @@ def test_a_gpu_is_told_how_to_decode(monkeypatch, crop, decoding, name):
 def test_whole_images_are_cut_to_the_pixels_of_windows(photos: Path):
     """Bit for bit on the CPU, down to a window that reaches beyond its image."""
     paths = sorted(photos.rglob("*.jp*g"))[:8]
-    pictures = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
+    images = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
     sides = np.array([Image.open(path).size[::-1] for path in paths])
     windows = np.random.default_rng(3).random((len(paths), 2))
     start = np.floor(windows * (sides - 9)).astype(np.float32)
@@ -493,7 +492,7 @@ def test_whole_images_are_cut_to_the_pixels_of_windows(photos: Path):
     made = []
     for whole in (False, True):
         graph = build_graph(
-            lambda _: (pictures, start, shape),
+            lambda _: (images, start, shape),
             View(1, "window"),
             reader="bytes",
             batch_size=len(paths),
@@ -507,9 +506,9 @@ def test_whole_images_are_cut_to_the_pixels_of_windows(photos: Path):
 
 def test_the_last_bytes_come_out_where_they_are_asked_for(photos: Path):
     encoded = (next(photos.rglob("*.jp*g")).read_bytes(), next(photos.rglob("*.jp*g")).read_bytes() + b"tail")
-    pictures = [np.frombuffer(content, np.uint8) for content in encoded]
+    images = [np.frombuffer(content, np.uint8) for content in encoded]
     graph = build_graph(
-        lambda _: (pictures,),
+        lambda _: (images,),
         View(32, "center_crop", resize=32),
         reader="bytes",
         batch_size=2,

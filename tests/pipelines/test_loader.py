@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
 TRAINING = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), MIXES, mix_group=8)
@@ -67,7 +68,7 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
 
 def _equal(one: Batch, two: Batch) -> bool:
     same = all(torch.equal(a, b) for a, b in zip(_tensors(one), _tensors(two), strict=True))
-    return same and (one.epoch, one.start, one.total) == (two.epoch, two.start, two.total)
+    return same and one.total == two.total
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -82,7 +83,7 @@ def test_a_batch_holds_pixels_labels_and_ids(source, in_memory, kind):
     assert batch.labels.dtype == batch.ids.dtype == torch.int64
     assert batch.augmented == batch.augmented_pixels == ()
     assert batch.mix == ()
-    assert (len(batch), batch.epoch, batch.start, batch.total) == (50, 0, 0, 50)
+    assert (len(batch), batch.total) == (50, 50)
     assert batch.ids.tolist() == loader.sampler.order(0)[:50].tolist()
     assert batch.labels.tolist() == source.labels[batch.ids].tolist()
     for row, image in zip(batch.ids.tolist(), batch.images.numpy(), strict=True):
@@ -118,7 +119,7 @@ def test_each_mixing_run_brings_the_draws_it_asked_for(source, buffers):
     for index in range(3):
         batch, draws = loader.next(), spec.draw(loader.sampler[index])
         for tensors, arrays in zip(batch.mix, draws.mix, strict=True):
-            for name, array in vars(arrays).items():
+            for name, array in arrays._asdict().items():
                 found = getattr(tensors, name)
                 assert (found is None) == (array is None), name
                 assert array is None or torch.equal(found, torch.from_numpy(array)), name
@@ -131,10 +132,10 @@ def test_each_mixing_run_brings_the_draws_it_asked_for(source, buffers):
 def test_each_view_is_what_a_loader_with_that_view_alone_brings(source, in_memory, kind, buffers):
     runs = (ViewRun("flip"), ViewRun("crop_flip"), ViewRun("flip", 1))
     runs += (ViewRun("trivialaugment"),) if kind == "through dali" else ()
-    pictures = source if kind == "files" else in_memory
-    together = _loader(pictures, replace(TRAINING, views=runs), 16, buffers=buffers)
-    alone = [_loader(pictures, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
-    assert isinstance(together._engine, GatherBackend) == (kind == "arrays")
+    images = source if kind == "files" else in_memory
+    together = _loader(images, replace(TRAINING, views=runs), 16, buffers=buffers)
+    alone = [_loader(images, replace(TRAINING, views=(run,), mixes=()), 16, buffers=buffers) for run in runs]
+    assert isinstance(together._backend, GatherBackend) == (kind == "arrays")
     for _ in range(3):
         batch = together.next()
         assert len(batch.augmented) == len(batch.augmented_pixels) == len(runs)
@@ -165,7 +166,6 @@ def test_iterating_stops_at_the_end_of_the_epoch(source, in_memory, kind):
     assert len(loader) == 4  # 300 rows, the last 44 left out
     for epoch in (0, 1):
         batches = list(loader)
-        assert [batch.epoch for batch in batches] == [epoch] * 4
         ids = torch.cat([batch.ids for batch in batches])
         assert ids.tolist() == loader.sampler.order(epoch)[:256].tolist()
     assert loader.position == 8
@@ -186,10 +186,10 @@ def test_held_batches_stay_as_they_were(source, in_memory, kind):
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
-def test_short_last_batches_show_every_picture_once(source, in_memory, kind):
-    pictures = source if kind == "files" else in_memory
+def test_short_last_batches_show_every_image_once(source, in_memory, kind):
+    images = source if kind == "files" else in_memory
     loaders = [
-        Loader(pictures, Sampler(300, 128, shuffle=False, drop_last=False, world=4, rank=rank), EVALUATION, threads=1)
+        Loader(images, Sampler(300, 128, shuffle=False, drop_last=False, world=4, rank=rank), EVALUATION, threads=1)
         for rank in range(4)
     ]
     sizes, ids = [], []
@@ -248,14 +248,14 @@ RESUME_AT = [("files", 1), ("files", 5), ("files", 36), ("files", 37), ("files",
 def test_resuming_is_bit_identical(source, in_memory, kind, position):
     """Anywhere, also at the last batch of an epoch (37 batches) and at the first of the next."""
     spec = replace(TRAINING, views=(ViewRun("autoaugment"),)) if kind == "autoaugment" else TRAINING
-    pictures = in_memory if kind == "arrays" else source
-    first = _loader(pictures, spec)
+    images = in_memory if kind == "arrays" else source
+    first = _loader(images, spec)
     first.seek(position - 1)
     first.next()
     state = first.state_dict()
     assert state["position"] == position
     expected = [first.next() for _ in range(4)]
-    second = _loader(pictures, spec)
+    second = _loader(images, spec)
     second.next()
     second.load_state_dict(state)
     for batch in expected:
@@ -267,7 +267,7 @@ import sys, hashlib, torch
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.data import open_source
 
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
 mixes = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
@@ -330,7 +330,7 @@ def test_a_closed_loader_goes_on_where_it_stood(source):
 # -------------------------------------------------------------------------------------------------- bad files
 
 SPOILERS: dict[str, Callable[[bytes], bytes]] = {
-    "text": lambda _: b"This is not a picture.\n" * 20,
+    "text": lambda _: b"This is not a image.\n" * 20,
     "empty": lambda _: b"",
     "header": lambda content: content[:100],
     "body": lambda content: content[: len(content) // 2],
@@ -385,7 +385,6 @@ def test_with_replace_only_the_bad_samples_change(copy_tree, capfd):
     changed = 0
     for one, two in zip(clean, healed, strict=True):
         assert two.ids.tolist() == [expected[row] for row in one.ids.tolist()]
-        assert (one.epoch, one.start) == (two.epoch, two.start)
         kept = one.ids == two.ids
         changed += int((~kept).sum())
         assert torch.equal(one.images[kept], two.images[kept])
@@ -454,7 +453,7 @@ def test_when_nothing_can_be_decoded_replacing_ends(copy_tree):
     for path in root.glob("*/*.jpg"):
         _spoil(path, "text")
     loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace")
-    with pytest.raises(BadFileError, match="no picture of the data set can be decoded"):
+    with pytest.raises(BadFileError, match="no image of the data set can be decoded"):
         loader.next()
 
 
@@ -551,7 +550,7 @@ from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.backends import DaliBackend
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.data import open_source
 
 source = open_source("imagefolder", sys.argv[1], "train", split=".")
 view = View(32, sys.argv[2], resize=32)
@@ -594,13 +593,13 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     view = View(224 if crop == "random_resized_crop" else 32, crop)
     spec = DrawSpec(view, 7, (ViewRun("crop_flip"),), (MixRun("derangement"),))
     loader = _loader(source, spec, 256)
-    engine = loader._engine
-    assert isinstance(engine, DaliBackend)
-    engine._prepare(0)  # orders are made
+    backend = loader._backend
+    assert isinstance(backend, DaliBackend)
+    backend._prepare(0)  # orders are made
     times = []
     for position in range(30):
         started = time.thread_time()
-        engine._prepare(position)  # in a thread of its own, as a rule
+        backend._prepare(position)  # in a thread of its own, as a rule
         times.append(time.thread_time() - started)
     cost = float(np.median(times)) / 256 * 1e6
     print(f"{crop}: {cost:.1f} us a sample")
@@ -637,6 +636,6 @@ def test_a_machines_processes_share_its_cores(source, monkeypatch, cores, proces
     if processes is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    engine = Loader(source, Sampler(len(source), 8), EVALUATION)._engine
-    assert isinstance(engine, DaliBackend)
-    assert engine._options.threads == threads
+    backend = Loader(source, Sampler(len(source), 8), EVALUATION)._backend
+    assert isinstance(backend, DaliBackend)
+    assert backend._options.threads == threads

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.backends import DaliBackend, DaliOptions, GatherBackend, Work, can_gather
+from dalikd.pipelines.backends import Context, DaliBackend, DaliOptions, GatherBackend, can_gather
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import AugmentedView, DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.resident import Resident, ResidentViews, crop_and_flip
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 from dalikd.pipelines.transfer import DeviceTransfer
 
 
@@ -23,20 +24,21 @@ def on_disk(small_images: Path) -> Source:
 
 @pytest.fixture(scope="module")
 def in_memory(on_disk: Source) -> Source:
-    pictures = [np.asarray(Image.open(on_disk.path(row)).convert("RGB")) for row in range(len(on_disk))]
-    return replace(on_disk, files=None, arrays=np.stack(pictures))
+    images = [np.asarray(Image.open(on_disk.path(row)).convert("RGB")) for row in range(len(on_disk))]
+    return replace(on_disk, files=None, arrays=np.stack(images))
 
 
 def _runs(*kinds: AugmentedView) -> tuple[ViewRun, ...]:
     return tuple(ViewRun(kind, run) for run, kind in enumerate(kinds))
 
 
-def _batches(source: Source, spec: DrawSpec, engine: type[DaliBackend] | type[GatherBackend]) -> list[Batch]:
+def _batches(source: Source, spec: DrawSpec, backend: type[DaliBackend] | type[GatherBackend]) -> list[Batch]:
     loader = Loader(source, Sampler(len(source), 50, seed=4), spec, threads=1)
-    if engine is DaliBackend:
+    if backend is DaliBackend:
         cpu = torch.device("cpu")
-        loader._engine = DaliBackend(Work(source, spec, 50, cpu, loader.plan, DeviceTransfer(cpu)), DaliOptions(1))
-    assert type(loader._engine) is engine
+        context = Context(source, loader.sampler, spec, cpu, DeviceTransfer(cpu))
+        loader._backend = DaliBackend(context, DaliOptions(1))
+    assert type(loader._backend) is backend
     batches = [loader.next() for _ in range(3)]
     loader.close()
     return batches

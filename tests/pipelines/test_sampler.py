@@ -48,7 +48,7 @@ def _global_step(step: int, spec: DrawSpec, world: int, accumulation: int) -> di
             draws = spec.draw(micro)
             arrays = {"rows": micro.rows, **draws.views}
             for run, mix in enumerate(draws.mix):
-                arrays |= {f"{name}{run}": array for name, array in vars(mix).items() if array is not None}
+                arrays |= {f"{name}{run}": array for name, array in mix._asdict().items() if array is not None}
                 arrays[f"partner{run}"] = micro.rows[mix.partner]
             parts.append((micro.start, micro.total, arrays))
     parts.sort(key=lambda part: part[0])

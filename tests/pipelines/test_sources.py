@@ -7,15 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.datasets.classes import stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
-from dalikd.pipelines.sources import (
-    Source,
-    check_same_classes,
-    default_statistics,
-    open_source,
-    why_fingerprints_differ,
-)
+from dalikd.pipelines.datasets.info import default_statistics
+from dalikd.pipelines.sources import Source, check_same_classes, why_fingerprints_differ
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +56,16 @@ class TestOpenSource:
     def test_unknown_name(self) -> None:
         with pytest.raises(
             ValueError,
-            match=r"'cifar11' is unknown: did you mean cifar10.* say one of imagefolder, imagenet, imagenet100, tiny",
+            match=r"'cifar11' is unknown: did you mean cifar10.* give one of imagefolder, imagenet, imagenet100, tiny",
         ):
             open_source("cifar11", None, "train")
-        with pytest.raises(ValueError, match="data set 'mnist' is unknown: say one of"):
+        with pytest.raises(ValueError, match="data set 'mnist' is unknown: give one of"):
             open_source("mnist", None, "train")
-        with pytest.raises(ValueError, match="'mnist' has no statistics of its own: say one of imagefolder, "):
+        with pytest.raises(ValueError, match="'mnist' has no statistics of its own: give one of imagefolder, "):
             default_statistics("mnist")
 
     def test_unknown_role(self, pets: Path) -> None:
-        with pytest.raises(ValueError, match="role 'test' is unknown: say train or val"):
+        with pytest.raises(ValueError, match="role 'test' is unknown: give train or val"):
             open_source("imagefolder", pets, "test")  # pyright: ignore[reportArgumentType]
 
     def test_download_of_what_cannot_be(self, pets: Path) -> None:
@@ -97,7 +93,7 @@ class TestOpenSource:
         [
             (
                 {"name": "webdataset", "classes": "c.txt"},
-                "containers are read whole; choose classes when they are written",
+                "shards are read whole; choose classes when they are written",
             ),
             (
                 {"name": "imagefolder", "class_seed": 1},
@@ -243,14 +239,14 @@ class TestLimit:
 
     @pytest.mark.parametrize("n", [-1, 0, 4, 201])
     def test_out_of_range(self, n: int) -> None:
-        message = f"--data.limit {n}: imagefolder train has 200 images of 5 classes; say a number from 5 to 200"
+        message = f"--data.limit {n}: imagefolder train has 200 images of 5 classes; give a number from 5 to 200"
         with pytest.raises(ValueError, match=message):
             self.source.limit(n)
         with pytest.raises(ValueError, match=message.replace("limit", "val_limit", 1)):
             self.source.limit(n, option="--data.val_limit")
 
     def test_negative_seed(self) -> None:
-        with pytest.raises(ValueError, match="seed -1 is negative: say 0 or more"):
+        with pytest.raises(ValueError, match="seed -1 is negative: give 0 or more"):
             self.source.limit(20, -1)
 
 

@@ -40,22 +40,22 @@ def test_arrays_of_no_rows_are_packed():
 
 
 def test_on_the_cpu_nothing_is_copied():
-    hand, labels = DeviceTransfer(CPU), np.arange(4)
-    tensor = hand.arrays({"labels": labels})["labels"]
+    transfer, labels = DeviceTransfer(CPU), np.arange(4)
+    tensor = transfer.arrays({"labels": labels})["labels"]
     assert tensor.data_ptr() == labels.__array_interface__["data"][0]
     pixels = torch.zeros(2, 3)
-    assert hand.pixels("images", pixels).data_ptr() == pixels.data_ptr()
-    assert hand.arrays({}) == {}
+    assert transfer.pixels("images", pixels).data_ptr() == pixels.data_ptr()
+    assert transfer.arrays({}) == {}
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 def test_buffers_are_used_in_turn(buffers):
-    hand = DeviceTransfer(CPU, buffers)
+    transfer = DeviceTransfer(CPU, buffers)
     held, places = [], []
     for number in range(2 * buffers):
-        hand.advance()
-        images = hand.pixels("images", torch.full((4, 2), number))
-        labels = hand.arrays({"labels": np.full(4, number)})["labels"]
+        transfer.advance()
+        images = transfer.pixels("images", torch.full((4, 2), number))
+        labels = transfer.arrays({"labels": np.full(4, number)})["labels"]
         held.append((images, labels))
         places.append((images.data_ptr(), labels.data_ptr()))
         for back in range(buffers):  # the last `buffers` batches still hold what they held
@@ -66,13 +66,13 @@ def test_buffers_are_used_in_turn(buffers):
 
 
 def test_a_short_batch_lies_in_the_same_buffer():
-    hand = DeviceTransfer(CPU, 1)
-    whole = hand.pixels("images", torch.ones(4, 2))
-    short = hand.pixels("images", torch.zeros(3, 2))
+    transfer = DeviceTransfer(CPU, 1)
+    whole = transfer.pixels("images", torch.ones(4, 2))
+    short = transfer.pixels("images", torch.zeros(3, 2))
     assert short.shape == (3, 2)
     assert short.data_ptr() == whole.data_ptr()
     assert whole.tolist() == [[0, 0]] * 3 + [[1, 1]]
-    assert hand.pixels("images", torch.ones(6, 2)).shape == (6, 2)  # a larger one gets a new buffer
+    assert transfer.pixels("images", torch.ones(6, 2)).shape == (6, 2)  # a larger one gets a new buffer
 
 
 @pytest.mark.parametrize(("buffers", "handle"), [(0, 0), (2, 77)])
@@ -96,8 +96,8 @@ def test_on_a_gpu_dali_copies_on_the_current_stream(monkeypatch, buffers, handle
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(0 if device != cuda else handle))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **{**options, "device": CPU}))
-    hand = DeviceTransfer(cuda, buffers)
-    pixels = hand.pixels("view0", Output())
+    transfer = DeviceTransfer(cuda, buffers)
+    pixels = transfer.pixels("view0", Output())
     assert (pixels.shape, pixels.dtype) == ((4, 2, 2, 3), torch.uint8)
     ((pointer, stream, options),) = calls
     assert (pointer.value, stream.value or 0, options) == (pixels.data_ptr(), handle, {"non_blocking": True})

@@ -8,11 +8,12 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import crop_and_flip
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 VIEW = View(64, "random_resized_crop", padding=8)
 
@@ -40,12 +41,12 @@ def _window(height: int, width: int, tries: np.ndarray, offsets: np.ndarray) -> 
 def test_the_view_is_torchvisions_resized_crop_exactly(source, interpolation):
     loader = _loader(source, DrawSpec(replace(VIEW, interpolation=interpolation), 5))
     for index in range(3):
-        batch, draws = loader.next(), loader.plan(index).draws.views
+        batch, draws = loader.next(), loader._backend.plan(index).draws.views
         flips = 0
         for place, row in enumerate(batch.ids.tolist()):
-            picture = torch.from_numpy(np.array(Image.open(source.path(row)).convert("RGB"))).permute(2, 0, 1)
-            window = _window(*picture.shape[1:], draws["tries"][place], draws["offsets"][place])
-            expected = v2.resized_crop(picture, *window, [64, 64], InterpolationMode(interpolation), antialias=True)
+            image = torch.from_numpy(np.array(Image.open(source.path(row)).convert("RGB"))).permute(2, 0, 1)
+            window = _window(*image.shape[1:], draws["tries"][place], draws["offsets"][place])
+            expected = v2.resized_crop(image, *window, [64, 64], InterpolationMode(interpolation), antialias=True)
             if draws["flip"][place]:
                 expected, flips = expected.flip(2), flips + 1
             assert torch.equal(batch.images[place], expected.permute(1, 2, 0)), (row, window)
@@ -64,11 +65,11 @@ def test_every_augmentation_has_the_same_base_view(source, augmented):
 
 
 @pytest.mark.parametrize("augmented", ["flip", "crop_flip", "autoaugment"])
-def test_augmented_views_are_those_of_the_same_pictures_in_memory(source, augmented):
+def test_augmented_views_are_those_of_the_same_images_in_memory(source, augmented):
     """The base views, stored as arrays, through the engines for arrays: the same draws make the same pixels."""
     loader = _loader(source, DrawSpec(VIEW, 5, (ViewRun(augmented),)))
     for index in range(3):
-        batch, draws = loader.next(), loader.plan(index).draws.views
+        batch, draws = loader.next(), loader._backend.plan(index).draws.views
         if augmented == "autoaugment":
             expected = _through_dali(batch.images.numpy(), draws)
         else:
@@ -89,23 +90,23 @@ def test_each_view_is_what_a_loader_with_that_view_alone_brings(source):
         assert torch.equal(view, alone.augmented[0]), run
 
 
-def _through_dali(pictures: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+def _through_dali(images: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
     from dalikd.pipelines.graphs import build_graph
 
     names = ("operation0", "magnitude0", "sign0")
-    inputs = (list(pictures), *(np.ascontiguousarray(draws[name]) for name in names))
+    inputs = (list(images), *(np.ascontiguousarray(draws[name]) for name in names))
     view = View(VIEW.size, "square")
     graph = build_graph(
         lambda _: inputs,
         view,
         (ViewRun("autoaugment"),),
         reader="arrays",
-        batch_size=len(pictures),
+        batch_size=len(images),
         threads=1,
         device_id=None,
     )
     base, augmented = (torch.from_dlpack(output.as_tensor()).clone() for output in graph.run())
-    assert torch.equal(base, torch.from_numpy(pictures))
+    assert torch.equal(base, torch.from_numpy(images))
     return augmented
 
 

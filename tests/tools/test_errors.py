@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
 from dalikd.tools.cli import guarded
 from dalikd.trainers.checkpoint import save_weights
 

@@ -9,11 +9,8 @@ import pytest
 from torchvision import datasets
 
 from dalikd.pipelines.data import DataConfig, open_sources
-from dalikd.pipelines.datasets import inspection, stl10
+from dalikd.pipelines.datasets import info
 from dalikd.pipelines.datasets.info import DATASET_INFO
-from dalikd.pipelines.datasets.inspection import PUBLISHED
-from dalikd.pipelines.datasets.published import PublishedSet
-from dalikd.pipelines.datasets.stl10 import STL10
 from dalikd.tools import prepare
 
 
@@ -102,15 +99,15 @@ def test_both_targets_are_looked_at_before_anything_is_written(call, tree, tmp_p
     ("arguments", "message"),
     [
         ([], "--output FOLDER says where to write; or look at the data set with --check true, fetch it with"),
-        (["--output", "out"], "imagefolder needs a folder: say --data.root FOLDER"),
+        (["--output", "out"], "imagefolder needs a folder: give --data.root FOLDER"),
         (["--verify", "."], r"--verify .: there is no dataset.json in it"),
         (["--output", "out", "--format", "zip"], "zip"),
         (["--output", "out", "--data.name", "webdataset"], "webdataset"),
-        (["--check", "true", "--data.name", "svhn"], "svhn needs a folder: say --data.root FOLDER"),
+        (["--check", "true", "--data.name", "svhn"], "svhn needs a folder: give --data.root FOLDER"),
         (["--check", "true", "--data.name", "cifar10", "--data.root", "no"], "cifar10 is not as published ("),
         (["--data.download", "true", "--data.name", "imagenet"], "imagenet cannot be downloaded by --data.download; "),
         (["--data.download", "true", "--data.name", "tinyimagenet"], "fetch http://cs231n.stanford.edu/tiny-imagenet"),
-        (["--output", "out", "--threads", "0"], "--threads 0: say 1 or more"),
+        (["--output", "out", "--threads", "0"], "--threads 0: give 1 or more"),
     ],
 )
 def test_wrong_calls_are_one_line(call, tmp_path, monkeypatch, arguments, message):
@@ -133,7 +130,7 @@ def test_other_classes_in_the_other_split(call, own_tree, tmp_path):
 def test_looks_at_class_folders(call, own_tree):
     assert call("--data.root", own_tree, "--check", "true")[:2] == (
         0,
-        "imagefolder train: whole (3 classes, 99 pictures)\nimagefolder val: whole (3 classes, 30 pictures)\n",
+        "imagefolder train: whole (3 classes, 99 images)\nimagefolder val: whole (3 classes, 30 images)\n",
     )
     damaged = own_tree / "val/class1/001.jpg"
     damaged.write_bytes(damaged.read_bytes()[:300])
@@ -147,10 +144,10 @@ def test_looks_at_tinyimagenet_and_says_what_is_missing(call, own_tree):
     code, out, error = call("--data.name", "tinyimagenet", "--data.root", own_tree, "--check", "true")
     assert code == 2
     assert out.splitlines() == [
-        "tinyimagenet train: different (3 classes, 99 pictures; 200 classes are published; 100,000 pictures are "
-        "published; a class has 500 pictures, but class0 33, class1 33, class2 33)",
-        "tinyimagenet val: different (3 classes, 30 pictures; 200 classes are published; 10,000 pictures are "
-        "published; a class has 50 pictures, but class0 10, class1 10, class2 10)",
+        "tinyimagenet train: different (3 classes, 99 images; 200 classes are published; 100,000 images are "
+        "published; a class has 500 images, but class0 33, class1 33, class2 33)",
+        "tinyimagenet val: different (3 classes, 30 images; 200 classes are published; 10,000 images are "
+        "published; a class has 50 images, but class0 10, class1 10, class2 10)",
     ]
     assert error.startswith(
         "dalikd prepare: error: tinyimagenet is not as published (tinyimagenet train is different, and 1 more): fetch "
@@ -174,37 +171,35 @@ def test_another_data_set_is_not_written(call, own_tree, tmp_path):
 
 
 @pytest.fixture
-def small_stl10(monkeypatch: pytest.MonkeyPatch) -> PublishedSet:
-    """STL-10 with ten pictures a split, whose checksums are known; torchvision's download writes them."""
-    labels, pictures = bytes(range(1, 11)), bytes(10 * 27648)
-    content = {"train_X.bin": pictures, "train_y.bin": labels, "test_X.bin": pictures, "test_y.bin": labels}
+def small_stl10(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """STL-10 with ten images a split, whose checksums are known; torchvision's download writes them."""
+    labels, images = bytes(range(1, 11)), bytes(10 * 27648)
+    content = {"train_X.bin": images, "train_y.bin": labels, "test_X.bin": images, "test_y.bin": labels}
     sums = {name: hashlib.md5(data).hexdigest() for name, data in content.items()}
-    splits = {split: {name: md5 for name, md5 in sums.items() if name.startswith(split)} for split in STL10.splits}
-    published = replace(STL10, splits=splits)
 
-    def download(root: Path, *, download: bool) -> None:
-        assert download
+    def download(reader: datasets.STL10) -> None:
         for name, data in content.items():
-            (root / "stl10_binary" / name).write_bytes(data)
+            (Path(reader.root) / "stl10_binary" / name).write_bytes(data)
 
-    monkeypatch.setattr(stl10, "STL10", published)
-    monkeypatch.setitem(PUBLISHED, "stl10", published)
-    monkeypatch.setattr(datasets, "STL10", download)
+    for split in ("train", "test"):
+        listed = [[name, md5] for name, md5 in sums.items() if name.startswith(split)]
+        monkeypatch.setattr(datasets.STL10, f"{split}_list", listed)
+    monkeypatch.setattr(datasets.STL10, "download", download)
     facts = {"stl10": replace(DATASET_INFO["stl10"], images={"train": 10, "test": 10})}
-    monkeypatch.setattr(inspection, "DATASET_INFO", facts)
-    return published
+    monkeypatch.setattr(info, "DATASET_INFO", facts)
+    return list(content)
 
 
 def test_downloads_and_verifies(call, small_stl10, tmp_path):
     arguments = ["--data.name", "stl10", "--data.root", tmp_path / "data"]
     code, out, error = call(*arguments, "--check", "true")
     assert code == 2
-    assert out.splitlines() == [f"{tmp_path}/data/stl10_binary/{name}: missing" for name in small_stl10.files]
-    assert "train_X.bin is missing, and 3 more): remove the folder stl10_binary if it is there, and say" in error
+    assert out.splitlines() == [f"{tmp_path}/data/stl10_binary/{name}: missing" for name in small_stl10]
+    assert "train_X.bin is missing, and 3 more): remove the folder stl10_binary if it is there, and give" in error
     assert not (tmp_path / "data").exists()
     code, out, _ = call(*arguments, "--data.download", "true")
-    expected = [f"{tmp_path}/data/stl10_binary/{name}: whole" for name in small_stl10.files]
-    expected += [f"stl10 {split}: whole (10 classes, 10 pictures)" for split in ("train", "test")]
+    expected = [f"{tmp_path}/data/stl10_binary/{name}: whole" for name in small_stl10]
+    expected += [f"stl10 {split}: whole (10 classes, 10 images)" for split in ("train", "test")]
     assert (code, out.splitlines()) == (0, expected)
     assert call(*arguments, "--check", "true")[:2] == (code, out)
 
@@ -221,10 +216,10 @@ def test_a_damaged_file_is_named(call, small_stl10, tmp_path):
         assert out.count(": whole\n") == 3
         assert f"({path} is damaged): remove" in error
     assert not (tmp_path / "out").exists()
-    assert list(small_stl10.files)[2] == "test_X.bin"
+    assert small_stl10[2] == "test_X.bin"
 
 
-def test_writes_pictures_in_memory_after_the_check(call, small_stl10, tmp_path):  # noqa: ARG001
+def test_writes_images_in_memory_after_the_check(call, small_stl10, tmp_path):  # noqa: ARG001
     arguments = ["--data.name", "stl10", "--data.root", tmp_path / "data", "--data.download", "true", "--check", "true"]
     code, out, _ = call(*arguments, "--output", tmp_path / "out")
     assert code == 0
@@ -243,7 +238,7 @@ def test_some_classes_go_into_containers(call, tree, tmp_path):
     code, out, _ = call(*arguments, "--check", "true")
     assert (code, out.count("whole (2 classes, ")) == (0, 2)
     config = DataConfig(name="webdataset", root=str(tmp_path / "out"), classes=str(tmp_path / "two.txt"))
-    with pytest.raises(ValueError, match="containers are read whole; choose classes when they are written"):
+    with pytest.raises(ValueError, match="shards are read whole; choose classes when they are written"):
         open_sources(config, 0)
 
 

@@ -11,10 +11,11 @@ from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, MixedOutputs, StepOutputs, kd_loss
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
-from dalikd.kd.mixing import MixDraws, Mixed, cutmix
+from dalikd.kd.mixing import Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import batch_statistics, look
+from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.tasks.distill import DistillationInputs, gather_rows, score_groups, score_groups_at_once
 

@@ -26,11 +26,11 @@ import psutil
 import torch
 
 from dalikd.kd.backbones import create_model
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
 from dalikd.tools.bench.images import draw_pictures
 from dalikd.tools.bench.machine import device_slug, environment
 from dalikd.tools.bench.options import ON_GPU, RESULTS, check_names

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.losses import DistillationLoss, MixedOutputs, StepOutputs
-from dalikd.kd.mixing import MixDraws, Mixed
+from dalikd.kd.mixing import Mixed
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import TEACHER_ENTROPY, Look, look
+from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.tracking import Meter
 

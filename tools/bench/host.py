@@ -142,15 +142,15 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def watching(loader: Loader) -> Iterator[Watch]:
     """Charge what a loader does to LOADER's parts; what the CPU does in place of a GPU stands apart."""
-    watch, engine = Watch(), loader._engine
+    watch, backend = Watch(), loader._backend
     places: list[tuple[Any, str, str]] = [
-        (engine, "plan", LOADER[0]),
-        (engine, "feed", LOADER[1]),
+        (backend, "plan", LOADER[0]),
+        (backend, "feed", LOADER[1]),
         (loader, "next", LOADER[4]),
         (WindowViews, "__call__", _PIXELS),
         (ResidentViews, "__call__", _PIXELS),
     ]
-    if not isinstance(engine, GatherBackend):
+    if not isinstance(backend, GatherBackend):
         from nvidia.dali.pipeline import Pipeline
 
         # _feed_input holds _prep_data_for_feed_input and the copy into DALI's own memory

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from dalikd.kd.backbones import create_model
-from dalikd.kd.mixing import MixDraws
 from dalikd.pipelines.data import open_split
+from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.tools.bench.machine import synchronize
 from dalikd.tools.bench.training import StepOptions

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.draw_spec import DrawSpec, View, policy_name
+from dalikd.pipelines.draw_spec import DrawSpec, MixDraws, View, policy_name
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Sampler
@@ -293,7 +292,7 @@ def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
 def cannot(name: str, job: Job, cache: str = "warm") -> str | None:
     """What a loader lacks for a job, or None."""
     backend = BACKENDS[name]
-    if job.source.records is not None and not backend.records:
+    if job.source.shards is not None and not backend.records:
         return "a reader of tars and TFRecords"
     if job.source.files is None and backend.files_only:
         return "files"

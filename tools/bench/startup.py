@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.datasets.file_list import list_folder, manifest_folder, open_tree, scan
 from dalikd.pipelines.draw_spec import DrawSpec
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.record import Record, alternate, summary
 from dalikd.tools.bench.sides import Job

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dalikd.pipelines.data import DataConfig, open_split
+from dalikd.pipelines.data import DataConfig, open_source, open_split
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.shards.layout import ContainerFormat
-from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.shards.layout import ShardFormat
+from dalikd.pipelines.shards.write import WriteOptions, write_shards
+from dalikd.pipelines.sources import Source
 
 __all__ = ["STORES", "open_pictures", "open_store", "own_store", "stored_files"]
 
@@ -36,14 +36,14 @@ def own_store(source: Source) -> str:
     """Where a source's pictures are."""
     if source.files is not None:
         return "files"
-    return "resident" if source.records is None else source.records.description.format
+    return "resident" if source.shards is None else source.shards.manifest.format
 
 
 def stored_files(source: Source) -> list[str]:
     """The files that a source's pictures lie in."""
     if source.files is not None:
         return [source.path(row) for row in range(len(source))]
-    return [] if source.records is None else source.records.paths
+    return [] if source.shards is None else source.shards.paths
 
 
 def open_store(store: str, source: Source, view: View, folder: Path) -> Source:
@@ -97,9 +97,9 @@ STORES: dict[str, Callable[[Source, View, Path], Source]] = {
 }
 
 
-def _as_records(source: Source, folder: Path, kind: ContainerFormat) -> Source:
+def _as_records(source: Source, folder: Path, kind: ShardFormat) -> Source:
     """Written shuffled, as `dalikd prepare` does, and opened."""
-    write_records(source, folder / kind / "train", WriteOptions(format=kind))
+    write_shards(source, folder / kind / "train", WriteOptions(format=kind))
     return open_source(kind, folder / kind, "train")
 
 

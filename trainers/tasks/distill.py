@@ -19,6 +19,7 @@ from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import Look, Teacher, batch_statistics, entropies
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
 from dalikd.trainers.launch import CompileMode
@@ -213,7 +214,7 @@ class Distillation(Task):
     def finish(self, folder: Path) -> None:
         """Write the entropies, and draw them."""
         if self.entropy_log:
-            self.entropy_log.save(folder / "entropies.npz")
+            write_atomically(folder / "entropies.npz", self.entropy_log.save)
             plot_entropies(self.entropy_log, folder / "entropies.png", self.title)
 
     @property

@@ -18,6 +18,7 @@ from dalikd.kd.mixing import Mixed
 from dalikd.kd.teacher import Look, Teacher
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.trainers.augmentation import Augmenter
@@ -131,7 +132,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
     if accelerator.is_main_process:
         print(_announcement(folder, work.layout, needed, free, accelerator.num_processes), flush=True)
         TeacherCache.create(folder, work.layout)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+        write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     accelerator.wait_for_everyone()
     cache = TeacherCache(folder, writable=True)
     _fill(cache, work, sampler)

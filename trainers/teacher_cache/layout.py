@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
+from dalikd.pipelines.files import write_atomically
 from dalikd.trainers.options import renamed
 
 __all__ = [
@@ -147,9 +148,8 @@ class TeacherCache:
         cls.check_target(folder, layout)
         missing = _missing_epochs(folder, layout)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{_DESCRIPTION}.{os.getpid()}"
-        temporary.write_text(json.dumps({"version": _VERSION, **asdict(layout)}, indent=2) + "\n", "utf-8")
-        temporary.replace(folder / _DESCRIPTION)
+        description = json.dumps({"version": _VERSION, **asdict(layout)}, indent=2) + "\n"
+        write_atomically(folder / _DESCRIPTION, description.encode())
         for epoch in missing:
             _make_epoch(_epoch_folder(folder, epoch), layout)
         return cls(folder, writable=True)

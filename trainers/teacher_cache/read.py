@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.teacher import Look
-from dalikd.pipelines.backends import Plan
+from dalikd.pipelines.backends import BatchPlan
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
@@ -34,7 +34,7 @@ class CachedLooks:
     def __init__(self, cache: TeacherCache, augmenter: Augmenter) -> None:
         self.cache, self._augmenter = cache, augmenter
 
-    def attach(self, plan: Plan) -> dict[str, np.ndarray]:
+    def attach(self, plan: BatchPlan) -> dict[str, np.ndarray]:
         """What the cache holds of a microbatch: goes along with the batch."""
         rows = plan.micro.rows  # as drawn: a picture that stands in for a bad one has the place of that one
         arrays = self.cache.read(plan.micro.epoch, rows)

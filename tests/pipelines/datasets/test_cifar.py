@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
-from dalikd.pipelines.datasets.cifar import CIFAR, find_cifar
+from dalikd.pipelines.data import open_source
+from dalikd.pipelines.datasets.arrays import find_arrays
 from dalikd.pipelines.datasets.spec import SplitIndex, SplitSpec
-from dalikd.pipelines.sources import open_source
 
 CLASSES_10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -64,7 +65,7 @@ def write_cifar100(folder: Path) -> Path:
 
 
 def read(name: str, root: Path, split: str) -> SplitIndex:
-    return find_cifar(SplitSpec(name, root, "train", split))
+    return find_arrays(SplitSpec(name, root, "train", split))
 
 
 def pixels(found: SplitIndex) -> np.ndarray:
@@ -212,7 +213,7 @@ def test_damaged_class_names(tmp_path: Path, names: object) -> None:
 
 def test_unknown_split(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "cifar-10-batches-py")
-    with pytest.raises(ValueError, match="cifar10 has no split 'val': say train or test"):
+    with pytest.raises(ValueError, match="cifar10 has no split 'val': give one of train, test"):
         open_source("cifar10", tmp_path, "val", split="val")
 
 
@@ -225,51 +226,45 @@ def test_missing_says_where_to_put_it(tmp_path: Path) -> None:
         open_source("cifar10", tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: .*--data\.download true to fetch it"):
         open_source("cifar10", tmp_path / "nowhere", "train")
-    with pytest.raises(ValueError, match=r"cifar100 needs a folder: say --data\.root FOLDER"):
+    with pytest.raises(ValueError, match=r"cifar100 needs a folder: give --data\.root FOLDER"):
         open_source("cifar100", None, "train")
 
 
-class FakeDownload:
-    """In place of torchvision's data set: counts its calls, writes the files."""
-
-    def __init__(self) -> None:
-        self.roots: list[Path] = []
-
-    def __call__(self, root: Path, *, download: bool) -> None:
-        assert download
-        self.roots.append(root)
-        (root / "cifar-10-python.tar.gz").touch()
-        (root / "cifar-10-batches-py").rmdir()
-        write_cifar10(root / "cifar-10-batches-py")
-
-
 @pytest.fixture
-def fake_download(monkeypatch: pytest.MonkeyPatch) -> FakeDownload:
-    from torchvision import datasets
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The roots that torchvision's data set was called with, which writes the files."""
+    roots: list[Path] = []
 
-    fake = FakeDownload()
-    monkeypatch.setattr(datasets, "CIFAR10", fake)
-    return fake
+    class Fake(datasets.CIFAR10):
+        def __init__(self, root: Path, *, download: bool) -> None:
+            assert download
+            roots.append(root)
+            (root / "cifar-10-python.tar.gz").touch()
+            (root / "cifar-10-batches-py").rmdir()
+            write_cifar10(root / "cifar-10-batches-py")
+
+    monkeypatch.setattr(datasets, "CIFAR10", Fake)
+    return roots
 
 
-def test_download_only_when_asked_and_missing(tmp_path: Path, fake_download: FakeDownload) -> None:
+def test_download_only_when_asked_and_missing(tmp_path: Path, downloads: list[Path]) -> None:
     root = tmp_path / "data"
     with pytest.raises(FileNotFoundError):
         open_source("cifar10", root, "train")
-    assert fake_download.roots == []
+    assert downloads == []
     assert len(open_source("cifar10", root, "train", download=True)) == 20
     assert len(open_source("cifar10", root, "val", download=True)) == 3
     assert len(open_source("cifar10", root, "val")) == 3
-    assert len(fake_download.roots) == 1
+    assert len(downloads) == 1
     assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
 
 
-def test_download_does_not_touch_an_incomplete_folder(tmp_path: Path, fake_download: FakeDownload) -> None:
+def test_download_does_not_touch_an_incomplete_folder(tmp_path: Path, downloads: list[Path]) -> None:
     folder = write_cifar10(tmp_path / "cifar-10-batches-py")
     (folder / "test_batch").unlink()
     with pytest.raises(FileExistsError, match=r"cifar-10-batches-py is incomplete \(no test_batch\): remove it"):
         open_source("cifar10", tmp_path, "train", download=True)
-    assert fake_download.roots == []
+    assert downloads == []
 
 
 def test_some_classes(tmp_path: Path) -> None:
@@ -287,14 +282,3 @@ def test_some_classes(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("dog\nlion\n")
     with pytest.raises(ValueError, match=r"1 of 2 classes are not in cifar10: lion; it has airplane, .* more$"):
         open_source("cifar10", tmp_path, "train", classes=tmp_path / "classes.txt")
-
-
-@pytest.mark.parametrize("name", CIFAR)
-def test_files_and_checksums_are_torchvision_s(name: str) -> None:
-    from torchvision import datasets
-
-    theirs = getattr(datasets, CIFAR[name].title)
-    assert CIFAR[name].archive == theirs.base_folder
-    assert list(CIFAR[name].splits["train"].items()) == [tuple(entry) for entry in theirs.train_list]
-    assert list(CIFAR[name].splits["test"].items()) == [tuple(entry) for entry in theirs.test_list]
-    assert CIFAR[name].common == {theirs.meta["filename"]: theirs.meta["md5"]}

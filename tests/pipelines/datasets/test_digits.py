@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.datasets.digits import prepare_digits
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.data import open_source
+from dalikd.pipelines.sources import Source
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_split_is_fixed_stratified_and_disjoint(train: Source, val: Source) -> N
     assert (train.fingerprint, val.fingerprint) == ("51d1917323fbbd34fae9", "a49329d0def0c9a70f91")
 
 
-def test_pictures_and_labels_are_those_of_scikit_learn(val: Source) -> None:
+def test_images_and_labels_are_those_of_scikit_learn(val: Source) -> None:
     from sklearn.datasets import load_digits
 
     data, images = load_digits(), pixels(val)
@@ -71,7 +71,7 @@ def test_pictures_and_labels_are_those_of_scikit_learn(val: Source) -> None:
     assert np.abs(small - originals).mean(2).argmin(1).tolist() == rows  # each is nearest to its own original
 
 
-def test_statistics_are_those_of_the_training_pictures(train: Source) -> None:
+def test_statistics_are_those_of_the_training_images(train: Source) -> None:
     scaled = pixels(train) / 255
     assert np.allclose(scaled.mean((0, 1, 2)), train.mean, atol=5e-4)
     assert np.allclose(scaled.std((0, 1, 2)), train.std, atol=5e-4)
@@ -94,7 +94,7 @@ def test_root_overrides_and_bytes_are_identical(tmp_path: Path, cache: Path, tra
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    program = "from dalikd.pipelines.sources import open_source; print(open_source('digits', None, 'val').fingerprint)"
+    program = "from dalikd.pipelines.data import open_source; print(open_source('digits', None, 'val').fingerprint)"
     environment = os.environ | {"DALIKD_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
     workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -106,13 +106,13 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 def test_folder_with_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(FileExistsError, match="something else in it than train and val: empty it or name a new"):
-        prepare_digits(tmp_path)
+        open_source("digits", tmp_path, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_picture_missing(tmp_path: Path) -> None:
+def test_image_missing(tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / name / "0").mkdir(parents=True)
         (tmp_path / name / "0" / "a.jpg").touch()
-    with pytest.raises(ValueError, match=r"val has 1 pictures instead of 450: remove .* to have it written again"):
+    with pytest.raises(ValueError, match=r"val has 1 images instead of 450: remove .* to have it written again"):
         open_source("digits", tmp_path, "val")

@@ -13,7 +13,6 @@ from PIL import Image
 from dalikd.pipelines.datasets import file_list as manifest
 from dalikd.pipelines.datasets.file_list import (
     FileList,
-    build_once,
     cache_folder,
     count_of,
     list_folder,
@@ -108,7 +107,7 @@ class TestFileList:
 
 
 class TestScan:
-    def test_order_labels_and_what_is_a_picture(self, tmp_path: Path) -> None:
+    def test_order_labels_and_what_is_a_image(self, tmp_path: Path) -> None:
         names = ["b/2.jpg", "b/10.PNG", "b/z/1.tif", "b/a/1.TIFF", "a/q.ppm", "a/p.bmp", "a/o.WebP", "a/n.jpeg"]
         left_out = ["a/notes.txt", "b/z/B.TXT", "a/jpg", "a/n.jpeg.bak", "stray.jpg", "b/1.gif"]
         passed_over = ["a/._n.jpeg", "a/.hidden/n.jpeg", ".git/x.jpg", "readme.txt", "a/Thumbs.db", "a/desktop.ini"]
@@ -129,7 +128,7 @@ class TestScan:
     def test_empty_class_is_named(self, tree: Path) -> None:
         (tree / "bird").mkdir()
         (tree / "bird" / "readme.md").touch()
-        message = r"tree/bird has no picture \(\.jpg .*; it has 1 \.md: add some or remove the folder"
+        message = r"tree/bird has no image \(\.jpg .*; it has 1 \.md: add some or remove the folder"
         with pytest.raises(ValueError, match=message):
             scan(tree, list_folder(tree).folders)
 
@@ -318,40 +317,6 @@ class TestCacheFolder:
         monkeypatch.delenv("DALIKD_CACHE")
         monkeypatch.setenv("HOME", str(tmp_path))
         assert cache_folder() == tmp_path / ".cache" / "dalikd"
-
-
-class TestBuildOnce:
-    def test_whole_or_not_at_all(self, tmp_path: Path) -> None:
-        target = tmp_path / "deep" / "target"
-
-        def fail(folder: Path) -> None:
-            (folder / "half").touch()
-            raise RuntimeError("stopped")
-
-        with pytest.raises(RuntimeError, match="stopped"):
-            build_once(target, fail)
-        assert list(target.parent.iterdir()) == []
-        build_once(target, lambda folder: (folder / "whole").touch())
-        assert [path.name for path in target.iterdir()] == ["whole"]
-        assert list(target.parent.iterdir()) == [target]
-
-    def test_slower_process_keeps_what_is_there(self, tmp_path: Path) -> None:
-        target = tmp_path / "target"
-
-        def overtaken(folder: Path) -> None:
-            (folder / "mine").touch()
-            target.mkdir()
-            (target / "theirs").touch()
-
-        build_once(target, overtaken)
-        assert [path.name for path in target.iterdir()] == ["theirs"]
-
-    def test_empty_folder_is_filled_and_a_full_one_is_not(self, tmp_path: Path) -> None:
-        build_once(tmp_path / "a", lambda _: None)
-        build_once(tmp_path / "a", lambda folder: (folder / "x").touch())
-        with pytest.raises(FileExistsError, match="a is already there"):
-            build_once(tmp_path / "a", lambda folder: (folder / "y").touch())
-        assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
 
 
 # --------------------------------------------------------------------------------------------- sides of the images

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.data import DataConfig, open_sources
+from dalikd.pipelines.data import DataConfig, open_source, open_sources
 from dalikd.pipelines.datasets import file_list as manifest
 from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS, manifest_folder
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import check_same_classes, open_source
+from dalikd.pipelines.sources import check_same_classes
 
 
 @pytest.fixture(autouse=True)
@@ -56,24 +56,24 @@ class TestImageFolder:
     def test_missing_split_names_the_folders(self, pets: Path) -> None:
         (pets / "val").rename(pets / "test")
         with pytest.raises(
-            FileNotFoundError, match=r"no folder 'val'; it has test, train: say --data\.val_split test$"
+            FileNotFoundError, match=r"no folder 'val'; it has test, train: give --data\.val_split test$"
         ):
             open_source("imagefolder", pets, "val")
-        with pytest.raises(FileNotFoundError, match=r"no folder 'fit'; .*: say --data\.train_split train$"):
+        with pytest.raises(FileNotFoundError, match=r"no folder 'fit'; .*: give --data\.train_split train$"):
             open_source("imagefolder", pets, "train", split="fit")
 
     def test_missing_split_without_a_likely_one(self, tmp_path: Path) -> None:
         root = touch(tmp_path / "root", *(f"class{label}/a.jpg" for label in range(7)))
         with pytest.raises(
             FileNotFoundError,
-            match=r"it has class0, .*, class4 and 2 more: name one with --data\.val_split, or say --data\.val_split \.",
+            match=r"it has class0, .*, class4 and 2 more: name one with --data\.val_split, or give --data\.val_split",
         ):
             open_source("imagefolder", root, "val")
         with pytest.raises(FileNotFoundError, match=r"no folder 'train'; it has no folders at all: check --data\.root"):
             open_source("imagefolder", root / "class0", "train")
 
     def test_root(self, pets: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"imagenet needs a folder: say --data\.root FOLDER"):
+        with pytest.raises(ValueError, match=r"imagenet needs a folder: give --data\.root FOLDER"):
             open_source("imagenet", None, "train")
         with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --data\.root$"):
             open_source("imagefolder", tmp_path / "nowhere", "train")
@@ -87,10 +87,10 @@ class TestImageFolder:
 
     def test_empty_class_and_no_classes(self, pets: Path) -> None:
         (pets / "train" / "bird").mkdir()
-        with pytest.raises(ValueError, match="train/bird has no picture"):
+        with pytest.raises(ValueError, match="train/bird has no image"):
             open_source("imagefolder", pets, "train")
         touch(pets, "flat/1.jpg")
-        with pytest.raises(ValueError, match=r"flat has no class folders: put pictures in .*flat/<class>/"):
+        with pytest.raises(ValueError, match=r"flat has no class folders: put images in .*flat/<class>/"):
             open_source("imagefolder", pets, "train", split="flat")
 
     def test_whole_numbers_are_ordered_by_number_in_both_splits(self, tmp_path: Path) -> None:
@@ -244,17 +244,17 @@ class TestTinyImageNet:
             open_source("tinyimagenet", root, "val")
 
     @pytest.mark.parametrize("name", ["val_7.JPEG", "val_0.JPEG", "../val_0.JPEG"])
-    def test_picture_missing_or_listed_twice(self, root: Path, name: str) -> None:
+    def test_image_missing_or_listed_twice(self, root: Path, name: str) -> None:
         self.annotate(root, *self.LINES, f"{name}\tn01\t0\t0\t1\t1")
         with pytest.raises(FileNotFoundError, match=rf"line 4: '{name}' is not in .*val/images, or listed twice"):
             open_source("tinyimagenet", root, "val")
 
     def test_malformed_line_and_empty_list(self, root: Path) -> None:
         self.annotate(root, *self.LINES, "val_2.JPEG n01")
-        with pytest.raises(ValueError, match=r"line 4: 'val_2\.JPEG n01' is not 'picture <tab> class <tab> box'"):
+        with pytest.raises(ValueError, match=r"line 4: 'val_2\.JPEG n01' is not 'image <tab> class <tab> box'"):
             open_source("tinyimagenet", root, "val")
         self.annotate(root)
-        with pytest.raises(ValueError, match=r"val_annotations\.txt lists no picture"):
+        with pytest.raises(ValueError, match=r"val_annotations\.txt lists no image"):
             open_source("tinyimagenet", root, "val")
 
     def test_half_unpacked(self, root: Path) -> None:
@@ -268,7 +268,7 @@ class TestTinyImageNet:
             open_source("tinyimagenet", root, "train")
 
     def test_test_split_has_no_labels(self, root: Path) -> None:
-        with pytest.raises(ValueError, match=r"published test split has no labels\): say --data\.val_split val"):
+        with pytest.raises(ValueError, match=r"published test split has no labels\): give --data\.val_split val"):
             open_source("tinyimagenet", root, "val", split="test")
         for split in ("test", "val"):  # what was given, or is not there, is no advice
             (root / "val").rename(root / "old") if split == "test" else (root / "test").rename(root / "val")
@@ -311,7 +311,7 @@ class TestSomeClasses:
         for path in (animals / "train" / "a").iterdir():
             path.unlink()
         assert len(open_source("imagefolder", animals, "train", classes=listed)) == 4
-        with pytest.raises(ValueError, match="train/a has no picture"):
+        with pytest.raises(ValueError, match="train/a has no image"):
             open_source("imagefolder", animals, "train")
 
     def test_a_class_without_a_folder(self, animals: Path, listed: Path) -> None:

@@ -61,7 +61,7 @@ class TestMissingRoot:
         [
             ("imagefolder", r"check --data\.root$"),
             ("webdataset", r"check --data\.root$"),
-            ("svhn", r"check --data\.root, or say --data\.download true to fetch it$"),
+            ("svhn", r"check --data\.root, or give --data\.download true to fetch it$"),
             ("tinyimagenet", r"; to get it, fetch http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip, unpack it, "),
             (
                 "imagenet",
@@ -82,5 +82,5 @@ class TestMissingRoot:
             SplitSpec("tinyimagenet", tmp_path, "train", "train").split_folder()
 
     def test_no_root(self) -> None:
-        with pytest.raises(ValueError, match=r"svhn needs a folder: say --data\.root FOLDER"):
+        with pytest.raises(ValueError, match=r"svhn needs a folder: give --data\.root FOLDER"):
             SplitSpec("svhn", None, "train", "train").check_root()

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
-from dalikd.pipelines.data import DataConfig, evaluation_view
-from dalikd.pipelines.datasets.svhn import SVHN, parts_of
+from dalikd.pipelines.data import DataConfig, evaluation_view, open_source
+from dalikd.pipelines.datasets.arrays import published_set
 from dalikd.pipelines.draw_spec import DrawSpec
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
 
 _CODES = {"uint8": (2, 9), "float64": (9, 6)}  # MATLAB's code of the stored type, and of the array's class
 
@@ -97,7 +97,7 @@ def test_some_classes_and_a_limit(root: Path) -> None:
     assert len(source.limit(2)) == 2
 
 
-def test_batches_are_the_pictures(root: Path) -> None:
+def test_batches_are_the_images(root: Path) -> None:
     source = open_source("svhn", root, "val")
     sampler = Sampler(len(source), batch_size=3, shuffle=False, drop_last=False)
     loader = Loader(source, sampler, DrawSpec(evaluation_view(DataConfig(name="svhn"), source)), device="cpu")
@@ -110,14 +110,14 @@ def test_batches_are_the_pictures(root: Path) -> None:
 def test_only_what_a_split_needs_must_be_there(root: Path) -> None:
     (root / "extra_32x32.mat").unlink()
     assert len(open_source("svhn", root, "train")) == 5
-    with pytest.raises(FileNotFoundError, match=r"svhn: .* lacks extra_32x32\.mat: put .* say --data\.download true$"):
+    with pytest.raises(FileNotFoundError, match=r"svhn: .* lacks extra_32x32\.mat: put .* give --data\.download true$"):
         open_source("svhn", root, "train", split="train+extra")
 
 
 def test_unknown_split(root: Path) -> None:
-    assert parts_of("train+extra") == ("train", "extra")
+    assert published_set("svhn").parts("train+extra") == ["train", "extra"]
     for split in ("val", "train+test", "extra+train", "full"):
-        with pytest.raises(ValueError, match=r"no split '.*': say train, test, extra, train\+extra$"):
+        with pytest.raises(ValueError, match=r"no split '.*': give one of train, test, extra, train\+extra$"):
             open_source("svhn", root, "train", split=split)
 
 
@@ -130,14 +130,13 @@ X, Y = images_of("train", 2).transpose(1, 2, 3, 0), np.array([[1], [2]], np.uint
         (b"", "is not a file of the published data set"),
         (b"<html>404</html>" * 20, "is not a file of the published data set"),
         (mat_file({"X": X, "y": Y})[:-900], "is not a file of the published data set"),
-        (mat_file({"y": Y}), "X is not an array of 32 x 32 x 3 bytes an image"),
-        (mat_file({"X": X}), r"y is not 2 labels in 1\.\.10"),
-        (mat_file({"X": X.astype(np.float64), "y": Y}), "X is not an array of 32 x 32 x 3 bytes"),
-        (mat_file({"X": X[:31], "y": Y}), "X is not an array of 32 x 32 x 3 bytes"),
-        (mat_file({"X": X, "y": Y[:1]}), r"y is not 2 labels in 1\.\.10"),
-        (mat_file({"X": X, "y": Y - 1}), r"y is not 2 labels in 1\.\.10"),
-        (mat_file({"X": X, "y": Y + 9}), r"y is not 2 labels in 1\.\.10"),
-        (mat_file({"X": X, "y": Y.astype(np.float64)}), r"y is not 2 labels in 1\.\.10"),
+        (mat_file({"y": Y}), "is not a file of the published data set"),
+        (mat_file({"X": X}), r"is not a file of the published data set: 'y'"),
+        (mat_file({"X": X.astype(np.float64), "y": Y}), "does not hold images of 32 x 32 x 3 bytes"),
+        (mat_file({"X": X[:31], "y": Y}), "does not hold images of 32 x 32 x 3 bytes"),
+        (mat_file({"X": X, "y": Y[:1]}), r"does not hold 2 labels in 1\.\.10"),
+        (mat_file({"X": X, "y": Y + 9}), r"does not hold 2 labels in 1\.\.10"),
+        (mat_file({"X": X, "y": Y.astype(np.float64) - 5}), r"does not hold 2 labels in 1\.\.10"),
     ],
 )
 def test_damaged_file(root: Path, content: bytes, message: str) -> None:
@@ -149,49 +148,35 @@ def test_damaged_file(root: Path, content: bytes, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_files_and_checksums_are_torchvision_s() -> None:
-    from torchvision.datasets import SVHN as THEIRS
-
-    assert SVHN.splits == {split: {entry[1]: entry[2]} for split, entry in THEIRS.split_list.items()}
-
-
-class FakeDownload:
-    """In place of torchvision's data set: notes its calls, writes the file of the split."""
-
-    def __init__(self) -> None:
-        self.splits: list[str] = []
-
-    def __call__(self, root: str, *, split: str, download: bool) -> None:
-        assert download
-        self.splits.append(split)
-        write_part(Path(root), split, [1, 2])
-
-
 def test_download_of_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision import datasets
+    splits: list[str] = []
 
-    fake = FakeDownload()
-    monkeypatch.setattr(datasets, "SVHN", fake)
+    class Fake(datasets.SVHN):
+        def __init__(self, root: str, *, split: str, download: bool = False) -> None:
+            if not download:
+                return super().__init__(root, split)
+            splits.append(split)
+            write_part(Path(root), split, [1, 2])
+
+    monkeypatch.setattr(datasets, "SVHN", Fake)
     root = tmp_path / "new"
     with pytest.raises(FileNotFoundError, match=r"does not exist: .*--data\.download true to fetch it"):
         open_source("svhn", root, "train")
-    assert fake.splits == []
+    assert splits == []
     assert len(open_source("svhn", root, "train", download=True)) == 2
     assert len(open_source("svhn", root, "train", split="train+extra", download=True)) == 4
     assert len(open_source("svhn", root, "val", download=True)) == 2
-    assert fake.splits == ["train", "extra", "test"]
+    assert splits == ["train", "extra", "test"]
     assert sorted(path.name for path in root.iterdir()) == ["extra_32x32.mat", "test_32x32.mat", "train_32x32.mat"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError("no route to host")])
 def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    from torchvision import datasets
-
-    def fail(root: str, *, split: str, download: bool) -> None:  # noqa: ARG001
-        (Path(root) / "train_32x32.mat").write_bytes(b"half")
+    def download(reader: datasets.SVHN) -> None:
+        (Path(reader.root) / "train_32x32.mat").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(datasets, "SVHN", fail)
+    monkeypatch.setattr(datasets.SVHN, "download", download)
     with pytest.raises(ConnectionError, match=rf"svhn could not be downloaded \({error}\): try again, or put the"):
         open_source("svhn", tmp_path, "train", download=True)
     assert list(tmp_path.iterdir()) == []

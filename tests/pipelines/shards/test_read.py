@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import read as records_module
-from dalikd.pipelines.shards.read import Records, reads_shares
-from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.shards.read import ShardSet
+from dalikd.pipelines.shards.write import WriteOptions, write_shards
 
 
 @pytest.fixture
@@ -33,43 +33,43 @@ def _describe(folder: Path, **changes: object) -> None:
 
 
 def test_what_is_opened(written):
-    records = Records(written.folder)
-    assert len(records) == 300
-    assert np.array_equal(records.labels, written.source.labels)
-    assert sorted(records.order.tolist()) == list(range(300))
+    shards = ShardSet(written.folder)
+    assert len(shards) == 300
+    assert np.array_equal(shards.labels, written.source.labels)
+    assert sorted(shards.order.tolist()) == list(range(300))
     extension = {"webdataset": ".tar", "tfrecord": ".tfrecord"}[written.format]
-    assert records.paths == [str(written.folder / f"train-0000{number}{extension}") for number in range(5)]
-    assert records.index_paths == [str(written.folder / f"train-0000{number}.idx") for number in range(5)]
+    assert shards.paths == [str(written.folder / f"train-0000{number}{extension}") for number in range(5)]
+    assert shards.index_paths == [str(written.folder / f"train-0000{number}.idx") for number in range(5)]
 
 
 def test_every_image_is_read_by_its_row(written):
-    records = Records(written.folder)
+    shards = ShardSet(written.folder)
     for row in range(300):
-        assert records.read(row) == Path(written.source.path(row)).read_bytes()
+        assert shards.read(row) == Path(written.source.path(row)).read_bytes()
 
 
 def test_names_say_where_an_image_is(written):
-    records = Records(written.folder)
+    shards = ShardSet(written.folder)
     position = 3 * 60 + 7
-    row = int(records.order[position])
+    row = int(shards.order[position])
     ending = {"webdataset": f".tar:{row:09d}.jpg", "tfrecord": f".tfrecord:{row:09d}"}[written.format]
-    assert records.name(row) == str(written.folder / "train-00003") + ending
+    assert shards.name(row) == str(written.folder / "train-00003") + ending
 
 
 def test_the_digest_follows_the_content(written, copy, tmp_path):
-    assert Records(copy).digest == Records(written.folder).digest
-    write_records(written.source, tmp_path / "other", WriteOptions(written.format, seed=5, threads=1))
-    assert Records(tmp_path / "other").digest != Records(written.folder).digest
+    assert ShardSet(copy).digest == ShardSet(written.folder).digest
+    write_shards(written.source, tmp_path / "other", WriteOptions(written.format, seed=5, threads=1))
+    assert ShardSet(tmp_path / "other").digest != ShardSet(written.folder).digest
 
 
 def test_the_source_is_that_of_the_files(written):
     source = written.open()
-    assert source.records is not None
+    assert source.shards is not None
     assert source.files is source.arrays is None
     for name in ("name", "split", "classes", "mean", "std", "image_size", "fingerprint"):
         assert getattr(source, name) == getattr(written.source, name)
     assert np.array_equal(source.labels, written.source.labels)
-    assert source.path(17) == source.records.name(17)
+    assert source.path(17) == source.shards.name(17)
 
 
 def test_a_part_cannot_be_taken(written):
@@ -82,7 +82,7 @@ def test_a_part_cannot_be_taken(written):
     [(True, True, True), (True, False, False), (False, True, False), (False, False, False)],
 )
 def test_shares_are_for_training(shuffle, drop_last, expected):
-    assert reads_shares(Sampler(10, 5, shuffle=shuffle, drop_last=drop_last)) is expected
+    assert Sampler(10, 5, shuffle=shuffle, drop_last=drop_last).reads_shares is expected
 
 
 # ------------------------------------------------------------------------------------------------- errors
@@ -133,7 +133,7 @@ def _cut_labels(folder: Path) -> None:
 def test_a_folder_that_is_not_as_it_should_be(copy: Path, spoil: Callable[[Path], None], kind, message):
     spoil(copy)
     with pytest.raises(kind, match=message):
-        Records(copy)
+        ShardSet(copy)
 
 
 def test_an_empty_folder(tmp_path):
@@ -146,7 +146,7 @@ def test_an_empty_folder(tmp_path):
 
 def test_the_other_format_is_named(written):
     other = {"webdataset": "tfrecord", "tfrecord": "webdataset"}[written.format]
-    message = rf"train holds {written.format}, not {other}: say --data\.name {written.format}"
+    message = rf"train holds {written.format}, not {other}: give --data\.name {written.format}"
     with pytest.raises(ValueError, match=message):
         open_source(other, written.folder.parent, "train")
 
@@ -154,19 +154,19 @@ def test_the_other_format_is_named(written):
 def test_more_tars_than_may_be_open(monkeypatch, written):
     monkeypatch.setattr(records_module.resource, "getrlimit", lambda _: (265, 1000))
     if written.format == "tfrecord":
-        assert len(Records(written.folder)) == 300  # DALI opens these one after the other
+        assert len(ShardSet(written.folder)) == 300  # DALI opens these one after the other
         return
-    with pytest.raises(ValueError, match=r"has 5 tars, .* only 265 files: say `ulimit -n 266` before"):
-        Records(written.folder)
+    with pytest.raises(ValueError, match=r"has 5 tars, .* only 265 files: run `ulimit -n 266` before"):
+        ShardSet(written.folder)
     monkeypatch.setattr(records_module.resource, "getrlimit", lambda _: (266, 1000))
-    assert len(Records(written.folder)) == 300
+    assert len(ShardSet(written.folder)) == 300
 
 
 # ------------------------------------------------------------------------------------------------- verify
 
 
 def test_what_is_whole_is_verified(written):
-    Records(written.folder).verify()
+    ShardSet(written.folder).verify()
 
 
 def test_every_changed_file_is_named(copy):
@@ -176,7 +176,7 @@ def test_every_changed_file_is_named(copy):
         content[-1] ^= 1
         path.write_bytes(content)
     with pytest.raises(ValueError, match="checksum differs") as error:
-        Records(copy).verify()
+        ShardSet(copy).verify()
     assert all(str(path) in str(error.value) for path in changed)
     assert str(error.value).count(str(copy)) == 3
 
@@ -188,7 +188,7 @@ def test_a_damaged_record_is_named(copy):
     content = bytearray(path.read_bytes())
     content[500] ^= 1
     path.write_bytes(content)
-    records = Records(copy)
-    row = int(records.order[120])  # the first image of the third shard
+    shards = ShardSet(copy)
+    row = int(shards.order[120])  # the first image of the third shard
     with pytest.raises(ValueError, match=rf"train-00002\.tfrecord:{row:09d}: damaged TFRecord"):
-        records.read(row)
+        shards.read(row)

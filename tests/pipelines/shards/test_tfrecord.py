@@ -79,13 +79,13 @@ def _message_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
 
 
-FEATURES: dict[str, bytes | int] = {"picture": b"\0\xff" * 200, "zero": 0, "large": 2**40 + 3, "empty": b""}
+FEATURES: dict[str, bytes | int] = {"image": b"\0\xff" * 200, "zero": 0, "large": 2**40 + 3, "empty": b""}
 
 
 def test_examples_are_what_protobuf_reads():
     features = _message_class().FromString(encode_example(FEATURES)).features.feature
     assert set(features) == set(FEATURES)
-    assert list(features["picture"].bytes_list.value) == [FEATURES["picture"]]
+    assert list(features["image"].bytes_list.value) == [FEATURES["image"]]
     assert list(features["empty"].bytes_list.value) == [b""]
     assert list(features["zero"].int64_list.value) == [0]
     assert list(features["large"].int64_list.value) == [2**40 + 3]

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import write as convert
-from dalikd.pipelines.shards.layout import Description
+from dalikd.pipelines.shards.layout import ShardManifest
 from dalikd.pipelines.shards.tfrecord import decode_example, unframe
-from dalikd.pipelines.shards.write import WriteOptions, write_records
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.shards.write import WriteOptions, write_shards
+from dalikd.pipelines.sources import Source
 
 ONE_THREAD = WriteOptions(threads=1)
 
@@ -52,14 +53,14 @@ def _members(folder: Path) -> dict[str, bytes]:
 
 def _records(folder: Path) -> list[dict[str, bytes | int]]:
     """Every record of every TFRecord file, cut by its own lengths."""
-    records = []
+    shards = []
     for path in sorted(folder.glob("*.tfrecord")):
         content = path.read_bytes()
         while content:
             size = struct.unpack_from("<Q", content)[0] + 16
-            records.append(decode_example(unframe(content[:size])))
+            shards.append(decode_example(unframe(content[:size])))
             content = content[size:]
-    return records
+    return shards
 
 
 # ------------------------------------------------------------------------------------------------ content
@@ -103,7 +104,7 @@ def test_the_description(written):
 
 def test_tars_hold_the_files_byte_by_byte(tree, tmp_path):
     source = _open(tree)
-    write_records(source, tmp_path / "out", ONE_THREAD)
+    write_shards(source, tmp_path / "out", ONE_THREAD)
     members = _members(tmp_path / "out")
     order = permutation(0, 0, 12)
     assert list(members)[::3] == [f"{row:09d}.jpg" for row in order]
@@ -115,10 +116,10 @@ def test_tars_hold_the_files_byte_by_byte(tree, tmp_path):
 
 def test_records_hold_the_files_byte_by_byte(tree, tmp_path):
     source = _open(tree)
-    write_records(source, tmp_path / "out", replace(ONE_THREAD, format="tfrecord"))
-    records = _records(tmp_path / "out")
-    assert [record["image/id"] for record in records] == permutation(0, 0, 12).tolist()
-    for record in records:
+    write_shards(source, tmp_path / "out", replace(ONE_THREAD, format="tfrecord"))
+    shards = _records(tmp_path / "out")
+    assert [record["image/id"] for record in shards] == permutation(0, 0, 12).tolist()
+    for record in shards:
         row = record["image/id"]
         assert isinstance(row, int)
         path = Path(source.path(row))
@@ -151,15 +152,15 @@ def test_indices_of_records_tell_offset_and_size(written):
 
 def test_arrays_are_written_without_loss(tmp_path):
     arrays = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    tree = open_source("imagefolder", _pictures(tmp_path / "any", 10), "train", split=".")
+    tree = open_source("imagefolder", _images(tmp_path / "any", 10), "train", split=".")
     source = replace(tree, files=None, arrays=arrays, name="cifar10")
-    write_records(source, tmp_path / "out", ONE_THREAD)
+    write_shards(source, tmp_path / "out", ONE_THREAD)
     members = _members(tmp_path / "out")
     for row in range(10):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(members[f"{row:09d}.png"]))), arrays[row])
 
 
-def _pictures(folder: Path, count: int) -> Path:
+def _images(folder: Path, count: int) -> Path:
     (folder / "class").mkdir(parents=True)
     for number in range(count):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "class" / f"{number}.png")
@@ -168,7 +169,7 @@ def _pictures(folder: Path, count: int) -> Path:
 
 def test_the_same_seed_writes_the_same_bytes(tree, tmp_path):
     for name, seed in (("one", 1), ("two", 1), ("other", 2)):
-        write_records(_open(tree), tmp_path / name / "train", replace(ONE_THREAD, seed=seed, threads=3))
+        write_shards(_open(tree), tmp_path / name / "train", replace(ONE_THREAD, seed=seed, threads=3))
     one, two, other = ((tmp_path / name / "train/train-00000.tar").read_bytes() for name in ("one", "two", "other"))
     assert one == two
     assert one != other
@@ -178,18 +179,18 @@ def test_the_same_seed_writes_the_same_bytes(tree, tmp_path):
 
 
 def test_shards_without_being_told(monkeypatch, tree, tmp_path):
-    assert len(write_records(_open(tree), tmp_path / "few", ONE_THREAD).shards) == 1
+    assert len(write_shards(_open(tree), tmp_path / "few", ONE_THREAD).shards) == 1
     monkeypatch.setattr(convert, "_USUAL_SHARD", 2)
-    assert [shard.images for shard in write_records(_open(tree), tmp_path / "more", ONE_THREAD).shards] == [2] * 6
+    assert [shard.images for shard in write_shards(_open(tree), tmp_path / "more", ONE_THREAD).shards] == [2] * 6
     monkeypatch.setattr(convert, "_MOST_SHARDS", 3)
-    assert [shard.images for shard in write_records(_open(tree), tmp_path / "most", ONE_THREAD).shards] == [4] * 3
+    assert [shard.images for shard in write_shards(_open(tree), tmp_path / "most", ONE_THREAD).shards] == [4] * 3
 
 
-def test_larger_pictures_are_resized(photos, tmp_path):
+def test_larger_images_are_resized(photos, tmp_path):
     source = open_source("imagefolder", photos, "train", split=".")
-    description = write_records(source, tmp_path / "out", replace(ONE_THREAD, resize=100))
-    assert description.resize == 100
-    assert description.fingerprint == f"{source.fingerprint}-short100"
+    manifest = write_shards(source, tmp_path / "out", replace(ONE_THREAD, resize=100))
+    assert manifest.resize == 100
+    assert manifest.fingerprint == f"{source.fingerprint}-short100"
     members = _members(tmp_path / "out")
     for row in range(len(source)):
         path = Path(source.path(row))
@@ -223,7 +224,7 @@ def test_what_is_resized_is_what_training_sees(tmp_path):
     (folder / "6.jpg").write_bytes(encoded.replace(b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\0", b""))
     photo.save(folder / "7.png", icc_profile=bytes(3_000_000))
     source = _open(tmp_path / "tree")
-    write_records(source, tmp_path / "out", replace(ONE_THREAD, resize=32))
+    write_shards(source, tmp_path / "out", replace(ONE_THREAD, resize=32))
     members = _members(tmp_path / "out")
     sampler = Sampler(8, 8, shuffle=False, drop_last=False)
     seen = Loader(source, sampler, DrawSpec(View(32, "center_crop", resize=32, interpolation="bicubic")), threads=1)
@@ -236,7 +237,7 @@ def test_what_is_resized_is_what_training_sees(tmp_path):
 
 def test_names_in_records_are_utf8(tree, tmp_path):
     (tree / "ant" / "000.jpg").rename(tree / "ant" / os.fsdecode(b"caf\xe9.jpg"))
-    write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, format="tfrecord"))
+    write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, format="tfrecord"))
     names = {record["image/filename"].decode() for record in _records(tmp_path / "out")}
     assert r"ant/caf\xe9.jpg" in names
 
@@ -244,7 +245,7 @@ def test_names_in_records_are_utf8(tree, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "zip"}, r"--format zip is unknown: say webdataset or tfrecord"),
+        ({"format": "zip"}, r"--format zip is unknown: give webdataset or tfrecord"),
         ({"seed": -1}, r"--seed -1"),
         ({"shard_images": 0}, r"--shard_images 0"),
         ({"resize": 0}, r"--resize 0"),
@@ -260,10 +261,10 @@ def test_wrong_options(changes, message):
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "the file is empty"), (b"text", "the content is no image but")])
-def test_a_file_that_is_no_picture_is_named(tree, tmp_path, content, reason):
+def test_a_file_that_is_no_image_is_named(tree, tmp_path, content, reason):
     (tree / "bee/002.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=rf"tree/bee/002\.jpg cannot be decoded \({reason}.*--check"):
-        write_records(_open(tree), tmp_path / "out" / "train", ONE_THREAD)
+        write_shards(_open(tree), tmp_path / "out" / "train", ONE_THREAD)
     assert list((tmp_path / "out").iterdir()) == []  # nothing is left
 
 
@@ -271,14 +272,14 @@ def test_a_file_that_is_gone_is_named(tree, tmp_path):
     source = _open(tree)
     (tree / "cat/001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"cat/001\.jpg"):
-        write_records(source, tmp_path / "out", ONE_THREAD)
+        write_shards(source, tmp_path / "out", ONE_THREAD)
 
 
 def test_a_file_that_cannot_be_resized_is_named(tree, tmp_path):
     path = tree / "ant/000.jpg"
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"ant/000\.jpg cannot be decoded"):
-        write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, resize=16))
+        write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, resize=16))
 
 
 @pytest.mark.parametrize("format", ["webdataset", "tfrecord"])
@@ -289,7 +290,7 @@ def test_jpeg_2000_is_copied_once_it_has_been_decoded(tree, tmp_path, format):
         image.save(path, "JPEG2000")
         pixels.append(np.asarray(image))
     source, options = _open(tree), WriteOptions(format, threads=1)
-    write_records(source, tmp_path / "out/train", options)
+    write_shards(source, tmp_path / "out/train", options)
     sampler = Sampler(len(source), 5, shuffle=False, drop_last=False)
     view = View(32, "center_crop", resize=32)
     for batch in Loader(open_source(format, tmp_path / "out", "train"), sampler, DrawSpec(view), threads=1):
@@ -300,7 +301,7 @@ def test_jpeg_2000_is_copied_once_it_has_been_decoded(tree, tmp_path, format):
 def test_jpeg_2000_that_ends_a_process_is_named(tree, tmp_path, crashing_jpeg2000, changes):
     (tree / "ant/001.jpg").write_bytes(crashing_jpeg2000)
     with pytest.raises(ValueError, match=r"ant/001\.jpg .*this JPEG 2000 ends the process that decodes it \(SIGFPE\)"):
-        write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, **changes))
+        write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, **changes))
 
 
 def test_check_names_every_bad_file_before_writing(tree, tmp_path):
@@ -308,45 +309,45 @@ def test_check_names_every_bad_file_before_writing(tree, tmp_path):
     (tree / "ant/001.jpg").write_bytes((tree / "ant/001.jpg").read_bytes()[:-200])  # a header, but not all pixels
     (tree / "cat/003.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"ant/001\.jpg \(.*cat/003\.jpg \(the file is empty\): repair or remove them"):
-        write_records(source, tmp_path / "out", replace(ONE_THREAD, check=True))
+        write_shards(source, tmp_path / "out", replace(ONE_THREAD, check=True))
     assert not (tmp_path / "out").exists()
     (tree / "cat/003.jpg").write_bytes((tree / "cat/002.jpg").read_bytes())
     (tree / "ant/001.jpg").write_bytes((tree / "ant/002.jpg").read_bytes())
-    assert write_records(source, tmp_path / "out", replace(ONE_THREAD, check=True)).images == 12
+    assert write_shards(source, tmp_path / "out", replace(ONE_THREAD, check=True)).images == 12
 
 
 def test_a_folder_with_content_is_kept(tree, tmp_path):
-    write_records(_open(tree), tmp_path / "out", ONE_THREAD)
+    write_shards(_open(tree), tmp_path / "out", ONE_THREAD)
     before = (tmp_path / "out/dataset.json").read_bytes()
     with pytest.raises(FileExistsError, match=r"out is not empty: .*--overwrite true"):
-        write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, seed=1))
+        write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, seed=1))
     assert (tmp_path / "out/dataset.json").read_bytes() == before
 
 
 def test_overwriting_replaces_the_folder_whole(tree, tmp_path):
-    write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, shard_images=4))
-    description = write_records(_open(tree), tmp_path / "out", WriteOptions("tfrecord", overwrite=True, threads=1))
-    assert Description.read(tmp_path / "out") == description
+    write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, shard_images=4))
+    manifest = write_shards(_open(tree), tmp_path / "out", WriteOptions("tfrecord", overwrite=True, threads=1))
+    assert ShardManifest.read(tmp_path / "out") == manifest
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tfrecord", ".idx", ".npy", ".json"}
     assert len(list((tmp_path / "out").iterdir())) == 5
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_overwriting_keeps_the_old_where_writing_fails(tree, tmp_path):
-    write_records(_open(tree), tmp_path / "out", ONE_THREAD)
+    write_shards(_open(tree), tmp_path / "out", ONE_THREAD)
     (tree / "ant/001.jpg").write_bytes(b"text")
     with pytest.raises(ValueError, match="no image but text"):
-        write_records(_open(tree), tmp_path / "out", replace(ONE_THREAD, overwrite=True))
-    assert Description.read(tmp_path / "out").images == 12
+        write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, overwrite=True))
+    assert ShardManifest.read(tmp_path / "out").images == 12
 
 
 def test_overwriting_spares_foreign_folders(tree, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="holds something else"):
-        write_records(_open(tree), tmp_path / "home", replace(ONE_THREAD, overwrite=True))
+        write_shards(_open(tree), tmp_path / "home", replace(ONE_THREAD, overwrite=True))
     with pytest.raises(FileExistsError, match=r"thesis\.txt is a file"):
-        write_records(_open(tree), tmp_path / "home/thesis.txt", ONE_THREAD)
+        write_shards(_open(tree), tmp_path / "home/thesis.txt", ONE_THREAD)
     assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
 
 
@@ -355,6 +356,6 @@ def test_a_full_disk_is_told_before(monkeypatch, tree, tmp_path):
     usage = convert.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OSError, match=r"takes about 0\.0 GB, .* name another --output"):
-        write_records(_open(tree), tmp_path / "new/folder", ONE_THREAD)
+        write_shards(_open(tree), tmp_path / "new/folder", ONE_THREAD)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    assert write_records(_open(tree), tmp_path / "new/folder", ONE_THREAD).images == 12
+    assert write_shards(_open(tree), tmp_path / "new/folder", ONE_THREAD).images == 12

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import open_source
 from dalikd.tools.bench import host
 from dalikd.tools.bench.host import LOADER, Watch, main
 from dalikd.tools.bench.record import load

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.sources import open_source
+from dalikd.pipelines.data import open_source
 from dalikd.tools.bench import images
 from dalikd.tools.bench.images import (
     bring_into_page_cache,

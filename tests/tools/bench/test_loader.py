@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.sources import open_source
 from dalikd.tools.bench import comparison, feeding, startup, stores, sweep
 from dalikd.tools.bench.comparison import Clock, Meter
 from dalikd.tools.bench.dispatch import Planned

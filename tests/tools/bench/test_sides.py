@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 from dalikd.pipelines.windows import WindowViews
 from dalikd.tools.bench import sides
 from dalikd.tools.bench.sides import BACKENDS, Job, _Decode, cannot, open_side, runnable

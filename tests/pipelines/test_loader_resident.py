@@ -6,12 +6,12 @@ import torch
 
 from dalikd.pipelines import resident as resident_module
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
-from dalikd.pipelines.decode import can_be_resident, decode_source
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import BadFileError, Loader
+from dalikd.pipelines.loader import BadFileError, Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 
 CPU = torch.device("cpu")
 
@@ -34,8 +34,8 @@ def test_resident_batches_are_those_of_the_files(source, size, crop, views):
     spec = DrawSpec(view, 3, views, (MixRun("derangement"),), mix_group=16)
     from_files = _loader(source, spec)
     resident = _loader(source, spec, resident=decode_source(source, view, device=CPU, threads=1))
-    assert isinstance(from_files._engine, DaliBackend)
-    assert isinstance(resident._engine, GatherBackend)
+    assert isinstance(from_files._backend, DaliBackend)
+    assert isinstance(resident._backend, GatherBackend)
     for _ in range(8):  # across the end of the epoch
         one, two = from_files.next(), resident.next()
         assert torch.equal(one.ids, two.ids)
@@ -51,7 +51,7 @@ def test_what_dali_alone_can_augment_is_read_from_the_files(source):
     view = View(32, "pad_crop")
     resident = decode_source(source, view, device=CPU, threads=1)
     spec = DrawSpec(view, views=(ViewRun("flip"), ViewRun("autoaugment")))
-    assert isinstance(_loader(source, spec, resident=resident)._engine, DaliBackend)
+    assert isinstance(_loader(source, spec, resident=resident)._backend, DaliBackend)
 
 
 def test_views_that_cut_windows_are_refused(source):
@@ -62,18 +62,18 @@ def test_views_that_cut_windows_are_refused(source):
 
 def test_a_set_larger_than_the_memory_is_refused_before_decoding(source, monkeypatch):
     monkeypatch.setattr(resident_module, "_free_bytes", lambda _: 300 * 32 * 32 * 4)
-    with pytest.raises(ValueError, match=r"300 pictures of 32 x 32 pixels need 0.0 GiB .* leave out --data.resident"):
+    with pytest.raises(ValueError, match=r"300 images of 32 x 32 pixels need 0.0 GiB .* leave out --data.resident"):
         decode_source(source, View(32, "pad_crop"), device=CPU)
     monkeypatch.setattr(resident_module, "_free_bytes", lambda _: 300 * 32 * 32 * 5)
     assert Resident.empty(300, 32, CPU).pixels.shape == (300, 32, 32)
 
 
-def test_a_bad_picture_is_replaced_as_in_the_files(source, tmp_path):
+def test_a_bad_image_is_replaced_as_in_the_files(source, tmp_path):
     rows = range(24)
     for row in rows:
         path = Path(source.path(row))
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
-        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes() if row != 5 else b"no picture")
+        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes() if row != 5 else b"no image")
     spoiled = open_source("imagefolder", tmp_path, "train", split=".")
     view = View(32, "pad_crop")
     with pytest.raises(BadFileError, match="cannot decode"):
@@ -99,7 +99,7 @@ def test_square_is_what_pad_crop_starts_from(source):
     square = _loader(source, DrawSpec(replace(view, crop="square"), 3)).next()
     cut = _loader(source, DrawSpec(view, 3))
     batch = cut.next()
-    draws = cut.plan(0).draws.views
+    draws = cut._backend.plan(0).draws.views
     straight = [row for row in range(48) if draws["crop"][row].tolist() == [3, 3]]
     assert straight  # the middle window is the square itself
     for row in straight:

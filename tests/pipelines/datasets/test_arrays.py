@@ -1,10 +1,13 @@
+from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
-from dalikd.pipelines.datasets.published import Finding, PublishedSet, from_columns
+from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, PublishedSet, _by_pixels, published_set
+from dalikd.pipelines.datasets.info import Finding
 from dalikd.pipelines.datasets.spec import SplitSpec
 
 
@@ -14,10 +17,10 @@ def sums(*files: str) -> dict[str, str]:
 
 
 SEPARATE = PublishedSet(
-    name="svhn", title="SVHN", splits={"train": sums("t"), "test": sums("s"), "extra": sums("e1", "e2")}
+    name="svhn", reader=None, splits={"train": sums("t"), "test": sums("s"), "extra": sums("e1", "e2")}
 )
 ARCHIVE = PublishedSet(
-    name="stl10", title="STL10", splits={"train": sums("t"), "test": sums("s")}, common=sums("names"), archive="all"
+    name="stl10", reader=None, splits={"train": sums("t"), "test": sums("s")}, common=sums("names"), archive="all"
 )
 
 
@@ -57,40 +60,44 @@ class TestLocate:
 
     def test_root(self, tmp_path: Path) -> None:
         for download in (False, True):
-            with pytest.raises(ValueError, match=r"svhn needs a folder: say --data\.root FOLDER"):
+            with pytest.raises(ValueError, match=r"svhn needs a folder: give --data\.root FOLDER"):
                 SEPARATE.locate(request("svhn", None, download), ["train"])
-        with pytest.raises(FileNotFoundError, match=r"does not exist: check --data\.root, or say --data\."):
+        with pytest.raises(FileNotFoundError, match=r"does not exist: check --data\.root, or give --data\."):
             SEPARATE.locate(request("svhn", tmp_path / "x"), ["train"])
         write(tmp_path, "file")
         with pytest.raises(NotADirectoryError, match=r"file is not a folder: check --data\.root"):
             SEPARATE.locate(request("svhn", tmp_path / "file"), ["train"])
 
-    def test_download_that_brings_too_little(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torchvision import datasets
-
-        monkeypatch.setattr(datasets, "STL10", lambda root, download: write(root / "all", "t"))  # noqa: ARG005
+    def test_download_that_brings_too_little(self, tmp_path: Path) -> None:
+        archive = replace(ARCHIVE, reader=lambda root, download: write(root / "all", "t"))  # noqa: ARG005
         with pytest.raises(FileNotFoundError, match=r"all lacks s, names: put"):
-            ARCHIVE.locate(request("stl10", tmp_path, download=True), ["train"])
+            archive.locate(request("stl10", tmp_path, download=True), ["train"])
 
-    def test_download_without_a_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torchvision import datasets
-
+    def test_download_without_a_network(self, tmp_path: Path) -> None:
         def fail(root: Path, download: bool) -> None:  # noqa: ARG001
             raise OSError("<urlopen error no route>")
 
-        monkeypatch.setattr(datasets, "STL10", fail)
         with pytest.raises(ConnectionError, match=rf"stl10 could not be .* \(.*no route>\): .* into {tmp_path}/all"):
-            ARCHIVE.locate(request("stl10", tmp_path, download=True), ["train"])
+            replace(ARCHIVE, reader=fail).locate(request("stl10", tmp_path, download=True), ["train"])
         assert list(tmp_path.iterdir()) == []
 
 
-def test_from_columns() -> None:
-    pictures = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
-    columns = np.stack([[picture[..., channel].T for channel in range(3)] for picture in pictures])
-    rows = from_columns(columns)
-    assert np.array_equal(rows, pictures)
-    assert rows.flags.c_contiguous
-    assert rows.dtype == np.uint8
+def test_by_pixels() -> None:
+    images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    pixels = _by_pixels(images)
+    assert np.array_equal(pixels, images.transpose(0, 2, 3, 1))
+    assert pixels.flags.c_contiguous
+    assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_files_are_those_that_torchvision_lists(name: str) -> None:
+    published, theirs = published_set(name), getattr(datasets, PUBLISHED_FILES[name])
+    assert published.archive == getattr(theirs, "base_folder", "")
+    assert set(published.splits) == ({"train", "test", "extra"} if name == "svhn" else {"train", "test"})
+    assert all(len(md5) == 32 for md5 in published.files.values())
+    assert len(published.files) == {"cifar10": 7, "cifar100": 3, "svhn": 3, "stl10": 4}[name]
+    assert "unlabeled_X.bin" not in published.files
 
 
 class TestVerify:
@@ -119,9 +126,15 @@ class TestVerify:
         assert str(finding) == f"{tmp_path}/t: damaged ({finding.detail})"
         assert str(Finding("a", "whole")) == "a: whole"
 
-    def test_large_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("dalikd.pipelines.datasets.published._CHUNK", 7)
-        content = bytes(range(100))
-        published = PublishedSet(name="x", title="X", splits={"train": {"f": md5(content).hexdigest()}})
-        (tmp_path / "f").write_bytes(content)
-        assert self.states(published, tmp_path, "train") == {"f": "whole"}
+    def test_svhn_splits_are_made_of_parts(self, tmp_path: Path) -> None:
+        missing = [
+            Path(finding.place).name for finding in published_set("svhn").verify(tmp_path, ["train+extra", "test"])
+        ]
+        assert missing == ["train_32x32.mat", "test_32x32.mat", "extra_32x32.mat"]
+        with pytest.raises(ValueError, match="svhn has no split 'val': give one of train, test, extra, train"):
+            list(published_set("svhn").verify(tmp_path, ["val"]))
+
+    def test_remedies(self) -> None:
+        assert published_set("svhn").remedy == "remove what is damaged, and give --data.download true"
+        whole = "remove the folder cifar-10-batches-py if it is there, and give --data.download true"
+        assert published_set("cifar10").remedy == whole

@@ -1,0 +1,87 @@
+"""Files and folders that are whole or not there: whoever is killed, or fails, while writing leaves what was before."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+__all__ = ["build_once", "file_digest", "write_atomically"]
+
+
+def write_atomically(path: Path, write: bytes | Callable[[BinaryIO], object], *, sync: bool = True) -> None:
+    """Write a file beside its place and move it there in one step; its folder is made if it is missing.
+
+    Several may write the same file at once: it then holds what one of them has written. It gets the permissions that
+    the umask gives to every new file.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        write: its bytes, or what writes them to an open file.
+        sync: wait until the disk has it, so that not even a power cut leaves less than a whole file. Not needed where
+            the content has a checksum and can be made again.
+
+    Raises:
+        OSError: it cannot be written. The file of before stays, and nothing lies beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex}")  # processes of several machines may have one number
+    try:
+        with part.open("xb") as file:
+            if callable(write):
+                write(file)
+            else:
+                file.write(write)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    if sync:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the disk have the new name too, where the file system can do that for a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a new folder and move it to `target` whole; where another process was faster, keep its folder.
+
+    Raises:
+        FileExistsError: `target` was there before, and is not an empty folder.
+    """
+    if target.exists() and not _is_empty_folder(target):
+        raise FileExistsError(f"{target} is already there")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        made = Path(scratch) / target.name  # a folder below, because the scratch folder is private (mode 0700)
+        made.mkdir()
+        build(made)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir() or _is_empty_folder(target):
+                raise
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digits of a checksum of a file's content: of SHA-256, or of another algorithm of hashlib.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
