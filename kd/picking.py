@@ -7,7 +7,7 @@ A criterion is a function from outputs on the candidates to one score a candidat
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,11 +103,11 @@ def dissimilarity(candidate_logits: Tensor, original_logits: Tensor, group: int)
 
 
 class PoolOutputs(NamedTuple):
-    """What a criterion may look at. What it does not need may be None."""
+    """What a criterion may look at: tensors; what it does not need may be None."""
 
-    teacher: Tensor  # [runs * B, C], on the candidates
-    student: Tensor  # [runs * B, C], on the candidates
-    originals: Tensor  # [B, C], the teacher's, on the originals
+    teacher: Any  # [runs * B, C], on the candidates
+    student: Any  # [runs * B, C], on the candidates
+    originals: Any  # [B, C], the teacher's, on the originals
 
 
 class Criterion(NamedTuple):

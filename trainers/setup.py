@@ -30,7 +30,7 @@ from dalikd.trainers.options import DistillOptions, RunOptions, TrainingOptions
 from dalikd.trainers.resume import identity
 from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tasks.distill import Distillation
-from dalikd.trainers.teacher_cache.read import CachedLooks, open_cached
+from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.tracking import RunFolder
 from dalikd.trainers.trial import check_class_order, try_training
 
@@ -61,7 +61,7 @@ class TrainingData:
     augmenter: Augmenter
     loader: Loader
     val_loader: Loader
-    cached: CachedLooks | None = None
+    cached: CachedTeacher | None = None
 
 
 def open_training_data(options: TrainingOptions, accelerator: Accelerator) -> TrainingData:
@@ -203,7 +203,7 @@ def build_distillation(options: DistillOptions, accelerator: Accelerator) -> tup
         ValueError, OSError: the data, the nets or the sizes are not as they should be.
     """
     data = open_training_data(options, accelerator)
-    teacher: Teacher | CachedLooks
+    teacher: Teacher | CachedTeacher
     if data.cached is not None:
         teacher = data.cached
     else:
@@ -318,9 +318,9 @@ def run_training(
     return {**results, "folder": str(path)}
 
 
-def _teacher_digest(teacher: Teacher | CachedLooks) -> str:
+def _teacher_digest(teacher: Teacher | CachedTeacher) -> str:
     """What a teacher's outputs depend on in the teacher; the same whether it is asked or read from a cache."""
-    if isinstance(teacher, CachedLooks):
+    if isinstance(teacher, CachedTeacher):
         asked = teacher.cache.layout.fingerprint
         weights, mean, std = (asked[f"teacher.{name}"] for name in ("weights", "mean", "std"))
     else:

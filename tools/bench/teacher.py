@@ -34,9 +34,10 @@ from dalikd.tools.bench.options import ON_GPU, check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
-from dalikd.trainers.augmentation import Augmenter, augmentation_names
+from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
 from dalikd.trainers.launch import autocast_type, start
-from dalikd.trainers.measure import build_scorer, measure
+from dalikd.trainers.measure import build_scorer, measure_branches
+from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.setup import make_loader, resident_pictures
 from dalikd.trainers.teacher_step import check_compiler
 
@@ -143,16 +144,9 @@ class Comparison:
         return len(self._loader.source) / (time.perf_counter() - started)
 
     def _measure(self) -> None:
-        measure(
-            self._augmenter,
-            self._loader,
-            self._teacher,
-            self._accelerator,
-            epochs=1,
-            window=self._options.window,
-            student=self._student,
-            compile_mode=self._options.compile,
-        )
+        options = MeasureOptions(epochs=1, window=self._options.window, compile=self._options.compile)
+        branches = Branches([self._augmenter])
+        measure_branches(branches, self._loader, self._teacher, self._accelerator, options, self._student)
 
     def _load_and_ask(self) -> None:
         for batch in self._loader:
