@@ -76,8 +76,7 @@ class TeacherStep:
         check_compiler(compile_mode)
         self._branches, self._student, self._images_per_call = branches, student, images_per_call
         self._student_part: StudentPart = student_part
-        dtype = torch.promote_types(next(teacher.model.parameters()).dtype, torch.float32)
-        self._no_logits = torch.zeros(0, num_classes, dtype=dtype)
+        self._model, self._num_classes = teacher.model, num_classes
         self._teacher: Callable[..., Any] = teacher.__call__
         if needs:
             self._teacher = partial(teacher.outputs, preactivations="preactivations" in needs)
@@ -95,7 +94,8 @@ class TeacherStep:
         """What the nets give for a batch, on its device; nothing for one that has no rows here."""
         if len(batch):
             return self._pass(batch.pixels, batch.augmented_pixels, batch.mix)
-        none, rows = self._no_logits.to(batch.images.device), batch.labels
+        dtype = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
+        none, rows = torch.zeros(0, self._num_classes, dtype=dtype, device=batch.images.device), batch.labels
         of_student = none if self._student_part == "everything" else None
         nothing = BranchOutputs(Mixed(batch.pixels, rows, rows), rows, none, of_student)
         return TeacherPass(NetOutput(none), tuple(nothing for _ in self._branches.branches), of_student)
