@@ -202,11 +202,24 @@ class TeacherStddev:
             ValueError: wrong shape or device, numbers that do not fit, or a stream that changes its kind.
         """
         self._check(logits, augmented)
-        parts = self._units(logits, augmented, group)
+        blocks = [PickedGroups(1, len(logits), len(logits))]
+        if augmented is not None and len(augmented) != len(logits):
+            blocks = picked_groups(len(logits), len(augmented), group)
         self._rows_per_unit = 1 if augmented is None else 2
         self._originals += len(logits)
-        for units, rows in parts:
-            self._consume(units, rows)
+        own = self._read(logits)
+        if augmented is None:
+            self._consume(own, 1)
+            return
+        picks = self._read(augmented).split([block.groups * block.picks for block in blocks])
+        units = own.split([block.groups * block.originals for block in blocks])
+        for (groups, originals, each), unit, carried in zip(blocks, units, picks, strict=True):
+            if each == originals:
+                self._consume(unit + carried, 2)
+            else:
+                shares = carried.reshape(groups, each, -1).sum(dim=1, keepdim=True) / originals
+                sums = unit.reshape(groups, originals, -1) + shares
+                self._consume(sums.flatten(0, 1), 1 + each / originals)
 
     def compute(self) -> GoodnessResult:
         """Read the result so far; this waits for the device. The stream may go on afterwards."""
@@ -280,18 +293,8 @@ class TeacherStddev:
         self._images += len(logits)
         return functional.softmax(full_precision(logits), dim=1).to(entropy_sum.dtype)
 
-    def _units(self, logits: Tensor, augmented: Tensor | None, group: int) -> list[tuple[Tensor, float]]:
-        """The originals with what they carry, as sums of probabilities [n, C], and the rows that each sum is of."""
-        if augmented is None:
-            return [(self._read(logits), 1)]
-        if len(augmented) == len(logits):
-            return [(self._read(logits) + self._read(augmented), 2)]
-        blocks = picked_groups(len(logits), len(augmented), group)
-        own = self._read(logits).split([block.groups * block.originals for block in blocks])
-        picks = self._read(augmented).split([block.groups * block.picks for block in blocks])
-        return [_with_shares(*parts) for parts in zip(own, picks, blocks, strict=True)]
-
     def _consume(self, units: Tensor, rows: float) -> None:
+        """Add originals with what they carry, as sums of probabilities [n, C], which are of so many rows each."""
         whole = self.window // self._rows_per_unit  # originals in a window
         start = 0
         while start < len(units):
@@ -331,15 +334,6 @@ class TeacherStddev:
             raise ValueError(f"logits are on {logits.device}, T. stddev on {device}: call .to({str(logits.device)!r})")
         if self._rows_per_unit == (2 if augmented is None else 1):
             raise ValueError("the stream changes between rows and pairs: give augmented logits always or never")
-
-
-def _with_shares(own: Tensor, picks: Tensor, block: PickedGroups) -> tuple[Tensor, float]:
-    """Originals [n, C] plus their shares of the picks [m, C], and the rows that each sum is of."""
-    if block.picks == block.originals:
-        return own + picks, 2
-    groups, originals, each = block
-    shares = picks.reshape(groups, each, -1).sum(dim=1, keepdim=True) / originals
-    return (own.reshape(groups, originals, -1) + shares).flatten(0, 1), 1 + each / originals
 
 
 def _merged_stddev(counts: Tensor, means: Tensor, squares: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dalikd.kd.masks import box_mask, cell_mask, even_span, square_span
-
 __all__ = [
     "DrawnTensors",
     "HiddenMix",
@@ -81,11 +79,11 @@ class Mixed(NamedTuple):
         return Mixed(self.images[rows], self.partner[rows], self.lam[rows], layer)
 
     @staticmethod
-    def join(runs: Sequence["Mixed"]) -> "Mixed":
-        """The images of several runs of one augmentation, run after run."""
+    def join(runs: Sequence["Mixed"], images: Tensor | None = None) -> "Mixed":
+        """The images of several runs of one augmentation, run after run; `images`, where these are joined already."""
         layers = [run.layer for run in runs if run.layer is not None]
         return Mixed(
-            torch.cat([run.images for run in runs]),
+            torch.cat([run.images for run in runs]) if images is None else images,
             torch.cat([run.partner for run in runs]),
             torch.cat([run.lam for run in runs]),
             torch.cat(layers) if layers else None,
@@ -137,9 +135,9 @@ def cutmix(images: Tensor, draws: DrawnTensors) -> Mixed:
     _check_draws(images, draws)
     height, width = images.shape[-2:]
     ratio = (1 - draws.lam).sqrt()
-    top, bottom = even_span(draws.center[:, 0], ratio, height)
-    left, right = even_span(draws.center[:, 1], ratio, width)
-    box = box_mask(top, bottom, left, right, height, width)
+    top, bottom = _span(draws.center[:, 0], 2 * ((height * ratio).long() // 2), height)
+    left, right = _span(draws.center[:, 1], 2 * ((width * ratio).long() // 2), width)
+    box = _box_mask(top, bottom, left, right, height, width)
     replaced = (bottom - top) * (right - left) / (height * width)
     return Mixed(torch.where(box, images[draws.partner], images), draws.partner, 1 - replaced)
 
@@ -169,7 +167,7 @@ def patchmix(images: Tensor, draws: DrawnTensors, side: int) -> Mixed:
     grid = (height // side, width // side)
     numbers = _cells(draws, len(images), grid)
     replaced = (draws.lam * numbers.shape[1]).long()
-    mask = cell_mask(numbers, replaced, grid, side, side)
+    mask = _cell_mask(numbers, replaced, grid, side, side)
     return Mixed(
         torch.where(mask, images[draws.partner], images),
         draws.partner,
@@ -218,9 +216,7 @@ def cutout(images: Tensor, draws: DrawnTensors, side: int, fill: Sequence[float]
     if side < 1:
         raise ValueError(f"cutout side is {side}: give at least 1 pixel")
     height, width = images.shape[-2:]
-    hole = box_mask(
-        *square_span(draws.center[:, 0], side, height), *square_span(draws.center[:, 1], side, width), height, width
-    )
+    hole = _box_mask(*_span(draws.center[:, 0], side, height), *_span(draws.center[:, 1], side, width), height, width)
     return _filled(images, draws, hole, fill, "cutout")
 
 
@@ -256,7 +252,9 @@ def masking(
         raise ValueError(f"mask ratio is {ratio}: set --mix.mask_ratio to a share from 0 to 1")
     grid = (cells_a_side, cells_a_side)
     numbers = _cells(draws, len(images), grid)
-    mask = cell_mask(numbers, int(ratio * numbers.shape[1] + 1e-9), grid, height // cells_a_side, width // cells_a_side)
+    mask = _cell_mask(
+        numbers, int(ratio * numbers.shape[1] + 1e-9), grid, height // cells_a_side, width // cells_a_side
+    )
     return _filled(images, draws, mask, fill, "masking")
 
 
@@ -281,7 +279,7 @@ def random_erasing(images: Tensor, draws: DrawnTensors, fill: Sequence[float]) -
         found = None if draws.box is None else tuple(draws.box.shape)
         raise ValueError(f"boxes have shape {found} for {len(images)} images: give box [B, 4]")
     top, left, height, width = draws.box.unbind(1)
-    box = box_mask(top, top + height, left, left + width, *images.shape[-2:])
+    box = _box_mask(top, top + height, left, left + width, *images.shape[-2:])
     return _filled(images, draws, box, fill, "random erasing")
 
 
@@ -312,3 +310,28 @@ def _check_draws(images: Tensor, draws: DrawnTensors) -> None:
     shapes = tuple(tuple(draw.shape) for draw in (draws.partner, draws.lam, draws.center))
     if shapes != ((batch,), (batch,), (batch, 2)):
         raise ValueError(f"draws have shapes {shapes} for {batch} images: give partner [B], lam [B], center [B, 2]")
+
+
+def _span(center: Tensor, length: Tensor | int, side: int) -> tuple[Tensor, Tensor]:
+    """First and past-the-last pixel [B] of `length` pixels around the centre, a fraction of the side; clipped."""
+    middle = (center * side).long().clamp(max=side - 1)  # a fraction may have been rounded up to 1
+    start = middle - length // 2
+    return start.clamp(min=0), (start + length).clamp(max=side)
+
+
+def _box_mask(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, height: int, width: int) -> Tensor:
+    """Bool [B, 1, H, W], true inside each image's box; bounds are integers [B], the last ones exclusive."""
+    rows = torch.arange(height, device=top.device)[None, :]
+    columns = torch.arange(width, device=top.device)[None, :]
+    in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < right[:, None])
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+
+def _cell_mask(numbers: Tensor, count: Tensor | int, grid: tuple[int, int], height: int, width: int) -> Tensor:
+    """Bool [B, 1, H, W], true in the `count` ([B] or one for all) cells of each image with the smallest numbers."""
+    places = numbers.argsort(dim=1, stable=True).argsort(dim=1)  # of equal numbers the first come first
+    chosen = places < (count[:, None] if isinstance(count, Tensor) else count)
+    rows, columns = grid
+    cells = chosen.reshape(-1, 1, rows, 1, columns, 1).expand(-1, 1, rows, height, columns, width)
+    return cells.reshape(-1, 1, rows * height, columns * width)

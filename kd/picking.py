@@ -49,7 +49,7 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         [B] in float32 (float64 stays). A probability of 0 contributes 0: finite logits never give NaN.
     """
-    log_probabilities = _finite(functional.log_softmax(full_precision(logits), dim=1))
+    log_probabilities = _log_probabilities(logits)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=1)
 
 
@@ -64,8 +64,7 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: f
     Returns:
         [B] in float32 (float64 stays). A class that the teacher rules out contributes 0.
     """
-    teacher = _finite(functional.log_softmax(full_precision(teacher_logits) / temperature, dim=1))
-    student = _finite(functional.log_softmax(full_precision(student_logits) / temperature, dim=1))
+    teacher, student = (_log_probabilities(logits, temperature) for logits in (teacher_logits, student_logits))
     return (teacher.exp() * (teacher - student)).sum(dim=1)
 
 
@@ -91,21 +90,24 @@ def dissimilarity(candidate_logits: Tensor, original_logits: Tensor, group: int)
         raise ValueError(f"{len(candidate_logits)} candidates are no whole runs over {batch} originals")
     pools = functional.softmax(full_precision(candidate_logits), dim=1).unflatten(0, (-1, batch))  # [runs, B, C]
     originals = functional.softmax(full_precision(original_logits), dim=1)
-    blocks = [
-        _nearest(pools[:, first:last], originals[first:last], width) for first, last, width in _blocks(batch, group)
-    ]
-    return torch.cat(blocks, dim=1).flatten()
+    nearest = []
+    for first, last, width in _blocks(batch, group):
+        own = originals[first:last].unflatten(0, (-1, width))  # [groups, width, C]
+        pool = pools[:, first:last].unflatten(1, (-1, width)).transpose(0, 1).flatten(1, 2)  # [groups, runs * width, C]
+        distances = torch.cdist(pool, own, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=2).square()
+        nearest.append(distances.unflatten(1, (-1, width)).transpose(0, 1).flatten(1))
+    return torch.cat(nearest, dim=1).flatten()
 
 
 # ------------------------------------------------------------------------------------------------------ criteria
 
 
 class PoolOutputs(NamedTuple):
-    """What a criterion may look at."""
+    """What a criterion may look at: tensors; what it does not need may be None."""
 
-    teacher: Tensor | None  # [runs * B, C], on the candidates
-    student: Tensor | None  # [runs * B, C], on the candidates
-    originals: Tensor | None  # [B, C], the teacher's, on the originals
+    teacher: Any  # [runs * B, C], on the candidates
+    student: Any  # [runs * B, C], on the candidates
+    originals: Any  # [B, C], the teacher's, on the originals
 
 
 class Criterion(NamedTuple):
@@ -116,14 +118,10 @@ class Criterion(NamedTuple):
     needs_student: bool
 
 
-TEACHER_ENTROPY = Criterion(
-    lambda outputs, _: entropy(_given(outputs.teacher)), needs_teacher=True, needs_student=False
-)
-STUDENT_ENTROPY = Criterion(
-    lambda outputs, _: entropy(_given(outputs.student)), needs_teacher=False, needs_student=True
-)
+TEACHER_ENTROPY = Criterion(lambda outputs, _: entropy(outputs.teacher), needs_teacher=True, needs_student=False)
+STUDENT_ENTROPY = Criterion(lambda outputs, _: entropy(outputs.student), needs_teacher=False, needs_student=True)
 DISSIMILARITY = Criterion(
-    lambda outputs, group: dissimilarity(_given(outputs.teacher), _given(outputs.originals), group),
+    lambda outputs, group: dissimilarity(outputs.teacher, outputs.originals, group),
     needs_teacher=True,
     needs_student=False,
 )
@@ -140,10 +138,11 @@ def divergence(temperature: float = PICK_TEMPERATURE) -> Criterion:
             f"--mix.pick_temperature {temperature}: give a number above 0 (published: {PICK_TEMPERATURE:g})"
         )
 
-    def score(outputs: PoolOutputs, group: int) -> Tensor:  # noqa: ARG001
-        return kl_divergence(_given(outputs.teacher), _given(outputs.student), temperature)
-
-    return Criterion(score, needs_teacher=True, needs_student=True)
+    return Criterion(
+        lambda outputs, _: kl_divergence(outputs.teacher, outputs.student, temperature),
+        needs_teacher=True,
+        needs_student=True,
+    )
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -197,46 +196,50 @@ def pick(scores: Tensor, k: int, groups: int = 1) -> Tensor:
     return (kept + torch.arange(groups, device=scores.device)[:, None] * size).flatten()
 
 
-def pick_rows(scores: Tensor, group: int, keep: int | None = None) -> Tensor:
+def pick_rows(scores: Tensor, group: int, n_pick: int | None = None) -> Tensor:
     """Keep the best candidates of each mix group: as many as it has originals, or another number.
 
     Each of `runs` augmentation runs made one candidate of each of B originals. The originals form groups of `group`
-    consecutive columns, the last possibly shorter; a group of w columns keeps `keep * w / group`, rounded up, of its
+    consecutive columns, the last possibly shorter; a group of w columns keeps `n_pick * w / group`, rounded up, of its
     runs * w candidates.
 
     Args:
         scores: [runs, B].
         group: originals in a group.
-        keep: candidates that a whole group keeps; default: as many as it has originals.
+        n_pick: candidates that a whole group keeps; default: as many as it has originals.
 
     Returns:
-        int64 [pick_count(B, group, keep)], indices into the flattened [runs * B] pool: groups in order, and inside a
+        int64 [pick_count(B, group, n_pick)], indices into the flattened [runs * B] pool: groups in order, and inside a
         group the order of the pool (all columns of run 0 first).
 
     Raises:
-        ValueError: scores empty or not of two dimensions, group below 1, or keep outside 1 .. runs * group.
+        ValueError: scores empty or not of two dimensions, group below 1, or n_pick outside 1 .. runs * group.
     """
     if scores.dim() != 2 or not scores.numel():
         raise ValueError(f"scores have shape {tuple(scores.shape)}: give [runs, batch], neither of them 0")
-    keep = group if keep is None else keep
-    blocks = _blocks(scores.shape[1], group)
-    if not 1 <= keep <= len(scores) * group:
+    n_pick = group if n_pick is None else n_pick
+    (runs, batch), blocks, picks = scores.shape, _blocks(scores.shape[1], group), []
+    if not 1 <= n_pick <= runs * group:
         raise ValueError(
-            f"--mix.n_pick {keep} of a pool of {len(scores) * group}: give 1 to {len(scores) * group}, or a larger "
-            f"pool (--mix.n_run {len(scores)} x --mix.group {group})"
+            f"--mix.n_pick {n_pick} of a pool of {runs * group}: give 1 to {runs * group}, or a larger pool "
+            f"(--mix.n_run {runs} x --mix.group {group})"
         )
-    picks = [_pick_block(scores, first, last, width, _share(keep, width, group)) for first, last, width in blocks]
+    for first, last, width in blocks:
+        pools = scores[:, first:last].unflatten(1, (-1, width)).transpose(0, 1)  # [groups, runs, width]
+        picked = pick(pools.flatten(), -(-n_pick * width // group), len(pools))  # a shorter group's share, rounded up
+        column = first + picked // (runs * width) * width + picked % width
+        picks.append(picked // width % runs * batch + column)
     return torch.cat(picks)
 
 
-def pick_count(batch: int, group: int, keep: int | None = None) -> int:
+def pick_count(batch: int, group: int, n_pick: int | None = None) -> int:
     """How many candidates `pick_rows` keeps of a batch of originals; arguments as there."""
-    keep = group if keep is None else keep
-    return sum((last - first) // width * _share(keep, width, group) for first, last, width in _blocks(batch, group))
+    n_pick = group if n_pick is None else n_pick
+    return sum((last - first) // width * -(-n_pick * width // group) for first, last, width in _blocks(batch, group))
 
 
 def score_and_pick(
-    criterion: Criterion, outputs: PoolOutputs, batch: int, group: int, keep: int | None = None
+    criterion: Criterion, outputs: PoolOutputs, batch: int, group: int, n_pick: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Picks out of a pool whose outputs are there already.
 
@@ -245,13 +248,13 @@ def score_and_pick(
         outputs: those that the criterion needs.
         batch: originals.
         group: originals in a mix group.
-        keep: as for `pick_rows`.
+        n_pick: as for `pick_rows`.
 
     Returns:
         Picks as `pick_rows` gives them, and the scores of the whole pool [runs * B].
     """
     scores = criterion.score(outputs, group)
-    return pick_rows(scores.reshape(-1, batch), group, keep), scores
+    return pick_rows(scores.reshape(-1, batch), group, n_pick), scores
 
 
 def _blocks(batch: int, group: int) -> list[tuple[int, int, int]]:
@@ -263,38 +266,8 @@ def _blocks(batch: int, group: int) -> list[tuple[int, int, int]]:
     return [block for block in blocks if block[0] < block[1]]
 
 
-def _share(keep: int, width: int, group: int) -> int:
-    """What a group of `width` originals keeps where a whole one keeps `keep`, rounded up."""
-    return -(-keep * width // group)
-
-
-def _pick_block(scores: Tensor, first: int, last: int, group: int, keep: int) -> Tensor:
-    """Pick in columns first .. last, a whole number of groups; indices as in `pick_rows`."""
-    runs, batch = scores.shape
-    groups = (last - first) // group
-    pools = scores[:, first:last].reshape(runs, groups, group).transpose(0, 1)  # [groups, runs, group]
-    picked = pick(pools.flatten(), keep, groups)
-    run = picked // group % runs
-    column = first + picked // (runs * group) * group + picked % group
-    return run * batch + column
-
-
-def _nearest(pools: Tensor, originals: Tensor, group: int) -> Tensor:
-    """Squared distances [runs, n] of probabilities [runs, n, C] to the nearest of their group's originals [n, C]."""
-    runs, columns, classes = pools.shape
-    candidates = pools.reshape(runs, -1, group, classes).transpose(0, 1).flatten(1, 2)  # [groups, runs * group, C]
-    distances = torch.cdist(
-        candidates, originals.reshape(-1, group, classes), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    nearest = distances.amin(dim=2).square()
-    return nearest.unflatten(1, (runs, group)).transpose(0, 1).reshape(runs, columns)
-
-
-def _finite(log_probabilities: Tensor) -> Tensor:
-    """The lowest number instead of the -inf of a masked class, since 0 * inf is NaN."""
-    return log_probabilities.clamp(min=torch.finfo(log_probabilities.dtype).min)
-
-
-def _given(value: Any) -> Any:
-    assert value is not None
-    return value
+def _log_probabilities(logits: Tensor, temperature: float | None = None) -> Tensor:
+    """log_softmax in full precision, the lowest number instead of the -inf of a masked class, since 0 * inf is NaN."""
+    logits = full_precision(logits)
+    values = functional.log_softmax(logits if temperature is None else logits / temperature, dim=1)
+    return values.clamp(min=torch.finfo(values.dtype).min)

@@ -1,9 +1,13 @@
-"""The frozen teacher, and its one look at originals and candidates."""
+"""The frozen teacher, and its one pass over originals and augmented images, for training, caching and measuring alike.
 
-from collections.abc import Callable
-from contextlib import contextmanager
+Augmentations share runs: what CutMix makes is also the first candidate of CutMixPick. So the teacher is asked about the
+originals and about each run in one call, or a few large ones, and what it gives for each pool and pick is gathered.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +18,13 @@ from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.picking import STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, score_and_pick
+from dalikd.kd.picking import Criterion, PoolOutputs, entropy, score_and_pick
 
-__all__ = [
-    "STUDENT_ENTROPY",
-    "TEACHER_ENTROPY",
-    "Criterion",
-    "Entropies",
-    "Look",
-    "PoolOutputs",
-    "Teacher",
-    "batch_statistics",
-    "entropies",
-    "look",
-]
+__all__ = ["Branch", "BranchOutputs", "Teacher", "TeacherPass", "batch_statistics", "entropies", "teacher_pass"]
 
+Net = Callable[..., Any]  # pixels [n, 3, S, S] -> logits [n, C], or NetOutput; perhaps with a HiddenMix
+StudentPart = Literal["candidates", "originals", "everything"]
+_ORIGINALS = -1  # where other images have the number of their run
 
 #: the layers whose weights mixed precision casts, whoever calls them; subclasses may read their weights otherwise
 _CAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
@@ -118,99 +114,126 @@ class Teacher:
     @torch.no_grad()
     def _ask(self, net: Callable[[Tensor], Any], pixels: Tensor, hidden: HiddenMix | None) -> Any:
         enabled = self._autocast is not None
-        with torch.autocast(self._device_type, self._autocast, enabled=enabled), hidden_mixing(self.model, hidden):
+        mixing = nullcontext() if hidden is None else hidden_mixing(self.model, hidden)
+        with torch.autocast(self._device_type, self._autocast, enabled=enabled), mixing:
             found = net(pixels)
         if not enabled:
             return found
         return found.float() if isinstance(found, Tensor) else found._replace(logits=found.logits.float())
 
 
-class Look(NamedTuple):
-    """What the teacher saw and said in one step. n is B, unless a mix group keeps more or fewer picks."""
+class Branch(NamedTuple):
+    """One augmentation: the runs it is made of, and how candidates are picked out of several."""
 
-    logits: Tensor  # [B, C], on the originals
-    augmented: Tensor  # [n, 3, S, S] pixels: the candidates, or those picked
-    augmented_logits: Tensor  # [n, C]
-    partner: Tensor  # int64 [n], row of the batch mixed into each
-    lam: Tensor  # [n], share of the image itself
+    runs: tuple[int, ...]  # their numbers; () for the originals themselves (identity)
+    criterion: Criterion | None = None  # None keeps all of a single run
+    n_pick: int | None = None  # picks from the pool of a mix group; None: as many as it has originals
+
+
+class BranchOutputs(NamedTuple):
+    """The augmented images of one augmentation, and what the nets give for them. n is B, unless a mix group keeps more
+    or fewer picks."""
+
+    mixed: Mixed  # n of them: all of a run, or those picked
     rows: Tensor  # int64 [n], row of the batch that each stems from
-    picks: Tensor | None = None  # int64 [n], where candidates were picked: their places in the pool
-    scores: Tensor | None = None  # [runs * B], of the pool, where candidates were picked
-    pool_logits: Tensor | None = None  # [runs * B, C], of the net that scores: the teacher, or the student if it alone
-    layer: Tensor | None = None  # int32 [n], where the partner is mixed in inside of the nets
-    inner: NetOutput | None = None  # on the originals, where more than logits was asked for
-
-    @property
-    def originals(self) -> NetOutput:
-        """What the teacher gave on the originals."""
-        return NetOutput(self.logits) if self.inner is None else self.inner
-
-    @property
-    def hidden(self) -> HiddenMix | None:
-        """How a net has to mix the hidden states of the augmented images; None where they are mixed already."""
-        return None if self.layer is None else HiddenMix(self.partner, self.lam, self.layer)
+    logits: Tensor  # [n, C], the teacher's
+    student_logits: Tensor | None = None  # [n, C], where the student is asked about everything
+    picks: Tensor | None = None  # int64 [n], where something is picked: places in the pool
+    pool_logits: Tensor | None = None  # [runs * B, C], then; of the net that scores: the teacher, or the student alone
 
 
-def look(
-    teacher: Callable[..., Tensor],
+class TeacherPass(NamedTuple):
+    """What the nets give for a batch and for its augmentations."""
+
+    originals: NetOutput  # the teacher's
+    branches: tuple[BranchOutputs, ...]
+    student_logits: Tensor | None = None  # [B, C], on the originals, where the student is asked about them
+
+
+def teacher_pass(
+    teacher: Net,
     pixels: Tensor,
-    candidates: Mixed | None,
+    runs: Sequence[Mixed],
+    branches: Sequence[Branch],
     *,
-    criterion: Criterion | None = None,
     group: int = 64,
-    keep: int | None = None,
-    student: Callable[..., Tensor] | None = None,
-) -> Look:
-    """Let the teacher see originals and candidates in one call, and keep the best candidates.
+    student: Net | None = None,
+    student_part: StudentPart = "candidates",
+    images_per_call: int | None = None,
+) -> TeacherPass:
+    """Ask the teacher about originals and augmented images, and pick candidates. Training has one branch.
 
     With teacher scores the pool's logits are gathered for the picks, not computed again: exact, as the teacher is in
-    eval mode. With student scores alone the picks are made first, and the teacher sees only them.
+    eval mode. With student scores alone the picks are made first, and the teacher is asked about them alone, unless
+    another branch has it asked about all of their pool.
 
     Args:
-        teacher: pixels [n, 3, S, S] -> logits [n, C], or a NetOutput; for candidates mixed inside the nets it takes a
-            HiddenMix too, and the originals come before them.
+        teacher: pixels [n, 3, S, S] -> logits [n, C], or a NetOutput where features of the originals are wanted. Where
+            images are mixed inside the nets it takes a HiddenMix too, and the originals come before them.
         pixels: originals [B, 3, S, S].
-        candidates: runs * B augmented images, run after run; None for the originals themselves (identity).
-        criterion: how to pick of several runs; None keeps all of a single run.
+        runs: the augmented images of each run, B each.
+        branches: the augmentations, which name their runs by number.
         group: originals that share a pool.
-        keep: picks of a whole group's pool; default: as many as originals.
-        student: the same, pixels of the pool -> logits, without gradient; for criteria that need it.
+        student: like the teacher, without gradient; for criteria that need it, and for `student_part`.
+        student_part: what the student is asked about: the candidates that it scores; the originals too; or everything
+            that the teacher's logits are given of.
+        images_per_call: how many images a net is asked about at once at most, but never fewer than one run; default:
+            all. Images that are mixed inside the nets need the originals in their call.
 
     Raises:
-        ValueError: more is kept than the pool holds.
+        ValueError: more is picked than the pool holds.
     """
-    own = torch.arange(len(pixels), device=pixels.device)
-    if candidates is None:
-        logits, inner = _logits(teacher(pixels))
-        return Look(logits, pixels, logits, own, torch.ones(len(pixels), device=pixels.device), own, inner=inner)
-    if criterion is None:
-        assert len(candidates.images) == len(pixels)
-        logits, augmented, inner = _ask(teacher, pixels, candidates)
-        return Look(
-            logits, candidates.images, augmented, candidates.partner, candidates.lam, own, layer=candidates.layer,
-            inner=inner,
-        )  # fmt: skip
-    return _look_and_pick(teacher, pixels, candidates, criterion, group, keep, student)
+    own, originals = torch.arange(len(pixels), device=pixels.device), (_ORIGINALS,)
+    shown = {(number,): run for number, run in enumerate(runs)}
+    shown[originals] = Mixed(pixels, own, torch.ones(len(pixels), device=pixels.device))
+    pools = [branch.runs or originals for branch in branches]
+    by_teacher = [branch.criterion is None or branch.criterion.needs_teacher for branch in branches]
+    whole = {run for branch, asked in zip(branches, by_teacher, strict=True) if asked for run in branch.runs}
+    scored = {run for branch in branches if branch.criterion and branch.criterion.needs_student for run in branch.runs}
+    teachers, students = (_Answers(net, shown, pools, images_per_call) for net in (teacher, student))
+
+    def pick(number: int) -> Tensor:
+        """Of a branch, by what the nets have been asked about so far."""
+        pool, (_, criterion, n_pick) = pools[number], branches[number]
+        assert criterion is not None
+        outputs = PoolOutputs(teachers.logits.get(pool), students.logits.get(pool), teachers.logits.get(originals))
+        return score_and_pick(criterion, outputs, len(pixels), group, n_pick)[0]
+
+    everything = student_part == "everything"
+    students.ask(sorted(scored | whole if everything else scored), originals=student_part != "candidates")
+    picks = {number: pick(number) for number, asked in enumerate(by_teacher) if not asked}
+    alone = {number: (len(runs) + number,) for number in picks if not whole.issuperset(pools[number])}
+    for number, images in alone.items():
+        shown[images] = _joined(shown, pools[number]).take(picks[number])
+    teachers.ask([*sorted(whole), *(number for (number,) in alone.values())], originals=True)
+
+    outputs = []
+    for number, (branch, pool, asked) in enumerate(zip(branches, pools, by_teacher, strict=True)):
+        of_student = students.logits[pool] if everything and student is not None else None
+        if branch.criterion is None:
+            assert len(pool) == 1
+            outputs.append(BranchOutputs(shown[pool], own, teachers.logits[pool], of_student))
+            continue
+        chosen = picks[number] if number in picks else pick(number)
+        images = alone.get(number)
+        mixed = shown[images] if images else _joined(shown, pool).take(chosen)
+        logits = teachers.logits[images] if images else teachers.logits[pool][chosen]
+        of_student = None if of_student is None else of_student[chosen]
+        scoring = (teachers if asked else students).logits[pool]
+        outputs.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring))
+    return TeacherPass(teachers.outputs, tuple(outputs), students.logits.get(originals))
 
 
-class Entropies(NamedTuple):
-    """Entropies by the net that scores candidates, in nats; to be logged."""
-
-    originals: Tensor  # [B]
-    candidates: Tensor  # [runs * B], the whole pool
-    picks: Tensor  # [n]
-
-
-def entropies(seen: Look, originals: Tensor | None = None) -> Entropies:
-    """How uncertain the net that scores is about originals, candidates and picks.
+def entropies(originals: Tensor, outputs: BranchOutputs) -> tuple[Tensor, Tensor, Tensor]:
+    """How uncertain the net that scores is about originals [B], candidates [runs * B] and picks [n]; in nats, to be
+    logged. Where nothing is picked, the candidates are all of them picks, and the teacher's outputs count.
 
     Args:
-        seen: a look. Where nothing was picked, the candidates are all of them picks, and the teacher's outputs count.
-        originals: the scoring net's logits on the originals [B, C], where a student alone scores; else the teacher's.
+        originals: that net's logits on the originals [B, C].
+        outputs: of an augmentation.
     """
-    pool = entropy(seen.augmented_logits if seen.pool_logits is None else seen.pool_logits)
-    picks = pool if seen.picks is None else pool[seen.picks]
-    return Entropies(entropy(seen.logits if originals is None else originals), pool, picks)
+    candidates = entropy(outputs.logits if outputs.pool_logits is None else outputs.pool_logits)
+    return entropy(originals), candidates, candidates if outputs.picks is None else candidates[outputs.picks]
 
 
 @contextmanager
@@ -237,52 +260,70 @@ def batch_statistics(model: nn.Module):
             module.training = training
 
 
-def _look_and_pick(
-    teacher: Callable[..., Tensor],
-    pixels: Tensor,
-    candidates: Mixed,
-    criterion: Criterion,
-    group: int,
-    keep: int | None,
-    student: Callable[..., Tensor] | None,
-) -> Look:
-    """The look where several candidates of each original compete; arguments as for `look`."""
-    batch = len(pixels)
-    logits = pool = scored = inner = None
-    if criterion.needs_student:
-        scored = _score(_given(student), pixels, candidates)
-    if criterion.needs_teacher:
-        logits, pool, inner = _ask(teacher, pixels, candidates)
-    picks, scores = score_and_pick(criterion, PoolOutputs(pool, scored, logits), batch, group, keep)
-    picked = candidates.take(picks)
-    if pool is None:
-        logits, augmented, inner = _ask(teacher, pixels, picked)
-    else:
-        augmented = pool[picks]
-    return Look(
-        _given(logits), picked.images, augmented, picked.partner, picked.lam, picks % batch, picks, scores,
-        scored if pool is None else pool, picked.layer, inner,
-    )  # fmt: skip
+class _Answers:
+    """What a net gives for originals and for numbered images, which it is asked about once.
+
+    Args:
+        net: None where it will not be asked.
+        shown: the images of each number; pools that are joined for a call are added.
+        pools: numbers whose logits are wanted together.
+        most: images in a call; None for all.
+
+    Attributes:
+        outputs: on the originals.
+        logits: by number, and of whole pools.
+    """
+
+    def __init__(
+        self,
+        net: Net | None,
+        shown: dict[tuple[int, ...], Mixed],
+        pools: Sequence[tuple[int, ...]],
+        most: int | None,
+    ) -> None:
+        self._net, self._shown, self._pools, self._most = net, shown, pools, most
+        self.logits: dict[tuple[int, ...], Tensor] = {}
+        self.outputs: Any = None
+
+    def ask(self, numbers: Iterable[int], *, originals: bool) -> None:
+        """Ask about those, as many at once as a call may hold; first about what is not mixed inside the net."""
+        shown, calls = self._shown, [[_ORIGINALS] if originals else []]
+        for number in sorted(numbers, key=lambda number: shown[(number,)].layer is not None):
+            rows = sum(len(shown[(one,)].images) for one in (*calls[-1], number))
+            if calls[-1] and self._most is not None and rows > self._most:
+                calls.append([])
+            if shown[(number,)].layer is not None and _ORIGINALS not in calls[-1]:
+                calls[-1].insert(0, _ORIGINALS)
+            calls[-1].append(number)
+        for call in filter(None, calls):
+            self._call(call)
+        for pool in self._pools:
+            if pool not in self.logits and all((run,) in self.logits for run in pool):
+                self.logits[pool] = torch.cat([self.logits[(run,)] for run in pool])
+
+    def _call(self, call: list[int]) -> None:
+        """Ask about the images of these numbers at once; the originals come first."""
+        assert self._net is not None, "a criterion needs a student"
+        parts = [self._shown[(number,)] for number in call]
+        images = parts[0].images if len(parts) == 1 else torch.cat([part.images for part in parts])  # may become float
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        found = self._net(images, *([HiddenMix(*map(torch.cat, zip(*hidden, strict=True)))] if hidden else []))
+        logits = found if isinstance(found, Tensor) else found.logits
+        pieces = logits.split([len(part.images) for part in parts])
+        self.logits |= {(number,): piece for number, piece in zip(call, pieces, strict=True)}
+        batch = 0
+        if call[0] == _ORIGINALS:
+            batch = len(parts[0].images)
+            if isinstance(found, Tensor):
+                self.outputs = NetOutput(pieces[0])
+            else:  # copied: a part of it would keep the features of the whole pool through the student's step
+                self.outputs = found if len(call) == 1 else found.first(batch).map(torch.clone)
+            self.logits[(_ORIGINALS,)] = self.outputs.logits
+        rest = tuple(call[1:] if batch else call)
+        if len(rest) > 1 and rest in self._pools:
+            self.logits[rest] = logits[batch:]
+            self._shown[rest] = Mixed.join(parts[len(call) - len(rest) :], images[batch:])
 
 
-def _ask(net: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> tuple[Tensor, Tensor, NetOutput | None]:
-    """A net's logits on originals and candidates, in one call, and all it gave on the originals."""
-    both = torch.cat((pixels, candidates.images))  # uint8 and float promote to float
-    logits, inner = _logits(net(both) if candidates.hidden is None else net(both, candidates.hidden))
-    batch = len(pixels)
-    if inner is not None:  # copied: a part of it would keep the features of the whole pool through the student's step
-        inner = inner.first(batch).map(torch.clone)
-    return logits[:batch], logits[batch:], inner
-
-
-def _logits(found: Tensor | NetOutput) -> tuple[Tensor, NetOutput | None]:
-    return (found, None) if isinstance(found, Tensor) else (found.logits, found)
-
-
-def _score(student: Callable[..., Tensor], pixels: Tensor, candidates: Mixed) -> Tensor:
-    return student(candidates.images) if candidates.hidden is None else _ask(student, pixels, candidates)[1]
-
-
-def _given(value: Any) -> Any:
-    assert value is not None
-    return value
+def _joined(shown: dict[tuple[int, ...], Mixed], pool: tuple[int, ...]) -> Mixed:
+    return shown[pool] if pool in shown else Mixed.join([shown[(run,)] for run in pool])

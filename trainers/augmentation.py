@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dalikd.kd.manifold import LAYERS, MANIFOLD_ALPHA, check_mixable, manifold_mixup
 from dalikd.kd.mixing import Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_by_name
+from dalikd.kd.teacher import Branch
 from dalikd.pipelines.datasets.info import cutout_side
 from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, DrawSpec, MixDraws, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Batch
@@ -27,7 +28,6 @@ __all__ = [
     "MixOptions",
     "Part",
     "augmentation_names",
-    "is_picked_by_student",
 ]
 
 MixFunction = Callable[[Tensor, MixDraws], Mixed]
@@ -210,7 +210,8 @@ class Augmenter:
         criterion: how picks are made, or None.
         group: originals that share a pool.
         side: of the images, in pixels.
-        keep: picks out of each pool, where they are not as many as the originals.
+        mix_images: makes a run of images and draws, where it is not a view of the loader.
+        n_pick: picks out of each pool, where they are not as many as the originals.
         draw_spec: what the loader must draw.
 
     Raises:
@@ -230,9 +231,9 @@ class Augmenter:
         _check_grid(base, options, view.size)
         fill = tuple(255 * value for value in source.mean)
         setting = _Setting(options, view.size, options.cutout_side or cutout_side(source.name, view.size), fill)
-        self._mix = self.base.mix(setting) if self.base.mix else None
+        self.mix_images = self.base.mix(setting) if self.base.mix else None
         self.parts = _parts(base, setting, options.n_run if criterion else 1)
-        self.keep = options.n_pick if criterion and options.n_pick != options.group else None
+        self.n_pick = options.n_pick if criterion and options.n_pick != options.group else None
         self.draw_spec = _draw_spec(self.parts, DrawSpec(view, seed, mode=options.mode, mix_group=options.group))
         _check_group(self)
 
@@ -250,6 +251,11 @@ class Augmenter:
     def mixes_hidden(self) -> bool:
         """Whether images are mixed inside the nets."""
         return any(part.mix is not None and part.mix.layers for part in self.parts)
+
+    @property
+    def picked_by_student(self) -> bool:
+        """Whether a student alone scores its candidates."""
+        return self.criterion is not None and not self.criterion.needs_teacher
 
     @property
     def makes_candidates(self) -> bool:
@@ -276,20 +282,8 @@ class Augmenter:
 
     def mix(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> Mixed | None:
         """The same of a batch's tensors: originals and augmented views [B, 3, S, S], and the draws of each run."""
-        if not self.parts:
-            return None
-        pairs = zip(augmented or [None] * self.runs, draws or [None] * self.runs, strict=True)
-        runs = [self.make(pixels, view, of_run) for view, of_run in pairs]
-        return runs[0] if len(runs) == 1 else Mixed.join(runs)
-
-    def make(self, pixels: Tensor, view: Tensor | None, draws: MixDraws | None) -> Mixed:
-        """One run: the originals mixed by its draws, or its view."""
-        if self._mix is not None:
-            assert draws is not None
-            return self._mix(pixels, draws)
-        assert view is not None
-        own = torch.arange(len(pixels), device=pixels.device)
-        return Mixed(view, own, torch.ones(len(pixels), device=own.device))
+        runs = Branches([self]).make(pixels, augmented, draws)
+        return Mixed.join(runs) if len(runs) > 1 else next(iter(runs), None)
 
 
 class Branches:
@@ -300,32 +294,31 @@ class Branches:
 
     Attributes:
         parts: the runs of all of them, each once.
-        pools: for each augmenter which of the parts are its own.
+        branches: what `teacher_pass` takes of each of them.
         draw_spec: what the loader must draw.
     """
 
     def __init__(self, augmenters: Sequence[Augmenter]) -> None:
         self.augmenters = tuple(augmenters)
-        makers = {part: augmenter for augmenter in augmenters for part in augmenter.parts}
-        self.parts = tuple(makers)
-        self.pools = [tuple(self.parts.index(part) for part in augmenter.parts) for augmenter in augmenters]
-        self.draw_spec = spec = _draw_spec(self.parts, augmenters[0].draw_spec)
-        views = [None if part.view is None else spec.views.index(part.view) for part in makers]
-        mixes = [None if part.mix is None else spec.mixes.index(part.mix) for part in makers]
-        self._recipes = list(zip(makers.values(), views, mixes, strict=True))
+        makers = {part: augmenter.mix_images for augmenter in augmenters for part in augmenter.parts}
+        self.parts = parts = tuple(makers)
+        self.draw_spec = spec = _draw_spec(parts, augmenters[0].draw_spec)
+        self.branches = tuple(
+            Branch(tuple(map(parts.index, augmenter.parts)), augmenter.criterion, augmenter.n_pick)
+            for augmenter in augmenters
+        )
+        places = [spec.views.index(part.view) if part.view else spec.mixes.index(part.mix) for part in parts]  # type: ignore[arg-type]
+        self._recipes = list(zip(makers.values(), places, strict=True))
 
     def make(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> list[Mixed]:
-        """The augmented images of each part, B each, from a batch's tensors."""
+        """The augmented images of each run, B each, from a batch's tensors: originals and augmented views
+        [B, 3, S, S], and the draws of each mixing run."""
+        own = torch.arange(len(pixels), device=pixels.device)
+        whole = torch.ones(len(pixels), device=pixels.device)
         return [
-            maker.make(pixels, None if view is None else augmented[view], None if mix is None else draws[mix])
-            for maker, view, mix in self._recipes
+            Mixed(augmented[place], own, whole) if mix_images is None else mix_images(pixels, draws[place])
+            for mix_images, place in self._recipes
         ]
-
-
-def is_picked_by_student(augmenter: Augmenter) -> bool:
-    """Whether a student alone scores its candidates."""
-    criterion = augmenter.criterion
-    return criterion is not None and criterion.needs_student and not criterion.needs_teacher
 
 
 def _parts(base: str, setting: _Setting, runs: int) -> tuple[Part, ...]:
@@ -354,9 +347,9 @@ def _check_group(augmenter: Augmenter) -> None:
             "give at least 2"
         )
     pool = augmenter.runs * augmenter.group
-    if augmenter.keep is not None and not 1 <= augmenter.keep <= pool:
+    if augmenter.n_pick is not None and not 1 <= augmenter.n_pick <= pool:
         raise ValueError(
-            f"--mix.n_pick {augmenter.keep}: the pool of {augmenter.name} holds {pool} images (--mix.n_run "
+            f"--mix.n_pick {augmenter.n_pick}: the pool of {augmenter.name} holds {pool} images (--mix.n_run "
             f"{augmenter.runs} x --mix.group {augmenter.group}); give 1 to {pool}"
         )
 

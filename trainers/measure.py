@@ -1,57 +1,54 @@
-"""T. stddev of augmentations: the teacher looks at originals and augmented images, nothing is trained.
+"""T. stddev of augmentations: the teacher is asked about originals and augmented images, nothing is trained.
 
 All augmentations asked for are measured in one pass over the data: a batch is read and decoded once, each augmentation
 is a branch of it, and the teacher is asked about everything in few calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from dalikd.kd.goodness import FEWEST_GROUPS
+from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
+from dalikd.kd.entropy_log import EntropyLog, plot_entropies
+from dalikd.kd.goodness import FEWEST_GROUPS, TeacherStddev
 from dalikd.kd.known_weights import weights_digest
-from dalikd.kd.losses.base import full_precision
-from dalikd.kd.manifold import hidden_mixing
-from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.separation import Separation, separation, windows_at
-from dalikd.kd.teacher import Teacher
+from dalikd.kd.teacher import StudentPart, Teacher, TeacherPass, entropies
 from dalikd.pipelines.data import FilePath, as_used
 from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.augmentation import (
-    Augmenter,
-    Branches,
-    augmentation_names,
-    is_picked_by_student,
-)
+from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files
-from dalikd.trainers.launch import CompileMode, model_type
-from dalikd.trainers.measurement import EntropyLogs, Measurement, MetricName, Surveyor
+from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import TeacherConfig, build_model, describe_teacher
 from dalikd.trainers.options import FROM_1, SHARE, AugmentingOptions, NumberRange, check_numbers, renamed
 from dalikd.trainers.progress import progress
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
+from dalikd.trainers.teacher_step import StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.tracking import check_writable, versions
 from dalikd.trainers.trial import check_finite
 
 __all__ = [
     "MeasureOptions",
+    "Measurement",
+    "MetricName",
     "build_scorer",
     "check_measuring",
-    "measure",
     "measure_all",
     "measure_branches",
     "results_table",
 ]
+
+MetricName = Literal["probability_covariance", "cross_entropy_covariance"]
 
 _FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
 
@@ -155,38 +152,6 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     }
 
 
-def measure(
-    augmenter: Augmenter,
-    loader: Loader,
-    teacher: Teacher,
-    accelerator: Accelerator,
-    *,
-    epochs: int,
-    window: int,
-    student: Normalized | None = None,
-    compile_mode: CompileMode = "off",
-) -> dict[str, Any]:
-    """Measure one augmentation over whole epochs; windows run on across them.
-
-    Args:
-        augmenter: the augmentation.
-        loader: over every row once an epoch (drop_last=False), with the augmenter's draws.
-        teacher: frozen.
-        accelerator: whose processes share each batch; the result is that of one process.
-        epochs: passes over the data.
-        window: teacher outputs in a window (originals and augmented together).
-        student: scores candidates, in eval mode; for augmentations that need it.
-        compile_mode: of the look.
-
-    Returns:
-        "augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images" (originals), "window", and
-        "per_class" by the class's name.
-    """
-    options = MeasureOptions(epochs=epochs, window=window, compile=compile_mode)
-    report = measure_branches(Branches([augmenter]), loader, teacher, accelerator, options, student)
-    return report["results"][0]
-
-
 def measure_branches(
     branches: Branches,
     loader: Loader,
@@ -195,7 +160,7 @@ def measure_branches(
     options: MeasureOptions,
     student: Normalized | None = None,
 ) -> dict[str, Any]:
-    """Measure several augmentations in one pass over the data, epoch after epoch.
+    """Measure augmentations in one pass over the data, epoch after epoch; windows run on across epochs.
 
     Args:
         branches: the augmentations.
@@ -206,7 +171,9 @@ def measure_branches(
         student: in eval mode; for augmentations and metrics that need it.
 
     Returns:
-        "results", what `measure` returns of each; "separation", "stopped", "entropy_plots" and "replaced_files".
+        "results": of each augmentation "augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images"
+        (originals), "window", and "per_class" by the class's name; "separation", "stopped", "entropy_plots" and
+        "replaced_files".
     """
     run = _Pass(branches, loader, teacher, accelerator, student, options)
     run.go()
@@ -226,37 +193,30 @@ class _Pass:
         options: MeasureOptions,
     ) -> None:
         self.loader, self.accelerator, self.options = loader, accelerator, options
-        classes = len(loader.source.classes)
-        augmenters = branches.augmenters
-        for augmenter in augmenters:
+        self.augmenters, classes = branches.augmenters, len(loader.source.classes)
+        scores: StudentScores | None = None
+        part: StudentPart = "candidates"
+        if student is not None:
+            student.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+            scores = StudentScores(student, accelerator, self.augmenters[0].group, learns=False)
+        for augmenter in self.augmenters:
             augmenter.check_nets(options.compile, ("the teacher", teacher.model), ("the student", student))
-        sees_all = student is not None and "cross_entropy_covariance" in options.metrics
-        self.look = Surveyor(
-            teacher,
-            branches,
-            classes,
-            _scorer(student, accelerator),
-            student_sees_all=sees_all,
-            student_sees_originals=options.entropy_log is not None and any(map(is_picked_by_student, augmenters)),
-            images_per_call=options.images_per_call,
-            compile_mode=options.compile,
-        )
-        self.measurement = Measurement(
-            [augmenter.name for augmenter in augmenters],
-            classes,
-            accelerator,
-            window=options.window,
-            group=augmenters[0].group,
-            keep=[augmenter.keep for augmenter in augmenters],
-            metrics=options.metrics,
-            student=sees_all,
-        )
-        folder = None if options.entropy_log is None else Path(options.entropy_log)
-        self.logs = EntropyLogs(folder, options.entropy_log_every, augmenters, accelerator.is_main_process)
+        if options.entropy_log is not None and any(augmenter.picked_by_student for augmenter in self.augmenters):
+            part = "originals"
+        if student is not None and "cross_entropy_covariance" in options.metrics:
+            part = "everything"
+        self.teacher_step = TeacherStep(
+            teacher, branches, scores, options.compile, student_part=part, images_per_call=options.images_per_call,
+            num_classes=classes,
+        )  # fmt: skip
+        self.measurement = Measurement(branches, classes, accelerator, options, student=part == "everything")
+        self.logs: dict[str, EntropyLog] = {}  # by augmentation, where this process logs
+        if options.entropy_log is not None and accelerator.is_main_process:
+            self.logs = {augmenter.name: EntropyLog(options.entropy_log_every) for augmenter in self.augmenters}
         self.batches = 0
         self.checks = 0
         self.settled: Separation | None = None
-        self._checkpoint: _Checkpoint | None = None
+        self._checkpoint: tuple[Path, dict[str, Any]] | None = None
 
     @torch.no_grad()
     def go(self) -> None:
@@ -267,7 +227,7 @@ class _Pass:
         """
         total = self.options.epochs * len(self.loader)
         images = self.options.epochs * len(self.loader.source)
-        title = "measure" if len(self.measurement.stddev) > 1 else next(iter(self.measurement.stddev))
+        title = "measure" if len(self.augmenters) > 1 else next(iter(self.measurement.stddev))
         bar = progress(
             self.accelerator, title, total=images, initial=self.measurement.images, unit="image", leave=False
         )
@@ -286,130 +246,210 @@ class _Pass:
             torch.compiler.reset()  # what many passes of one process leave behind would pass torch's limit
         self._save()
 
+    def _step(self, batch: Batch) -> None:
+        options = self.options
+        if options.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()  # the last batch's outputs may be overwritten
+        found = self.teacher_step(batch)
+        if self.batches == 0:  # at the cost of a wait
+            check_finite(torch.cat([found.originals.logits, *(of.logits for of in found.branches)]), "the teacher")
+        self.measurement.update(found, batch, self.loader.sampler.microbatch)
+        for log, augmenter, branch in zip(self.logs.values(), self.augmenters, found.branches, strict=False):
+            if log.due(self.batches) and len(batch):
+                scored = found.student_logits if augmenter.picked_by_student else found.originals.logits
+                assert scored is not None
+                log.add(self.batches, *entropies(scored, branch))
+        self.batches += 1
+        due = windows_at(self.checks + 1, _FIRST_CHECK)  # every check is at a number of windows that is known before
+        if options.stop_confidence is not None and self.measurement.windows >= due:
+            self.checks += 1
+            ranking = separation(self.measurement.stddev, options.stop_confidence, self.checks)
+            self.settled = ranking if ranking.separated else None
+        if self.batches % options.checkpoint_every == 0:
+            self._save()
+
     def report(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
         """What was found, as `measure_branches` returns it. Every process must ask."""
-        confidence = self.options.confidence
-        results = self.measurement.results(confidence, class_names)
-        final = self.settled or self._separation()
+        options, stddev, ranking, stopped = self.options, self.measurement.stddev, self.settled, None
+        if ranking is None and len(stddev) > 1 and self.measurement.windows >= FEWEST_GROUPS:
+            # the one planned check, or the next one of the stop rule
+            confidence = options.confidence if options.stop_confidence is None else options.stop_confidence
+            ranking = separation(stddev, confidence, self.checks + 1)
+        if options.stop_confidence is not None:
+            stopped = {
+                "confidence": options.stop_confidence,
+                "settled": self.settled is not None,
+                "images": self.measurement.images,
+                "windows": self.measurement.windows,
+                "checks": self.checks,
+            }
         return {
-            "results": results,
-            "confidence": confidence,
-            "separation": None if final is None else asdict(final),
-            "stopped": self._stopped(),
-            "entropy_plots": [str(path) for path in self.logs.save()],
+            "results": self.measurement.results(options.confidence, class_names),
+            "confidence": options.confidence,
+            "separation": None if ranking is None else asdict(ranking),
+            "stopped": stopped,
+            "entropy_plots": self._plot(),
             "replaced_files": replaced_files((self.loader,), self.accelerator),
         }
 
+    def _plot(self) -> list[str]:
+        """Write the logs' arrays and plots, and return the paths of the plots."""
+        folder = Path(self.options.entropy_log or ".")
+        for name, log in self.logs.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{name}.npz", log.save)
+            plot_entropies(log, folder / f"{name}.png", name)
+        return [str(folder / f"{name}.png") for name in self.logs]
+
     def keep_state(self, path: Path, identity: dict[str, Any]) -> None:
-        """Go on where the file says an earlier call stopped, and keep it up to date."""
-        self._checkpoint = _Checkpoint(path, identity, self.accelerator.is_main_process)
-        state = self._checkpoint.read()
-        if state is not None:
-            self.batches, self.checks = state["step"], state["checks"]
-            if self.batches > self.options.epochs * len(self.loader):
-                raise ValueError(
-                    f"--checkpoint {path} is of more than --epochs {self.options.epochs}: give as many as it has, or "
-                    "name another file"
-                )
-            self.loader.load_state_dict(state["loader"])
-            self.measurement.load_state_dict(state["measurement"])
-            if state["settled"]:
-                self.settled = self._look_at_ranking()
-            self.logs.load_state_dict(state["logs"])
-
-    def _step(self, batch: Batch) -> None:
-        if self.options.compile != "off":
-            torch.compiler.cudagraph_mark_step_begin()  # the last batch's look may be overwritten
-        seen = self.look(batch)
-        if self.batches == 0:  # at the cost of a wait
-            check_finite(torch.cat([seen.logits, *(of.logits for of in seen.branches)]), "the teacher")
-        self.measurement.update(seen, batch, self.loader.sampler.microbatch)
-        self.logs.add(self.batches, seen)
-        self.batches += 1
-        self._check()
-        if self.batches % self.options.checkpoint_every == 0:
-            self._save()
-
-    def _check(self) -> None:
-        """The stop rule: every check is at a number of windows that is known beforehand."""
-        if self.options.stop_confidence is None:
-            return
-        if self.measurement.windows < windows_at(self.checks + 1, _FIRST_CHECK):
-            return
-        self.checks += 1
-        found = self._look_at_ranking()
-        if found.separated:
-            self.settled = found
-
-    def _look_at_ranking(self) -> Separation:
-        """The look of the stop rule that was the last."""
-        assert self.options.stop_confidence is not None
-        return separation(self.measurement.stddev, self.options.stop_confidence, self.checks)
-
-    def _separation(self) -> Separation | None:
-        """The ranking at the end; one planned look, or the next one of the stop rule."""
-        if len(self.measurement.stddev) < 2 or self.measurement.windows < FEWEST_GROUPS:
-            return None
-        if self.options.stop_confidence is None:
-            return separation(self.measurement.stddev, self.options.confidence)
-        return separation(self.measurement.stddev, self.options.stop_confidence, self.checks + 1)
-
-    def _stopped(self) -> dict[str, Any] | None:
-        """What the stop rule did; None where there was none."""
-        if self.options.stop_confidence is None:
-            return None
-        return {
-            "confidence": self.options.stop_confidence,
-            "settled": self.settled is not None,
-            "images": self.measurement.images,
-            "windows": self.measurement.windows,
-            "checks": self.checks,
-        }
-
-    def _save(self) -> None:
-        """Keep the state, if it is kept: all processes together."""
-        if self._checkpoint is not None:
-            replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
-            self._checkpoint.write(
-                {
-                    "step": self.batches,
-                    "checks": self.checks,
-                    "settled": self.settled is not None,
-                    "loader": {**self.loader.state_dict(), "position": self.batches},  # one may be fetched and unused
-                    "measurement": self.measurement.state_dict(),
-                    "logs": self.logs.state_dict(),
-                },
-            )
-
-
-class _Checkpoint:
-    """A file that a measurement goes on from. Metrics are the same on every process, so one writes and all read."""
-
-    def __init__(self, path: Path, identity: dict[str, Any], writes: bool) -> None:
-        self._path, self._identity, self._writes = path, identity, writes
-
-    def read(self) -> dict[str, Any] | None:
-        """The saved state, or None where there is no file yet.
+        """Go on where the file says that an earlier call stopped, and keep it up to date.
 
         Raises:
             ValueError: it was saved by a measurement with other options.
         """
-        if not self._path.exists():
-            return None
-        state = read_state(self._path)
+        self._checkpoint = path, identity
+        if not path.exists():
+            return
+        state = read_state(path)
         saved = renamed(state.get("identity", {}))
-        for name, value in self._identity.items():
+        for name, value in identity.items():
             if saved.get(name) != value:
                 raise ValueError(
-                    f"--checkpoint {self._path} was saved with {name} {saved.get(name)}, now it is {value}: measure "
+                    f"--checkpoint {path} was saved with {name} {saved.get(name)}, now it is {value}: measure "
                     "with the same options, or name another file"
                 )
-        return state
+        self.batches, self.checks = state["step"], state["checks"]
+        if self.batches > self.options.epochs * len(self.loader):
+            raise ValueError(
+                f"--checkpoint {path} is of more than --epochs {self.options.epochs}: give as many as it has, or "
+                "name another file"
+            )
+        self.loader.load_state_dict(state["loader"])
+        self.measurement.load_state_dict(state["measurement"])
+        if state["settled"]:
+            assert self.options.stop_confidence is not None
+            self.settled = separation(self.measurement.stddev, self.options.stop_confidence, self.checks)
+        for name, log in self.logs.items():
+            if name in state["logs"]:
+                log.load_state_dict(state["logs"][name])
 
-    def write(self, state: dict[str, Any]) -> None:
-        """Save, whole or not at all; one process for all."""
-        if self._writes:
-            save_state(self._path, {**state, "identity": self._identity})
+    def _save(self) -> None:
+        """Keep the state, if it is kept: all processes together; it is the same on each, so that one writes."""
+        if self._checkpoint is None:
+            return
+        replaced_files((self.loader,), self.accelerator)  # all processes' in the loader's state
+        path, identity = self._checkpoint
+        state = {
+            "step": self.batches,
+            "checks": self.checks,
+            "settled": self.settled is not None,
+            "loader": {**self.loader.state_dict(), "position": self.batches},  # one may be fetched and unused
+            "measurement": self.measurement.state_dict(),
+            "logs": {name: log.state_dict() for name, log in self.logs.items()},
+            "identity": identity,
+        }
+        if self.accelerator.is_main_process:
+            save_state(path, state)
+
+
+class Measurement:
+    """The metrics of several augmentations over one stream of batches, the same for every number of processes.
+
+    Args:
+        branches: the augmentations.
+        num_classes: of the nets.
+        accelerator: whose processes share each batch.
+        options: the window of T. stddev, and what is measured beside it and entropy.
+        student: whether there are a student's outputs.
+
+    Attributes:
+        images: originals so far.
+        stddev: T. stddev of each augmentation.
+    """
+
+    def __init__(
+        self, branches: Branches, num_classes: int, accelerator: Accelerator, options: MeasureOptions, *, student: bool
+    ) -> None:
+        device, names = accelerator.device, [augmenter.name for augmenter in branches.augmenters]
+        self._accelerator, self._student, self.images = accelerator, student, 0
+        self._group, self._n_picks = branches.augmenters[0].group, [branch.n_pick for branch in branches.branches]
+        self.stddev = {name: TeacherStddev(num_classes, options.window, device) for name in names}
+        self._probabilities: dict[str, ProbabilityCovariance] = {}
+        self._cross_entropies: dict[str, CrossEntropyCovariance] = {}
+        if "probability_covariance" in options.metrics:
+            self._probabilities = {name: ProbabilityCovariance(num_classes, self._group, device) for name in names}
+        if "cross_entropy_covariance" in options.metrics:
+            self._cross_entropies = {
+                name: CrossEntropyCovariance(group=self._group, student=student, device=device) for name in names
+            }
+        self._metrics: dict[str, dict[str, Any]] = {
+            "stddev": self.stddev,
+            "probability_covariance": self._probabilities,
+            "cross_entropy_covariance": self._cross_entropies,
+        }
+
+    @property
+    def windows(self) -> int:
+        """Complete windows so far, the same of every augmentation; reading it does not wait for the device."""
+        return min(metric.windows for metric in self.stddev.values())
+
+    def update(self, found: TeacherPass, batch: Batch, microbatch: int) -> None:
+        """Add a batch. Every process calls this, also one that has no rows left of a short last batch.
+
+        Args:
+            found: what the nets give for this process's rows.
+            batch: those rows.
+            microbatch: rows of a whole batch and process.
+        """
+        n_picks, count = [None, *self._n_picks], 1 + len(self._n_picks)
+        outputs: list[Any] = [found.originals.logits, *(of.logits for of in found.branches)]
+        if self._student:
+            outputs += [found.student_logits, *(of.student_logits for of in found.branches)]
+            n_picks *= 2
+        every = gather_outputs(
+            self._accelerator, list(zip(outputs, n_picks, strict=True)), microbatch, batch.total, self._group
+        )
+        logits, *augmented = every[:count]
+        student, *of_students = every[count:] or [None] * count
+        for name, of, of_student in zip(self.stddev, augmented, of_students, strict=True):
+            self.stddev[name].update(logits, of, self._group)
+            if name in self._probabilities:
+                self._probabilities[name].update(logits, of)
+            if name in self._cross_entropies and not self._cross_entropies[name].complete:  # as published, and bounded
+                self._cross_entropies[name].update(logits, of, student, of_student)
+        self.images += batch.total
+
+    def results(self, confidence: float, class_names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The figures of each augmentation. Waits for the device.
+
+        Args:
+            confidence: of the intervals.
+            class_names: to have the figure of each class as well.
+        """
+        results = []
+        for name, metric in self.stddev.items():
+            found = metric.compute()
+            figures = {**asdict(found), "interval": found.interval(confidence), "images": self.images}
+            del figures["per_class"]
+            if class_names is not None:
+                figures["per_class"] = dict(zip(class_names, found.per_class, strict=True)) if found.per_class else None
+            for kind in ("probability_covariance", "cross_entropy_covariance"):
+                if self._metrics[kind]:
+                    figures[kind] = asdict(self._metrics[kind][name].compute())
+            results.append({"augmentation": name, **figures})
+        return results
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a measurement needs to go on."""
+        kinds = {kind: {name: one.state_dict() for name, one in of.items()} for kind, of in self._metrics.items()}
+        return {"images": self.images, **kinds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.images = state["images"]
+        for kind, metrics in self._metrics.items():
+            for name, metric in metrics.items():
+                metric.load_state_dict(state[kind][name])
 
 
 class _Column(NamedTuple):
@@ -525,15 +565,3 @@ def _identity(options: MeasureOptions, view: View, teacher: Teacher, student: No
         **{name: getattr(options, name) for name in ("seed", "window", "precision", "stop_confidence")},
         "metrics": list(options.metrics),
     }
-
-
-def _scorer(student: Normalized | None, accelerator: Accelerator) -> Callable[..., Tensor] | None:
-    if student is None:
-        return None
-    frozen = student.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-
-    def score(images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
-        with accelerator.autocast(), hidden_mixing(frozen, hidden):
-            return full_precision(frozen(images))
-
-    return score

@@ -12,7 +12,7 @@ from dalikd.kd.manifold import LAYERS, check_mixable, hidden_mixing, manifold_mi
 from dalikd.kd.mixing import HiddenMix, Mixed, mixup
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import CRITERIA, PoolOutputs, pick_rows
-from dalikd.kd.teacher import Teacher, look
+from dalikd.kd.teacher import Branch, Teacher, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws
 
 NETS = ["resnet20", "resnet20_option_a", "wrn_16_2", "vgg8", "timm:resnet18"]
@@ -175,7 +175,7 @@ def test_rows_that_are_not_mixed_stay_exactly(dtype: torch.dtype):
     assert torch.equal(logits, augmented)
 
 
-# ------------------------------------------------------------------------------------------------------ the look
+# ------------------------------------------------------------------------------------------------------ the pass
 
 
 @pytest.fixture(scope="module")
@@ -185,22 +185,23 @@ def teacher() -> Teacher:
     return Teacher(Normalized(net, (0.5,) * 3, (0.25,) * 3).double(), fold_bn=True)
 
 
-def candidates_of(pixels: Tensor, runs: int = 1) -> tuple[Mixed, list[MixDraws]]:
+def runs_of(pixels: Tensor, runs: int = 1) -> tuple[list[Mixed], list[MixDraws]]:
     draws = [make_draws((torch.arange(BATCH) + run) % LAYERS, seed=run) for run in range(runs)]
-    return Mixed.join([manifold_mixup(pixels.double(), of_run) for of_run in draws]), draws
+    return [manifold_mixup(pixels.double(), of_run) for of_run in draws], draws
 
 
 def test_the_target_is_the_teachers_own_mixture(teacher: Teacher):
     pixels = make_pixels()
-    candidates, (draws,) = candidates_of(pixels)
+    runs, (draws,) = runs_of(pixels)
     assert teacher.folded == 21
-    seen = look(teacher, pixels, candidates)
+    found = teacher_pass(teacher, pixels, runs, [Branch((0,))])
+    (branch,) = found.branches
     net, normalized = teacher.model.model, teacher.model.normalize(pixels)
-    torch.testing.assert_close(seen.logits, teacher(pixels), rtol=0, atol=1e-10)
-    torch.testing.assert_close(seen.augmented_logits, by_hand(net, normalized, draws), rtol=0, atol=1e-10)
-    assert seen.hidden is not None
-    for found, drawn in zip(seen.hidden, (draws.partner, draws.lam, draws.layer), strict=True):
-        assert torch.equal(found, drawn)
+    torch.testing.assert_close(found.originals.logits, teacher(pixels), rtol=0, atol=1e-10)
+    torch.testing.assert_close(branch.logits, by_hand(net, normalized, draws), rtol=0, atol=1e-10)
+    assert branch.mixed.hidden is not None
+    for part, drawn in zip(branch.mixed.hidden, (draws.partner, draws.lam, draws.layer), strict=True):
+        assert torch.equal(part, drawn)
 
 
 @pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy", "kld"])
@@ -208,23 +209,23 @@ def test_the_target_is_the_teachers_own_mixture(teacher: Teacher):
 def test_candidates_that_are_mixed_inside_compete(teacher: Teacher, name: str):
     pixels, net = make_pixels(), make_net("wrn_16_2").eval()
     student = Normalized(net, (0.4,) * 3, (0.3,) * 3).double()
-    candidates, draws = candidates_of(pixels, runs=2)
+    runs, draws = runs_of(pixels, runs=2)
 
     def score(images: Tensor, hidden: HiddenMix) -> Tensor:
         with hidden_mixing(student, hidden):
             return student(images)
 
-    seen = look(teacher, pixels, candidates, criterion=CRITERIA[name], group=4, keep=3, student=score)
+    branches = [Branch((0, 1), CRITERIA[name], n_pick=3)]
+    (branch,) = teacher_pass(teacher, pixels, runs, branches, group=4, student=score).branches
     by_teacher, by_student = (
         torch.cat([by_hand(model.model, model.normalize(pixels), of_run) for of_run in draws])
         for model in (teacher.model, student)
     )
     scores = CRITERIA[name].score(PoolOutputs(by_teacher, by_student, None), 4)
     picks = pick_rows(scores.reshape(2, BATCH), 4, 3)
-    assert torch.equal(seen.picks, picks)
-    torch.testing.assert_close(seen.augmented_logits, by_teacher[picks], rtol=0, atol=1e-10)
-    assert seen.hidden is not None
-    assert torch.equal(seen.hidden.layer, candidates.layer[picks])
+    assert torch.equal(branch.picks, picks)
+    torch.testing.assert_close(branch.logits, by_teacher[picks], rtol=0, atol=1e-10)
+    assert torch.equal(branch.mixed.layer, Mixed.join(runs).layer[picks])
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

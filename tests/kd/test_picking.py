@@ -188,7 +188,7 @@ def test_more_may_be_kept_than_there_are_originals():
 
 @pytest.mark.parametrize("keep", [0, -1, 9])
 def test_more_than_the_pool_holds_is_refused(keep: int):
-    with pytest.raises(ValueError, match=rf"--mix.n_pick {keep} of a pool of 8: .*mix_n_run 2 x mix_group 4"):
+    with pytest.raises(ValueError, match=rf"--mix.n_pick {keep} of a pool of 8: .*--mix.n_run 2 x --mix.group 4"):
         pick_rows(torch.zeros(2, 8), 4, keep)
 
 

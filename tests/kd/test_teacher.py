@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,20 +9,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.backbones import create_model
-from dalikd.kd.mixing import Mixed, cutmix
+from dalikd.kd.manifold import manifold_mixup
+from dalikd.kd.mixing import Mixed, cutmix, mixup
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.picking import CRITERIA, entropy, pick_rows
-from dalikd.kd.teacher import (
-    STUDENT_ENTROPY,
-    TEACHER_ENTROPY,
-    Criterion,
-    Look,
-    PoolOutputs,
-    Teacher,
-    batch_statistics,
-    entropies,
-    look,
-)
+from dalikd.kd.picking import CRITERIA, STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, pick_rows
+from dalikd.kd.teacher import Branch, Teacher, TeacherPass, batch_statistics, entropies, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws
 
 HALF = (0.5, 0.5, 0.5)
@@ -67,9 +60,21 @@ def pixels() -> Tensor:
     return torch.randint(0, 256, (2 * GROUP + 6, 3, 32, 32), dtype=torch.uint8, generator=generator)
 
 
-def _candidates(pixels: Tensor, runs: int = 2) -> Mixed:
+def _runs(pixels: Tensor, runs: int = 2) -> list[Mixed]:
     """CutMix within groups of 16; a function of the rows, not of the batch."""
-    return Mixed.join([_run(pixels, run) for run in range(runs)])
+    return [_run(pixels, run) for run in range(runs)]
+
+
+def _candidates(pixels: Tensor, runs: int = 2) -> Mixed:
+    return Mixed.join(_runs(pixels, runs))
+
+
+def _pass(
+    teacher: Callable[[Tensor], Tensor], pixels: Tensor, runs: int = 2, n_pick: int | None = None, **options: Any
+) -> TeacherPass:
+    """The pass of training: one branch."""
+    branch = Branch(tuple(range(runs)), options.pop("criterion", None), n_pick)
+    return teacher_pass(teacher, pixels, _runs(pixels, runs), [branch], group=GROUP, **options)
 
 
 def _run(pixels: Tensor, run: int) -> Mixed:
@@ -98,162 +103,261 @@ def _brute_force_picks(scores: Tensor, batch: int) -> list[int]:
     return picks
 
 
-# ------------------------------------------------------------------------------------------------------ look
+# ------------------------------------------------------------------------------------------------------ the pass
 
 
 def test_identity_uses_the_same_logits_twice(teacher, pixels):
     counting = Counting(teacher)
-    seen = look(counting, pixels, None)
+    found = _pass(counting, pixels, 0)
+    (branch,) = found.branches
     assert counting.rows == [len(pixels)]
-    assert seen.augmented is pixels
-    assert seen.augmented_logits is seen.logits
-    assert seen.partner.tolist() == list(range(len(pixels)))
-    assert (seen.lam == 1).all()
-    assert torch.equal(seen.logits, teacher(pixels))
+    assert branch.mixed.images is pixels
+    assert branch.logits is found.originals.logits
+    assert branch.mixed.partner.tolist() == list(range(len(pixels)))
+    assert (branch.mixed.lam == 1).all()
+    assert torch.equal(branch.logits, teacher(pixels))
 
 
 def test_a_single_run_is_seen_in_one_call(teacher, pixels):
     counting = Counting(teacher)
-    candidates = _candidates(pixels, runs=1)
-    seen = look(counting, pixels, candidates)
+    candidates = _run(pixels, 0)
+    found = _pass(counting, pixels, 1)
+    (branch,) = found.branches
     assert counting.rows == [2 * len(pixels)]
-    assert torch.equal(seen.augmented, candidates.images)
-    assert torch.equal(seen.partner, candidates.partner)
-    assert torch.equal(seen.lam, candidates.lam)
-    torch.testing.assert_close(seen.logits, teacher(pixels), rtol=0, atol=1e-12)
-    torch.testing.assert_close(seen.augmented_logits, teacher(candidates.images), rtol=0, atol=1e-12)
+    for part, expected in zip(branch.mixed[:3], candidates[:3], strict=True):
+        assert torch.equal(part, expected)
+    torch.testing.assert_close(found.originals.logits, teacher(pixels), rtol=0, atol=1e-12)
+    torch.testing.assert_close(branch.logits, teacher(candidates.images), rtol=0, atol=1e-12)
+
+
+def _assert_picked(found: TeacherPass, candidates: Mixed, picks: list[int], teacher: Teacher, pixels: Tensor) -> None:
+    (branch,) = found.branches
+    for part, pool in zip(branch.mixed[:3], candidates[:3], strict=True):
+        assert torch.equal(part, pool[picks])
+    torch.testing.assert_close(branch.logits, teacher(branch.mixed.images), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.originals.logits, teacher(pixels), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("runs", [2, 3])
 def test_teacher_entropy_takes_one_call_over_originals_and_all_candidates(teacher, pixels, runs):
     counting, batch = Counting(teacher), len(pixels)
     candidates = _candidates(pixels, runs)
-    seen = look(counting, pixels, candidates, criterion=TEACHER_ENTROPY, group=GROUP)
+    found = _pass(counting, pixels, runs, criterion=TEACHER_ENTROPY)
     assert counting.rows == [batch + runs * batch]
     picks = _brute_force_picks(entropy(teacher(candidates.images)), batch)
     assert len(set(picks)) == batch
-    assert torch.equal(seen.augmented, candidates.images[picks])
-    assert torch.equal(seen.partner, candidates.partner[picks])
-    assert torch.equal(seen.lam, candidates.lam[picks])
-    torch.testing.assert_close(seen.augmented_logits, teacher(seen.augmented), rtol=0, atol=1e-12)
-    torch.testing.assert_close(seen.logits, teacher(pixels), rtol=0, atol=1e-12)
+    _assert_picked(found, candidates, picks, teacher, pixels)
 
 
 def test_student_entropy_shows_the_teacher_only_the_picks(teacher, student, pixels):
     counting, scoring, batch = Counting(teacher), Counting(student), len(pixels)
     candidates = _candidates(pixels)
-    seen = look(counting, pixels, candidates, criterion=STUDENT_ENTROPY, group=GROUP, student=scoring)
+    found = _pass(counting, pixels, criterion=STUDENT_ENTROPY, student=scoring)
     assert scoring.rows == [2 * batch]
     assert counting.rows == [2 * batch]
     picks = _brute_force_picks(entropy(student(candidates.images)), batch)
-    assert torch.equal(seen.augmented, candidates.images[picks])
-    assert torch.equal(seen.partner, candidates.partner[picks])
-    assert torch.equal(seen.lam, candidates.lam[picks])
-    torch.testing.assert_close(seen.augmented_logits, teacher(seen.augmented), rtol=0, atol=1e-12)
+    _assert_picked(found, candidates, picks, teacher, pixels)
 
 
 def test_the_two_criteria_pick_differently(teacher, student, pixels):
     """Otherwise the tests above could not tell them apart."""
-    candidates = _candidates(pixels)
-    by_teacher = look(teacher, pixels, candidates, criterion=TEACHER_ENTROPY, group=GROUP)
-    by_student = look(teacher, pixels, candidates, criterion=STUDENT_ENTROPY, group=GROUP, student=student)
-    assert not torch.equal(by_teacher.augmented, by_student.augmented)
+    (by_teacher,) = _pass(teacher, pixels, criterion=TEACHER_ENTROPY).branches
+    (by_student,) = _pass(teacher, pixels, criterion=STUDENT_ENTROPY, student=student).branches
+    assert not torch.equal(by_teacher.mixed.images, by_student.mixed.images)
 
 
 def test_a_criterion_may_need_both_nets(teacher, student, pixels):
     def disagreement(outputs: PoolOutputs, group: int) -> Tensor:
         assert group == GROUP
-        assert outputs.teacher is not None
-        assert outputs.student is not None
-        assert outputs.originals is not None
         assert len(outputs.originals) == len(pixels)
         return (outputs.teacher - outputs.student).abs().sum(dim=1)
 
     candidates = _candidates(pixels)
-    seen = look(
-        teacher, pixels, candidates, criterion=Criterion(disagreement, True, True), group=GROUP, student=student
-    )
+    found = _pass(teacher, pixels, criterion=Criterion(disagreement, True, True), student=student)
     scores = (teacher(candidates.images) - student(candidates.images)).abs().sum(dim=1)
-    assert torch.equal(seen.augmented, candidates.images[_brute_force_picks(scores, len(pixels))])
+    _assert_picked(found, candidates, _brute_force_picks(scores, len(pixels)), teacher, pixels)
 
 
 @pytest.mark.parametrize("criterion", ["none", "teacher", "student"])
 @pytest.mark.parametrize("cut", [GROUP, 2 * GROUP])
 def test_nothing_depends_on_the_batch_size(teacher, student, pixels, criterion, cut):
     """A batch with a short last group against the same rows cut in two at a group's end."""
+    by = {"none": None, "teacher": TEACHER_ENTROPY, "student": STUDENT_ENTROPY}[criterion]
 
-    def run(rows: Tensor) -> Look:
-        by = {"none": None, "teacher": TEACHER_ENTROPY, "student": STUDENT_ENTROPY}[criterion]
-        candidates = _candidates(rows, 1 if by is None else 2)
-        return look(teacher, rows, candidates, criterion=by, group=GROUP, student=student)
+    def run(rows: Tensor) -> TeacherPass:
+        return _pass(teacher, rows, 1 if by is None else 2, criterion=by, student=student)
 
     whole, first, second = run(pixels), run(pixels[:cut]), run(pixels[cut:])
-    assert torch.equal(torch.cat((first.augmented, second.augmented)), whole.augmented)
-    assert torch.equal(torch.cat((first.partner, second.partner + cut)), whole.partner)
-    assert torch.equal(torch.cat((first.lam, second.lam)), whole.lam)
-    for name in ("logits", "augmented_logits"):
-        parts = torch.cat((getattr(first, name), getattr(second, name)))
-        torch.testing.assert_close(parts, getattr(whole, name), rtol=0, atol=1e-12)
+    mixed, *parts = (found.branches[0].mixed for found in (whole, first, second))
+    assert torch.equal(torch.cat([part.images for part in parts]), mixed.images)
+    assert torch.equal(torch.cat((parts[0].partner, parts[1].partner + cut)), mixed.partner)
+    assert torch.equal(torch.cat([part.lam for part in parts]), mixed.lam)
+    for logits in (lambda found: found.originals.logits, lambda found: found.branches[0].logits):
+        joined = torch.cat((logits(first), logits(second)))
+        torch.testing.assert_close(joined, logits(whole), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy", "kld", "dissimilarity"])
-@pytest.mark.parametrize("keep", [None, 5, 20])
-def test_every_criterion_says_where_its_picks_stem_from(teacher, student, pixels, name, keep):
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("n_pick", [None, 5, 20])
+def test_every_criterion_gives_where_its_picks_stem_from(teacher, student, pixels, name, n_pick):
     """Other numbers than there are originals included; the short last group keeps its share, rounded up."""
     candidates, criterion, batch = _candidates(pixels), CRITERIA[name], len(pixels)
     counting = Counting(teacher)
-    seen = look(counting, pixels, candidates, criterion=criterion, group=GROUP, keep=keep, student=student)
+    (branch,) = _pass(counting, pixels, criterion=criterion, n_pick=n_pick, student=student).branches
     outputs = PoolOutputs(teacher(candidates.images), student(candidates.images), teacher(pixels))
-    scores = criterion.score(outputs, GROUP)
-    picks = pick_rows(scores.reshape(2, batch), GROUP, keep)
-    assert len(picks) == {None: batch, 5: 5 + 5 + 2, 20: 20 + 20 + 8}[keep]
+    picks = pick_rows(criterion.score(outputs, GROUP).reshape(2, batch), GROUP, n_pick)
+    assert len(picks) == {None: batch, 5: 5 + 5 + 2, 20: 20 + 20 + 8}[n_pick]
     assert counting.rows == [batch + (2 * batch if criterion.needs_teacher else len(picks))]
-    assert torch.equal(seen.picks, picks)
-    assert seen.rows.tolist() == [pick % batch for pick in picks.tolist()]
-    torch.testing.assert_close(seen.scores, scores, rtol=0, atol=1e-12)
+    assert torch.equal(branch.picks, picks)
+    assert branch.rows.tolist() == [pick % batch for pick in picks.tolist()]
     scoring = outputs.teacher if criterion.needs_teacher else outputs.student
-    torch.testing.assert_close(seen.pool_logits, scoring, rtol=0, atol=1e-12)
-    assert torch.equal(seen.augmented, candidates.images[picks])
-    assert torch.equal(seen.partner, candidates.partner[picks])
-    torch.testing.assert_close(seen.augmented_logits, outputs.teacher[picks], rtol=0, atol=1e-12)
+    torch.testing.assert_close(branch.pool_logits, scoring, rtol=0, atol=1e-12)
+    assert torch.equal(branch.mixed.images, candidates.images[picks])
+    assert torch.equal(branch.mixed.partner, candidates.partner[picks])
+    torch.testing.assert_close(branch.logits, outputs.teacher[picks], rtol=0, atol=1e-12)
 
 
 def test_without_picks_each_row_stems_from_itself(teacher, pixels):
-    for candidates in (None, _candidates(pixels, runs=1)):
-        seen = look(teacher, pixels, candidates)
-        assert seen.rows.tolist() == list(range(len(pixels)))
-        assert seen.picks is seen.scores is seen.pool_logits is seen.hidden is None
+    for runs in (0, 1):
+        (branch,) = _pass(teacher, pixels, runs).branches
+        assert branch.rows.tolist() == list(range(len(pixels)))
+        assert branch.picks is branch.pool_logits is branch.mixed.hidden is None
 
 
-@pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy", "kld", "dissimilarity"])
+@pytest.mark.parametrize("name", CRITERIA)
 def test_entropies_are_those_of_the_net_that_scores(teacher, student, pixels, name):
-    candidates = _candidates(pixels)
-    seen = look(teacher, pixels, candidates, criterion=CRITERIA[name], group=GROUP, keep=5, student=student)
     scoring = student if name == "student_entropy" else teacher
-    found = entropies(seen, student(pixels) if name == "student_entropy" else None)
-    torch.testing.assert_close(found.originals, entropy(scoring(pixels)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.candidates, entropy(scoring(candidates.images)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.picks, entropy(scoring(seen.augmented)), rtol=0, atol=1e-12)
+    (branch,) = _pass(teacher, pixels, criterion=CRITERIA[name], n_pick=5, student=student).branches
+    originals, candidates, picks = entropies(scoring(pixels), branch)
+    torch.testing.assert_close(originals, entropy(scoring(pixels)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(candidates, entropy(scoring(_candidates(pixels).images)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(picks, entropy(scoring(branch.mixed.images)), rtol=0, atol=1e-12)
 
 
 def test_entropies_of_a_single_run_are_the_teachers(teacher, pixels):
-    candidates = _candidates(pixels, runs=1)
-    found = entropies(look(teacher, pixels, candidates))
-    assert found.picks is found.candidates
-    torch.testing.assert_close(found.candidates, entropy(teacher(candidates.images)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.originals, entropy(teacher(pixels)), rtol=0, atol=1e-12)
+    found = _pass(teacher, pixels, 1)
+    originals, candidates, picks = entropies(found.originals.logits, *found.branches)
+    assert picks is candidates
+    torch.testing.assert_close(candidates, entropy(teacher(_candidates(pixels, 1).images)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(originals, entropy(teacher(pixels)), rtol=0, atol=1e-12)
 
 
 def test_more_picks_than_the_pool_holds_are_refused(teacher, pixels):
     with pytest.raises(ValueError, match=f"--mix.n_pick {2 * GROUP + 1} of a pool of {2 * GROUP}"):
-        look(teacher, pixels, _candidates(pixels), criterion=TEACHER_ENTROPY, group=GROUP, keep=2 * GROUP + 1)
+        _pass(teacher, pixels, criterion=TEACHER_ENTROPY, n_pick=2 * GROUP + 1)
 
 
 def test_float_candidates_join_uint8_originals(teacher, pixels):
-    mixed = _candidates(pixels, runs=1)
-    seen = look(teacher, pixels, mixed._replace(images=mixed.images.float()))
-    torch.testing.assert_close(seen.logits, teacher(pixels), rtol=0, atol=1e-12)
-    torch.testing.assert_close(seen.augmented_logits, teacher(mixed.images), rtol=0, atol=1e-12)
+    mixed = _run(pixels, 0)
+    found = teacher_pass(teacher, pixels, [mixed._replace(images=mixed.images.float())], [Branch((0,))])
+    torch.testing.assert_close(found.originals.logits, teacher(pixels), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.branches[0].logits, teacher(mixed.images), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- several branches
+
+BRANCHES = {
+    "identity": Branch(()),
+    "flip": Branch((0,)),
+    "mixup": Branch((1,)),
+    "cutmix": Branch((2,)),
+    **{name: Branch((2, 3), criterion) for name, criterion in CRITERIA.items()},
+    "few": Branch((2, 3), TEACHER_ENTROPY, n_pick=3),
+    "many": Branch((2, 3), STUDENT_ENTROPY, n_pick=25),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(pixels) -> list[Mixed]:
+    own, batch = torch.arange(len(pixels)), len(pixels)
+    draws = MixDraws((own + 1) % batch, torch.linspace(0, 1, batch), torch.full((batch, 2), 0.5))
+    return [Mixed(pixels.flip(3), own, torch.ones(batch)), mixup(pixels.double(), draws), *_runs(pixels)]
+
+
+def _alone(branch: Branch, runs: list[Mixed], *nets: Callable[..., Tensor], pixels: Tensor) -> TeacherPass:
+    teacher, student = nets
+    own = branch._replace(runs=tuple(range(len(branch.runs))))
+    return teacher_pass(teacher, pixels, [runs[run] for run in branch.runs], [own], group=GROUP, student=student)
+
+
+@pytest.mark.parametrize("images_per_call", [None, 2 * 38 + 3, 1])
+@pytest.mark.parametrize("part", ["candidates", "everything"])
+def test_several_branches_give_what_one_pass_for_each_gives(teacher, student, pixels, runs, part, images_per_call):
+    found = teacher_pass(
+        teacher, pixels, runs, list(BRANCHES.values()), group=GROUP, student=student, student_part=part,
+        images_per_call=images_per_call,
+    )  # fmt: skip
+    close = {"rtol": 0, "atol": 1e-11}
+    torch.testing.assert_close(found.originals.logits, teacher(pixels), **close)
+    for branch, outputs in zip(BRANCHES.values(), found.branches, strict=True):
+        (expected,) = _alone(branch, runs, teacher, student, pixels=pixels).branches
+        torch.testing.assert_close(outputs.logits, expected.logits, **close)
+        assert torch.equal(outputs.mixed.images.double(), expected.mixed.images.double())
+        assert torch.equal(outputs.rows, expected.rows)
+        if expected.picks is None:
+            assert outputs.picks is outputs.pool_logits is None
+        else:
+            assert torch.equal(outputs.picks, expected.picks)
+            torch.testing.assert_close(outputs.pool_logits, expected.pool_logits, **close)
+        if part == "everything":
+            torch.testing.assert_close(outputs.student_logits, student(expected.mixed.images), **close)
+            torch.testing.assert_close(found.student_logits, student(pixels), **close)
+        else:
+            assert outputs.student_logits is found.student_logits is None
+
+
+def test_every_image_is_asked_about_once(teacher, student, pixels, runs):
+    counting, scoring = Counting(teacher), Counting(student)
+    teacher_pass(counting, pixels, runs, list(BRANCHES.values()), group=GROUP, student=scoring)
+    assert counting.rows == [5 * len(pixels)]  # originals and four runs, for ten augmentations
+    assert scoring.rows == [2 * len(pixels)]  # the two runs that it scores
+
+
+def test_calls_are_as_large_as_allowed(teacher, pixels, runs):
+    counting, batch = Counting(teacher), len(pixels)
+    branches = [Branch((0,)), Branch((1,)), Branch((2,))]
+    teacher_pass(counting, pixels, runs, branches, group=GROUP, images_per_call=2 * batch + 3)
+    assert counting.rows == [2 * batch, 2 * batch]
+
+
+def test_originals_are_shown_to_the_student_on_request(teacher, student, pixels, runs):
+    branches = [Branch((2, 3), STUDENT_ENTROPY)]
+    found = teacher_pass(
+        teacher, pixels, runs, branches, group=GROUP, student=student, student_part="originals"
+    )  # fmt: skip
+    torch.testing.assert_close(found.student_logits, student(pixels))
+    assert found.branches[0].student_logits is None
+
+
+@pytest.mark.parametrize("images_per_call", [None, 1])
+def test_hidden_states_are_mixed_whatever_else_is_asked(images_per_call):
+    torch.manual_seed(0)
+    teacher, batch = Teacher(create_model("resnet8", 5).double()), 20
+    pixels = torch.rand(batch, 3, 32, 32, dtype=torch.float64)
+    own, lam = torch.arange(batch), torch.linspace(0, 1, batch)
+    draws = [MixDraws(own.roll(run), lam, torch.zeros(batch, 2), layer=own.int() % 3) for run in (1, 2)]
+    runs = [*(manifold_mixup(pixels, of_run) for of_run in draws), mixup(pixels, draws[0])]
+    branches = [Branch(()), Branch((0,)), Branch((0, 1), TEACHER_ENTROPY), Branch((2,))]
+    found = teacher_pass(teacher, pixels, runs, branches, group=GROUP, images_per_call=images_per_call)
+    for branch, outputs in zip(branches, found.branches, strict=True):
+        (expected,) = _alone(branch, runs, teacher, teacher, pixels=pixels).branches
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-10)
+        assert (outputs.mixed.hidden is None) == (branch.runs in ((), (2,)))
+    assert not torch.allclose(found.branches[1].logits, found.originals.logits)
+
+
+@pytest.mark.parametrize(("runs", "criterion"), [(0, None), (1, None), (2, TEACHER_ENTROPY), (2, STUDENT_ENTROPY)])
+def test_features_are_those_of_the_originals_alone(student, pixels, runs, criterion):
+    """Copied, where the net is asked about more: a part would keep the features of the whole pool."""
+    torch.manual_seed(0)
+    teacher = Teacher(Normalized(create_model("resnet8", 5), HALF, HALF).double())
+    found = _pass(partial(teacher.outputs, preactivations=True), pixels, runs, criterion=criterion, student=student)
+    expected = teacher.outputs(pixels, preactivations=True)
+    (plain,) = _pass(teacher, pixels, runs, criterion=criterion, student=student).branches
+    torch.testing.assert_close(found.originals, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.branches[0].logits, plain.logits, rtol=0, atol=1e-10)
+    for features in (*found.originals.features, *found.originals.preactivations):
+        assert features.untyped_storage().nbytes() == features.nbytes
 
 
 # --------------------------------------------------------------------------------------------------- teacher

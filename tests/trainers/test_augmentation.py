@@ -167,7 +167,7 @@ def test_branches_make_what_each_augmentation_makes_alone(make_source, names):
     batch = _batch(branches, source)
     made = branches.make(batch.pixels, batch.augmented_pixels, batch.mix)
     assert len(made) == len(branches.parts) == len(set(branches.parts))
-    for augmenter, pool in zip(augmenters, branches.pools, strict=True):
+    for augmenter, (pool, *_) in zip(augmenters, branches.branches, strict=True):
         expected = augmenter.candidates(_batch(augmenter, source))
         if expected is None:
             assert pool == ()
@@ -181,7 +181,7 @@ def test_branches_draw_and_make_what_is_common_once(make_source):
     source = make_source()
     names = ["cutmix", "cutmixpick_student", "cutmixpick_teacher", "flip", "flip+kld"]
     branches = Branches([_augmenter(name, source) for name in names])
-    assert branches.pools == [(0,), (0, 1), (0, 1), (2,), (2, 3)]
+    assert [branch.runs for branch in branches.branches] == [(0,), (0, 1), (0, 1), (2,), (2, 3)]
     assert branches.draw_spec.mixes == (CUTMIX, replace(CUTMIX, run=1))
     assert branches.draw_spec.views == (ViewRun("flip"), ViewRun("flip", 1))
 
@@ -254,6 +254,6 @@ def test_what_cannot_be_drawn_is_refused(make_source, name, options, message):
 
 
 def test_picking_all_of_the_pool_but_one_is_possible(make_source):
-    assert _augmenter("cutmixpick_teacher", make_source(), n_pick=15).keep == 15
-    assert _augmenter("cutmixpick_teacher", make_source(), n_pick=8).keep is None  # as many as originals
-    assert _augmenter("cutmix", make_source(), n_pick=15).keep is None  # picks nothing
+    assert _augmenter("cutmixpick_teacher", make_source(), n_pick=15).n_pick == 15
+    assert _augmenter("cutmixpick_teacher", make_source(), n_pick=8).n_pick is None  # as many as originals
+    assert _augmenter("cutmix", make_source(), n_pick=15).n_pick is None  # picks nothing

@@ -14,10 +14,11 @@ from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
-from dalikd.kd.teacher import batch_statistics, look
+from dalikd.kd.teacher import Branch, batch_statistics, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.trainers.augmentation import MixOptions
-from dalikd.trainers.tasks.distill import DistillationInputs, gather_rows, score_groups, score_groups_at_once
+from dalikd.trainers.tasks.distill import DistillationInputs
+from dalikd.trainers.teacher_step import StudentScores, gather_outputs, score_groups, score_groups_at_once
 
 GROUP = 8
 
@@ -39,7 +40,7 @@ def _count_teacher_rows(loop):
         ("cutmixpick_student", 64),
     ],
 )
-def test_the_teacher_looks_once(make_loop, distill_options, augmentation, seen):
+def test_the_teacher_is_asked_once(make_loop, distill_options, augmentation, seen):
     loop = make_loop(options=distill_options(augmentation=augmentation, mix=MixOptions(group=8, n_run=3)))
     rows = _count_teacher_rows(loop)
     loop.step()
@@ -48,7 +49,7 @@ def test_the_teacher_looks_once(make_loop, distill_options, augmentation, seen):
 
 
 @pytest.mark.parametrize("augmentation", ["identity", "cutmix", "cutmixpick_teacher"])
-def test_the_task_is_fed_with_what_the_teacher_said(make_loop, distill_options, augmentation):
+def test_the_task_is_fed_with_what_the_teacher_gives(make_loop, distill_options, augmentation):
     loop = make_loop(options=distill_options(augmentation=augmentation))
     batch = loop.loader.next()
     pixels, (logits, *_), labels, ids, epoch, augmented, augmented_logits, own_labels, partner_labels, lam, hidden = (
@@ -98,10 +99,12 @@ def test_the_student_scores_each_group_by_its_own_statistics(make_loop, distill_
     assert torch.equal(augmented, torch.cat(expected))
 
 
-def test_a_fixed_student_scores_by_its_running_statistics(make_net):
+def test_a_fixed_student_scores_by_its_running_statistics(make_net, accelerator):
     student, images = make_net().double().eval(), torch.rand(2 * 16, 3, 12, 12).double() * 255
+    found = StudentScores(student, accelerator, GROUP, runs=2)(images)
     with torch.no_grad():
-        torch.testing.assert_close(score_groups(student, images, 16, GROUP), student(images), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, student(images), rtol=0, atol=1e-12)
+        torch.testing.assert_close(score_groups(student, images, 16, GROUP), found, rtol=0, atol=1e-12)
     assert not student.training
 
 
@@ -184,18 +187,18 @@ def test_candidates_mixed_inside_are_scored_group_by_group_too():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("keep", [5, 12])
+@pytest.mark.parametrize("n_pick", [5, 12])
 @pytest.mark.parametrize("augmentation", ["cutmixpick_teacher", "cutmixpick_student"])
-def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, augmentation, keep):
+def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, augmentation, n_pick):
     """More or fewer augmented images than originals: labels, loss, metric and step go along."""
     loss = KD(lw_mix=(1.0, 1.0, 1.0))
-    loop = make_loop(options=distill_options(augmentation=augmentation, loss=loss))
-    loop.task.augmenter.keep = keep
+    mix = MixOptions(group=8, n_pick=n_pick)
+    loop = make_loop(options=distill_options(augmentation=augmentation, loss=loss, mix=mix))
     batch = loop.loader.next()
     fed = loop.task.prepare(batch, 0.0)
     pixels, _, labels, _, _, augmented, augmented_logits, own_labels, partner_labels, lam, _ = fed
     assert len(pixels) == 32
-    assert {len(rows) for rows in (augmented, augmented_logits, own_labels, partner_labels, lam)} == {4 * keep}
+    assert {len(rows) for rows in (augmented, augmented_logits, own_labels, partner_labels, lam)} == {4 * n_pick}
     runs = [cutmix(batch.pixels, draws) for draws in batch.mix]
     pool, partner = torch.cat([run.images for run in runs]), torch.cat([run.partner for run in runs])
     places = [
@@ -206,7 +209,7 @@ def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, au
     torch.testing.assert_close(augmented_logits, loop.task.teacher(augmented))
     loop.step()
     assert loop.task.goodness.originals == 2 * 32
-    assert loop.task.goodness.compute().images == 2 * (32 + 4 * keep)
+    assert loop.task.goodness.compute().images == 2 * (32 + 4 * n_pick)
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -217,7 +220,7 @@ def test_hidden_states_are_mixed_in_both_nets(make_loop, distill_options, joint)
     )
     pixels, mixed = _mixed_pool(32, runs=1)
     batch = loop.loader.next()
-    loop.task._look = lambda _: look(loop.task.teacher, pixels, mixed)
+    loop.task._pass = lambda _: teacher_pass(loop.task.teacher, pixels, [mixed], [Branch((0,))])
     fed = loop.task.prepare(batch, 0.0)._replace(pixels=pixels)
     expected = mixed_forward(teacher, pixels, mixed.images, mixed.hidden, joint=True)
     expected = expected[0].logits, expected[1]
@@ -322,7 +325,7 @@ def test_parameters_of_the_loss_are_trained_along(make_net, make_loop, distill_o
 
 
 @pytest.mark.parametrize("augmentation", ["identity", "cutmixpick_teacher"])
-def test_the_metric_streams_the_same_look(make_loop, distill_options, augmentation):
+def test_the_metric_streams_the_same_pass(make_loop, distill_options, augmentation):
     loop = make_loop(options=distill_options(augmentation=augmentation))
     loop.task.goodness = TeacherStddev(3, window=20)
     expected, inputs = TeacherStddev(3, window=20), loop.task.prepare
@@ -353,9 +356,9 @@ def test_entropies_are_logged_by_the_net_that_picks(make_loop, distill_options, 
     task = loop.task
     task.entropy_log = EntropyLog(2)
     batch = loop.loader.next()
-    seen = task._look(batch)
+    logits = task._pass(batch).originals.logits
     by_student = augmentation == "cutmixpick_student"
-    expected = score_groups(task.student, batch.pixels, 32, 8) if by_student else seen.logits
+    expected = score_groups(task.student, batch.pixels, 32, 8) if by_student else logits
     task.prepare(batch, 0.0)
     for _ in range(3):
         task.prepare(loop.loader.next(), 0.0)
@@ -375,14 +378,14 @@ def test_entropies_are_logged_by_the_net_that_picks(make_loop, distill_options, 
 
 def test_one_process_gathers_nothing(accelerator):
     logits, augmented = torch.randn(2, 4, 3)
-    found = gather_rows(accelerator, logits, augmented, 4)
+    found = gather_outputs(accelerator, [(logits, None), (augmented, None)], 4, 4, GROUP)
     assert found[0] is logits
     assert found[1] is augmented
 
 
-@pytest.mark.parametrize(("count", "picked"), [(4, None), (3, 5), (6, 11)])
-def test_rows_of_all_processes_without_fillers(count, picked):
-    """Of two processes, the second with a filler; picks may be more or fewer than originals."""
+@pytest.mark.parametrize(("total", "count", "n_pick", "picked"), [(7, 4, None, 7), (7, 2, 1, 4), (5, 6, 3, 8)])
+def test_rows_of_all_processes_without_fillers(total, count, n_pick, picked):
+    """Of two processes with two groups of two each, the second with fillers; picks may be more or fewer."""
 
     class TwoProcesses:
         num_processes = 2
@@ -392,6 +395,9 @@ def test_rows_of_all_processes_without_fillers(count, picked):
             return torch.cat((rows, rows + 100))
 
     logits, augmented = torch.randn(4, 3), torch.randn(count, 3)
-    found = gather_rows(TwoProcesses(), logits, augmented, 7, picked)
-    assert torch.equal(found[0], torch.cat((logits, logits + 100))[:7])
-    assert torch.equal(found[1], torch.cat((augmented, augmented + 100))[: picked or 7])
+    outputs = [(logits, None), (augmented, n_pick)]
+    found = gather_outputs(TwoProcesses(), outputs, 4, total, 2)
+    assert torch.equal(found[0], torch.cat((logits, logits + 100))[:total])
+    assert torch.equal(found[1], torch.cat((augmented, augmented + 100))[:picked])
+    short = gather_outputs(TwoProcesses(), [(logits[:0], None), (augmented[:0], n_pick)], 4, 4, 2)
+    assert [len(rows) for rows in short] == [4, len(augmented)]  # of a process without rows

@@ -15,10 +15,9 @@ from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, Branches, MixOptions, augmentation_names
 from dalikd.trainers.checkpoint import read_state
-from dalikd.trainers.measure import MeasureOptions, measure, measure_all, results_table
-from dalikd.trainers.measurement import Measurement
+from dalikd.trainers.measure import Measurement, MeasureOptions, measure_all, measure_branches, results_table
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.stopping import Interrupted
 
@@ -33,10 +32,10 @@ def _measure(source, net, accelerator, name, batch_size, *, student=None, mode="
     augmenter = Augmenter(name, options, source, View(source.image_size, "pad_crop", padding=1), seed=3)
     sampler = Sampler(len(source), batch_size, 3, drop_last=False, group=8)
     loader = Loader(source, sampler, augmenter.draw_spec, threads=1)
-    teacher = Teacher(net)
-    result = measure(augmenter, loader, teacher, accelerator, epochs=epochs, window=window, student=student)
+    options = MeasureOptions(epochs=epochs, window=window)
+    report = measure_branches(Branches([augmenter]), loader, Teacher(net), accelerator, options, student)
     loader.close()
-    return result
+    return report["results"][0]
 
 
 # ------------------------------------------------------------------------------------------------- the figures

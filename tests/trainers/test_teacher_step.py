@@ -1,87 +1,150 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dalikd.kd.teacher import Teacher, look
+from dalikd.kd.backbones import create_model
+from dalikd.kd.normalize import Normalized
+from dalikd.kd.teacher import Teacher, teacher_pass
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, Branches, MixOptions
 from dalikd.trainers.launch import automatic_mode, check_compiler
-from dalikd.trainers.teacher_step import Looker
+from dalikd.trainers.teacher_step import StudentScores, TeacherStep
 
 GROUP = 8
 
 
 @pytest.fixture
 def batches(make_source):
-    """Two batches of an augmentation, the second one short, with a short last group."""
+    """Two batches of augmentations, the second one short, with a short last group."""
 
-    def make(name):
+    def make(*names):
         source = make_source(44)
         view = View(source.image_size, "pad_crop", padding=1)
-        augmenter = Augmenter(name, MixOptions(group=GROUP), source, view, seed=3)
-        loader = Loader(source, Sampler(44, 24, 3, drop_last=False, group=GROUP), augmenter.draw_spec, threads=1)
+        augmenters = [Augmenter(name, MixOptions(group=GROUP), source, view, seed=3) for name in names]
+        branches = Branches(augmenters)
+        loader = Loader(source, Sampler(44, 24, 3, drop_last=False, group=GROUP), branches.draw_spec, threads=1)
         found = list(loader)
         loader.close()
         assert [len(batch) for batch in found] == [24, 20]
-        return augmenter, found
+        return branches, found
 
     return make
 
 
 @pytest.fixture
-def nets(make_net):
-    return Teacher(make_net(1).double()), make_net(2).double().eval().requires_grad_(False)
+def nets(make_net, accelerator):
+    """A teacher, and the scores of a student that does not learn."""
+    student = make_net(2).double().eval().requires_grad_(False)
+    return Teacher(make_net(1).double()), StudentScores(student, accelerator, GROUP, runs=2, learns=False)
 
 
 def _same(found, expected, tolerance=1e-12):
-    for name in ("logits", "augmented", "augmented_logits", "partner", "lam"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_a_look_joins_augmentation_and_teacher(batches, nets, name):
-    (augmenter, found), (teacher, student) = batches(name), nets
-    looker = Looker(teacher, augmenter, student)
+def test_a_step_joins_augmentation_and_teacher(batches, nets, name):
+    (branches, found), (teacher, student) = batches(name), nets
+    ask, (augmenter,) = TeacherStep(teacher, branches, student), branches.augmenters
     for batch in found:
-        seen = looker(batch)
+        given = ask(batch)
+        runs = branches.make(batch.pixels, batch.augmented_pixels, batch.mix)
         candidates = augmenter.candidates(batch)
-        assert augmenter.makes_candidates == (candidates is not None) == (name != "identity")
-        expected = look(teacher, batch.pixels, candidates, criterion=augmenter.criterion, group=GROUP, student=student)
-        _same(seen, expected)
-        assert not seen.logits.requires_grad
+        assert augmenter.makes_candidates == (candidates is not None) == (len(runs) > 0) == (name != "identity")
+        expected = teacher_pass(teacher, batch.pixels, runs, branches.branches, group=GROUP, student=student)
+        _same(given, expected)
+        assert not given.originals.logits.requires_grad
 
 
-def test_a_look_can_enter_a_backward(batches, nets):
+def test_what_is_given_can_enter_a_backward(batches, nets, make_net):
     """No inference tensors: they could not be saved for the student's backward."""
-    (augmenter, (batch, _)), (teacher, student) = batches("cutmix"), nets
-    seen = Looker(teacher, augmenter)(batch)
-    assert not seen.logits.is_inference()
-    student.requires_grad_()
-    (student(batch.pixels) * seen.logits).sum().backward()
+    (branches, (batch, _)), (teacher, _) = batches("cutmix"), nets
+    logits, student = TeacherStep(teacher, branches)(batch).originals.logits, make_net(2).double()
+    assert not logits.is_inference()
+    (student(batch.pixels) * logits).sum().backward()
     assert student.model.fc.weight.grad is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["identity", "autoaugment", "mixup", "cutmixpick_teacher", "cutmixpick_student"])
-def test_a_compiled_look_is_the_same_and_a_short_batch_costs_one_more_graph(batches, nets, name):
+def test_a_batch_without_rows_gives_outputs_without_rows(batches, nets):
+    """Of a process that a short last batch leaves nothing."""
+    (branches, (batch, _)), (teacher, student) = batches("cutmix", "flip", "cutmixpick_student"), nets
+    empty = replace(batch, images=batch.images[:0], labels=batch.labels[:0])
+    for part, of_student in (("candidates", False), ("everything", True)):
+        found = TeacherStep(teacher, branches, student, student_part=part, num_classes=3)(empty)
+        outputs = [found.originals.logits, *(branch.logits for branch in found.branches)]
+        assert [tuple(logits.shape) for logits in outputs] == [(0, 3)] * 4
+        assert (found.student_logits is not None) == of_student
+        assert all((branch.student_logits is not None) == of_student for branch in found.branches)
+
+
+@pytest.fixture
+def compiled_graphs():
+    """How many graphs were compiled; none of them is cut."""
+
+    def count():
+        assert not torch._dynamo.utils.counters["graph_break"]
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    (augmenter, found), (teacher, student) = batches(name), nets
-    plain, compiled = (Looker(teacher, augmenter, student, mode) for mode in ("off", "default"))
+    yield count
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("name", ["identity", "autoaugment", "mixup", "cutmixpick_teacher", "cutmixpick_student"])
+def test_a_compiled_step_is_the_same_and_a_short_batch_costs_one_more_graph(
+    batches, nets, compiled_graphs, name, learns
+):
+    (branches, found), (teacher, student) = batches(name), nets
+    student.learns = learns
+    plain, compiled = (TeacherStep(teacher, branches, student, mode) for mode in ("off", "default"))
     for batch in found * 3:  # several epochs
         _same(compiled(batch), plain(batch), 1e-6)  # mixup's pixels are float32
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert not torch._dynamo.utils.counters["graph_break"]
-    torch.compiler.reset()
+    assert compiled_graphs() == 2
+
+
+@pytest.mark.slow
+def test_measuring_compiles_one_region_over_all_branches(batches, nets, compiled_graphs):
+    names = ["identity", "cutout", "crop_flip", "mixup", "cutmix", "cutmixpick_teacher", "cutmixpick_student"]
+    (branches, found), (teacher, student) = batches(*names, "cutmix+kld"), nets
+    plain, compiled = (
+        TeacherStep(teacher, branches, student, mode, student_part="everything", images_per_call=60)
+        for mode in ("off", "default")
+    )
+    for batch in found:
+        _same(compiled(batch), plain(batch), 1e-6)
+    assert compiled_graphs() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needs", ["features", "preactivations"])
+@pytest.mark.parametrize("name", ["cutmixpick_teacher", "cutmixpick_student"])
+def test_features_of_the_originals_are_compiled_along(batches, nets, compiled_graphs, name, needs):
+    torch.manual_seed(1)
+    teacher = Teacher(Normalized(create_model("resnet8", 3), (0.5,) * 3, (0.5,) * 3).double(), fold_bn=True)
+    (branches, found), (_, student) = batches(name), nets
+    student.learns = True
+    plain, compiled = (TeacherStep(teacher, branches, student, mode, {needs}) for mode in ("off", "default"))
+    given = [compiled(batch) for batch in found]
+    assert compiled_graphs() == 2
+    for batch, of_compiled in zip(found, given, strict=True):
+        of_plain = plain(batch)
+        assert len(of_plain.originals.features) == 5
+        assert len(of_plain.originals.preactivations) == (3 if needs == "preactivations" else 0)
+        _same(of_compiled, of_plain, 1e-6)
 
 
 def test_a_compiler_is_asked_for_only_where_it_is_needed(batches, nets, monkeypatch):
-    (augmenter, _), (teacher, student) = batches("cutmix"), nets
+    (branches, _), (teacher, student) = batches("cutmix"), nets
     monkeypatch.setattr("dalikd.trainers.launch.shutil.which", lambda name: name == "my-compiler" or None)
-    Looker(teacher, augmenter, student)
+    TeacherStep(teacher, branches, student)
     with pytest.raises(ValueError, match=r"--compile max-autotune needs a C\+\+ compiler.*--compile off"):
-        Looker(teacher, augmenter, student, "max-autotune")
+        TeacherStep(teacher, branches, student, "max-autotune")
     monkeypatch.setenv("CXX", "my-compiler")
     check_compiler("default")
 

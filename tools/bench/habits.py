@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.losses import DistillationLoss, MixedOutputs, StepOutputs
-from dalikd.kd.mixing import Mixed
-from dalikd.kd.picking import entropy, pick_rows
-from dalikd.kd.teacher import TEACHER_ENTROPY, Look, look
-from dalikd.pipelines.draw_spec import MixDraws
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.kd.mixing import MixDraws, Mixed
+from dalikd.kd.picking import TEACHER_ENTROPY, entropy, pick_rows
+from dalikd.kd.teacher import Branch, BranchOutputs, TeacherPass, teacher_pass
+from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.tracking import Meter
 
 __all__ = ["RUNGS", "HabitLoop", "Habits", "HostMeters", "Input", "host_cutmix"]
@@ -176,11 +175,12 @@ class HabitLoop:
         """One optimizer step. Returns the terms of the loss."""
         images, labels, draws = self._batches()
         logits = self._answer(images)
-        seen = self._look(images, draws)
-        picked_logits = self._answer(seen.augmented)
-        mixed = MixedOutputs(picked_logits, seen.augmented_logits, labels[seen.rows], labels[seen.partner], seen.lam)
+        found = self._ask_teacher(images, draws)
+        (branch,) = found.branches
+        picked_logits, shown = self._answer(branch.mixed.images), branch.mixed
+        mixed = MixedOutputs(picked_logits, branch.logits, labels[branch.rows], labels[shown.partner], shown.lam)
         ids, epoch = labels, torch.zeros((), device=labels.device)  # which the published losses do without
-        outputs = StepOutputs(NetOutput(logits), NetOutput(seen.logits), labels, ids, epoch, mixed)
+        outputs = StepOutputs(NetOutput(logits), found.originals, labels, ids, epoch, mixed)
         terms = self._loss(outputs)
         self.meters.add(terms, logits, labels)
         self._optimizer.zero_grad()
@@ -195,28 +195,22 @@ class HabitLoop:
         return logits.float() if self._autocast is not None else logits
 
     @torch.no_grad()
-    def _look(self, images: Tensor, draws: Sequence[MixDraws]) -> Look:
-        """What the teacher sees and says: in one call, or in the two or three of the published loop."""
+    def _ask_teacher(self, images: Tensor, draws: Sequence[MixDraws]) -> TeacherPass:
+        """In one call, or in the two or three of the published loop."""
+        group = self._augmenter.group
+        if self._habits.host_waits:
+            runs = [host_cutmix(images, self._random) for _ in range(self._augmenter.runs)]
+        else:
+            runs = Branches([self._augmenter]).make(images, (), draws)
         if not self._habits.separate_calls:
-            candidates, group = self._candidates(images, draws), self._augmenter.group
-            return look(self._teacher, images, candidates, criterion=TEACHER_ENTROPY, group=group)
-        logits = self._teacher(images)
-        pool = self._candidates(images, draws)
-        pool_logits = self._teacher(pool.images)
-        group = len(images) if self._habits.host_waits else self._augmenter.group
+            branch = Branch(tuple(range(len(runs))), TEACHER_ENTROPY)
+            return teacher_pass(self._teacher, images, runs, [branch], group=group)
+        logits, pool = self._teacher(images), Mixed.join(runs)
+        pool_logits, group = self._teacher(pool.images), len(images) if self._habits.host_waits else group
         picks = pick_rows(entropy(pool_logits).reshape(-1, len(images)), group)
-        picked = Mixed(pool.images[picks], pool.partner[picks], pool.lam[picks])
+        picked = pool.take(picks)
         again = self._teacher(picked.images) if self._habits.looks_again else pool_logits[picks]
-        return Look(logits, picked.images, again, picked.partner, picked.lam, picks % len(images))
-
-    def _candidates(self, images: Tensor, draws: Sequence[MixDraws]) -> Mixed:
-        """The pool, run after run."""
-        if not self._habits.host_waits:
-            mixed = self._augmenter.mix(images, (), draws)
-            assert mixed is not None
-            return mixed
-        runs = [host_cutmix(images, self._random) for _ in range(self._augmenter.runs)]
-        return Mixed.join(runs)
+        return TeacherPass(NetOutput(logits), (BranchOutputs(picked, picks % len(images), again),))
 
 
 def _span(length: int, center: int, side: int) -> tuple[int, int]:

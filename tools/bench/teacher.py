@@ -34,10 +34,12 @@ from dalikd.tools.bench.options import ON_GPU, check_alone, check_rounds
 from dalikd.tools.bench.record import Record, alternate, check_output, markdown, ratio, summary, write
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
-from dalikd.trainers.augmentation import Augmenter, augmentation_names
-from dalikd.trainers.launch import autocast_type, check_compiler, start
-from dalikd.trainers.measure import build_scorer, measure
+from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
+from dalikd.trainers.launch import autocast_type, start
+from dalikd.trainers.measure import build_scorer, measure_branches
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.setup import make_loader, resident_pictures
+from dalikd.trainers.launch import check_compiler
 
 __all__ = ["Comparison", "images_asked", "main", "open_images", "plan", "run"]
 
@@ -142,16 +144,9 @@ class Comparison:
         return len(self._loader.source) / (time.perf_counter() - started)
 
     def _measure(self) -> None:
-        measure(
-            self._augmenter,
-            self._loader,
-            self._teacher,
-            self._accelerator,
-            epochs=1,
-            window=self._options.window,
-            student=self._student,
-            compile_mode=self._options.compile,
-        )
+        options = MeasureOptions(epochs=1, window=self._options.window, compile=self._options.compile)
+        branches = Branches([self._augmenter])
+        measure_branches(branches, self._loader, self._teacher, self._accelerator, options, self._student)
 
     def _load_and_ask(self) -> None:
         for batch in self._loader:
@@ -197,7 +192,7 @@ def _compiled(teacher: Teacher, options: TeacherOptions) -> Callable[[Tensor], T
 def _rates(augmenter: Augmenter, options: TeacherOptions, parts: _Parts) -> dict[str, list[float]]:
     """Originals a second of each side, one number a round."""
     source, accelerator = parts.source, parts.accelerator
-    sampler = Sampler(len(source), options.batch_size, options.seed, drop_last=False, group=options.mix.group)
+    sampler = Sampler(len(source), options.batch_size, options.seed, drop_last=False, group=options.mix_group)
     loader = make_loader(
         source, sampler, augmenter.draw_spec, options.data, accelerator, resident=parts.resident, buffers=2
     )

@@ -116,7 +116,7 @@ def _student_scores(augmenter: Augmenter) -> bool:
 
 def _share(augmenter: Augmenter) -> float:
     """Picks for each original."""
-    return 1.0 if augmenter.keep is None else augmenter.keep / augmenter.group
+    return 1.0 if augmenter.n_pick is None else augmenter.n_pick / augmenter.group
 
 
 def forward_flops(name: str, args: dict[str, Any], sizes: Sizes) -> float:

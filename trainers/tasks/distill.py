@@ -1,7 +1,6 @@
-"""Distillation: the student learns from labels and from what the teacher says of originals and augmented images."""
+"""Distillation: the student learns from labels and from what the teacher gives for originals and augmented images."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,28 +16,20 @@ from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, St
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.picking import pick_count
-from dalikd.kd.teacher import Look, Teacher, batch_statistics, entropies
+from dalikd.kd.teacher import Teacher, TeacherPass, entropies
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Batch, Loader
-from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
+from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import CompileMode
 from dalikd.trainers.models import TeacherConfig, describe_teacher
 from dalikd.trainers.options import NumberRange, check_numbers
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import Task, TrainingOptions
-from dalikd.trainers.teacher_cache.read import CachedLooks, open_cached
-from dalikd.trainers.teacher_step import Looker
+from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
+from dalikd.trainers.teacher_step import StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = [
-    "DistillOptions",
-    "Distillation",
-    "DistillationInputs",
-    "gather_rows",
-    "score_groups",
-    "score_groups_at_once",
-]
+__all__ = ["DistillOptions", "Distillation", "DistillationInputs"]
 
 
 @dataclass
@@ -100,7 +91,7 @@ class DistillOptions(TrainingOptions):
         task.told = {"the teacher's answers come": answers}
         return task
 
-    def _teacher(self, setup: Setup, augmenter: Augmenter) -> tuple[Teacher | CachedLooks, dict[str, Any], str, str]:
+    def _teacher(self, setup: Setup, augmenter: Augmenter) -> tuple[Teacher | CachedTeacher, dict[str, Any], str, str]:
         """The teacher or what a cache holds of it, what results say of it, the digest of what its outputs depend on,
         and where they come from."""
         config = self.teacher
@@ -128,7 +119,7 @@ def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str
 
 
 class DistillationInputs(NamedTuple):
-    """Images, and what the teacher said of them. There may be more or fewer augmented images than originals, and in
+    """Images, and what the teacher gives for them. There may be more or fewer augmented images than originals, and in
     another order."""
 
     pixels: Tensor  # originals [B, 3, S, S]
@@ -145,7 +136,7 @@ class DistillationInputs(NamedTuple):
 
 
 class Distillation(Task):
-    """The student learns from one teacher look a batch, and T. stddev is streamed from the same look.
+    """The student learns from one teacher pass a batch, and T. stddev is streamed from the same pass.
 
     Args:
         student: takes pixels.
@@ -157,7 +148,7 @@ class Distillation(Task):
         joint_forward: one student forward over originals and augmented images.
         metric: whether to stream T. stddev.
         entropy_log: where the entropies of this process's images go, by the net that picks.
-        compile_mode: of the look; the task is the loop's to compile.
+        compile_mode: of the teacher's pass; the task is the loop's to compile.
         side: of the images in pixels, and
         images: how many are trained on, for a loss that is built from the nets.
 
@@ -168,7 +159,7 @@ class Distillation(Task):
     def __init__(
         self,
         student: Normalized,
-        teacher: Teacher | CachedLooks,
+        teacher: Teacher | CachedTeacher,
         loss: DistillationLoss,
         augmenter: Augmenter,
         accelerator: Accelerator,
@@ -186,13 +177,12 @@ class Distillation(Task):
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
         self._build_loss(num_classes, side, images)
-        if isinstance(teacher, CachedLooks):
-            self._look: Callable[[Batch], Look] = teacher
+        self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
+        self._pass: Callable[[Batch], TeacherPass]
+        if isinstance(teacher, CachedTeacher):
+            self._pass = teacher
         else:
-            self._look = Looker(teacher, augmenter, self._score, compile_mode, loss.needs)
-        self._score_at_once: Callable[..., Tensor] | None = None
-        if compile_mode != "off":
-            self._score_at_once = torch.compile(score_groups_at_once, mode=compile_mode, dynamic=False)
+            self._pass = TeacherStep(teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs)
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.entropy_log, self._batches = entropy_log, 0
         self.title = augmenter.name  # of its plots
@@ -223,25 +213,36 @@ class Distillation(Task):
         return [f"loss.{name}" for name in self.loss.local_buffers]
 
     def prepare(self, batch: Batch, epoch: float) -> DistillationInputs:
-        """Pixels, labels and what the teacher said."""
-        seen = self._look(batch)
+        """Pixels, labels and what the teacher gives; T. stddev and the log see the same."""
+        found = self._pass(batch)
+        (branch,) = found.branches
         if not self._asked:
             self._asked = True  # the first time, at the cost of a wait
-            check_finite(torch.cat((seen.logits, seen.augmented_logits)), "the teacher")
-        self._measure(seen, batch)
-        self._log(seen, batch)
+            check_finite(torch.cat((found.originals.logits, branch.logits)), "the teacher")
+        group = self.augmenter.group
+        if self.goodness is not None:
+            outputs = [(found.originals.logits, None), (branch.logits, self.augmenter.n_pick)]
+            logits, augmented = gather_outputs(self._accelerator, outputs, len(batch), batch.total, group)
+            self.goodness.update(logits, augmented, group)
+        if self.entropy_log is not None:
+            if self.entropy_log.due(self._batches):
+                by_student = self.augmenter.picked_by_student and branch.pool_logits is not None
+                scored = self._scores.originals(batch.pixels) if by_student else found.originals.logits
+                self.entropy_log.add(self._batches, *entropies(scored, branch))
+            self._batches += 1
+        mixed = branch.mixed
         return DistillationInputs(
             batch.pixels,
-            seen.originals,
+            found.originals,
             batch.labels,
             batch.ids,
             torch.full((), epoch, device=batch.labels.device),
-            seen.augmented if self.augmenter.makes_candidates else None,
-            seen.augmented_logits,
-            batch.labels[seen.rows],
-            batch.labels[seen.partner],
-            seen.lam,
-            seen.hidden,
+            mixed.images if self.augmenter.parts else None,
+            branch.logits,
+            batch.labels[branch.rows],
+            batch.labels[mixed.partner],
+            mixed.lam,
+            mixed.hidden,
         )
 
     def forward(self, inputs: DistillationInputs) -> dict[str, Tensor]:
@@ -311,61 +312,14 @@ class Distillation(Task):
 
         with torch.no_grad():
             student = self.student.eval().outputs(black(self.student), features=bool(loss.needs), preactivations=before)
-            said, classifier = NetOutput(torch.zeros(2, num_classes)), None
+            given, classifier = NetOutput(torch.zeros(2, num_classes)), None
             if isinstance(teacher, Teacher) and loss.needs:
-                said = teacher.outputs(black(teacher.model), preactivations=before)
+                given = teacher.outputs(black(teacher.model), preactivations=before)
                 classifier = _classifier(teacher.model) if "teacher_classifier" in loss.needs else None
         for part, training in modes.items():
             part.training = training
-        loss.build(LossContext(student, said, num_classes, images, classifier))
+        loss.build(LossContext(student, given, num_classes, images, classifier))
         loss.to(next(self.student.parameters()).dtype)
-
-    def _measure(self, seen: Look, batch: Batch) -> None:
-        if self.goodness is None:
-            return
-        group, keep = self.augmenter.group, self.augmenter.keep if seen.picks is not None else None
-        picked = pick_count(batch.total, group, keep)
-        rows = gather_rows(self._accelerator, seen.logits, seen.augmented_logits, batch.total, picked)
-        self.goodness.update(*rows, group)
-
-    def _log(self, seen: Look, batch: Batch) -> None:
-        if self.entropy_log is None:
-            return
-        if self.entropy_log.due(self._batches):
-            of_student = is_picked_by_student(self.augmenter) and seen.pool_logits is not None
-            originals = self._score_originals(batch.pixels) if of_student else None
-            self.entropy_log.add(self._batches, *entropies(seen, originals))
-        self._batches += 1
-
-    def _score_originals(self, pixels: Tensor) -> Tensor:
-        """For the log alone: no random number is used up."""
-        devices = [pixels.device] if pixels.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self._accelerator.autocast():
-            return score_groups(self.student, pixels, len(pixels), self.augmenter.group)
-
-    def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
-        group, runs = self.augmenter.group, self.augmenter.runs
-        with self._accelerator.autocast():
-            whole = hidden is None and len(images) % (runs * group) == 0
-            if self._score_at_once is not None and whole and not self._asked:
-                self._try_at_once(images)
-            if self._score_at_once is None or not whole:
-                candidates = len(images) if hidden is None else len(hidden.lam)
-                return score_groups(self.student, images, candidates // runs, group, hidden)
-            with torch.no_grad(), batch_statistics(self.student) if self.student.training else nullcontext():
-                return self._score_at_once(self.student, images, len(images) // runs, group)
-
-    def _try_at_once(self, images: Tensor) -> None:
-        """Before the first step: not every net can have its groups side by side."""
-        devices = [images.device] if images.device.type == "cuda" else []
-        group = self.augmenter.group
-        try:
-            with torch.random.fork_rng(devices), torch.no_grad(), batch_statistics(self.student):
-                score_groups_at_once(self.student, images, len(images) // self.augmenter.runs, group)
-        except RuntimeError as error:
-            self._score_at_once = None
-            reason = str(error).partition("\n")[0]
-            self._accelerator.print(f"dalikd: the student scores group by group, uncompiled: {reason}", flush=True)
 
 
 def _classifier(model: nn.Module) -> nn.Module:
@@ -376,78 +330,3 @@ def _classifier(model: nn.Module) -> nn.Module:
             f"{type(net).__name__} names no classifier, which the loss needs: take another teacher or loss"
         )
     return found
-
-
-def score_groups(student: nn.Module, images: Tensor, batch: int, group: int, hidden: HiddenMix | None = None) -> Tensor:
-    """Student logits of a pool, normalised by the statistics of each mix group's own pool, as in the published loop.
-
-    Group by group, so that picks do not depend on the batch size; the running statistics stay untouched. A student in
-    eval mode, which is fixed, is normalised by them instead.
-
-    Args:
-        student: takes pixels.
-        images: candidates [runs * batch, 3, S, S], run after run; with `hidden` the originals [batch, 3, S, S] before.
-        batch: originals.
-        group: originals in a mix group.
-        hidden: how hidden states of the candidates are mixed with those of the originals, which then have a forward of
-            their own.
-
-    Returns:
-        logits of the images in their order, without gradient.
-    """
-    before = 0 if hidden is None else batch
-    originals, candidates = images[:before], images[before:]
-    rows = torch.arange(len(candidates), device=images.device).reshape(-1, batch)
-    own, pieces = [], []
-    with torch.no_grad(), batch_statistics(student) if student.training else nullcontext():
-        for start in range(0, batch, group):
-            columns = rows[:, start : start + group]
-            pool = columns.flatten()
-            if hidden is None:
-                logits = student(candidates[pool])
-            else:
-                mixing = HiddenMix(hidden.partner[pool] - start, hidden.lam[pool], hidden.layer[pool])
-                first, logits = mixed_forward(
-                    student, originals[start : start + group], candidates[pool], mixing, joint=False
-                )
-                own.append(first.logits)
-            pieces.append(logits.unflatten(0, columns.shape))
-    return torch.cat((*own, torch.cat(pieces, dim=1).flatten(0, 1)))
-
-
-def score_groups_at_once(student: Normalized, candidates: Tensor, batch: int, group: int) -> Tensor:
-    """What `score_groups` gives, inside of `batch_statistics`, in one forward over all groups; to be compiled.
-
-    The statistics are still of each group. Their sums have another order, so that the last bits differ, and a plain
-    call keeps to the groups one by one.
-
-    Args:
-        student: takes pixels.
-        candidates: [runs * batch, 3, S, S], run after run.
-        batch: originals, whole groups.
-        group: originals in a mix group.
-    """
-    pools = student.normalize(candidates).unflatten(0, (-1, batch // group, group)).transpose(0, 1)
-    logits = torch.vmap(lambda pool: student.model(pool), randomness="different")(pools.flatten(1, 2))
-    return logits.unflatten(1, (-1, group)).transpose(0, 1).flatten(0, 2)
-
-
-def gather_rows(
-    accelerator: Accelerator, logits: Tensor, augmented_logits: Tensor, total: int, picked: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Teacher outputs of all processes, in the epoch's order.
-
-    Args:
-        accelerator: the processes; each holds the same number of rows, fillers at the end of the last ones included.
-        logits: this process's, on originals [B, C].
-        augmented_logits: on augmented images [n, C].
-        total: originals that count over all processes.
-        picked: augmented images that count; default: as many.
-    """
-    if accelerator.num_processes == 1:
-        return logits, augmented_logits
-    if len(logits) != len(augmented_logits):
-        return accelerator.gather(logits)[:total], accelerator.gather(augmented_logits)[:picked]
-    rows = accelerator.gather(torch.cat((logits, augmented_logits), dim=1))[:total]
-    first, second = rows.chunk(2, dim=1)
-    return first, second

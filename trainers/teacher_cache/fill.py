@@ -14,14 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.kd.mixing import Mixed
-from dalikd.kd.teacher import Look, Teacher
+from dalikd.kd.teacher import Teacher, TeacherPass
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import FROM_1, AugmentingOptions, NumberRange, check_numbers
@@ -38,7 +37,7 @@ from dalikd.trainers.teacher_cache.layout import (
     unpack_logits,
 )
 from dalikd.trainers.teacher_cache.read import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
-from dalikd.trainers.teacher_step import Looker
+from dalikd.trainers.teacher_step import TeacherStep
 from dalikd.trainers.trial import check_finite
 
 __all__ = ["CacheOptions", "Comparison", "fill_cache", "verify_cache"]
@@ -104,8 +103,8 @@ class _Work(NamedTuple):
     teacher: Teacher
     layout: CacheLayout
 
-    def looker(self) -> Looker:
-        return Looker(self.teacher, self.augmenter, compile_mode=self.options.compile)
+    def teacher_step(self) -> TeacherStep:
+        return TeacherStep(self.teacher, Branches([self.augmenter]), compile_mode=self.options.compile)
 
 
 # ------------------------------------------------------------------------------------------------------- filling
@@ -144,7 +143,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
 def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
     options, accelerator = work.options, work.setup.accelerator
     loader = work.setup.loader(work.augmenter.draw_spec, sampler)
-    looker, writer = work.looker(), _Writer(cache, options.mix.group)
+    ask, writer = work.teacher_step(), _Writer(cache, options.mix.group)
     asked = False
     bar = progress(accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
     with bar, StopSignals(accelerator) as signals:
@@ -155,12 +154,12 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
                 if loader.position != index:  # past what an earlier call has written
                     loader.seek(index)
                 if options.compile != "off":
-                    torch.compiler.cudagraph_mark_step_begin()  # the last look may be overwritten
-                seen = looker(loader.next())
+                    torch.compiler.cudagraph_mark_step_begin()  # the last outputs may be overwritten
+                found = ask(loader.next())
                 if not asked:
                     asked = True  # the first time, at the cost of a wait
-                    check_finite(torch.cat((seen.logits, seen.augmented_logits)), "the teacher")
-                writer.put(micro.epoch, rows, seen)
+                    check_finite(torch.cat((found.originals.logits, found.branches[0].logits)), "the teacher")
+                writer.put(micro.epoch, rows, found)
             bar.update(micro.total)
             if (index + 1) % len(loader) == 0 or signals.number:
                 writer.finish()
@@ -171,7 +170,7 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
 
 
 class _Writer:
-    """Writes what the teacher said of a batch while the device works on the next one.
+    """Writes what the teacher gave for a batch while the device works on the next one.
 
     Args:
         cache: where to.
@@ -182,12 +181,12 @@ class _Writer:
         self._cache, self._group = cache, group
         self._waiting: tuple[int, np.ndarray, dict[str, Tensor], torch.cuda.Event | None] | None = None
 
-    def put(self, epoch: int, rows: np.ndarray, seen: Look) -> None:
-        """Send a look's outputs to the host, and write those of the look before."""
-        columns = _columns(self._cache.layout, seen)
+    def put(self, epoch: int, rows: np.ndarray, found: TeacherPass) -> None:
+        """Send a pass's outputs to the host, and write those of the pass before."""
+        columns = _columns(self._cache.layout, found)
         on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in columns.items()}
         sent = None
-        if seen.logits.is_cuda:
+        if found.originals.logits.is_cuda:
             sent = torch.cuda.Event()
             sent.record()
         self.finish()
@@ -207,17 +206,18 @@ class _Writer:
         self._waiting = None
 
 
-def _columns(layout: CacheLayout, seen: Look) -> dict[str, Tensor]:
-    """A look as the cache's columns."""
-    outputs = {"logits": seen.logits, "augmented": seen.augmented_logits}
+def _columns(layout: CacheLayout, found: TeacherPass) -> dict[str, Tensor]:
+    """A pass as the cache's columns."""
+    (branch,) = found.branches
+    outputs = {"logits": found.originals.logits, "augmented": branch.logits}
     columns = {
         f"{output}{part}": tensor
         for output in layout.outputs
         for part, tensor in pack_logits(outputs[output], layout.storage, layout.k).items()
     }
     if layout.pool:
-        assert seen.picks is not None
-        columns["picks"] = seen.picks
+        assert branch.picks is not None
+        columns["picks"] = branch.picks
     return columns
 
 
@@ -226,7 +226,7 @@ def _columns(layout: CacheLayout, seen: Look) -> dict[str, Tensor]:
 
 @dataclass
 class Comparison:
-    """How far what a teacher says now is from what a cache holds; both in the form of its storage.
+    """How far what a teacher gives now is from what a cache holds; both in the form of its storage.
 
     Attributes:
         tolerance: largest difference that passes.
@@ -315,13 +315,13 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     found = Comparison(tolerance, layout.storage, 0.05 if autocast_type(options.precision) else 0.01)
     microbatch = layout.microbatch or options.batch_size
     sampler = _SomeBatches(layout.rows, microbatch, options.seed, layout.epochs, options.share)
-    loader, looker = work.setup.loader(work.augmenter.draw_spec, sampler), work.looker()
+    loader, ask = work.setup.loader(work.augmenter.draw_spec, sampler), work.teacher_step()
     total = layout.epochs * len(loader)
     for index, batch in enumerate(progress(accelerator, "verify", _first(loader, total), total=total)):
         micro = sampler[index]
         rows = micro.rows[: micro.valid]
         cached = {name: torch.from_numpy(array) for name, array in cache.read(micro.epoch, rows).items()}
-        _compare(found, work, cache.layout, looker(batch), batch, cached)
+        _compare(found, work, cache.layout, ask(batch), batch, cached)
         found.rows += len(rows)
     loader.close()
     return found
@@ -333,19 +333,19 @@ def _first(loader: Loader, count: int) -> Iterator[Batch]:
 
 
 def _compare(
-    found: Comparison, work: _Work, layout: CacheLayout, seen: Look, batch: Batch, cached: dict[str, Tensor]
+    found: Comparison, work: _Work, layout: CacheLayout, asked: TeacherPass, batch: Batch, cached: dict[str, Tensor]
 ) -> None:
     """Add a microbatch to the comparison."""
-    now = {"logits": seen.logits, "augmented": seen.augmented_logits}
+    (branch,) = asked.branches
+    now = {"logits": asked.originals.logits, "augmented": branch.logits}
     if layout.pool:
-        assert seen.picks is not None
+        assert branch.picks is not None
         group = work.options.mix.group
         picks = _checked_picks(cached["picks"].numpy(), len(batch), group, layout.pool // group)
-        found.picks += int((seen.picks.cpu().numpy() != picks).sum())
+        found.picks += int((branch.picks.cpu().numpy() != picks).sum())
         candidates = work.augmenter.candidates(batch)
         assert candidates is not None
-        images = Mixed(*candidates).images[torch.from_numpy(picks).to(batch.images.device)]
-        now["augmented"] = work.teacher(images)
+        now["augmented"] = work.teacher(candidates.images[torch.from_numpy(picks).to(batch.images.device)])
     for output in layout.outputs:
         packed = pack_logits(now[output], layout.storage, layout.k)
         found.add(unpack_logits(packed, layout.classes).cpu(), logits_of(output, cached, layout.classes))

@@ -2,7 +2,7 @@
 
 Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, arXiv 2106.05237: long runs
 in which teacher and student see the same crops and mixes. Where every draw is a function of (seed, epoch, sample), the
-images of an epoch come again in every run, and so may what the teacher said of them.
+images of an epoch come again in every run, and so may what the teacher gives for them.
 
 A cache is a folder: `cache.json` says what it holds and of what run, and each epoch has a folder of memory-mapped .npy
 files. Row i of each belongs to sample id i: the original, and the augmented image at the original's place in its mix

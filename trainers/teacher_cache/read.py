@@ -1,4 +1,4 @@
-"""Distillation from a teacher-output cache: what a cache depends on, and looks that are read instead of asked for."""
+"""Distillation from a teacher-output cache: what a cache depends on, and passes that are read instead of asked for."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.known_weights import weights_digest
-from dalikd.kd.teacher import Look
+from dalikd.kd.mixing import Mixed
+from dalikd.kd.teacher import BranchOutputs, TeacherPass
 from dalikd.pipelines.backends import BatchPlan
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Batch
@@ -20,11 +22,11 @@ from dalikd.trainers.options import AugmentingOptions
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.teacher_cache.layout import TeacherCache, from_group_picks, unpack_logits
 
-__all__ = ["CachedLooks", "check_cacheable", "logits_of", "open_cached", "run_fingerprint", "teacher_fingerprint"]
+__all__ = ["CachedTeacher", "check_cacheable", "logits_of", "open_cached", "run_fingerprint", "teacher_fingerprint"]
 
 
-class CachedLooks:
-    """Looks of a teacher that is not there: its outputs come from a cache, its images from the same draws.
+class CachedTeacher:
+    """Passes of a teacher that is not there: its outputs come from a cache, its images from the same draws.
 
     Args:
         cache: filled, and made for this run.
@@ -42,28 +44,19 @@ class CachedLooks:
             arrays["picks"] = from_group_picks(arrays["picks"], len(rows), self._augmenter.group)
         return arrays
 
-    def __call__(self, batch: Batch) -> Look:
-        """What the teacher saw and said of a batch, on the batch's device."""
-        classes = self.cache.layout.classes
-        logits = logits_of("logits", batch.extras, classes)
-        candidates = self._augmenter.candidates(batch)
-        own = torch.arange(len(batch), device=logits.device)
-        if candidates is None:
-            return Look(logits, batch.pixels, logits, own, torch.ones(len(batch), device=logits.device), own)
-        picks = batch.extras.get("picks")
-        rows = own
+    def __call__(self, batch: Batch) -> TeacherPass:
+        """What the teacher gave for a batch, on the batch's device."""
+        classes, picks = self.cache.layout.classes, batch.extras.get("picks")
+        logits = augmented = logits_of("logits", batch.extras, classes)
+        rows = torch.arange(len(batch), device=logits.device)
+        mixed = self._augmenter.candidates(batch)
+        if mixed is None:
+            mixed = Mixed(batch.pixels, rows, torch.ones(len(batch), device=logits.device))
+        else:
+            augmented = logits_of("augmented", batch.extras, classes)
         if picks is not None:
-            candidates, rows = candidates.take(picks), picks % len(batch)
-        return Look(
-            logits,
-            candidates.images,
-            logits_of("augmented", batch.extras, classes),
-            candidates.partner,
-            candidates.lam,
-            rows,
-            picks,
-            layer=candidates.layer,
-        )
+            mixed, rows = mixed.take(picks), picks % len(batch)
+        return TeacherPass(NetOutput(logits), (BranchOutputs(mixed, rows, augmented, picks=picks),))
 
     def describe(self, epochs: int) -> dict[str, Any]:
         """What results.json says of the cache, in a run of so many epochs."""
@@ -77,7 +70,7 @@ class CachedLooks:
         return {"summary": summary, "folder": str(self.cache.folder), "storage": layout.storage, **teacher}
 
 
-def open_cached(options: AugmentingOptions, config: TeacherConfig, setup: Setup, augmenter: Augmenter) -> CachedLooks:
+def open_cached(options: AugmentingOptions, config: TeacherConfig, setup: Setup, augmenter: Augmenter) -> CachedTeacher:
     """Open the cache that a run names.
 
     Args:
@@ -98,11 +91,11 @@ def open_cached(options: AugmentingOptions, config: TeacherConfig, setup: Setup,
     }
     cache.check_made_for(own, "Set the options to those of the cache, or make another with dalikd cache")
     cache.check_filled()
-    return CachedLooks(cache, augmenter)
+    return CachedTeacher(cache, augmenter)
 
 
 def check_cacheable(source: Source, augmenter: Augmenter) -> None:
-    """Check that what the teacher says is a function of epoch and sample.
+    """Check that what the teacher gives is a function of epoch and sample.
 
     Raises:
         ValueError: it depends on the student, or on the order in which containers are read; or there is not one
@@ -113,9 +106,9 @@ def check_cacheable(source: Source, augmenter: Augmenter) -> None:
             f"{augmenter.name} is picked by the student, which changes while it learns: its teacher outputs cannot be "
             "cached; use cutmixpick_teacher, or distil without --teacher.cache"
         )
-    if augmenter.criterion is not None and augmenter.keep is not None:
+    if augmenter.criterion is not None and augmenter.n_pick is not None:
         raise ValueError(
-            f"--mix.n_pick {augmenter.keep}: a teacher cache holds one augmented image for each original; leave "
+            f"--mix.n_pick {augmenter.n_pick}: a teacher cache holds one augmented image for each original; leave "
             "--mix.n_pick out, or distil without --teacher.cache"
         )
     if source.files is None and source.arrays is None:

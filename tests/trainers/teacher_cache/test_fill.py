@@ -196,7 +196,7 @@ def test_no_teacher_is_built(fill, memory, weights, accelerator, tmp_path, monke
         _distil(memory, weights, accelerator, tmp_path / "run", None)
 
 
-def test_reading_a_look_does_not_wait_for_the_device(fill, memory, accelerator, no_sync):
+def test_reading_does_not_wait_for_the_device(fill, memory, accelerator, no_sync):
     for name, options in (("floats", {}), ("best", {"storage": "topk", "k": 2})):
         cache = fill(name, **options)
         options = DistillOptions(
@@ -279,20 +279,21 @@ def open_order(cache):
     return permutation(cache.layout.fingerprint["seed"], 1, cache.layout.rows)
 
 
-def test_every_row_holds_what_the_teacher_says_of_it(fill, memory, weights, accelerator):
+def test_every_row_holds_what_the_teacher_gives_for_it(fill, memory, weights, accelerator):
     """The batches of a run by the teacher, by their ids; the short end too."""
     cache = fill(batch_size=16)
     options = _options(memory, weights, batch_size=90, mix=MixOptions(group=8))
     work = filling._open_work(options, accelerator)
     sampler = filling.Sampler(90, 96, 0, drop_last=False, group=8)
-    loader, looker = work.setup.loader(work.augmenter.draw_spec, sampler), work.looker()
+    loader, ask = work.setup.loader(work.augmenter.draw_spec, sampler), work.teacher_step()
     for epoch in range(2):
         batch = loader.next()
-        seen, found = looker(batch), cache.read(epoch, batch.ids.numpy())
-        np.testing.assert_allclose(found["logits"], seen.logits, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(found["augmented"], seen.augmented_logits, rtol=0, atol=1e-5)
-        assert seen.picks is not None
-        assert np.array_equal(found["picks"], filling.to_group_picks(seen.picks.numpy(), 90, 8))
+        given, found = ask(batch), cache.read(epoch, batch.ids.numpy())
+        (branch,) = given.branches
+        np.testing.assert_allclose(found["logits"], given.originals.logits, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found["augmented"], branch.logits, rtol=0, atol=1e-5)
+        assert branch.picks is not None
+        assert np.array_equal(found["picks"], filling.to_group_picks(branch.picks.numpy(), 90, 8))
     loader.close()
 
 
