@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dalikd.pipelines.doctor import printable
-from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.pipelines.loader import BadFileError, Loader
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.progress import progress
 
 __all__ = ["accuracy_sums", "evaluate", "replaced_files"]

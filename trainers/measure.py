@@ -23,9 +23,10 @@ from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import as_used, evaluation_view, open_split, training_view
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import (
     Augmenter,
     Branches,

@@ -18,7 +18,7 @@ from dalikd.kd.survey import Branch, BranchOutputs, Survey, survey
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.pipelines.files import write_atomically
-from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches, is_picked_by_student
 from dalikd.trainers.options import MetricName
 from dalikd.trainers.teacher_step import CompileMode, check_compiler

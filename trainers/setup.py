@@ -14,9 +14,8 @@ from torch import nn
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.backends import BatchPlan
 from dalikd.pipelines.data import DataConfig, as_used, evaluation_view, open_sources, training_view
-from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.draw_spec import BatchPlan, DrawSpec, View
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident

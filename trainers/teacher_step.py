@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalikd.kd.teacher import Look, Teacher, look
 from dalikd.pipelines.draw_spec import MixDraws
-from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter
 
 __all__ = ["CompileMode", "Looker", "automatic_mode", "check_compiler"]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.evaluate import accuracy_sums
 
 __all__ = ["Task"]

@@ -17,7 +17,7 @@ from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import Look, Teacher, batch_statistics, entropies
-from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
 from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.teacher_cache.read import CachedLooks

@@ -19,9 +19,10 @@ from dalikd.pipelines.data import evaluation_view, open_split, training_view
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import write_atomically
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import open_teacher

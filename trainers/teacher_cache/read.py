@@ -10,11 +10,10 @@ from torch import Tensor
 
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.teacher import Look
-from dalikd.pipelines.backends import BatchPlan
-from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.draw_spec import BatchPlan, View
 from dalikd.pipelines.hardware import decoding_on
-from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, MixOptions
 from dalikd.trainers.models import TeacherConfig, build_teacher
 from dalikd.trainers.options import CacheOptions, DistillOptions
