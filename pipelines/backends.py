@@ -16,18 +16,17 @@ from torch import Tensor
 
 from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
 from dalikd.pipelines.doctor import Decoder
-from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, Draws, DrawSpec, ViewRun
+from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, BatchPlan, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
 from dalikd.pipelines.resident import Resident, ResidentViews
-from dalikd.pipelines.sampler import Microbatch, Sampler
+from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.pipelines.transfer import DeviceTransfer
 from dalikd.pipelines.windows import WindowViews
 
 __all__ = [
     "Backend",
-    "BatchPlan",
     "Context",
     "DaliBackend",
     "DaliOptions",
@@ -45,15 +44,6 @@ _END = (0xFF, 0xD9)  # of a JPEG
 
 class UnfitError(RuntimeError):
     """DALI has decoded an image of a kind that it gets wrong; `doctor` says which and why."""
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """What a microbatch holds: its place and rows as drawn, its rows after replacing quarantined ones, its draws."""
-
-    micro: Microbatch
-    rows: np.ndarray
-    draws: Draws
 
 
 class Output(NamedTuple):

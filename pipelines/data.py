@@ -82,13 +82,13 @@ class DataConfig:
             evaluation.
         prefetch: batches made ahead.
         hw_decoder_load: 1: a GPU's JPEG engine decodes what it can; 0: the GPU's cores decode all. Only `bench` takes
-            shares between, with which a image's pixels depend on its neighbours in the batch. Default: 1 where the
+            shares between, with which an image's pixels depend on its neighbours in the batch. Default: 1 where the
             GPU has an engine.
         decode: on a GPU, decode windows of JPEGs, or whole ones that are cut then, which takes longer; auto: whole
             ones where nvImageCodec is 0.9 or newer and a test at the start finds that it cannot decode windows.
         resident: decode every image once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
             (evaluation too, unless it resizes). CIFAR, SVHN and STL-10 are always kept so.
-        bad_files: at a image that cannot be decoded stop, or replace it by the next one and go on.
+        bad_files: at an image that cannot be decoded stop, or replace it by the next one and go on.
     """
 
     name: Literal[

@@ -28,6 +28,7 @@ __all__ = [
     "AUGMENTED_VIEWS_IN_DALI",
     "MOST_RUNS",
     "AugmentedView",
+    "BatchPlan",
     "DrawSpec",
     "Draws",
     "MixDraws",
@@ -185,6 +186,15 @@ class Draws:
 
     views: dict[str, np.ndarray]
     mix: tuple[MixDraws, ...]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a microbatch holds: its place and rows as drawn, its rows after replacing quarantined ones, its draws."""
+
+    micro: "Microbatch"
+    rows: np.ndarray
+    draws: Draws
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dalikd.pipelines.backends import (
     Backend,
-    BatchPlan,
     Context,
     DaliBackend,
     DaliOptions,
@@ -22,14 +20,14 @@ from dalikd.pipelines.backends import (
     can_gather,
 )
 from dalikd.pipelines.doctor import find_bad_files, printable
-from dalikd.pipelines.draw_spec import DrawSpec, MixDraws, View
+from dalikd.pipelines.draw_spec import BatchPlan, DrawSpec, MixDraws, View
 from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
-from dalikd.pipelines.transfer import DeviceTransfer
+from dalikd.pipelines.transfer import Batch, DeviceTransfer
 
-__all__ = ["BadFileError", "Batch", "Loader", "can_be_resident", "decode_source"]
+__all__ = ["BadFileError", "Loader", "can_be_resident", "decode_source"]
 
 _ASKED_TOO_MUCH = "std::bad_alloc"  # the machine has no memory left, or a damaged header asks for more than there is
 _DECODED_AT_ONCE = 512  # images
@@ -37,43 +35,7 @@ _BY_ROW = "by row"  # of orders that the sampler makes
 
 
 class BadFileError(ValueError):
-    """A image could not be decoded while running."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One process's microbatch, on the device.
-
-    Attributes:
-        images: uint8 [B, S, S, 3], the base view.
-        augmented: uint8 [B, S, S, 3] for each augmented view, in the order of `DrawSpec.views`.
-        labels: int64 [B].
-        ids: rows of the data set, int64 [B].
-        mix: draws of each mixing run, in the order of `DrawSpec.mixes`.
-        total: rows of this microbatch over all processes.
-        extras: what the loader was told to attach, each [B, ...].
-    """
-
-    images: Tensor
-    augmented: tuple[Tensor, ...]
-    labels: Tensor
-    ids: Tensor
-    mix: tuple[MixDraws, ...]
-    total: int
-    extras: dict[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def pixels(self) -> Tensor:
-        """The images as [B, 3, S, S], in channels_last memory, without a copy."""
-        return self.images.permute(0, 3, 1, 2)
-
-    @property
-    def augmented_pixels(self) -> tuple[Tensor, ...]:
-        """The augmented views as [B, 3, S, S], in channels_last memory, without a copy."""
-        return tuple(view.permute(0, 3, 1, 2) for view in self.augmented)
+    """An image could not be decoded while running."""
 
 
 class Loader:
@@ -88,7 +50,7 @@ class Loader:
         prefetch: batches made ahead.
         hw_decoder_load: share of the images that a GPU's JPEG engine decodes; default: 1 where it has one.
         decode: on a GPU, decode windows of the images, or whole ones; as `hardware.decoding_on`.
-        bad_files: at a image that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
+        bad_files: at an image that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
             data set, for the rest of the run, and say so once.
         resident: the decoded images of the source, where they are kept on the device.
         buffers: 0: every batch owns its memory. n: batches on a GPU lie in n sets of fixed buffers used in turn, and
@@ -148,7 +110,7 @@ class Loader:
         """The next batch, across epochs.
 
         Raises:
-            BadFileError: a image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
+            BadFileError: an image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
         """
         started = time.perf_counter()
         self._transfer.advance()
@@ -353,7 +315,7 @@ def decode_source(source: Source, view: View, *, device: torch.device, **options
 
     Raises:
         ValueError: a view that cuts another window each time, or images that do not fit into the device's memory.
-        BadFileError: a image cannot be decoded, and they are not to be replaced.
+        BadFileError: an image cannot be decoded, and they are not to be replaced.
     """
     if not can_be_resident(view):
         raise ValueError(

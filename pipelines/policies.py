@@ -1,4 +1,4 @@
-"""Policies of operations: which of them a image gets, how strong and with which sign, drawn from uniform numbers.
+"""Policies of operations: which of them an image gets, how strong and with which sign, drawn from uniform numbers.
 
 AutoAugment: Cubuk et al., CVPR 2019. RandAugment: Cubuk et al., NeurIPS 2020, arXiv 1909.13719. TrivialAugment: Müller
 and Hutter, ICCV 2021, arXiv 2103.10158. Operations and ranges are torchvision's; DALI executes them (`operations.py`).

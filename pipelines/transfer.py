@@ -1,17 +1,56 @@
-"""From the host and from DALI's buffers to tensors of the batch, without waiting for the device."""
+"""From the host and from DALI's buffers to the tensors of a batch, without waiting for the device."""
 
 import ctypes
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceTransfer", "pack", "unpack"]
+from dalikd.pipelines.draw_spec import MixDraws
+
+__all__ = ["Batch", "DeviceTransfer", "pack", "unpack"]
 
 _ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
 Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's microbatch, on the device.
+
+    Attributes:
+        images: uint8 [B, S, S, 3], the base view.
+        augmented: uint8 [B, S, S, 3] for each augmented view, in the order of `DrawSpec.views`.
+        labels: int64 [B].
+        ids: rows of the data set, int64 [B].
+        mix: draws of each mixing run, in the order of `DrawSpec.mixes`.
+        total: rows of this microbatch over all processes.
+        extras: what the loader was told to attach, each [B, ...].
+    """
+
+    images: Tensor
+    augmented: tuple[Tensor, ...]
+    labels: Tensor
+    ids: Tensor
+    mix: tuple[MixDraws, ...]
+    total: int
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as [B, 3, S, S], in channels_last memory, without a copy."""
+        return self.images.permute(0, 3, 1, 2)
+
+    @property
+    def augmented_pixels(self) -> tuple[Tensor, ...]:
+        """The augmented views as [B, 3, S, S], in channels_last memory, without a copy."""
+        return tuple(view.permute(0, 3, 1, 2) for view in self.augmented)
 
 
 class DeviceTransfer:

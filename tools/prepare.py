@@ -76,7 +76,7 @@ def prepare(options: PrepareOptions) -> None:
             "--output FOLDER says where to write; or look at the data set with --check true, "
             "fetch it with --data.download true, verify what was written with --verify FOLDER"
         )
-    sources = look(options) if options.check or options.output is None else open_splits(options)
+    sources = check_published(options) if options.check or options.output is None else open_splits(options)
     if options.output is None:
         return None
     for role, source in sources.items():
@@ -98,11 +98,11 @@ def open_splits(options: PrepareOptions) -> dict[Role, Source]:
     return {options.split: open_split(config, options.split, options.seed)}
 
 
-def look(options: PrepareOptions) -> dict[Role, Source]:
+def check_published(options: PrepareOptions) -> dict[Role, Source]:
     """Open the splits and compare the data set with what is published, line by line.
 
     Raises:
-        ValueError: something is not as published, or a image cannot be decoded.
+        ValueError: something is not as published, or an image cannot be decoded.
     """
     data = options.data
     sources = open_splits(options) if data.download else None  # else a missing file would be an error, not a line

@@ -16,8 +16,8 @@ from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_b
 from dalikd.kd.teacher import Branch
 from dalikd.pipelines.datasets.info import cutout_side
 from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, DrawSpec, MixDraws, MixRun, View, ViewRun
-from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 
 __all__ = [
     "AUGMENTATIONS",

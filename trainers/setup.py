@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.backends import BatchPlan
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
-from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.draw_spec import BatchPlan, DrawSpec, View
 from dalikd.pipelines.loader import Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler

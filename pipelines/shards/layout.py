@@ -31,7 +31,7 @@ VERSION = 1  # of the folder's layout
 REMEDY = "write the folder again with `dalikd prepare`"
 #: Of the shards, by format.
 EXTENSIONS: dict[ShardFormat, str] = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
-#: Of a image in a tar, by its content; each sample has one of them.
+#: Of an image in a tar, by its content; each sample has one of them.
 MEMBER_EXTENSIONS = ("jpg", "png", "bmp", "webp", "tiff", "ppm", "jp2")
 
 

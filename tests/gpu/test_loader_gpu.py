@@ -14,9 +14,10 @@ from torch import Tensor
 from dalikd.pipelines.backends import can_gather
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import Batch, Loader, decode_source
+from dalikd.pipelines.loader import Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 
 pytestmark = pytest.mark.gpu
 
@@ -201,7 +202,7 @@ def test_bad_files_are_named_and_never_crash_the_process(small_images, tmp_path,
         return content[: scan + (len(content) - scan) // 2]
 
     spoilers = {
-        1: lambda _: b"This is not a image.\n" * 20,
+        1: lambda _: b"This is not an image.\n" * 20,
         4: lambda _: b"",
         9: lambda content: content[:100],
         14: cut,
@@ -225,7 +226,7 @@ def test_with_replace_the_run_goes_on(small_images, tmp_path):
         target.write_bytes(path.read_bytes())
     clean = _loader(open_source("imagefolder", tmp_path, "train", split="."), TRAINING, 8)
     expected = [clean.next() for _ in range(3)]
-    (tmp_path / "bee" / "003.jpg").write_bytes(b"This is not a image.\n" * 20)
+    (tmp_path / "bee" / "003.jpg").write_bytes(b"This is not an image.\n" * 20)
     healed = _loader(open_source("imagefolder", tmp_path, "train", split="."), TRAINING, 8, bad_files="replace")
     for one in expected:
         two = healed.next()

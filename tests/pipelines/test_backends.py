@@ -13,12 +13,13 @@ from PIL import Image
 from dalikd.pipelines.backends import DaliBackend, ShardBackend, UnfitError
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import BadFileError, Batch, Loader, decode_source
+from dalikd.pipelines.loader import BadFileError, Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import write as convert
 from dalikd.pipelines.shards.read import ShardSet
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 
 TRAINING = DrawSpec(View(32, "random_resized_crop"), 7, (ViewRun("crop_flip"),), (MixRun("derangement"),), mix_group=8)
 EVALUATION = DrawSpec(View(32, "center_crop", resize=32))

@@ -216,7 +216,7 @@ def test_windows_are_those_of_torchvision(scale, ratio):
 
 
 def test_the_window_where_no_try_fits_is_torchvisions_own():
-    """Areas of 1 to 1.2 times a image outside the ratio range never fit, whatever torchvision draws."""
+    """Areas of 1 to 1.2 times an image outside the ratio range never fit, whatever torchvision draws."""
     ratio = (3 / 4, 4 / 3)
     sides = np.array([(200, 800), (601, 150), (100, 199), (1, 900), (900, 1), (333, 101)], np.int32)
     numbers = uniforms(1, 0, np.arange(len(sides)), {Stream.BASE_VIEW: 22})[Stream.BASE_VIEW]

@@ -20,9 +20,10 @@ from PIL import Image
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 
 MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
 TRAINING = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), MIXES, mix_group=8)
@@ -330,7 +331,7 @@ def test_a_closed_loader_goes_on_where_it_stood(source):
 # -------------------------------------------------------------------------------------------------- bad files
 
 SPOILERS: dict[str, Callable[[bytes], bytes]] = {
-    "text": lambda _: b"This is not a image.\n" * 20,
+    "text": lambda _: b"This is not an image.\n" * 20,
     "empty": lambda _: b"",
     "header": lambda content: content[:100],
     "body": lambda content: content[: len(content) // 2],

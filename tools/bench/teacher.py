@@ -23,10 +23,11 @@ from torch import Tensor
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import device_slug, environment, settle, synchronize
@@ -35,11 +36,9 @@ from dalikd.tools.bench.record import Record, alternate, check_output, markdown,
 from dalikd.tools.bench.teacher_options import TeacherOptions, teacher_net
 from dalikd.tools.cli import run_command
 from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
-from dalikd.trainers.launch import autocast_type, start
-from dalikd.trainers.measure import build_scorer, measure_branches
-from dalikd.trainers.measure import MeasureOptions
+from dalikd.trainers.launch import autocast_type, check_compiler, start
+from dalikd.trainers.measure import MeasureOptions, build_scorer, measure_branches
 from dalikd.trainers.setup import make_loader, resident_pictures
-from dalikd.trainers.launch import check_compiler
 
 __all__ = ["Comparison", "images_asked", "main", "open_images", "plan", "run"]
 

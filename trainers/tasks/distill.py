@@ -18,7 +18,8 @@ from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher, TeacherPass, entropies
 from dalikd.pipelines.files import write_atomically
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import CompileMode
 from dalikd.trainers.models import TeacherConfig, describe_teacher

@@ -18,7 +18,7 @@ from dalikd.kd.teacher import Teacher, TeacherPass
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import write_atomically
-from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import autocast_type

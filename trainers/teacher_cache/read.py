@@ -12,9 +12,8 @@ from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.teacher import BranchOutputs, TeacherPass
-from dalikd.pipelines.backends import BatchPlan
+from dalikd.pipelines.draw_spec import BatchPlan
 from dalikd.pipelines.hardware import decoding_on
-from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.models import TeacherConfig, build_teacher

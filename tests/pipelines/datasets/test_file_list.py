@@ -107,7 +107,7 @@ class TestFileList:
 
 
 class TestScan:
-    def test_order_labels_and_what_is_a_image(self, tmp_path: Path) -> None:
+    def test_order_labels_and_what_is_an_image(self, tmp_path: Path) -> None:
         names = ["b/2.jpg", "b/10.PNG", "b/z/1.tif", "b/a/1.TIFF", "a/q.ppm", "a/p.bmp", "a/o.WebP", "a/n.jpeg"]
         left_out = ["a/notes.txt", "b/z/B.TXT", "a/jpg", "a/n.jpeg.bak", "stray.jpg", "b/1.gif"]
         passed_over = ["a/._n.jpeg", "a/.hidden/n.jpeg", ".git/x.jpg", "readme.txt", "a/Thumbs.db", "a/desktop.ini"]

@@ -137,7 +137,7 @@ def test_one_s_own_images() -> None:
     assert check("imagefolder", "train", [3, 1]) == ("whole", "2 classes, 4 images")
 
 
-def test_a_class_without_a_image_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_without_an_image_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "DATASET_INFO", {"digits": replace(DATASET_INFO["digits"], a_class={"train": (1, 9)})})
     source = replace(make_source("digits", [1, 1]), classes=("a", "b", *"cdefghij"))
     assert check_count(source, "train").detail.endswith("but c 0, d 0, e 0, f 0, g 0 and 3 more")
