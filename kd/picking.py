@@ -49,7 +49,8 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         [B] in float32 (float64 stays). A probability of 0 contributes 0: finite logits never give NaN.
     """
-    log_probabilities = _log_probabilities(logits)
+    # the lowest number instead of the -inf of a masked class, since 0 * inf is NaN
+    log_probabilities = functional.log_softmax(full_precision(logits), dim=1).nan_to_num(nan=math.nan)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=1)
 
 
@@ -64,7 +65,10 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: f
     Returns:
         [B] in float32 (float64 stays). A class that the teacher rules out contributes 0.
     """
-    teacher, student = (_log_probabilities(logits, temperature) for logits in (teacher_logits, student_logits))
+    teacher, student = (
+        functional.log_softmax(full_precision(logits) / temperature, dim=1).nan_to_num(nan=math.nan)
+        for logits in (teacher_logits, student_logits)
+    )
     return (teacher.exp() * (teacher - student)).sum(dim=1)
 
 
@@ -264,10 +268,3 @@ def _blocks(batch: int, group: int) -> list[tuple[int, int, int]]:
     whole = batch // group * group
     blocks = [(0, whole, group), (whole, batch, batch - whole)]
     return [block for block in blocks if block[0] < block[1]]
-
-
-def _log_probabilities(logits: Tensor, temperature: float | None = None) -> Tensor:
-    """log_softmax in full precision, the lowest number instead of the -inf of a masked class, since 0 * inf is NaN."""
-    logits = full_precision(logits)
-    values = functional.log_softmax(logits if temperature is None else logits / temperature, dim=1)
-    return values.clamp(min=torch.finfo(values.dtype).min)

@@ -6,6 +6,7 @@ originals and about each run in one call, or a few large ones, and what it gives
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -97,29 +98,27 @@ class Teacher:
                 setattr(module, name, values)
         return same
 
-    def __call__(self, pixels: Tensor, hidden: HiddenMix | None = None) -> Tensor:
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, hidden: HiddenMix | None = None, net: Net | None = None) -> Any:
         """Logits [n, C] in at least float32.
 
         Args:
             pixels: [n, 3, H, W].
             hidden: how the last of them are mixed inside the net with the first, which are originals.
+            net: asked in place of the model's forward.
         """
-        return self._ask(self.model, pixels, hidden)
+        enabled = self._autocast is not None
+        mixing = nullcontext() if hidden is None else hidden_mixing(self.model, hidden)
+        with torch.autocast(self._device_type, self._autocast, enabled=enabled), mixing:
+            found = (net or self.model)(pixels)
+        if not enabled:
+            return found
+        return found.float() if isinstance(found, Tensor) else found._replace(logits=found.logits.float())
 
     def outputs(self, pixels: Tensor, hidden: HiddenMix | None = None, *, preactivations: bool = False) -> NetOutput:
         """The same with the features of the stages, and with what comes before their last ReLU where that is wanted."""
         assert isinstance(self.model, Normalized)
-        return self._ask(partial(self.model.outputs, features=True, preactivations=preactivations), pixels, hidden)
-
-    @torch.no_grad()
-    def _ask(self, net: Callable[[Tensor], Any], pixels: Tensor, hidden: HiddenMix | None) -> Any:
-        enabled = self._autocast is not None
-        mixing = nullcontext() if hidden is None else hidden_mixing(self.model, hidden)
-        with torch.autocast(self._device_type, self._autocast, enabled=enabled), mixing:
-            found = net(pixels)
-        if not enabled:
-            return found
-        return found.float() if isinstance(found, Tensor) else found._replace(logits=found.logits.float())
+        return self(pixels, hidden, partial(self.model.outputs, features=True, preactivations=preactivations))
 
 
 class Branch(NamedTuple):
@@ -192,36 +191,34 @@ def teacher_pass(
     scored = {run for branch in branches if branch.criterion and branch.criterion.needs_student for run in branch.runs}
     teachers, students = (_Answers(net, shown, pools, images_per_call) for net in (teacher, student))
 
-    def pick(number: int) -> Tensor:
-        """Of a branch, by what the nets have been asked about so far."""
-        pool, (_, criterion, n_pick) = pools[number], branches[number]
-        assert criterion is not None
-        outputs = PoolOutputs(teachers.logits.get(pool), students.logits.get(pool), teachers.logits.get(originals))
-        return score_and_pick(criterion, outputs, len(pixels), group, n_pick)[0]
-
-    everything = student_part == "everything"
+    everything, picks, alone = student_part == "everything", {}, {}
     students.ask(sorted(scored | whole if everything else scored), originals=student_part != "candidates")
-    picks = {number: pick(number) for number, asked in enumerate(by_teacher) if not asked}
-    alone = {number: (len(runs) + number,) for number in picks if not whole.issuperset(pools[number])}
-    for number, images in alone.items():
-        shown[images] = _joined(shown, pools[number]).take(picks[number])
-    teachers.ask([*sorted(whole), *(number for (number,) in alone.values())], originals=True)
+    for asked in (False, True):  # first what a student picks by itself
+        if asked:
+            teachers.ask([*sorted(whole), *alone.values()], originals=True)
+        for number, (branch, pool) in enumerate(zip(branches, pools, strict=True)):
+            if branch.criterion is None or branch.criterion.needs_teacher != asked:
+                continue
+            outputs = PoolOutputs(teachers.logits.get(pool), students.logits.get(pool), teachers.logits.get(originals))
+            picks[number], _ = score_and_pick(branch.criterion, outputs, len(pixels), group, branch.n_pick)
+            if not asked and not whole.issuperset(pool):  # the teacher is asked about the picks alone
+                alone[number] = len(runs) + number
+                shown[(alone[number],)] = shown[pool].take(picks[number])
 
-    outputs = []
+    found = []
     for number, (branch, pool, asked) in enumerate(zip(branches, pools, by_teacher, strict=True)):
-        of_student = students.logits[pool] if everything and student is not None else None
+        mixed, of_student = shown[pool], students.logits[pool] if everything and student is not None else None
         if branch.criterion is None:
             assert len(pool) == 1
-            outputs.append(BranchOutputs(shown[pool], own, teachers.logits[pool], of_student))
+            found.append(BranchOutputs(mixed, own, teachers.logits[pool], of_student))
             continue
-        chosen = picks[number] if number in picks else pick(number)
-        images = alone.get(number)
-        mixed = shown[images] if images else _joined(shown, pool).take(chosen)
-        logits = teachers.logits[images] if images else teachers.logits[pool][chosen]
+        chosen, images = picks[number], (alone.get(number, _ORIGINALS),)
+        mixed = shown[images] if number in alone else mixed.take(chosen)
+        logits = teachers.logits[images] if number in alone else teachers.logits[pool][chosen]
         of_student = None if of_student is None else of_student[chosen]
         scoring = (teachers if asked else students).logits[pool]
-        outputs.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring))
-    return TeacherPass(teachers.outputs, tuple(outputs), students.logits.get(originals))
+        found.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring))
+    return TeacherPass(teachers.outputs, tuple(found), students.logits.get(originals))
 
 
 def entropies(originals: Tensor, outputs: BranchOutputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,54 +257,42 @@ def batch_statistics(model: nn.Module):
             module.training = training
 
 
+@dataclass
 class _Answers:
-    """What a net gives for originals and for numbered images, which it is asked about once.
+    """What a net gives for originals and for numbered images, which it is asked about once."""
 
-    Args:
-        net: None where it will not be asked.
-        shown: the images of each number; pools that are joined for a call are added.
-        pools: numbers whose logits are wanted together.
-        most: images in a call; None for all.
-
-    Attributes:
-        outputs: on the originals.
-        logits: by number, and of whole pools.
-    """
-
-    def __init__(
-        self,
-        net: Net | None,
-        shown: dict[tuple[int, ...], Mixed],
-        pools: Sequence[tuple[int, ...]],
-        most: int | None,
-    ) -> None:
-        self._net, self._shown, self._pools, self._most = net, shown, pools, most
-        self.logits: dict[tuple[int, ...], Tensor] = {}
-        self.outputs: Any = None
+    net: Net | None  # None where it will not be asked
+    shown: dict[tuple[int, ...], Mixed]  # the images of each number; pools are added, joined
+    pools: Sequence[tuple[int, ...]]  # numbers whose images and logits are wanted together
+    most: int | None  # images in a call; None for all
+    outputs: Any = None  # on the originals
+    logits: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by number, and of whole pools
 
     def ask(self, numbers: Iterable[int], *, originals: bool) -> None:
         """Ask about those, as many at once as a call may hold; first about what is not mixed inside the net."""
-        shown, calls = self._shown, [[_ORIGINALS] if originals else []]
+        shown, calls = self.shown, [[_ORIGINALS] if originals else []]
         for number in sorted(numbers, key=lambda number: shown[(number,)].layer is not None):
             rows = sum(len(shown[(one,)].images) for one in (*calls[-1], number))
-            if calls[-1] and self._most is not None and rows > self._most:
+            if calls[-1] and self.most is not None and rows > self.most:
                 calls.append([])
             if shown[(number,)].layer is not None and _ORIGINALS not in calls[-1]:
                 calls[-1].insert(0, _ORIGINALS)
             calls[-1].append(number)
         for call in filter(None, calls):
             self._call(call)
-        for pool in self._pools:
+        for pool in self.pools:
             if pool not in self.logits and all((run,) in self.logits for run in pool):
                 self.logits[pool] = torch.cat([self.logits[(run,)] for run in pool])
+                if pool not in shown:
+                    shown[pool] = Mixed.join([shown[(run,)] for run in pool])
 
     def _call(self, call: list[int]) -> None:
         """Ask about the images of these numbers at once; the originals come first."""
-        assert self._net is not None, "a criterion needs a student"
-        parts = [self._shown[(number,)] for number in call]
+        assert self.net is not None, "a criterion needs a student"
+        parts = [self.shown[(number,)] for number in call]
         images = parts[0].images if len(parts) == 1 else torch.cat([part.images for part in parts])  # may become float
-        hidden = [part.hidden for part in parts if part.hidden is not None]
-        found = self._net(images, *([HiddenMix(*map(torch.cat, zip(*hidden, strict=True)))] if hidden else []))
+        hidden = [part.hidden for part in parts if part.layer is not None]
+        found = self.net(images, *([HiddenMix(*map(torch.cat, zip(*hidden, strict=True)))] if hidden else []))
         logits = found if isinstance(found, Tensor) else found.logits
         pieces = logits.split([len(part.images) for part in parts])
         self.logits |= {(number,): piece for number, piece in zip(call, pieces, strict=True)}
@@ -320,10 +305,6 @@ class _Answers:
                 self.outputs = found if len(call) == 1 else found.first(batch).map(torch.clone)
             self.logits[(_ORIGINALS,)] = self.outputs.logits
         rest = tuple(call[1:] if batch else call)
-        if len(rest) > 1 and rest in self._pools:
+        if len(rest) > 1 and rest in self.pools:  # joined already
             self.logits[rest] = logits[batch:]
-            self._shown[rest] = Mixed.join(parts[len(call) - len(rest) :], images[batch:])
-
-
-def _joined(shown: dict[tuple[int, ...], Mixed], pool: tuple[int, ...]) -> Mixed:
-    return shown[pool] if pool in shown else Mixed.join([shown[(run,)] for run in pool])
+            self.shown[rest] = Mixed.join(parts[len(call) - len(rest) :], images[batch:])

@@ -10,7 +10,9 @@ import threading
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import CodeType, FrameType
@@ -93,9 +95,8 @@ def walk_step() -> dict[str, list[str]]:
         threading.setprofile(listener)
         sys.setprofile(listener)
         try:
-            distill(
-                *parse("distill", [word for name, value in arguments.items() for word in (f"--{name}", str(value))])
-            )
+            with redirect_stdout(StringIO()):
+                distill(*parse("distill", [f"--{name}={value}" for name, value in arguments.items()]))
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]

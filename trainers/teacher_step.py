@@ -85,7 +85,7 @@ class TeacherStep:
     @torch.no_grad()  # not inference_mode: the task's backward reads the result
     def __call__(self, batch: Batch) -> TeacherPass:
         """What the nets give for a batch, on its device; nothing for one that has no rows here."""
-        if len(batch):
+        if len(batch.labels):
             return self._pass(batch.pixels, batch.augmented_pixels, batch.mix)
         dtype = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
         none, rows = torch.zeros(0, self._num_classes, dtype=dtype, device=batch.images.device), batch.labels

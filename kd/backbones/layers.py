@@ -94,7 +94,10 @@ class StagedNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
-        return self.outputs(images).logits
+        hidden = self.stem(images)
+        for stage in self.stages:
+            hidden = stage(hidden)
+        return self.get_classifier()(self.tail(hidden))
 
     def outputs(self, images: Tensor) -> NetOutput:
         """Logits and features of normalised images [B, 3, H, W]."""

@@ -223,7 +223,7 @@ class Distillation(Task):
         group = self.augmenter.group
         if self.goodness is not None:
             outputs = [(found.originals.logits, None), (branch.logits, self.augmenter.n_pick)]
-            logits, augmented = gather_outputs(self._accelerator, outputs, len(batch), batch.total, group)
+            logits, augmented = gather_outputs(self._accelerator, outputs, len(batch.labels), batch.total, group)
             self.goodness.update(logits, augmented, group)
         if self.entropy_log is not None:
             if self.entropy_log.due(self._batches):
@@ -248,7 +248,18 @@ class Distillation(Task):
 
     def forward(self, inputs: DistillationInputs) -> dict[str, Tensor]:
         """Named terms: the loss's, and the accuracy on the originals."""
-        student, mixed_logits = self._student(inputs)
+        pixels, augmented, joint, needs = inputs.pixels, inputs.augmented, self.joint_forward, self.loss.needs
+        wanted = {"features": bool(needs), "preactivations": "preactivations" in needs}
+        if inputs.hidden is not None and augmented is not None:
+            student, mixed_logits = mixed_forward(
+                self.student, pixels, augmented, inputs.hidden, joint=joint, features=bool(needs)
+            )
+        elif augmented is not None and joint:
+            both = self.student.outputs(torch.cat((pixels, augmented)), **wanted)
+            student, mixed_logits = both.first(len(pixels)), both.logits[len(pixels) :]
+        else:
+            student = self.student.outputs(pixels, **wanted)
+            mixed_logits = student.logits if augmented is None else self.student(augmented)
         mixed = MixedOutputs(
             mixed_logits, inputs.augmented_logits, inputs.augmented_labels, inputs.partner_labels, inputs.lam
         )
@@ -277,19 +288,6 @@ class Distillation(Task):
             self.entropy_log.load_state_dict(state["entropy_log"])
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
-
-    def _student(self, inputs: DistillationInputs) -> tuple[NetOutput, Tensor]:
-        """Outputs on the originals, and logits on the augmented images."""
-        pixels, augmented, needs = inputs.pixels, inputs.augmented, self.loss.needs
-        inner, before = bool(needs), "preactivations" in needs
-        if inputs.hidden is not None and augmented is not None:
-            joint = self.joint_forward
-            return mixed_forward(self.student, pixels, augmented, inputs.hidden, joint=joint, features=inner)
-        if augmented is not None and self.joint_forward:
-            both = self.student.outputs(torch.cat((pixels, augmented)), features=inner, preactivations=before)
-            return both.first(len(pixels)), both.logits[len(pixels) :]
-        found = self.student.outputs(pixels, features=inner, preactivations=before)
-        return found, found.logits if augmented is None else self.student(augmented)
 
     def _build_loss(self, num_classes: int, side: int, images: int) -> None:
         """Show the loss what both nets give, if it wants to see it."""

@@ -20,6 +20,7 @@ from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
+from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig
