@@ -203,7 +203,9 @@ def read_layers(
 
     def end_line() -> None:
         if given:
-            layers.append(_line(given, form))
+            content = nested(given)
+            checked = _checked(form.line, content, None, form, old_names=False) if form.line else content
+            layers.append(Layer(form.line, checked))
             given.clear()
 
     for option, values in take_apart(argv, positional):
@@ -214,7 +216,7 @@ def read_layers(
             end_line()
         if name == "config":
             layers.append(_file(_one(option, values), form, old_names=old_names))
-        elif name in ("resume", "verify") and {name, "output"} <= form.types.keys() and not form.line:
+        elif name in ("resume", "verify") and name in form.types and form.command in OPTIONS and not form.line:
             folder = expand_path(option, _one(option, values))
             resumed = [_file(_folder_config(option, folder), form, old_names=True), Layer("", {"output": folder})]
             given[name] = folder
@@ -222,11 +224,6 @@ def read_layers(
             given[name] = _value(option, values, form)
     end_line()
     return resumed + layers
-
-
-def _line(given: Mapping[str, Any], form: Grammar) -> Layer:
-    content = nested(given)
-    return Layer(form.line, _checked(form.line, content, None, form, old_names=False) if form.line else content)
 
 
 def _one(option: str, values: Sequence[str]) -> str:

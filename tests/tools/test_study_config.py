@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dalikd.tools.study import read_study
-from dalikd.trainers.study.state import first_difference
+from dalikd.trainers.study.state import check_config, first_difference
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [{"teacher": "vgg13", "student": "vgg8"}]
@@ -194,7 +194,12 @@ def test_the_config_of_a_study_is_read_again_as_the_same(read, tmp_path):
     # as an earlier version wrote it: what was given, and no more
     old = {"data": {"root": "~/x"}, "epochs": 3, "train": {"optimizer": optimizer}, "measure": {"window": 64}}
     own = {"pairs": PAIRS, "augmentation": ["published"], "seeds": [0, 1, 2], "epoch_factor": [1.0]}
-    assert study.reread(Path(_write(tmp_path / "old.yaml", {**old, "study": own}))) == study.config
+    _write(path, {**old, "study": own})
+    assert study.reread(path) == study.config
+    check_config(tmp_path, study.config, study.reread)
+    other = read(written, words="--measure.window 32").config
+    with pytest.raises(ValueError, match=r"holds a study with measure.window: 64, now it is 32: give the same"):
+        check_config(tmp_path, other, study.reread)
 
 
 def test_help_is_shown(capsys):
