@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dalikd.tools.cli import OPTIONS, parse
+from dalikd.tools.cli import parse
+from dalikd.tools.layers import OPTIONS, options_class
 from dalikd.tools.main import COMMANDS
-from dalikd.tools.study_config import read_study
+from dalikd.tools.study import read_study
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 _ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def test_command_lines_parse(command: str, arguments: list[str], workplace: Path
             yaml.safe_dump(parse(command, ["--config", "my.yaml"])[1]), encoding="utf-8"
         )
     options = read_study(arguments).options if command == "study" else parse(command, arguments)[0]
-    assert isinstance(options, OPTIONS[command])
+    assert isinstance(options, options_class(command))
 
 
 def test_every_command_is_shown() -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from inspect import signature
@@ -92,11 +91,11 @@ def expand_path(option: str, path: str) -> str:
     return expanded
 
 
-def expand_paths(values: Any, types: Mapping[str, Any], prefix: str = "", place: str = "--") -> None:
+def expand_paths(values: dict[str, Any], types: Mapping[str, Any], prefix: str = "", place: str = "--") -> None:
     """Expand the paths among options, in place.
 
     Args:
-        values: of options, as nested dictionaries or a parser's namespace; names may be dotted.
+        values: of options, as nested dictionaries; names may be dotted.
         types: of the options, by their dotted names.
         prefix: of their names.
         place: what comes before their names in messages.
@@ -104,12 +103,11 @@ def expand_paths(values: Any, types: Mapping[str, Any], prefix: str = "", place:
     Raises:
         ValueError: as `expand_path`.
     """
-    content = vars(values) if isinstance(values, Namespace) else values
-    for key, value in content.items():
-        if isinstance(value, dict | Namespace):
+    for key, value in values.items():
+        if isinstance(value, dict):
             expand_paths(value, types, f"{prefix}{key}.", place)
         elif isinstance(value, str | Path) and is_path(types.get(f"{prefix}{key}")):
-            content[key] = type(value)(expand_path(f"{place}{prefix}{key}", str(value)))
+            values[key] = type(value)(expand_path(f"{place}{prefix}{key}", str(value)))
 
 
 # ---------------------------------------------------------------------------------------------- words and lists
@@ -121,19 +119,13 @@ def check_words(option: str, words: Sequence[str], types: Mapping[str, Any]) -> 
     Raises:
         ValueError: shows how the option is written.
     """
-    name = option.removeprefix("--")
+    name, given = option.removeprefix("--"), f"{option} {' '.join(words)}"
     alone = len(words) == 1 and (words[0].startswith("[") or words[0] in ("null", "None"))
-    if name in types and _is_list(types[name]):
-        wrong, may_be_list = not alone, True
-    else:  # the options of a class are checked with their class
-        wrong, may_be_list = len(words) > 1, name not in types
-    if not words or not wrong or name.partition(".")[0] not in {known.partition(".")[0] for known in types}:
-        return
-    given = f"{option} {' '.join(words)}"
-    if may_be_list:
+    if _is_list(types[name]) and not alone if name in types else len(words) > 1:  # a class checks its options itself
         values = ", ".join(word.strip(",") for word in words)
         raise ValueError(f"{given}: a list is one value, in brackets and quotes: {option} '[{values}]'")
-    raise ValueError(f"{given}: {option} takes one value; put quotes around a value that has spaces")
+    if len(words) > 1 and not alone:
+        raise ValueError(f"{given}: {option} takes one value; put quotes around a value that has spaces")
 
 
 def check_yaml(place: str, content: Mapping[Any, Any], text: Any, types: Mapping[str, Sequence[Any]]) -> None:

@@ -1,56 +1,159 @@
 """`dalikd study`: does T. stddev foretell the students? Everything that the answer needs, from one config."""
 
+import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
 from dalikd.tools import choose_threads
-from dalikd.tools.cli import guarded, parse
+from dalikd.tools.cli import build_parser, guarded, resolve
 from dalikd.tools.distill import distill
 from dalikd.tools.evaluate import evaluate_net
+from dalikd.tools.layers import Grammar, Layer, grammar, nested, read_layers
 from dalikd.tools.measure import measure
-from dalikd.tools.study_checks import check_machine
-from dalikd.tools.study_config import read_study
-from dalikd.tools.study_plan import Study, make_ready
-from dalikd.tools.study_report import print_plan, write_report
+from dalikd.tools.signature import expand_paths
 from dalikd.tools.train import train
+from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
+from dalikd.trainers.study.checks import check_machine
 from dalikd.trainers.study.plan import Cell
+from dalikd.trainers.study.ready import COMMANDS, Reading, Study, make_ready
+from dalikd.trainers.study.report import print_plan, write_report
 from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells
 from dalikd.trainers.study.state import check_config, keep_config, read_result
 
 _FUNCTIONS = {"train": train, "evaluate": evaluate_net, "measure": measure, "distill": distill}
+#: options that no layer of a study may have, in any section, and where they stand instead
+_ELSEWHERE = {
+    **dict.fromkeys(("model", "model_args", "weights"), "nets are named in `pairs`"),
+    **{f"teacher.{name}": "teachers stand in `pairs`" for name in ("name", "weights", "args", "sha256", "cache")},
+    **dict.fromkeys(("output", "json", "resume", "overwrite"), "it has a folder, --output"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_study(argv: Sequence[str], *, old_names: bool = False) -> Reading:
+    """Read config files and arguments, later ones winning. Options of the cells may be among the arguments.
+
+    Args:
+        argv: the arguments.
+        old_names: whether config files may have old names of options.
+
+    Raises:
+        ValueError: an unknown key, a wrong value.
+        FileNotFoundError: no such config file.
+    """
+    if any(word in ("-h", "--help") or word.startswith("--print_config") for word in argv):
+        build_parser("study").parse_args(["--help"])
+    names, form = grammar("study").names, _form()
+    own, shared, pairs = [], [], []
+    for place, content in read_layers(argv, form, old_names=old_names):
+        study = {name: content.pop(name) for name in names & content.keys()} | content.pop("study", {})
+        if "pairs" in study:  # the parser would make objects of the classes in them
+            pairs = _pairs(study.pop("pairs"), place, form)
+        own.append(Layer(place, {"study": study}))
+        shared.append(Layer(place, content))
+        _check_shared(shared[-1])
+    options, _ = resolve("study", own)
+    return Reading(
+        replace(options, pairs=pairs, augmentation=augmentation_names(options.augmentation)),
+        {command: _beyond(resolve(command, shared)[1], resolve(command, [])[1]) for command in COMMANDS},
+        lambda command, settings: resolve(command, [*shared, Layer("", nested(settings))]),
+        lambda path: read_study(["--config", str(path)], old_names=True).config,
+        any("train" in layer.content for layer in shared),
+    )
+
+
+def _form() -> Grammar:
+    """Options of the study, of its cells, and of the cells of one command after its name."""
+    types: dict[str, Any] = {}
+    for command in COMMANDS:
+        types |= grammar(command).types
+        types |= {f"{command}.{name}": hint for name, hint in grammar(command).types.items()}
+    own = grammar("study")
+    return Grammar("study", types | dict(own.types), own.lists, line="command line")
+
+
+def _pairs(given: Any, place: str, form: Grammar) -> list[dict[str, Any]]:
+    """What stands under `pairs`; its entries are checked by `read_pairs`."""
+    pairs = yaml.safe_load(given) if isinstance(given, str) else given
+    if not isinstance(pairs, list):
+        raise ValueError(f"{place}: pairs is {pairs!r}: give a list of {{teacher: NET, student: NET}}")
+    for index, pair in enumerate(pairs):
+        for role, net in pair.items() if isinstance(pair, dict) else ():
+            if isinstance(net, dict):
+                expand_paths(net, form.types, place=f"{place}: pairs[{index}].{role}.")
+    return pairs
+
+
+def _check_shared(layer: Layer) -> None:
+    for section in ("", *COMMANDS):
+        content, place = layer.content.get(section, {}) if section else layer.content, f"{section}." if section else ""
+        named = {"augmentation": "name them under `study:`"} if section in ("measure", "distill") else {}
+        for name, instead in {**_ELSEWHERE, **named}.items():
+            head, _, inner = name.partition(".")
+            group = content.get(head) or {}
+            if (inner and inner in group) or (not inner and head in content):
+                raise ValueError(f"{layer.place}: {place}{name} is no option of a study: {instead}")
+
+
+def _beyond(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not as they would be without a word; a class stays whole."""
+    return {
+        name: _beyond(value, default[name])
+        if isinstance(value, dict) and isinstance(default.get(name), dict) and "class_path" not in value
+        else value
+        for name, value in given.items()
+        if name not in default or value != default[name]
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- running
 
 
 def run(study: Study) -> None:
     """Print the plan, write the report of what there is, or do this shard's cells and then write the report."""
-    check_config(study.folder, study.config)
-    if study.options.dry_run:
-        print_plan(study)
+    check_config(study.folder, study.reading.config, study.reading.reread)
+    if study.reading.options.dry_run:
+        print_plan(study, partial(command_line, study))
         return
-    if study.options.report:
+    if study.reading.options.report:
         if not study.folder.exists():
             raise ValueError(f"--report true: there is no study in {study.folder} yet; start it, or name its --output")
         write_report(study)
         return
     accelerator = _begin(study)
-    queue = Queue(study.cells, study.folder, study.shards, study.options.share()[0])
-    run_cells(queue, partial(_run_cell, study), accelerator, study.options.poll_seconds)
+    queue = Queue(study.cells, study.folder, study.shards, study.reading.options.share()[0])
+    run_cells(queue, partial(_run_cell, study), accelerator, study.reading.options.poll_seconds)
     _end(study, queue, accelerator)
+
+
+def command_line(study: Study, cell: Cell) -> str:
+    """What does the same as a cell, in a process of its own."""
+    given = cell.options(study.folder).items()
+    words = [
+        word for name, value in given for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    return shlex.join(["dalikd", cell.command, "--config", str(study.kept), *words])
 
 
 def _begin(study: Study) -> Accelerator:
     check_machine(study.kinds)
-    options, _ = parse("train", [], study.shared, study.path)
+    options, _ = study.reading.read("train", {})
     accelerator = start(options.device, options.precision)
     if accelerator.is_main_process:
         _check_images(study)
-        keep_config(study.folder, study.config)
+        keep_config(study.folder, study.reading.config, study.reading.reread)
     accelerator.wait_for_everyone()
     return accelerator
 
@@ -65,7 +168,7 @@ def _check_images(study: Study) -> None:
 
 
 def _run_cell(study: Study, cell: Cell, resumed: Path | None) -> None:
-    options, config = parse(cell.command, cell.words(study.folder), study.shared, study.path)
+    options, config = study.reading.read(cell.command, cell.options(study.folder))
     if resumed is not None:
         # not --resume, which would read the config.yaml that a kill may have cut off
         options = replace(options, resume=str(resumed))

@@ -30,8 +30,9 @@ from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import TeacherConfig, build_model, describe_teacher
-from dalikd.trainers.options import FROM_1, SHARE, AugmentingOptions, NumberRange, check_numbers, renamed
+from dalikd.trainers.options import FROM_1, SHARE, AugmentingOptions, NumberRange, check_numbers
 from dalikd.trainers.progress import progress
+from dalikd.trainers.renamed import renamed
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
 from dalikd.trainers.teacher_step import StudentScores, TeacherStep, gather_outputs

@@ -101,7 +101,7 @@ def build_model(
     if sha256 is not None and file is None:
         raise ValueError("sha256 is the checksum of a weights file: leave it out, or give the file")
     if weights == _PRETRAINED:
-        _check_pretrained(name, classes)
+        check_pretrained(name, classes)
         args["pretrained"] = True
     model = create_model(name, classes, **args)
     origin = Origin()
@@ -224,7 +224,7 @@ def _given_normalisation(mean: Sequence[float] | None, std: Sequence[float] | No
     return Normalisation(means, stds)
 
 
-def _check_pretrained(name: str, classes: int) -> None:
+def check_pretrained(name: str, classes: int) -> None:
     if not name.startswith("timm:"):
         raise ValueError(f'{name} has no pretrained weights to download: give a file, or a model named "timm:..."')
     import timm

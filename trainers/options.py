@@ -19,32 +19,12 @@ __all__ = [
     "DATA_RANGES",
     "FROM_0",
     "FROM_1",
-    "RENAMED",
     "SHARE",
     "AugmentingOptions",
     "NumberRange",
     "RunOptions",
     "check_numbers",
-    "renamed",
 ]
-
-#: options that have another name now, by the former one
-RENAMED = {
-    **{name: f"mix.{name}" for name in ("mode", "alpha", "manifold_alpha", "cutout_side", "patch_side", "mask_cells")},
-    **{name: f"mix.{name}" for name in ("mask_ratio", "randaugment_ops", "randaugment_magnitude", "n_pick")},
-    "pick_temperature": "mix.pick_temperature",
-    "mix_group": "mix.group",
-    "mix_n_run": "mix.n_run",
-    "ceiling": "mix.lam_max",
-    "floor": "mix.lam_min",
-    "fix_student": "freeze_student",
-    "clip": "clip_grad_norm",
-}
-
-
-def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the present names of options, where some have the names of an earlier version."""
-    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 class NumberRange(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalikd.trainers.options import renamed
+from dalikd.trainers.renamed import renamed
 
 __all__ = ["check_same_run", "identity"]
 

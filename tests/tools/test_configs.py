@@ -9,7 +9,7 @@ import torch
 from dalikd import configs
 from dalikd.kd.backbones import create_model
 from dalikd.tools.cli import parse
-from dalikd.tools.study_config import read_study
+from dalikd.tools.study import read_study
 from dalikd.trainers.augmentation import PUBLISHED, augmentation_names
 from dalikd.trainers.study.options import chosen_pairs, read_pairs
 from dalikd.trainers.study.plan import Axes, plan
@@ -86,21 +86,22 @@ def test_the_commands_in_the_header_parse(path, monkeypatch):
 
 @pytest.mark.parametrize("path", STUDIES, ids=_name)
 def test_every_run_of_a_study_parses(path):
-    options, shared, _ = read_study(["--config", str(path)])
-    pairs = read_pairs(options, "train" in shared)
+    options, _, read, _, trains = read_study(["--config", str(path)])
+    published = read("train", {})[1]["optimizer"]["init_args"]["lr"]
+    pairs = read_pairs(options, trains)
     axes = Axes(
         dict.fromkeys(augmentation_names(options.augmentation), False), (options.seeds[0],), (*options.epoch_factor,)
     )
     cells = plan(pairs, axes, Path("runs/study"))
     kinds = {(cell.command, cell.settings.get("model"), cell.settings.get("teacher.name")): cell for cell in cells}
     for cell in kinds.values():
-        parsed, _ = parse(cell.command, cell.words(Path("runs/study")), shared)
+        parsed, _ = read(cell.command, cell.options(Path("runs/study")))
         with torch.device("meta"):
             create_model(parsed.model or parsed.teacher.name, 10)
         if cell.is_run:
             rate = parsed.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
             slow = parsed.model in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
-            assert rate == (0.01 if slow else shared["optimizer"]["init_args"]["lr"])
+            assert rate == (0.01 if slow else published)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=_name)
@@ -113,14 +114,14 @@ def test_a_study_says_what_it_is_for(path):
     assert {command for command, _ in commands} == {"study"}
     for _, arguments in commands:
         assert arguments[1] == f"configs/{_name(path)}"
-        options, shared, _ = read_study(["--config", str(path), *arguments[2:]])
-        assert chosen_pairs(read_pairs(options, "train" in shared), options.pair)
+        study = read_study(["--config", str(path), *arguments[2:]])
+        assert chosen_pairs(read_pairs(study.options, study.trains_teachers), study.options.pair)
 
 
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])
 def test_the_studies_of_small_images_have_the_published_pairs(name):
-    options, shared, _ = read_study(["--config", str(FOLDER / name / "study.yaml")])
-    pairs = [(pair.teacher.name, pair.student.name) for pair in read_pairs(options, "train" in shared)]
+    options, shared, read, _, trains = read_study(["--config", str(FOLDER / name / "study.yaml")])
+    pairs = [(pair.teacher.name, pair.student.name) for pair in read_pairs(options, trains)]
     assert pairs == [
         *(("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8")),
         *(("vgg13", "MobileNetV2"), ("ResNet50", "vgg8"), ("resnet56", "ShuffleV2"), ("wrn_40_2", "vgg8")),
@@ -128,4 +129,5 @@ def test_the_studies_of_small_images_have_the_published_pairs(name):
     ]
     assert augmentation_names(options.augmentation) == list(PUBLISHED)
     assert (options.seeds, options.epoch_factor) == ([0, 1, 2], [1.0, 4.0 if name == "cifar100" else 2.0])
-    assert (shared["mode"], shared["epochs"], shared["measure"]["epochs"]) == ("per_batch", 240, 10)
+    assert {shared[command]["mode"] for command in ("train", "measure", "distill")} == {"per_batch"}
+    assert [read(command, {})[0].epochs for command in ("train", "distill", "measure")] == [240, 240, 10]

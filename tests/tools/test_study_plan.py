@@ -11,9 +11,9 @@ import yaml
 from dalikd.kd.backbones import create_model
 from dalikd.tools import study
 from dalikd.tools.cli import parse
-from dalikd.tools.study_config import read_study
-from dalikd.tools.study_plan import cell_command, make_ready
+from dalikd.tools.study import command_line, read_study
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.study.ready import make_ready
 from dalikd.trainers.study.state import keep_config
 from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.tracking import write_json
@@ -198,7 +198,7 @@ def test_options_for_another_machine_can_be_planned(content, tmp_path, capsys):
     assert out.startswith(f"# The commands read {folder}/config.yaml, which the study writes when it starts: it is not")
     assert not folder.exists()
     ready = make_ready(read_study(words))
-    keep_config(folder, ready.config)
+    keep_config(folder, ready.reading.config)
     study.main(words)
     assert capsys.readouterr().out.startswith("# teachers/resnet14\n")
     moved = tmp_path / "moved"
@@ -214,7 +214,7 @@ def test_other_images_than_those_of_the_runs_that_are_done_are_refused(content, 
     path.write_text(yaml.safe_dump(content))
     words = ["--config", str(path), "--output", str(folder)]
     ready = make_ready(read_study(words))
-    keep_config(folder, ready.config)
+    keep_config(folder, ready.reading.config)
     (seen,) = ready.opened.described()
     result = {**seen, "fingerprint": {**seen["fingerprint"], "val": "other"}, "finished": True}
     write_json(folder / "students/resnet8/x1/seed0/results.json", result)
@@ -233,7 +233,7 @@ def test_one_augmentation_is_measured_without_a_stop_rule(content, tmp_path):
     path.write_text(yaml.safe_dump(content))
     ready = make_ready(read_study(["--config", str(path), "--output", str(folder)]))
     found = {
-        cell.name: parse("measure", cell.words(folder), ready.shared)[0].stop_confidence
+        cell.name: ready.reading.read("measure", cell.options(folder))[0].stop_confidence
         for cell in ready.cells
         if cell.command == "measure"
     }
@@ -246,10 +246,10 @@ def test_a_net_may_have_an_optimizer_of_its_own(content, tmp_path):
     path, folder = tmp_path / "study.yaml", tmp_path / "new"
     path.write_text(yaml.safe_dump(content))
     ready = make_ready(read_study(["--config", str(path), "--output", str(folder)]))
-    keep_config(folder, ready.config)
+    keep_config(folder, ready.reading.config)
     for cell in ready.cells:
         if cell.name.startswith(("students/", "distill/")):
-            options, plain = parse(cell.command, shlex.split(cell_command(ready, cell))[2:])
+            options, plain = parse(cell.command, shlex.split(command_line(ready, cell))[2:])
             made = options.optimizer([torch.nn.Parameter(torch.zeros(1))])
             assert isinstance(made, torch.optim.AdamW)
             assert (made.defaults["lr"], list(made.defaults["betas"])) == (0.001, [0.8, 0.9])
@@ -265,13 +265,13 @@ def test_the_command_of_a_cell_has_the_options_of_the_cell(content, tmp_path):
     path.write_text(yaml.safe_dump(content))
     ready = make_ready(read_study(["--config", str(path), "--output", str(folder), "--distill.clip", "3"]))
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(ready.config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(ready.reading.config))
     parsed = {}
     for cell in ready.cells:
-        words = shlex.split(cell_command(ready, cell))
+        words = shlex.split(command_line(ready, cell))
         assert words[0] == "dalikd"
         options, plain = parse(words[1], words[2:])
-        assert plain == parse(cell.command, cell.words(folder), ready.shared)[1]
+        assert plain == ready.reading.read(cell.command, cell.options(folder))[1]
         parsed[cell.name] = options
     made, alone, measured, distilled = parsed.values()
     assert (made.schedule.milestones, made.ema, made.clip) == ([1.0, 2.0], 0.5, None)

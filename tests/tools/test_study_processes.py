@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dalikd.tools.study_config import read_study
-from dalikd.tools.study_plan import make_ready
+from dalikd.tools.study import read_study
+from dalikd.trainers.study.ready import make_ready
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,5 @@
 """A study as cells: plain calls of train, evaluate, measure and distill, each with a place for its result."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -59,13 +58,11 @@ class Cell:
         """The file that holds its result."""
         return f"{self.name}/results.json" if self.is_run else self.name
 
-    def words(self, folder: Path) -> list[str]:
-        """The settings as words of a command line, with the place of the result."""
-        words = ["--output" if self.is_run else "--json", str(folder / self.name)]
-        words += ["--checkpoint", str(folder / self.checkpoint)] if self.command == "measure" else []
-        for key, value in self.settings.items():
-            words += _words(key, value)
-        return words
+    def options(self, folder: Path) -> dict[str, Any]:
+        """The settings with the place of the result: options by their dotted names, over those that all cells share."""
+        place = {"output" if self.is_run else "json": str(folder / self.name)}
+        saved = {"checkpoint": str(folder / self.checkpoint)} if self.command == "measure" else {}
+        return {**place, **saved, **self.settings}
 
 
 def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0, *, stops_early: bool = False) -> list[Cell]:
@@ -163,17 +160,6 @@ def _distill(pair: Pair, factor: float, augmentation: str, seed: int, folder: Pa
     settings = {**_model(pair.student), **asked, **pair.student.settings}
     settings |= {"augmentation": augmentation, "epoch_factor": factor, "seed": seed}
     return Cell(distill_name(pair, factor, augmentation, seed), "distill", settings, needs)
-
-
-def _words(key: str, value: Any) -> list[str]:
-    """An option as words of a command line; a class with its options is a name, and each of them."""
-    if key == "augmentation" and isinstance(value, list):
-        return [f"--{key}", *value]
-    if isinstance(value, dict) and "class_path" in value:
-        options = {f"{key}.{name}": option for name, option in (value.get("init_args") or {}).items()}
-        options |= {f"{key}.dict_kwargs.{name}": option for name, option in (value.get("dict_kwargs") or {}).items()}
-        return [f"--{key}", value["class_path"], *(word for name in options for word in _words(name, options[name]))]
-    return [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
 
 
 def _model(net: Net) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -51,8 +52,17 @@ def clear_unsaved(folder: Path, cell: Cell) -> Path | None:
     return None
 
 
-def check_config(folder: Path, config: dict[str, Any]) -> None:
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text("utf-8"))
+
+
+def check_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], dict[str, Any]] = _read) -> None:
     """Refuse a folder that holds something else, or a study with another config.
+
+    Args:
+        folder: of the study.
+        config: of the study.
+        reread: gives the config that a file keeps, in the form that `config` has.
 
     Raises:
         ValueError: names the first difference and the fix.
@@ -63,10 +73,10 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ValueError(f"--output {folder} holds other files and is not touched: name another folder")
         return
-    kept = yaml.safe_load(path.read_text("utf-8"))
+    kept = _read(path)
     if not isinstance(kept, dict) or "study" not in kept:
         raise ValueError(f"--output {folder} holds something else than a study: name another folder")
-    difference = first_difference(kept, config)
+    difference = first_difference(reread(path), config)
     if difference is not None:
         name, old, new = difference
         raise ValueError(
@@ -75,13 +85,15 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def keep_config(folder: Path, config: dict[str, Any]) -> None:
+def keep_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], dict[str, Any]] = _read) -> None:
     """Write the study's config, unless it is there; of several that start at once the first wins, and all compare.
+
+    Args: as `check_config`.
 
     Raises:
         ValueError: the folder holds another study.
     """
-    check_config(folder, config)
+    check_config(folder, config, reread)
     path = folder / _CONFIG
     if path.exists():
         return
@@ -91,7 +103,7 @@ def keep_config(folder: Path, config: dict[str, Any]) -> None:
     try:
         os.link(temporary, path)  # fails if another was quicker
     except FileExistsError:
-        check_config(folder, config)
+        check_config(folder, config, reread)
     finally:
         temporary.unlink()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dalikd.pipelines.files import write_atomically
-from dalikd.trainers.options import renamed
+from dalikd.trainers.renamed import renamed
 
 __all__ = [
     "CacheLayout",

@@ -17,7 +17,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import check_compiler, start
 from dalikd.trainers.measure import MeasureOptions, check_measuring
-from dalikd.trainers.models import _check_pretrained, build_model, build_teacher
+from dalikd.trainers.models import build_model, build_teacher, check_pretrained
 from dalikd.trainers.run import check_training
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.study.plan import Cell
@@ -117,7 +117,7 @@ def check_teacher(place: str, options: DistillOptions, opened: Opened, *, traine
         raise FileNotFoundError(f"{place}: there is no weights file {teacher.weights}")
     try:
         if pretrained:
-            _check_pretrained(teacher.name, len(source.classes))
+            check_pretrained(teacher.name, len(source.classes))
         if trained or (pretrained and not download):
             with torch.device("meta"):
                 build_model(teacher.name, source, args=teacher.args, mean=teacher.mean, std=teacher.std)

@@ -1,14 +1,12 @@
 """What a study prints and writes: its plan before, its tables and plots after."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
-
-import yaml
 
 from dalikd.kd.correlation import Coefficient, Correlation, draw
 from dalikd.pipelines.files import write_atomically
-from dalikd.tools.study_plan import Study, cell_command
 from dalikd.trainers.study.plan import Cell
+from dalikd.trainers.study.ready import Study
 from dalikd.trainers.study.results import collect, points_of
 from dalikd.trainers.study.state import is_done
 from dalikd.trainers.study.tables import csv_table, markdown
@@ -18,14 +16,19 @@ from dalikd.trainers.tracking import write_json
 __all__ = ["print_plan", "write_report"]
 
 
-def print_plan(study: Study) -> None:
-    """Every run with its command, what is done of them, and what is left to compute."""
+def print_plan(study: Study, command_line: Callable[[Cell], str]) -> None:
+    """Print every run with its command, what is done of them, and what is left to compute.
+
+    Args:
+        study: what is planned.
+        command_line: gives the one that does the same as a cell.
+    """
     left = [cell for cell in study.cells if not is_done(study.folder, cell)]
     print(_where_options_stand(study), end="")
-    count = study.options.share()[1]
+    count = study.reading.options.share()[1]
     for cell in study.cells:
         shard = f", shard {study.shards[cell.name]}/{count}" if count > 1 else ""
-        print(f"# {cell.name}{'' if cell in left else ', done'}{shard}\n{cell_command(study, cell)}")
+        print(f"# {cell.name}{'' if cell in left else ', done'}{shard}\n{command_line(cell)}")
     heads = ["left to do", "runs", "trained", "teacher", "scored", "evaluated", "PFLOP"]
     lines = ["", "Images through each net (trained: forward and backward; PFLOP: 10^15 floating-point operations).", ""]
     lines += [_line(heads), "|:--|" + "--:|" * (len(heads) - 1)]
@@ -44,7 +47,7 @@ def write_report(study: Study) -> dict[str, Any]:
     Returns:
         the content of results.json.
     """
-    results = collect(study.pairs, study.axes, study.every, study.folder, study.config)
+    results = collect(study.pairs, study.axes, study.every, study.folder, study.reading.config)
     drawn = [group for group in results["groups"] if group["correlation"] is not None]
     plots = {id(group): f"plots/{_plot_name(group)}" for group in drawn}
     for group in drawn:
@@ -62,8 +65,10 @@ def _where_options_stand(study: Study) -> str:
     """What is to be known about the config that the commands read; nothing where they run here as they are."""
     if not study.kept.exists():
         return f"# The commands read {study.kept}, which the study writes when it starts: it is not there yet.\n"
-    kept = yaml.safe_load(study.kept.read_text("utf-8")).get("data", {}).get("root")
-    here = study.shared.get("data", {}).get("root")
+    kept, here = (
+        config["train"].get("data", {}).get("root")
+        for config in (study.reading.reread(study.kept), study.reading.config)
+    )
     return "" if here == kept else f"# The commands read data from {kept}: add --data.root {here} on this machine.\n"
 
 

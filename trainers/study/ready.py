@@ -1,33 +1,57 @@
 """A study made ready: its cells with their options, checked, weighed and dealt before anything is computed."""
 
 import json
-import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dalikd.tools.cli import parse
-from dalikd.tools.study_checks import Opened, check_cell, check_teacher
-from dalikd.tools.study_config import ONE_CALL, Reading
-from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.measure import MeasureOptions
+from dalikd.trainers.study.checks import Opened, check_cell, check_teacher
 from dalikd.trainers.study.options import Pair, StudyOptions, chosen_pairs, read_pairs
 from dalikd.trainers.study.plan import Axes, Cell, deal, plan
 from dalikd.trainers.study.work import Work
 
-__all__ = ["Study", "cell_command", "make_ready"]
+__all__ = ["COMMANDS", "ONE_CALL", "Reading", "Study", "make_ready"]
 
+#: the commands that cells are calls of
+COMMANDS = ("train", "evaluate", "measure", "distill")
+#: options of the study that do not change what comes out
+ONE_CALL = ("pair", "shard", "dry_run", "report", "poll_seconds", "output")
 _VARIED = ("seed", "epoch_factor", "augmentation")  # what cells of one kind differ in, and where they lie
+
+
+class Reading(NamedTuple):
+    """A study as it was asked for.
+
+    Attributes:
+        options: its own, with each augmentation by its name.
+        shared: what all its cells share, of each command: what is not as it would be without a word, as plain values.
+        read: gives the options of a command for a cell, and the same as plain values: what all cells share, under
+            some options by their dotted names.
+        reread: gives the config of a study, in its present form, from the file that keeps it.
+        trains_teachers: whether it says how a teacher without weights is trained.
+    """
+
+    options: StudyOptions
+    shared: dict[str, dict[str, Any]]
+    read: Callable[[str, Mapping[str, Any]], tuple[Any, dict[str, Any]]]
+    reread: Callable[[Path], dict[str, Any]]
+    trains_teachers: bool
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What makes it this study and no other: a config file that every command of a cell reads."""
+        own = {name: value for name, value in asdict(self.options).items() if name not in ONE_CALL}
+        return {**self.shared, "study": own}
 
 
 class Study(NamedTuple):
     """A study that can be run.
 
     Attributes:
-        options: its own.
-        shared: what all cells share, as a config file would hold it.
-        path: the config file that messages name.
+        reading: what it was made of.
         pairs: all of them.
         axes: what they are tried with.
         folder: where it is written.
@@ -39,9 +63,7 @@ class Study(NamedTuple):
         opened: the data.
     """
 
-    options: StudyOptions
-    shared: dict[str, Any]
-    path: Path
+    reading: Reading
     pairs: list[Pair]
     axes: Axes
     folder: Path
@@ -57,12 +79,6 @@ class Study(NamedTuple):
         """The file that keeps its config."""
         return self.folder / "config.yaml"
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What makes it this study and no other: a config file that every command of a cell reads."""
-        own = {name: value for name, value in asdict(self.options).items() if name not in ONE_CALL}
-        return {**self.shared, "study": own}
-
 
 def make_ready(reading: Reading) -> Study:
     """Plan a study and check all of it.
@@ -70,22 +86,19 @@ def make_ready(reading: Reading) -> Study:
     Raises:
         ValueError, OSError: an option, a net, a weights file or the data are not as they should be.
     """
-    options = replace(reading.options, augmentation=augmentation_names(reading.options.augmentation))
-    pairs = read_pairs(options, "train" in reading.shared)
+    options = reading.options
+    pairs = read_pairs(options, reading.trains_teachers)
     chosen = chosen_pairs(pairs, options.pair)
     kinds, opened = _Kinds(reading), Opened()
-    trained = kinds.parse("train", [])
+    trained, measured = reading.read("train", {})[0], reading.read("measure", {})[0]
     folder = Path(options.output or f"runs/study-{trained.data.name}")
-    measured = kinds.parse("measure", [])
     axes, stops_early = _axes(options, measured, opened), measured.stop_confidence is not None
     every = plan(pairs, axes, folder, trained.ema, stops_early=stops_early)
     costs = {cell.name: check_cell(cell, kinds.options(cell), opened) for cell in every}
     _check_teachers(pairs, every, kinds, opened, download=not (options.dry_run or options.report))
     cells = plan(chosen, axes, folder, trained.ema, stops_early=stops_early)
     shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1])
-    return Study(
-        options, reading.shared, reading.path, pairs, axes, folder, cells, every, costs, shards, kinds.all(), opened
-    )
+    return Study(reading, pairs, axes, folder, cells, every, costs, shards, list(kinds.known.values()), opened)
 
 
 def _check_teachers(pairs: list[Pair], cells: list[Cell], kinds: "_Kinds", opened: Opened, *, download: bool) -> None:
@@ -103,35 +116,23 @@ def _axes(options: StudyOptions, measured: MeasureOptions, opened: Opened) -> Ax
     return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor))
 
 
-def cell_command(study: Study, cell: Cell) -> str:
-    """The command line that does the same as a cell."""
-    words = ["dalikd", cell.command, "--config", str(study.kept), *cell.words(study.folder)]
-    return shlex.join(words)
-
-
 class _Kinds:
-    """Options of cells. Cells that differ in seed, length and augmentation alone are parsed once."""
+    """Options of cells. Cells that differ in seed, length and augmentation alone are read once."""
 
     def __init__(self, reading: Reading) -> None:
-        self._reading = reading
-        self._parsed: dict[str, Any] = {}
-
-    def parse(self, command: str, words: list[str]) -> Any:
-        return parse(command, words, self._reading.shared, self._reading.path)[0]
-
-    def all(self) -> list[Any]:
-        """Of cells, one of each kind."""
-        return list(self._parsed.values())
+        self._read = reading.read
+        self.known: dict[str, Any] = {}
 
     def options(self, cell: Cell) -> Any:
+        """Of a cell, but for the place of its result."""
         varied = {key: value for key, value in cell.settings.items() if key in _VARIED}
         if "manifold_mixup" in str(varied.get("augmentation")):
             del varied["augmentation"]  # of its own kind: --compile auto is settled by it
-        kind = replace(cell, name="", settings={k: v for k, v in cell.settings.items() if k not in varied})
-        key = json.dumps([kind.command, kind.settings])
-        if key not in self._parsed:
-            self._parsed[key] = self.parse(kind.command, kind.words(Path()))
+        shared = {key: value for key, value in cell.settings.items() if key not in varied}
+        key = json.dumps([cell.command, shared])
+        if key not in self.known:
+            self.known[key], _ = self._read(cell.command, shared)
         try:
-            return replace(self._parsed[key], **varied)
+            return replace(self.known[key], **varied)
         except ValueError as error:
             raise ValueError(f"{cell.name}: {error}") from error

@@ -1,0 +1,31 @@
+from dalikd.trainers import renamed
+from dalikd.trainers.renamed import new_name, take_old_names
+from dalikd.trainers.resume import check_same_run, identity
+
+TABLE = {"mode": "mix.mode", "loss.temp": "loss.temperature", "gone": "give --a or --b"}
+
+
+def test_no_new_name_is_an_old_one():
+    assert not set(renamed.RENAMED) & set(renamed.RENAMED.values())
+
+
+def test_old_names_give_way_to_new_ones(monkeypatch):
+    monkeypatch.setattr(renamed, "RENAMED", TABLE)
+    content = {"mode": 1, "mix": {"alpha": 2}, "loss": {"init_args": {"temp": 3, "x": 4}}, "gone": 5}
+    assert take_old_names(content, {"mix.mode"}) == TABLE
+    assert content == {
+        "mix": {"alpha": 2, "mode": 1},
+        "loss": {"init_args": {"temperature": 3, "x": 4}},
+        "gone": 5,
+    }
+    assert take_old_names({"mode": 1, "loss": None}, {"mode"}) == {}
+
+
+def test_a_run_is_the_same_by_the_new_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(renamed, "RENAMED", TABLE)
+    assert [new_name(name) for name in ("mode", "seed", "loss.init_args.temp")] == [
+        *("mix.mode", "seed", "loss.init_args.temperature"),
+    ]
+    old = identity("distill", {"mode": "a", "loss": {"init_args": {"temp": 3}}}, {})
+    new = identity("distill", {"mix": {"mode": "a"}, "loss": {"init_args": {"temperature": 3}}}, {})
+    assert check_same_run(old, new, tmp_path) == []
