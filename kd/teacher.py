@@ -183,7 +183,7 @@ def teacher_pass(
         ValueError: more is picked than the pool holds.
     """
     own, originals = torch.arange(len(pixels), device=pixels.device), (_ORIGINALS,)
-    shown = {(number,): run for number, run in enumerate(runs)}
+    shown: dict[tuple[int, ...], Mixed] = {(number,): run for number, run in enumerate(runs)}
     shown[originals] = Mixed(pixels, own, torch.ones(len(pixels), device=pixels.device))
     pools = [branch.runs or originals for branch in branches]
     by_teacher = [branch.criterion is None or branch.criterion.needs_teacher for branch in branches]

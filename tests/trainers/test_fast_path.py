@@ -168,10 +168,10 @@ def test_compiling_changes_no_loss(make, compiled_graphs, dtype):
     plain = _losses(make("plain", dtype, teacher=UNFOLDED))
     compiled = make("compiled", dtype, compile="default")
     _assert_close(_losses(compiled), plain, TOLERANCE[dtype])
-    assert compiled_graphs() == {"graphs": 2, "breaks": 0, "recompiled": 0}  # the look, and the task
+    assert compiled_graphs() == {"graphs": 2, "breaks": 0, "recompiled": 0}  # the teacher's pass, and the task
 
 
-# what the runs differ in besides their speed: every kind of look, and all that stands around a step
+# what the runs differ in besides their speed: every kind of pass, and all that stands around a step
 SETTINGS = {
     "identity": {"augmentation": "identity"},
     "flip": {"augmentation": "flip"},

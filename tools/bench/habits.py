@@ -197,16 +197,16 @@ class HabitLoop:
     @torch.no_grad()
     def _ask_teacher(self, images: Tensor, draws: Sequence[MixDraws]) -> TeacherPass:
         """In one call, or in the two or three of the published loop."""
-        group = self._augmenter.group
         if self._habits.host_waits:
             runs = [host_cutmix(images, self._random) for _ in range(self._augmenter.runs)]
         else:
             runs = Branches([self._augmenter]).make(images, (), draws)
         if not self._habits.separate_calls:
             branch = Branch(tuple(range(len(runs))), TEACHER_ENTROPY)
-            return teacher_pass(self._teacher, images, runs, [branch], group=group)
+            return teacher_pass(self._teacher, images, runs, [branch], group=self._augmenter.group)
         logits, pool = self._teacher(images), Mixed.join(runs)
-        pool_logits, group = self._teacher(pool.images), len(images) if self._habits.host_waits else group
+        pool_logits = self._teacher(pool.images)
+        group = len(images) if self._habits.host_waits else self._augmenter.group
         picks = pick_rows(entropy(pool_logits).reshape(-1, len(images)), group)
         picked = pool.take(picks)
         again = self._teacher(picked.images) if self._habits.looks_again else pool_logits[picks]
