@@ -252,7 +252,7 @@ def test_mistakes_are_named(read, content, words, message):
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *(ROOT / "configs").rglob("*study.yaml")], ids=lambda path: path.parent.name
+    "path", [ROOT / "docs/guides/studies.md", *(ROOT / "configs").rglob("*study.yaml")], ids=lambda path: path.parent.name
 )
 def test_documented_commands_of_one_folder_are_of_one_study(path, monkeypatch):
     monkeypatch.chdir(ROOT)
