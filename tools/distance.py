@@ -89,7 +89,7 @@ def walk_step() -> dict[str, list[str]]:
         arguments = {
             "data.name": "digits", "data.limit": 32 * _STEPS, "data.val_limit": 32, "data.threads": 1,
             "model": "resnet8", "teacher.name": "resnet8", "teacher.weights": f"{folder}/teacher.pt",
-            "augmentation": "cutmixpick_teacher", "batch_size": 32, "mix_group": 16, "epochs": 1, "device": "cpu",
+            "augmentation": "cutmixpick_teacher", "batch_size": 32, "mix.group": 16, "epochs": 1, "device": "cpu",
             "output": f"{folder}/run",
         }  # fmt: skip
         threading.setprofile(listener)
