@@ -129,5 +129,5 @@ def test_the_studies_of_small_images_have_the_published_pairs(name):
     ]
     assert augmentation_names(options.augmentation) == list(PUBLISHED)
     assert (options.seeds, options.epoch_factor) == ([0, 1, 2], [1.0, 4.0 if name == "cifar100" else 2.0])
-    assert {shared[command]["mode"] for command in ("train", "measure", "distill")} == {"per_batch"}
+    assert {shared[command]["mix"]["mode"] for command in ("train", "measure", "distill")} == {"per_batch"}
     assert [read(command, {})[0].epochs for command in ("train", "distill", "measure")] == [240, 240, 10]
