@@ -22,6 +22,7 @@ from dalikd.tools.signature import expand_paths
 from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
+from dalikd.trainers.renamed import take_old_names
 from dalikd.trainers.study.checks import check_machine
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.ready import COMMANDS, Reading, Study, make_ready
@@ -60,7 +61,7 @@ def read_study(argv: Sequence[str], *, old_names: bool = False) -> Reading:
     for place, content in read_layers(argv, form, old_names=old_names):
         study = {name: content.pop(name) for name in names & content.keys()} | content.pop("study", {})
         if "pairs" in study:  # the parser would make objects of the classes in them
-            pairs = _pairs(study.pop("pairs"), place, form)
+            pairs = _pairs(study.pop("pairs"), place, form, old_names=old_names)
         own.append(Layer(place, {"study": study}))
         shared.append(Layer(place, content))
         _check_shared(shared[-1])
@@ -84,7 +85,7 @@ def _form() -> Grammar:
     return Grammar("study", types | dict(own.types), own.lists, line="command line")
 
 
-def _pairs(given: Any, place: str, form: Grammar) -> list[dict[str, Any]]:
+def _pairs(given: Any, place: str, form: Grammar, *, old_names: bool) -> list[dict[str, Any]]:
     """What stands under `pairs`; its entries are checked by `read_pairs`."""
     pairs = yaml.safe_load(given) if isinstance(given, str) else given
     if not isinstance(pairs, list):
@@ -92,6 +93,9 @@ def _pairs(given: Any, place: str, form: Grammar) -> list[dict[str, Any]]:
     for index, pair in enumerate(pairs):
         for role, net in pair.items() if isinstance(pair, dict) else ():
             if isinstance(net, dict):
+                for old, new in take_old_names(net, form.types).items():
+                    if not old_names or " " in new:
+                        raise ValueError(f"{place}: pairs[{index}].{role}.{old} is now {new}")
                 expand_paths(net, form.types, place=f"{place}: pairs[{index}].{role}.")
     return pairs
 

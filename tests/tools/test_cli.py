@@ -319,7 +319,7 @@ def test_the_resolved_config_gives_the_same_run(tmp_path):
     _, plain = parse("distill", [*arguments, "--overwrite", "true", "--output", "x"])
     again, same = parse("distill", ["--config", _write(tmp_path / "config.yaml", plain)])
     assert same == plain
-    assert (again.model, again.data.limit, again.clip, again.overwrite) == ("vgg8", 9, 1.0, False)
+    assert (again.model, again.data.limit, again.clip_grad_norm, again.overwrite) == ("vgg8", 9, 1.0, False)
 
 
 @pytest.mark.parametrize(
@@ -402,9 +402,14 @@ def test_what_yaml_does_not_read_as_it_is_meant_is_shown_how_it_is_written(tmp_p
 
 
 def test_words_in_quotes_and_numbers_with_an_exponent_are_what_they_are(tmp_path):
-    config = _write(tmp_path / "1.yaml", 'output: "1e5"\ndata: {root: "2012", val_split: "no"}\nclip: 1e-3\n')
+    config = _write(tmp_path / "1.yaml", 'output: "1e5"\ndata: {root: "2012", val_split: "no"}\nclip_grad_norm: 1e-3\n')
     options, plain = parse("train", ["--config", config])
-    assert (options.output, options.data.root, options.data.val_split, options.clip) == ("1e5", "2012", "no", 1e-3)
+    assert (options.output, options.data.root, options.data.val_split, options.clip_grad_norm) == (
+        "1e5",
+        "2012",
+        "no",
+        1e-3,
+    )
     assert parse("train", ["--config", _write(tmp_path / "2.yaml", plain)])[1] == plain
 
 
@@ -655,7 +660,7 @@ def test_an_options_class_is_named_by_its_class_path(tmp_path, named_in):
 
 
 def test_the_last_task_that_is_named_holds():
-    words = ["--task", f"{OwnTask.__module__}.OwnTask", "--task", "dalikd.trainers.options.TrainOptions"]
+    words = ["--task", f"{OwnTask.__module__}.OwnTask", "--task", "dalikd.trainers.tasks.supervised.TrainOptions"]
     assert type(parse("train", words)[0]) is TrainOptions
     assert "task" not in parse("train", [])[1]
 
@@ -664,7 +669,10 @@ def test_the_last_task_that_is_named_holds():
     ("words", "message"),
     [
         ("--task nowhere.Task", "--task nowhere.Task: there is no such class (No module named 'nowhere')"),
-        ("--task os.path.join", "--task os.path.join: give a class that is made from dalikd.trainers.options.Training"),
+        (
+            "--task os.path.join",
+            "--task os.path.join: give a class that is made from dalikd.trainers.tasks.base",
+        ),
         ("--rounds 3", "unrecognized arguments: --rounds 3"),
     ],
 )

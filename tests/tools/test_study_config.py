@@ -194,6 +194,16 @@ def test_the_config_of_a_study_is_read_again_as_the_same(read, tmp_path):
     # as an earlier version wrote it: what was given, and no more
     old = {"data": {"root": "~/x"}, "epochs": 3, "train": {"optimizer": optimizer}, "measure": {"window": 64}}
     own = {"pairs": PAIRS, "augmentation": ["published"], "seeds": [0, 1, 2], "epoch_factor": [1.0]}
+    old |= {"mix_group": 8}
+    pairs = [{"teacher": "vgg13", "student": {"name": "vgg8", "clip": 1}}]
+    _write(path, {**old, "study": {**own, "pairs": pairs}})
+    assert study.reread(path)["distill"]["mix"] == {"group": 8}
+    assert study.reread(path)["study"]["pairs"][0]["student"] == {"name": "vgg8", "clip_grad_norm": 1}
+    with pytest.raises(ValueError, match=r"config.yaml: mix_group is now mix.group"):
+        read_study(["--config", str(path)])
+    with pytest.raises(ValueError, match=r"0.yaml: pairs\[0\].student.clip is now clip_grad_norm"):
+        read({"study": {"pairs": pairs}})
+    del old["mix_group"]
     _write(path, {**old, "study": own})
     assert study.reread(path) == study.config
     check_config(tmp_path, study.config, study.reread)
@@ -252,7 +262,9 @@ def test_mistakes_are_named(read, content, words, message):
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "docs/guides/studies.md", *(ROOT / "configs").rglob("*study.yaml")], ids=lambda path: path.parent.name
+    "path",
+    [ROOT / "docs/guides/studies.md", *(ROOT / "configs").rglob("*study.yaml")],
+    ids=lambda path: path.parent.name,
 )
 def test_documented_commands_of_one_folder_are_of_one_study(path, monkeypatch):
     monkeypatch.chdir(ROOT)

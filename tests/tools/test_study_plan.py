@@ -25,7 +25,7 @@ def content(tree: Path) -> dict[str, Any]:
         "data": {"root": str(tree), "image_size": 32, "threads": 1},
         "device": "cpu",
         "batch_size": 16,
-        "mix_group": 8,
+        "mix": {"group": 8},
         "epochs": 1,
         "train": {},
         "measure": {"window": 24},
@@ -116,9 +116,9 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         ({"epoch_factor": 0.1}, "", "students/resnet8/x0.1/seed0: --epochs 1 x --epoch_factor 0.1 is no whole epoch"),
         ({"distill": {"eval_every": 0}}, "", "study.yaml: --eval_every 0: give at least 1"),
         ({"distill": {"ema": 2}}, "", "study.yaml: --ema 2.0: give a decay below 1"),
-        ({"distill": {"clip": -1}}, "", "--clip_grad_norm -1.0: give a norm above 0"),
+        ({"distill": {"clip_grad_norm": -1}}, "", "--clip_grad_norm -1.0: give a norm above 0"),
         ({"distill": {"mean": [0, 0, 0]}}, "", "distill/resnet14_resnet8/x1/flip/seed0: mean [0.0, 0.0, 0.0] and std"),
-        ({"distill": {"fix_student": True}}, "", "--freeze_student true observes a student as its weights are"),
+        ({"distill": {"freeze_student": True}}, "", "--freeze_student true observes a student as its weights are"),
         ({"distill": {"sync_bn": True}}, "", "--sync_bn true needs GPUs: leave it out on the CPU"),
         ({"distill": {"precision": "fp16"}}, "", "--precision fp16 needs a GPU"),
         ({"train": {"augmentation": "cutmixpick_teacher"}}, "", "cutmixpick_teacher picks images for distillation"),
@@ -263,7 +263,7 @@ def test_the_command_of_a_cell_has_the_options_of_the_cell(content, tmp_path):
     content["study"] |= {"pairs": [{"teacher": teacher, "student": student}], "augmentation": ["cutmixpick_student"]}
     path, folder = tmp_path / "study.yaml", tmp_path / "new"
     path.write_text(yaml.safe_dump(content))
-    ready = make_ready(read_study(["--config", str(path), "--output", str(folder), "--distill.clip", "3"]))
+    ready = make_ready(read_study(["--config", str(path), "--output", str(folder), "--distill.clip_grad_norm", "3"]))
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(ready.reading.config))
     parsed = {}
@@ -274,11 +274,11 @@ def test_the_command_of_a_cell_has_the_options_of_the_cell(content, tmp_path):
         assert plain == ready.reading.read(cell.command, cell.options(folder))[1]
         parsed[cell.name] = options
     made, alone, measured, distilled = parsed.values()
-    assert (made.schedule.milestones, made.ema, made.clip) == ([1.0, 2.0], 0.5, None)
+    assert (made.schedule.milestones, made.ema, made.clip_grad_norm) == ([1.0, 2.0], 0.5, None)
     assert (alone.model, alone.model_args, alone.ema) == ("wrn_16_2", {"dropout": 0.5}, 0.9)
     assert measured.weights == str(folder / "students/own-name/x1/seed0/last/ema.safetensors")
     assert measured.teacher.weights == str(folder / "teachers/resnet14/last/ema.safetensors")
-    assert (distilled.clip, distilled.ema, distilled.teacher.name) == (3.0, 0.9, "resnet14")
+    assert (distilled.clip_grad_norm, distilled.ema, distilled.teacher.name) == (3.0, 0.9, "resnet14")
     for options in (alone, distilled):
         parameter = torch.nn.Parameter(torch.zeros(1))
         assert options.optimizer([parameter]).defaults["lr"] == 0.01

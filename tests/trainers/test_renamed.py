@@ -1,4 +1,4 @@
-from dalikd.trainers import renamed
+from dalikd.trainers import renamed as module
 from dalikd.trainers.renamed import new_name, take_old_names
 from dalikd.trainers.resume import check_same_run, identity
 
@@ -6,11 +6,11 @@ TABLE = {"mode": "mix.mode", "loss.temp": "loss.temperature", "gone": "give --a 
 
 
 def test_no_new_name_is_an_old_one():
-    assert not set(renamed.RENAMED) & set(renamed.RENAMED.values())
+    assert not set(module.RENAMED) & set(module.RENAMED.values())
 
 
 def test_old_names_give_way_to_new_ones(monkeypatch):
-    monkeypatch.setattr(renamed, "RENAMED", TABLE)
+    monkeypatch.setattr(module, "RENAMED", TABLE)
     content = {"mode": 1, "mix": {"alpha": 2}, "loss": {"init_args": {"temp": 3, "x": 4}}, "gone": 5}
     assert take_old_names(content, {"mix.mode"}) == TABLE
     assert content == {
@@ -22,7 +22,7 @@ def test_old_names_give_way_to_new_ones(monkeypatch):
 
 
 def test_a_run_is_the_same_by_the_new_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(renamed, "RENAMED", TABLE)
+    monkeypatch.setattr(module, "RENAMED", TABLE)
     assert [new_name(name) for name in ("mode", "seed", "loss.init_args.temp")] == [
         *("mix.mode", "seed", "loss.init_args.temperature"),
     ]

@@ -61,16 +61,20 @@ class DistillOptions(TrainingOptions):
         super().__post_init__()
         check_numbers(self, {"entropy_log_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for no log")})
 
-    def build(self, setup: Setup) -> "Distillation":
-        """Both nets, joined. Where a cache holds what the teacher says, none is opened."""
-        augmenter = setup.augmenter(self.augmentation)
-        teacher, header, digest, answers = self._teacher(setup, augmenter)
+    def build_student(self, setup: Setup, *, frozen: bool = False) -> Normalized:
+        """The net that is trained, or observed as its weights are."""
         if self.freeze_student and (self.weights is None or self.reinit):
             raise ValueError(
                 "--freeze_student true observes a student as its weights are: give them with --weights, without "
                 "--reinit"
             )
-        student = self.build_student(setup, frozen=self.freeze_student)
+        return super().build_student(setup, frozen=frozen or self.freeze_student)
+
+    def build(self, setup: Setup) -> "Distillation":
+        """Both nets, joined. Where a cache holds what the teacher says, none is opened."""
+        augmenter = setup.augmenter(self.augmentation)
+        teacher, header, digest, answers = self._teacher(setup, augmenter)
+        student = self.build_student(setup)
         asked = teacher.model if isinstance(teacher, Teacher) else None
         augmenter.check_nets(self.compile, ("the teacher", asked), ("the student", student))
         task = Distillation(
