@@ -21,8 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings 
 
 from dalikd.pipelines.doctor import printable
 from dalikd.tools import choose_threads
-from dalikd.tools.bench.teacher_options import PublishedOptions, TeacherOptions
-from dalikd.tools.bench.training import ScalingOptions, StepOptions
+from dalikd.tools.bench.options import PublishedOptions, ScalingOptions, StepOptions, TeacherOptions
 from dalikd.tools.classes import CLASSES, find_class, same_class, say_what_goes, settings_of, whole
 from dalikd.tools.signature import check_words, check_yaml, element, expand_path, expand_paths, is_word, option_types
 from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions

@@ -12,6 +12,7 @@ long stops no other.
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -31,16 +32,14 @@ from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import open_source
-from dalikd.tools.bench.images import draw_pictures
+from dalikd.tools.bench.images import draw_images
 from dalikd.tools.bench.machine import device_slug, environment
-from dalikd.tools.bench.options import ON_GPU, RESULTS, check_names
-from dalikd.tools.bench.record import Record, check_output, load, table, write
-from dalikd.tools.bench.tables import medians
-from dalikd.tools.cli import run_function
+from dalikd.tools.bench.options import check_names
+from dalikd.tools.bench.record import RESULTS, Record, load, medians, table, write
 from dalikd.trainers.launch import start
-from dalikd.trainers.tracking import write_json
+from dalikd.trainers.tracking import check_writable, write_json
 
-__all__ = ["decoders", "interrupt_and_resume", "main", "read_tests", "run", "stop_and_resume", "versions_and_card"]
+__all__ = ["decoders", "interrupt_and_resume", "read_tests", "run", "stop_and_resume", "versions_and_card"]
 
 _TESTS = Path(__file__).parents[2] / "tests/gpu"
 _LOADS = (0.0, 1.0, 0.65)  # all by the CUDA decoder, all that it takes by the JPEG engine, DALI's own default
@@ -51,26 +50,46 @@ _LAST_LINES = 8
 _REPEATED = 20  # times, of which as many end as there is time for
 _STOPPED_AT = 20  # steps, or a few more
 
+_PYTEST = "-m pytest -o addopts=--import-mode=importlib -p no:xdist -p no:cacheprovider -v -m gpu"
+# by device; what is in capitals stands for words
+_WORDS = {
+    "cuda": {
+        "DATA": "--data.root ROOT --data.train_split . --device cuda",
+        "BATCH": "--batch_size 384 --precision bf16 --seconds 0.5",
+        "NETS": "--data.val_split . --teacher.name timm:resnet34 --model timm:resnet18 --device cuda --precision bf16 "
+        "--batch_size 384 --compile default",
+        "STEPS": "--steps 20 --warmup 4",
+        "FEW": "--steps 4",
+        "SIDES": "dalikd decode dalikd-mixed decode-mixed",
+        "HOST": "",
+        "LITTLE": "8",
+        "MUCH": "16",
+    },
+    "cpu": {
+        "DATA": "--data.root ROOT --data.train_split . --device cpu",
+        "BATCH": "--batch_size 16 --data.image_size 32 --images 16",
+        "NETS": "--data.val_split . --data.image_size 32 --data.threads 1 --teacher.name resnet8 --model resnet8 "
+        "--batch_size 16 --mix_group 16",
+        "STEPS": "--steps 2 --warmup 2",
+        "FEW": "--steps 1",
+        "SIDES": "dalikd decode",
+        "HOST": "--batch_size 32 --steps 2",
+        "LITTLE": "1",
+        "MUCH": "2",
+    },
+}
+
 
 @dataclass(frozen=True)
 class _Item:
-    """A command, what it may take, and what it needs.
+    """A command, what it may take, and what it needs."""
 
-    Attributes:
-        words: what comes after `python`.
-        seconds: at most.
-        gpus: that it needs.
-        dali: whether it needs DALI.
-        note: which of its record's notes is shown, if any.
-        read: what the output says, where no JSON does.
-    """
-
-    words: tuple[str, ...]
-    seconds: float
-    gpus: int = 0
-    dali: bool = True
-    note: int | None = None
-    read: Callable[[str], str] | None = None
+    words: tuple[str, ...]  # what comes after `python`
+    seconds: float  # at most
+    gpus: int = 0  # that it needs
+    dali: bool = True  # whether it needs DALI
+    note: int | None = None  # which of its record's notes is shown, if any
+    read: Callable[[str], str] | None = None  # what the output tells, where no JSON does
 
 
 def run(
@@ -93,25 +112,19 @@ def run(
         ValueError: there is no such device or item, or the folder cannot be written.
     """
     begun = time.monotonic()
-    check_output(output)
-    names = check_names("--only", only or ["all"], _items(Path(), Path(), device))
+    names = check_names("--only", only or ["all"], items(Path(), Path(), device))
     where = start(device, "fp32").device
+    check_writable("--output", output / "first-hour.json")
+    config = {"root": str(root), "limit": limit, "device": device, "only": only}
+    record = Record("first-hour", environment=environment(where), device=device_slug(where), config=config)
     output.mkdir(parents=True, exist_ok=True)
-    record = Record(
-        benchmark="first-hour",
-        title="The first hour on a machine",
-        environment=environment(where),
-        device=device_slug(where),
-        config={"root": str(root), "limit": limit, "device": device, "only": only},
-        warm_up="as each item's own record says.",
-        page_cache="warm.",
-        labels=("item",),
-    )
+    record.title, record.labels = "The first hour on a machine", ("item",)
+    record.warm_up, record.page_cache = "as each item's own record tells.", "warm."
     with TemporaryDirectory(prefix="dalikd-bench-") if root is None else nullcontext(root) as folder:
         if root is None:
             count, width, height = (768, 500, 375) if device == "cuda" else (96, 48, 40)
-            draw_pictures(Path(folder), count, width, height)
-        for name, item in _items(Path(folder), output, device).items():
+            draw_images(Path(folder), count, width, height)
+        for name, item in items(Path(folder), output, device).items():
             if name not in names:
                 continue
             record.rows.append({"item": name, **_row(name, item, output, begun + limit - _RESERVE - time.monotonic())})
@@ -121,59 +134,55 @@ def run(
     return record
 
 
-def _items(root: Path, output: Path, device: str) -> dict[str, _Item]:
+def items(root: Path, output: Path, device: str) -> dict[str, _Item]:
     """The items in their order."""
-    on_gpu = device == "cuda"
-    data = ("--data.root", str(root), "--data.train_split", ".", "--device", device)
-    both = (*data, "--data.val_split", ".")
-    if on_gpu:
-        nets = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU)
-        batch, few = ("--batch_size", "384", "--precision", "bf16"), ("--seconds", "0.5")
-        short, shorter = ("--steps", "20", "--warmup", "4"), ("--steps", "4")
-    else:
-        nets = ("--teacher.name", "resnet8", "--model", "resnet8", "--batch_size", "16", "--mix_group", "16")
-        both = (*both, "--data.image_size", "32", "--data.threads", "1")
-        batch, few = ("--batch_size", "16", "--data.image_size", "32"), ("--images", "16")
-        short, shorter = ("--steps", "2", "--warmup", "2"), ("--steps", "1")
+    words = {word: text.split() for word, text in _WORDS[device].items()}
+    compiled = str(_TESTS / "test_compile_gpu.py")
 
-    def bench(name: str, item: str, *words: str) -> tuple[str, ...]:
-        return ("-m", f"dalikd.tools.bench.{name}", *words, "--output", str(output / f"{item}.json"))
+    def filled(line: str) -> tuple[str, ...]:
+        split = [one for word in shlex.split(line) for one in words.get(word, [word])]
+        return tuple(str(root) if word == "ROOT" else word for word in split)
+
+    def bench(item: str, line: str) -> tuple[str, ...]:
+        return ("-m", "dalikd.tools.bench", *filled(line), "--output", str(output / f"{item}.json"))
 
     def here(function: Callable[..., Any], item: str) -> tuple[str, ...]:
         call = f"{function.__name__}({str(output / f'{item}.json')!r}, {str(root)!r}, {device!r})"
         return ("-c", f"from dalikd.tools.bench import first_hour; first_hour.{call}")
 
-    def tests(*words: str) -> tuple[str, ...]:
-        plain = ("-o", "addopts=--import-mode=importlib", "-p", "no:xdist", "-p", "no:cacheprovider", "-v", "-m", "gpu")
-        return ("-m", "pytest", *plain, *words)
+    def sweep(threads: str) -> _Item:
+        line = f"loader DATA --data.crop random_resized_crop BATCH --sweep true --data.threads {threads}"
+        return _Item(bench(f"sweep-{threads}", line), 60, note=0)
 
-    sides = ("dalikd", "decode", *(("dalikd-mixed", "decode-mixed") if on_gpu else ()))
-    crop = ("--data.crop", "random_resized_crop")
-    sweep = (*data, *crop, *batch, *few, "--sweep", "true", "--data.threads")
-    plain, picks = ("--loss.lw_mix", "[1, 0, 0]"), ("--augmentation", "cutmixpick_teacher")
-    compiled = str(_TESTS / "test_compile_gpu.py")
+    def tests(seconds: float, *more: str, dali: bool = False) -> _Item:
+        return _Item((*_PYTEST.split(), *more), seconds, gpus=1, dali=dali, read=read_tests)
+
+    windows = "loader DATA --data.crop random_resized_crop BATCH --backends SIDES"
+    plain, picks = (
+        "step DATA NETS --loss.lw_mix '[1, 0, 0]' STEPS",
+        "step DATA NETS STEPS --augmentation cutmixpick_teacher",
+    )
     recorded = ("--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * _REPEATED)
+    little, much = _WORDS[device]["LITTLE"], _WORDS[device]["MUCH"]
     return {
         "versions": _Item(here(versions_and_card, "versions"), 30, dali=False),
         "decoders": _Item(here(decoders, "decoders"), 60),
-        "windows": _Item(bench("loader", "windows", *data, *crop, *batch, *few, "--backends", *sides), 60),
-        "host": _Item(bench("host", "host", *(() if on_gpu else ("--batch_size", "32", "--steps", "2"))), 40, note=0),
-        "tests": _Item(tests(str(_TESTS), "--ignore", compiled), 110, gpus=1, dali=False, read=read_tests),
-        **{
-            f"sweep-{threads}": _Item(bench("loader", f"sweep-{threads}", *sweep, str(threads)), 60, note=0)
-            for threads in ((8, 16) if on_gpu else (1, 2))
-        },
-        "step-identity": _Item(bench("step", "step-identity", *both, *nets, *plain, *short), 80, note=0),
-        "step-cutmixpick": _Item(bench("step", "step-cutmixpick", *both, *nets, *picks, *short), 80, note=0),
-        "recording": _Item(tests(*recorded), 60, gpus=1, read=read_tests),
-        "compile": _Item(tests("-k", "reduce-overhead", compiled), 60, gpus=1, dali=False, read=read_tests),
-        "published": _Item(bench("published", "published", *both, *nets, *shorter), 80, note=-1),
-        "resume": _Item(here(interrupt_and_resume, "resume"), 70, gpus=2 if on_gpu else 0),
+        "windows": _Item(bench("windows", windows), 60),
+        "host": _Item(bench("host", "host HOST"), 40, note=0),
+        "tests": tests(110, str(_TESTS), "--ignore", compiled),
+        f"sweep-{little}": sweep(little),
+        f"sweep-{much}": sweep(much),
+        "step-identity": _Item(bench("step-identity", plain), 80, note=0),
+        "step-cutmixpick": _Item(bench("step-cutmixpick", picks), 80, note=0),
+        "recording": tests(60, *recorded, dali=True),
+        "compile": tests(60, "-k", "reduce-overhead", compiled),
+        "published": _Item(bench("published", "published DATA NETS FEW"), 80, note=-1),
+        "resume": _Item(here(interrupt_and_resume, "resume"), 70, gpus=2 if device == "cuda" else 0),
     }
 
 
 def _row(name: str, item: _Item, output: Path, left: float) -> dict[str, Any]:
-    """Run an item and say how it ended: "outcome", "seconds", "found", and of a failure the "last lines"."""
+    """Run an item and tell how it ended: "outcome", "seconds", "found", and of a failure the "last lines"."""
     if reason := _cannot(item, left):
         return {"outcome": f"skipped: {reason}", "seconds": None, "found": ""}
     file, log = output / f"{name}.json", output / f"{name}.log"
@@ -226,7 +235,7 @@ def _run(command: Sequence[str], log: Path, longest: float) -> int | None:
 
 
 def _read(file: Path, note: int | None) -> str:
-    """What an item's JSON says, in a line."""
+    """What an item's JSON tells, in a line."""
     record = load(file)
     if record is None:
         return json.loads(file.read_text("utf-8"))["found"]
@@ -258,9 +267,9 @@ def versions_and_card(file: str, _root: str, device: Literal["cuda", "cpu"]) -> 
 
 
 def decoders(file: str, root: str, device: str) -> None:
-    """Decode the same pictures in two batch compositions, at each load of the JPEG engine, and on the CPU.
+    """Decode the same images in two batch compositions, at each load of the JPEG engine, and on the CPU.
 
-    Pixels that change with the neighbours of a picture come from a batch that two decoders share.
+    Pixels that change with the neighbours of an image come from a batch that two decoders share.
     """
     source = open_source("imagefolder", root, "train", split=".")
     fewer, more, side = (32, 48, 224) if device == "cuda" else (8, 12, 32)
@@ -287,8 +296,8 @@ def decoders(file: str, root: str, device: str) -> None:
             "worst_picture_from_the_cpu": float(away.max()),
         }
         sentences.append(
-            f"load {load_:g}: {changed} of {fewer} pictures change with their batch, "
-            f"{float(away.mean()):.2f} grey levels from the CPU (worst picture {float(away.max()):.2f})"
+            f"load {load_:g}: {changed} of {fewer} images change with their batch, "
+            f"{float(away.mean()):.2f} grey levels from the CPU (worst image {float(away.max()):.2f})"
         )
     used = decoding_on(source, torch.device(device)).options()
     sentences.append(f"dalikd uses {', '.join(f'{name} {value}' for name, value in used.items())}")
@@ -361,12 +370,3 @@ def _last_step(log: Path) -> int:
     lines = log.read_text("utf-8").splitlines() if log.exists() else []
     steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
     return steps[-1] if steps else 0
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    run_function("bench first-hour", run, argv, lists=("only",))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,15 @@
 """The first hour: every item is run, recorded and ended; what it runs are commands that exist."""
 
 import json
-import sys
 
 import psutil
 import pytest
 import torch
 
-from dalikd.tools.bench import first_hour, host, loader
-from dalikd.tools.bench.first_hour import _Item, main, read_tests
+from dalikd.tools.bench import commands, first_hour, main
+from dalikd.tools.bench.first_hour import _Item, read_tests
 from dalikd.tools.bench.record import load
-from dalikd.tools.cli import parse
+from dalikd.tools.cli import parse, run_function
 
 
 def _python(code: str, **more) -> _Item:
@@ -22,8 +21,8 @@ def recorded(tmp_path, monkeypatch):
     """Runs items in place of the command's own; returns the rows by item."""
 
     def call(items: dict[str, _Item], *arguments: str):
-        monkeypatch.setattr(first_hour, "_items", lambda *_: items)
-        main(["--root", str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "out"), *arguments])
+        monkeypatch.setattr(first_hour, "items", lambda *_: items)
+        main(["first-hour", "--root", str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "out"), *arguments])
         record = load(tmp_path / "out/first-hour.json")
         assert record is not None
         return {row["item"]: row for row in record.rows}
@@ -34,14 +33,27 @@ def recorded(tmp_path, monkeypatch):
 def test_it_runs_on_the_cpu_and_leaves_json_and_a_table(small_images, tmp_path, capsys):
     """In processes of their own: a function, and what a machine without a GPU lacks."""
     output = tmp_path / "out"
-    main(["--root", str(small_images), "--device", "cpu", "--output", str(output), "--only", "decoders", "tests"])
+    main(
+        [
+            "first-hour",
+            "--root",
+            str(small_images),
+            "--device",
+            "cpu",
+            "--output",
+            str(output),
+            "--only",
+            "decoders",
+            "tests",
+        ]
+    )
     record = load(output / "first-hour.json")
     assert record is not None
     assert [(row["item"], row["outcome"]) for row in record.rows] == [
         ("decoders", "done"),
         ("tests", "skipped: needs a GPU"),
     ]
-    assert record.rows[0]["found"].startswith("load 0: 0 of 8 pictures change with their batch, 0.00 grey levels")
+    assert record.rows[0]["found"].startswith("load 0: 0 of 8 images change with their batch, 0.00 grey levels")
     assert json.loads((output / "decoders.json").read_text())["loads"].keys() == {"0.0", "1.0", "0.65"}
     assert "| decoders | done |" in (output / "first-hour.md").read_text()
     assert "tests: skipped: needs a GPU" in capsys.readouterr().out
@@ -104,18 +116,17 @@ def test_what_pytest_printed_is_read_even_if_it_was_cut_off():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_items_are_commands_that_parse(tmp_path, monkeypatch, device):
     parsed = []
-    for module in (loader, host):
-        monkeypatch.setattr(module, "run", parsed.append)
-    items = first_hour._items(tmp_path, tmp_path, device)
+    monkeypatch.setattr(
+        commands, "run_function", lambda name, _, *rest, **more: run_function(name, parsed.append, *rest, **more)
+    )
+    monkeypatch.setattr(commands, "run_command", lambda name, _, words: parsed.append(parse(name, words)[0]))
+    items = first_hour.items(tmp_path, tmp_path, device)
     for item in items.values():
-        module, words = item.words[1].rpartition(".")[2], item.words[2:]
-        if module in ("step", "published"):
-            options, _ = parse(f"bench {module}", words)
-            parsed.append(options)
-            assert options.batch_size == (384 if device == "cuda" else 16)
-            assert (options.compile == "off") == (device == "cpu")
-        elif module in ("loader", "host"):
-            {"loader": loader, "host": host}[module].main(list(words))
+        if item.words[1] == "dalikd.tools.bench":
+            main(list(item.words[2:]))
+            if item.words[2] in ("step", "published"):
+                assert parsed[-1].batch_size == (384 if device == "cuda" else 16)
+                assert (parsed[-1].compile == "off") == (device == "cpu")
         elif item.words[0] == "-c":
             function = item.words[1].rpartition("first_hour.")[2].partition("(")[0]
             assert callable(getattr(first_hour, function))
@@ -126,22 +137,12 @@ def test_items_are_commands_that_parse(tmp_path, monkeypatch, device):
 def test_without_a_gpu_a_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        main(["--output", str(tmp_path)])
+        main(["first-hour", "--output", str(tmp_path)])
     assert stop.value.code == 2
     assert "--device cuda: this machine has no CUDA device; use --device cpu" in capsys.readouterr().err
 
 
 def test_an_unknown_item_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["--device", "cpu", "--output", str(tmp_path), "--only", "decoder"])
+        main(["first-hour", "--device", "cpu", "--output", str(tmp_path), "--only", "decoder"])
     assert "--only decoder is unknown: did you mean decoders?" in capsys.readouterr().err
-
-
-def test_the_dispatcher_finds_the_file(capsys, monkeypatch):
-    from dalikd.tools.bench.dispatch import main as bench
-
-    monkeypatch.setattr(sys, "argv", ["dalikd"])
-    with pytest.raises(SystemExit) as stop:
-        bench(["first-hour", "--help"])
-    assert stop.value.code == 0
-    assert "--limit" in capsys.readouterr().out

@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 
 from dalikd.pipelines.sources import open_source
-from dalikd.tools.bench import images
+from dalikd.tools.bench import main
 from dalikd.tools.bench.images import (
     bring_into_page_cache,
     cached_share,
     describe,
-    draw_pictures,
+    draw_images,
     drop_from_page_cache,
-    picture_paths,
-    repeat_pictures,
+    image_paths,
+    repeat_images,
     sample_rows,
 )
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 def test_describes_files_by_their_headers(folder):
     found = describe(open_source("imagefolder", folder, "train", split="."))
-    sizes = [path.stat().st_size for path in picture_paths(folder)]
+    sizes = [path.stat().st_size for path in image_paths(folder)]
     assert (found["number"], found["sampled"]) == (3, 3)
     assert found["width"] == {"mean": 40.0, "median": 40.0, "p95": pytest.approx(58.0)}
     assert found["height"] == {"mean": 30.0, "median": 30.0, "p95": pytest.approx(48.0)}
@@ -53,10 +53,6 @@ def test_a_sample_is_seeded_and_without_repetition():
     assert not np.array_equal(rows, sample_rows(100, 10, seed=4))
     assert len(set(rows.tolist())) == 10
     assert np.array_equal(sample_rows(5, 10), np.arange(5))
-
-
-def test_pictures_are_found_at_any_depth(folder):
-    assert [path.name for path in picture_paths(folder)] == ["1.jpg", "2.JPG", "3.jpg"]
 
 
 def test_files_leave_the_page_cache_and_come_back(tmp_path):
@@ -88,9 +84,9 @@ def test_reading_ahead_stops_at_half_of_the_memory(tmp_path, monkeypatch):
     assert [cached_share([path]) for path in paths] == [1, 0]
 
 
-def test_repeats_pictures_as_real_bytes(folder, tmp_path):
-    assert repeat_pictures(folder, tmp_path / "more", count=7) == 7
-    copies = picture_paths(tmp_path / "more")
+def test_repeats_images_as_real_bytes(folder, tmp_path):
+    assert repeat_images(folder, tmp_path / "more", count=7) == 7
+    copies = image_paths(tmp_path / "more")
     assert [path.relative_to(tmp_path / "more").as_posix() for path in copies] == [
         "a/1-0.jpg",
         "a/1-1.jpg",
@@ -105,35 +101,35 @@ def test_repeats_pictures_as_real_bytes(folder, tmp_path):
     assert len({path.stat().st_ino for path in [*copies, original]}) == 8
 
 
-def test_repeats_pictures_up_to_a_size(folder, tmp_path):
-    sizes = [path.stat().st_size for path in picture_paths(folder)]
-    assert repeat_pictures(folder, tmp_path / "more", size=sum(sizes) + 1) == 4
+def test_repeats_images_up_to_a_size(folder, tmp_path):
+    sizes = [path.stat().st_size for path in image_paths(folder)]
+    assert repeat_images(folder, tmp_path / "more", size=sum(sizes) + 1) == 4
 
 
 def test_wrong_repetitions_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="either"):
-        repeat_pictures(folder, tmp_path / "more")
+        repeat_images(folder, tmp_path / "more")
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
-        repeat_pictures(tmp_path / "none", tmp_path / "more", count=1)
+    with pytest.raises(ValueError, match="holds no images"):
+        repeat_images(tmp_path / "none", tmp_path / "more", count=1)
     with pytest.raises(FileExistsError, match="not empty"):
-        repeat_pictures(folder, folder, count=1)
+        repeat_images(folder, folder, count=1)
     with pytest.raises(ValueError, match="GB"):
-        repeat_pictures(folder, tmp_path / "more", size=1 << 60)
+        repeat_images(folder, tmp_path / "more", size=1 << 60)
     assert not (tmp_path / "more").exists()
 
 
-def test_pictures_are_repeated_from_the_command_line(small_images, tmp_path, capsys):
-    images.main([str(small_images), str(tmp_path / "many"), "--count", "305"])
+def test_images_are_repeated_from_the_command_line(small_images, tmp_path, capsys):
+    main(["images", str(small_images), str(tmp_path / "many"), "--count", "305"])
     assert len(list((tmp_path / "many").glob("*/*.jpg"))) == 305
     with pytest.raises(SystemExit):
-        images.main([str(small_images), str(tmp_path / "more")])
-    assert "say either how many pictures or how many bytes" in capsys.readouterr().err
+        main(["images", str(small_images), str(tmp_path / "more")])
+    assert "give either --count, how many images, or --size, how many bytes" in capsys.readouterr().err
 
 
-def test_drawn_pictures_are_decodable_and_differ(tmp_path):
-    draw_pictures(tmp_path, count=6, width=40, height=30, classes=2)
-    paths = picture_paths(tmp_path)
+def test_drawn_images_are_decodable_and_differ(tmp_path):
+    draw_images(tmp_path, count=6, width=40, height=30, classes=2)
+    paths = image_paths(tmp_path)
     assert [path.parent.name for path in paths] == ["class0"] * 3 + ["class1"] * 3
     assert len({Image.open(path).convert("RGB").tobytes() for path in paths}) == 6
     assert {Image.open(path).size for path in paths} == {(40, 30)}

@@ -44,7 +44,7 @@ def test_commit_tells_of_changes(monkeypatch, tmp_path):
 def test_gpus_are_described_by_nvidia_smi(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     line = "NVIDIA H200, 580.1, 143771 MiB, 700.00 W, 345 MHz, 1980 MHz, 2619 MHz, 3201 MHz\n"
-    monkeypatch.setattr(machine, "_output", lambda _: line + line)
+    monkeypatch.setattr(machine, "_output", lambda *_: line + line)
     assert len(machine._gpus()) == 2
     assert machine._gpus()[0]["power.limit"] == "700.00 W"
     assert machine._gpus()[0]["clocks.max.mem"] == "3201 MHz"

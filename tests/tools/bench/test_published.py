@@ -1,6 +1,5 @@
 import json
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.losses import KD
 from dalikd.kd.teacher import Teacher
+from dalikd.tools.bench import main
 from dalikd.tools.bench import published as bench
-from dalikd.tools.bench.habits import RUNGS, HabitLoop, Habits, HostMeters, Input, host_cutmix
+from dalikd.tools.bench.common import open_nets
+from dalikd.tools.bench.published import RUNGS, HabitLoop, Habits, Input, host_cutmix
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.setup import open_training_data
 
 BATCH = 16
 NAMES = [*RUNGS, "dalikd distill's step"]
@@ -53,8 +53,7 @@ def ladder(arguments):
     """Every rung, with the loader they share."""
     options, _ = parse("bench published", arguments)
     accelerator = start("cpu", "fp32")
-    data = open_training_data(options, accelerator)
-    nets = bench._build_nets(options, data, accelerator.device)
+    nets, data = open_nets(options, accelerator)
     yield bench.open_ladder(options, data, nets, accelerator), data.loader
     data.loader.close()
 
@@ -77,7 +76,7 @@ def test_every_rung_asks_the_teacher_about_as_many_images_as_it_should(ladder):
     thrice, twice = [BATCH, 2 * BATCH, BATCH], [BATCH, 2 * BATCH]
     expected = [thrice, thrice, thrice, twice, *[[3 * BATCH]] * 5]
     assert list(rungs) == NAMES
-    assert [bench._count_teacher(rung) for rung in rungs.values()] == expected
+    assert [bench.count_teacher(rung) for rung in rungs.values()] == expected
 
 
 def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
@@ -106,7 +105,7 @@ def _losses(rung, loader):
 def test_the_lower_two_rungs_train(ladder):
     rungs, _ = ladder
     for name in NAMES[:2]:
-        net = rungs[name].step.__self__._student
+        net = rungs[name].step.__self__.student
         before = [parameter.clone() for parameter in net.parameters()]
         rungs[name].step()
         assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)), name
@@ -136,7 +135,14 @@ def test_the_published_step_has_the_losses_of_an_independent_computation():
     loss = KD(ce_weight=0.1, kd_weight=0.9, temperature=4.0)
     trained = torch.nn.Sequential(torch.nn.Flatten(), student)
     loop = HabitLoop(
-        Habits(), lambda: Input(images, labels), trained, frozen, loss, partial(SGD, lr=0.5), augmenter, seed=7
+        Habits(),
+        lambda: Input(images, labels),
+        trained,
+        frozen,
+        loss,
+        SGD(trained.parameters(), 0.5),
+        augmenter,
+        seed=7,
     )
     weight, bias = student.weight.detach().clone(), student.bias.detach().clone()
     torch.manual_seed(11)
@@ -193,15 +199,13 @@ def test_cutmix_on_the_host_tells_what_it_mixed():
         assert ((mixed.images == images) | (mixed.images == images[mixed.partner])).all()
 
 
-def test_the_hosts_meters_add_up():
-    meters = HostMeters()
+def test_the_hosts_sums_add_up():
+    unused: Any = None
+    loop = HabitLoop(Habits(), unused, torch.nn.Identity(), unused, unused, unused, unused)
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])
     for term in (1.0, 2.0):
-        meters.add({"loss": torch.tensor(term)}, logits, torch.tensor([0, 4, 5, 5]))
-    assert meters.count == 8
-    assert meters.sums["loss"] == 4 * 1.0 + 4 * 2.0
-    assert meters.sums["top1"] == 2 * 2
-    assert meters.sums["top5"] == 2 * 3
+        loop._count({"loss": torch.tensor(term)}, logits, torch.tensor([0, 4, 5, 5]))
+    assert loop.sums == {"loss": 4 * 1.0 + 4 * 2.0, "top1": 2 * 2, "top5": 2 * 3}
 
 
 # ------------------------------------------------------------------------------------------- the benchmark
@@ -212,8 +216,7 @@ def test_the_ceiling_is_that_of_the_operations(arguments):
     assert costs.of_step(4) == 50
     assert costs.reuse_ceiling == 50 / 40
     options, _ = parse("bench published", arguments)
-    data = open_training_data(options, start("cpu", "fp32"))
-    counted = bench._costs(bench._build_nets(options, data, torch.device("cpu")), 32, torch.device("cpu"))
+    counted = bench.costs(open_nets(options, start("cpu", "fp32"))[0], 32)
     convolution, linear = 2 * 8 * (3 * 3 * 3) * 15 * 15, 2 * 8 * 3
     assert counted.teacher == convolution + linear
     assert counted.student == 2 * convolution + 3 * linear  # pixels need no gradient
@@ -221,7 +224,7 @@ def test_the_ceiling_is_that_of_the_operations(arguments):
 
 def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "settle", lambda: None)
-    bench.main([*arguments, "--steps", "1", "--metric", "true"])
+    main(["published", *arguments, "--steps", "1", "--metric", "true"])
     (path,) = (tmp_path / "out").glob("*.json")
     assert path.with_suffix(".md").is_file()
     assert path.with_suffix(".png").is_file()
@@ -237,7 +240,7 @@ def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
             assert row["to the published"]["values"] == _by_round(rates[number], rates[0])
             assert row["to the rung before"]["values"] == _by_round(rates[number], rates[number - 1])
     assert rows[0]["to the published"] is rows[0]["to the rung before"] is None
-    assert "(4 T + 2 S) / (3 T + 2 S)" in record["notes"][1]
+    assert "(4 T + 2 S) / (3 T + 2 S)" in record["notes"][0]
 
 
 def _by_round(ours, theirs):
@@ -247,8 +250,8 @@ def _by_round(ours, theirs):
 def test_batch_norms_that_stay_make_no_rung(arguments):
     options, _ = parse("bench published", [*arguments, "--teacher.fold_bn", "false", "--compile", "default"])
     accelerator = start("cpu", "fp32")
-    data = open_training_data(options, accelerator)
-    rungs = bench.open_ladder(options, data, bench._build_nets(options, data, accelerator.device), accelerator)
+    nets, data = open_nets(options, accelerator)
+    rungs = bench.open_ladder(options, data, nets, accelerator)
     assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
     assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
 
@@ -259,7 +262,7 @@ def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
     path.write_text(yaml.safe_dump(content))
     options, _ = parse("bench published", ["--config", str(path), "--steps", "3"])
     assert (options.augmentation, options.batch_size, options.steps) == ("cutmixpick_teacher", 128, 3)
-    assert str(options.folder) == "runs/bench"
+    assert options.output is None
 
 
 @pytest.mark.parametrize(
@@ -276,12 +279,6 @@ def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
 )
 def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        bench.main([*arguments, *more])
+        main(["published", *arguments, *more])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_the_plan_is_made_of_options_that_exist(tmp_path):
-    for planned in bench.plan(tmp_path):
-        options, _ = parse("bench published", planned.arguments)
-        assert options.data.root == str(tmp_path)

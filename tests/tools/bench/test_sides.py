@@ -10,7 +10,7 @@ from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import Source, open_source
 from dalikd.pipelines.windows import WindowViews
 from dalikd.tools.bench import sides
-from dalikd.tools.bench.sides import BACKENDS, Job, _Decode, cannot, open_side, runnable
+from dalikd.tools.bench.sides import BACKENDS, Job, cannot, open_side, runnable
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ def _job(source, **changes):
 def _take(name, job, count=2):
     side = open_side(name, job)
     try:
-        return [side.next() for _ in range(count)]
+        return [next(side.batches) for _ in range(count)]
     finally:
-        side.close()
+        side.batches.close()
 
 
 def _expected(source):
@@ -107,10 +107,7 @@ def test_decode_decodes_the_windows_that_dalikd_resizes(photos, monkeypatch):
     )
     job = _job(open_source("imagefolder", photos, "train", split="."))
     _take("dalikd", job, 3)
-    side = open_side("decode", job)
-    assert isinstance(side, _Decode)
-    decoded = [_pixels(side._graph.run()[0]) for _ in range(3)]
-    side.close()
+    decoded = [_pixels(batch[0]) for batch in _take("decode", job, 3)]
     assert len({pixels.shape for batch in decoded for pixels in batch}) > 6
     for ours, theirs in zip(decoded, taken, strict=True):
         assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -129,8 +126,7 @@ def test_pixels_of_another_type_are_converted_on_the_device(plain):
             asked.append((*arguments, *more))
             return super().to(*arguments, **more)
 
-    side = sides._DataLoader(_job(plain, dtype=torch.bfloat16), [(torch.zeros(4, 3).as_subclass(Spy), 0)])
-    (images,) = side.next()
+    (images,) = next(sides._on_device(_job(plain, dtype=torch.bfloat16), [(torch.zeros(4, 3).as_subclass(Spy), 0)]))
     assert images.dtype == torch.bfloat16
     assert asked == [(CPU, "non_blocking"), (torch.bfloat16,)]
 
@@ -148,12 +144,12 @@ def test_arrays_are_read_by_all_but_timm(plain):
 def test_workers_go_when_a_side_is_closed(plain, name):
     before = set(psutil.Process().children())
     side = open_side(name, _job(plain, workers=2))
-    side.next()
+    next(side.batches)
     assert side.ahead == 5
     started = [child for child in psutil.Process().children() if child not in before]
     workers = [child for child in started if "tracker" not in " ".join(child.cmdline())]  # that of semaphores stays
     assert len(workers) == 2
-    side.close()
+    side.batches.close()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 

@@ -1,0 +1,225 @@
+"""What the benchmarks take from the commands that they measure: loops, teacher passes, loaders. Nowhere else."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from math import gcd
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dalikd.kd.backbones import create_model
+from dalikd.kd.mixing import Mixed
+from dalikd.kd.normalize import Normalized
+from dalikd.kd.teacher import TEACHER_ENTROPY, Teacher, look
+from dalikd.pipelines.data import DataConfig, evaluation_view, open_split, training_view
+from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.loader import Batch, Loader
+from dalikd.pipelines.resident import Resident
+from dalikd.pipelines.sampler import Sampler
+from dalikd.pipelines.sources import Source
+from dalikd.tools.bench.options import StepOptions, TeacherOptions
+from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
+from dalikd.trainers.launch import autocast_type, model_type
+from dalikd.trainers.loop import Loop
+from dalikd.trainers.measure import build_scorer, measure_branches
+from dalikd.trainers.models import build_teacher
+from dalikd.trainers.options import DistillOptions
+from dalikd.trainers.setup import (
+    TrainingData,
+    build_distillation,
+    build_student,
+    make_loader,
+    open_training_data,
+    reading,
+    resident_pictures,
+)
+from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.tasks.distill import Distillation
+from dalikd.trainers.teacher_step import check_compiler
+from dalikd.trainers.tracking import RunFolder
+
+__all__ = [
+    "Measuring", "Nets", "Seen", "ask_once", "distillation_loop", "each_tensor", "free_loop", "mixing", "open_loop",
+    "open_measuring", "open_nets", "with_weights",
+]  # fmt: skip
+
+_PUBLISHED_GROUP = 64
+Options = TypeVar("Options", bound=StepOptions | TeacherOptions)
+
+
+def mixing(name: str, source: Source, view: View, batch_size: int) -> Augmenter:
+    """An augmentation by its defaults, in mix groups that fit the batch."""
+    return Augmenter(name, MixOptions(mix_group=gcd(batch_size, _PUBLISHED_GROUP)), source, view, seed=0)
+
+
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch of changed tensors."""
+    return Batch(**tree_map_only(Tensor, change, vars(batch)))
+
+
+def with_weights(options: Options, folder: Path) -> Options:
+    """Options whose teacher has weights: fresh ones from the seed, written into the folder, where none are named.
+
+    Raises:
+        ValueError, OSError: there is no such architecture, or the data are not as they should be.
+    """
+    teacher = options.teacher
+    if teacher.name is None or teacher.weights is not None or teacher.cache is not None:
+        return options
+    classes = len(open_split(options.data, "train", options.seed).classes)
+    torch.manual_seed(options.seed)  # the same for every process
+    path = folder / "teacher.pt"
+    torch.save(create_model(teacher.name, classes, **teacher.args).state_dict(), path)
+    return replace(options, teacher=replace(teacher, weights=str(path)))
+
+
+def _teacher_net(options: StepOptions | TeacherOptions, source: Source, view: View) -> Normalized:
+    with TemporaryDirectory() as folder:
+        config = with_weights(options, Path(folder)).teacher
+        return build_teacher(config, source, view).to(model_type(options.precision))
+
+
+# -------------------------------------------------------------------------------------------- training steps
+
+
+def training_loop(task: Task, loader: Loader, options: DistillOptions, accelerator: Accelerator) -> Loop:
+    """The loop of a run that is never written and never evaluated, ready to step."""
+    loop = Loop(task, loader, loader, options, accelerator, RunFolder(Path("bench"), writes=False), {})
+    loop.model.train()
+    return loop
+
+
+def open_loop(options: StepOptions, accelerator: Accelerator) -> tuple[Loop, TrainingData]:
+    """The loop of `dalikd distill`.
+
+    Raises:
+        ValueError, OSError: the options, the data or the nets are not as they should be.
+    """
+    with TemporaryDirectory() as folder:
+        task, data = build_distillation(with_weights(options, Path(folder)), accelerator)
+    return training_loop(task, data.loader, options, accelerator), data
+
+
+def distillation_loop(
+    student: Normalized,
+    teacher: Teacher,
+    augmenter: Augmenter,
+    loader: Loader,
+    options: DistillOptions,
+    accelerator: Accelerator,
+) -> Loop:
+    """A loop like that of `dalikd distill`, of given nets."""
+    task = Distillation(
+        student,
+        teacher,
+        deepcopy(options.loss),
+        augmenter,
+        accelerator,
+        len(loader.source.classes),
+        metric=options.metric,
+        compile_mode=options.compile,
+    )
+    return training_loop(task, loader, options, accelerator)
+
+
+def free_loop(
+    name: str, source: Source, data: DataConfig, batch_size: int, accelerator: Accelerator, make: Callable[[], Any]
+) -> Loop:
+    """The loop of an augmentation, on the CPU, with nets that `make` gives."""
+    augmenter = mixing(name, source, training_view(data, source), batch_size)
+    options = DistillOptions(
+        augmentation=name, batch_size=batch_size, mix_group=augmenter.group, device="cpu", compile="off"
+    )
+    sampler = Sampler(len(source), batch_size, group=augmenter.group)
+    # buffers: as on a GPU, packed and handed over
+    loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **reading(data))
+    return distillation_loop(make(), Teacher(make()), augmenter, loader, options, accelerator)
+
+
+class Nets(NamedTuple):
+    """Both nets, never trained or folded themselves."""
+
+    student: Normalized
+    teacher: Normalized
+
+
+def open_nets(options: StepOptions, accelerator: Accelerator) -> tuple[Nets, TrainingData]:
+    """The data and the nets of `dalikd distill`, not yet joined.
+
+    Raises:
+        ValueError, OSError: the options, the data or the nets are not as they should be.
+    """
+    data, device = open_training_data(options, accelerator), accelerator.device
+    teacher = _teacher_net(options, data.train, evaluation_view(options.data, data.train)).to(device)
+    return Nets(build_student(options, data.train).to(device, model_type(options.precision)), teacher), data
+
+
+class Seen(NamedTuple):
+    """What a teacher has seen and said of a batch [N] and of n picks."""
+
+    logits: Tensor  # [N, C]
+    images: Tensor  # [n, 3, S, S], the picks
+    picked_logits: Tensor  # [n, C]
+    rows: Tensor  # int64 [n], which rows of the batch the picks stem from
+    partner: Tensor  # int64 [n], which rows are mixed into them
+    lam: Tensor  # [n], share of the image itself
+
+
+def ask_once(teacher: Callable[[Tensor], Tensor], images: Tensor, pool: Mixed, group: int) -> Seen:
+    """dalikd's own teacher pass: originals and candidates in one call, picks by teacher entropy."""
+    seen = look(teacher, images, pool, criterion=TEACHER_ENTROPY, group=group)
+    return Seen(seen.logits, seen.augmented, seen.augmented_logits, seen.rows, seen.partner, seen.lam)
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+class Measuring(NamedTuple):
+    """What `dalikd measure` opens."""
+
+    options: TeacherOptions
+    source: Source
+    view: View
+    augmenters: list[Augmenter]
+    teacher: Teacher
+    student: Normalized | None
+    resident: Resident | None
+    accelerator: Accelerator
+
+    def loader(self, branches: Branches) -> Loader:
+        """Over every image once an epoch, with the branches' draws."""
+        options, size = self.options, len(self.source)
+        sampler = Sampler(size, options.batch_size, options.seed, drop_last=False, group=options.mix_group)
+        spec, data = branches.draw_spec, options.data
+        return make_loader(self.source, sampler, spec, data, self.accelerator, resident=self.resident, buffers=2)
+
+    def measure(self, branches: Branches, loader: Loader) -> dict[str, Any]:
+        """One pass over the images."""
+        return measure_branches(branches, loader, self.teacher, self.accelerator, self.options, self.student)
+
+
+def open_measuring(options: TeacherOptions, accelerator: Accelerator) -> Measuring:
+    """As many training images as a round goes over, the augmentations and the nets.
+
+    Raises:
+        ValueError, OSError: the data, the nets or the sizes are not as they should be.
+    """
+    check_compiler(options.compile)
+    names = augmentation_names(options.augmentation)
+    source = open_split(options.data, "train", options.seed)
+    if options.images < len(source.classes):
+        raise ValueError(f"--images {options.images}: give at least one for each of {len(source.classes)} classes")
+    source = source.limit(options.images, options.seed) if options.images < len(source) else source
+    view = training_view(options.data, source)
+    augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
+    student = build_scorer(options, source, augmenters)
+    net = _teacher_net(options, source, evaluation_view(options.data, source))
+    teacher = Teacher(net, accelerator.device, autocast_type(options.precision), fold_bn=options.teacher.fold_bn)
+    resident = resident_pictures(source, view, options.data, accelerator)
+    return Measuring(options, source, view, augmenters, teacher, student, resident, accelerator)
