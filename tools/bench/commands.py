@@ -4,7 +4,7 @@ import importlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -15,7 +15,7 @@ from dalikd.tools.bench.record import RESULTS
 from dalikd.tools.cli import OPTIONS, run_command, run_function
 from dalikd.trainers.tracking import check_writable
 
-__all__ = ["BENCHMARKS", "Planned", "main", "planned", "run_all"]
+__all__ = ["BENCHMARKS", "Planned", "fill", "main", "planned", "run_all"]
 
 
 #: name -> MODULE.FUNCTION in this folder, and what it measures.
@@ -89,21 +89,19 @@ class Planned(NamedTuple):
 
 
 def planned(root: Path, only: Sequence[str] | None = None) -> list[Planned]:
-    """The commands for a folder of class folders with photos.
-
-    Raises:
-        ValueError: a name in `only` is no benchmark.
-    """
-    words = {**{word: shlex.split(text) for word, text in _WORDS.items()}}
-    words["DATA"] = ["--data.root", str(root), "--data.train_split", "."]
+    """The commands for a folder of class folders with photos. Raises ValueError: a name in `only` is no benchmark."""
+    data = {"DATA": shlex.join(["--data.root", str(root), "--data.train_split", "."])}
     plans = []
     for line in _PLANS.strip().splitlines():
-        first, *rest = [one for word in shlex.split(line) for one in words.get(word, [word])]
-        gpus, (name, *arguments) = (int(first), rest) if first.isdigit() else (0, [first, *rest])
-        plans.append(Planned(name, tuple(arguments), gpus))
+        gpus, *words = fill(line if line[0].isdigit() else f"0 {line}", {**_WORDS, **data})
+        plans.append(Planned(words[0], tuple(words[1:]), int(gpus)))
     names = list(dict.fromkeys(plan.name for plan in plans))
-    wanted = check_names("--only", only or names, names)
-    return [plan for name in wanted for plan in plans if plan.name == name]
+    return [plan for name in check_names("--only", only or names, names) for plan in plans if plan.name == name]
+
+
+def fill(line: str, words: Mapping[str, str]) -> list[str]:
+    """The words of a line; some of them stand for others."""
+    return [one for word in shlex.split(line) for one in (fill(words[word], words) if word in words else [word])]
 
 
 def run_all(root: Path, output: Path = RESULTS, only: list[str] | None = None, dry: bool = False) -> None:

@@ -24,21 +24,13 @@ from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.options import StepOptions, TeacherOptions
+from dalikd.trainers import setup
 from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
 from dalikd.trainers.launch import autocast_type, model_type
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.measure import build_scorer, measure_branches
 from dalikd.trainers.models import build_teacher
 from dalikd.trainers.options import DistillOptions
-from dalikd.trainers.setup import (
-    TrainingData,
-    build_distillation,
-    build_student,
-    make_loader,
-    open_training_data,
-    reading,
-    resident_pictures,
-)
 from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tasks.distill import Distillation
 from dalikd.trainers.teacher_step import check_compiler
@@ -64,11 +56,7 @@ def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def with_weights(options: Options, folder: Path) -> Options:
-    """Options whose teacher has weights: fresh ones from the seed, written into the folder, where none are named.
-
-    Raises:
-        ValueError, OSError: there is no such architecture, or the data are not as they should be.
-    """
+    """Options whose teacher has weights: fresh ones from the seed, written into the folder, where none are named."""
     teacher = options.teacher
     if teacher.name is None or teacher.weights is not None or teacher.cache is not None:
         return options
@@ -95,14 +83,11 @@ def training_loop(task: Task, loader: Loader, options: DistillOptions, accelerat
     return loop
 
 
-def open_loop(options: StepOptions, accelerator: Accelerator) -> tuple[Loop, TrainingData]:
-    """The loop of `dalikd distill`.
-
-    Raises:
-        ValueError, OSError: the options, the data or the nets are not as they should be.
-    """
+def open_loop(options: StepOptions, accelerator: Accelerator) -> tuple[Loop, setup.TrainingData]:
+    """The loop of `dalikd distill`. Raises ValueError, OSError:
+    the options, the data or the nets are not as they should be."""
     with TemporaryDirectory() as folder:
-        task, data = build_distillation(with_weights(options, Path(folder)), accelerator)
+        task, data = setup.build_distillation(with_weights(options, Path(folder)), accelerator)
     return training_loop(task, data.loader, options, accelerator), data
 
 
@@ -138,7 +123,7 @@ def free_loop(
     )
     sampler = Sampler(len(source), batch_size, group=augmenter.group)
     # buffers: as on a GPU, packed and handed over
-    loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **reading(data))
+    loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **setup.reading(data))
     return distillation_loop(make(), Teacher(make()), augmenter, loader, options, accelerator)
 
 
@@ -149,15 +134,12 @@ class Nets(NamedTuple):
     teacher: Normalized
 
 
-def open_nets(options: StepOptions, accelerator: Accelerator) -> tuple[Nets, TrainingData]:
-    """The data and the nets of `dalikd distill`, not yet joined.
-
-    Raises:
-        ValueError, OSError: the options, the data or the nets are not as they should be.
-    """
-    data, device = open_training_data(options, accelerator), accelerator.device
+def open_nets(options: StepOptions, accelerator: Accelerator) -> tuple[Nets, setup.TrainingData]:
+    """The data and the nets of `dalikd distill`, not yet joined. Raises ValueError, OSError:
+    the options, the data or the nets are not as they should be."""
+    data, device = setup.open_training_data(options, accelerator), accelerator.device
     teacher = _teacher_net(options, data.train, evaluation_view(options.data, data.train)).to(device)
-    return Nets(build_student(options, data.train).to(device, model_type(options.precision)), teacher), data
+    return Nets(setup.build_student(options, data.train).to(device, model_type(options.precision)), teacher), data
 
 
 class Seen(NamedTuple):
@@ -197,7 +179,7 @@ class Measuring(NamedTuple):
         options, size = self.options, len(self.source)
         sampler = Sampler(size, options.batch_size, options.seed, drop_last=False, group=options.mix_group)
         spec, data = branches.draw_spec, options.data
-        return make_loader(self.source, sampler, spec, data, self.accelerator, resident=self.resident, buffers=2)
+        return setup.make_loader(self.source, sampler, spec, data, self.accelerator, resident=self.resident, buffers=2)
 
     def measure(self, branches: Branches, loader: Loader) -> dict[str, Any]:
         """One pass over the images."""
@@ -205,11 +187,8 @@ class Measuring(NamedTuple):
 
 
 def open_measuring(options: TeacherOptions, accelerator: Accelerator) -> Measuring:
-    """As many training images as a round goes over, the augmentations and the nets.
-
-    Raises:
-        ValueError, OSError: the data, the nets or the sizes are not as they should be.
-    """
+    """As many training images as a round goes over, the augmentations and the nets. Raises ValueError, OSError:
+    the data, the nets or the sizes are not as they should be."""
     check_compiler(options.compile)
     names = augmentation_names(options.augmentation)
     source = open_split(options.data, "train", options.seed)
@@ -221,5 +200,5 @@ def open_measuring(options: TeacherOptions, accelerator: Accelerator) -> Measuri
     student = build_scorer(options, source, augmenters)
     net = _teacher_net(options, source, evaluation_view(options.data, source))
     teacher = Teacher(net, accelerator.device, autocast_type(options.precision), fold_bn=options.teacher.fold_bn)
-    resident = resident_pictures(source, view, options.data, accelerator)
+    resident = setup.resident_pictures(source, view, options.data, accelerator)
     return Measuring(options, source, view, augmenters, teacher, student, resident, accelerator)

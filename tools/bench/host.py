@@ -159,11 +159,7 @@ def loader_microseconds(loader: Loader, batches: int = 40) -> float:
 
 
 def run(options: HostOptions) -> Record:
-    """Measure, print the table, write the results.
-
-    Raises:
-        ValueError, OSError: options that do not fit the data.
-    """
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     accelerator = start("cpu", "fp32")
     record = begin("host", options, accelerator, asdict(options))
     data = replace(options.data, image_size=options.data.image_size or 8)

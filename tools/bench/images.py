@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _DECODED_AT_ONCE = 256
 _READ_AT_ONCE = 1 << 24  # bytes
 
 
-def describe(source: Source, seed: int = 0) -> dict[str, Any] | None:
+def describe(source: Source) -> dict[str, Any] | None:
     """What the images of a source are like, from a sample of their headers; None for those in shards.
 
     Returns:
@@ -41,28 +41,28 @@ def describe(source: Source, seed: int = 0) -> dict[str, Any] | None:
 
     if source.records is not None:
         return None
-    found: dict[str, Any] = {"name": source.name, "split": source.split, "number": len(source)}
+    paths: list[str] = []
+    found: dict[str, Any] = {}
     if source.arrays is not None:
-        height, width = source.arrays.shape[1:3]
-        return {**found, "sampled": len(source), "width": _spread([width]), "height": _spread([height])}
-    paths, sides = [source.path(int(row)) for row in sample_rows(len(source), _SAMPLE, seed)], []
-    for path in paths:
-        with Image.open(path) as image:  # reads the header alone
-            sides.append(image.size)
-    widths, heights = zip(*sides, strict=True)
-    sizes = [Path(path).stat().st_size for path in paths]
-    spreads = {"width": _spread(widths), "height": _spread(heights), "encoded_bytes": _spread(sizes)}
-    return {**found, "sampled": len(paths), **spreads}
+        found = {"width": [source.arrays.shape[2]], "height": [source.arrays.shape[1]]}
+    else:
+        paths, sides = [source.path(int(row)) for row in sample_rows(len(source), _SAMPLE)], []
+        for path in paths:
+            with Image.open(path) as image:  # reads the header alone
+                sides.append(image.size)
+        found = dict(zip(("width", "height"), zip(*sides, strict=True), strict=True))
+        found["encoded_bytes"] = [Path(path).stat().st_size for path in paths]
+    spreads = {
+        name: {"mean": float(np.mean(of)), "median": float(np.median(of)), "p95": float(np.quantile(of, 0.95))}
+        for name, of in found.items()
+    }
+    number = len(source)
+    return {"name": source.name, "split": source.split, "number": number, "sampled": len(paths) or number, **spreads}
 
 
-def sample_rows(size: int, count: int, seed: int = 0) -> np.ndarray:
+def sample_rows(size: int, count: int) -> np.ndarray:
     """Rows of a random sample without repetition, ascending: int64 [min(count, size)]."""
-    return np.sort(np.random.default_rng(seed).permutation(size)[:count])
-
-
-def _spread(numbers: Sequence[int]) -> dict[str, float]:
-    values = np.asarray(numbers, np.float64)
-    return {"mean": float(values.mean()), "median": float(np.median(values)), "p95": float(np.quantile(values, 0.95))}
+    return np.sort(np.random.default_rng(0).permutation(size)[:count])
 
 
 # ---------------------------------------------------------------------------------------------------- stores
@@ -138,12 +138,8 @@ def cached_share(paths: Iterable[str | Path]) -> float:
 
     Some kernels and file systems do not tell and call every page cached: then the answer is 1.
     """
-    pages = cached = 0
-    for path in map(Path, paths):
-        if path.stat().st_size:
-            found = _resident_pages(path)
-            pages, cached = pages + len(found), cached + int((found & 1).sum())
-    return cached / pages if pages else 0.0
+    pages = [_resident_pages(path) for path in map(Path, paths) if path.stat().st_size]
+    return float((np.concatenate(pages) & 1).mean()) if pages else 0.0
 
 
 def cached(source: Source) -> str:

@@ -109,11 +109,7 @@ class LoaderOptions:
 
 
 def run(options: LoaderOptions) -> Record:
-    """Measure, print the table, write the results.
-
-    Raises:
-        ValueError, OSError: options that do not fit this machine or the data.
-    """
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     accelerator = start(options.device, "fp32")
     record = begin("loader", options, accelerator, asdict(options))
     record.warm_up = _WARM_UP
@@ -195,11 +191,8 @@ class Meter:
 
 
 def _compare(record: Record, names: Sequence[str], job: Job, options: LoaderOptions) -> None:
-    """Measure every combination that there is; what a loader cannot do is named in the notes.
-
-    Raises:
-        ValueError: nothing can be measured, or there are too few images for cold measurements.
-    """
+    """Measure every combination that there is; what a loader cannot do is named in the notes. Raises ValueError where
+    nothing can be measured, or there are too few images for cold measurements."""
     augmentations = augmentation_names(options.augmentations)
     stores = check_names("--sources", options.sources or [images.own_store(job.source)], images.STORES)
     states = ("warm", "cold") if options.cache == "both" else (options.cache,)
@@ -315,11 +308,7 @@ def _move_constants(record: Record, labels: Sequence[str], last: str) -> None:
 
 
 def _sweep(record: Record, loader: str, job: Job, options: LoaderOptions) -> None:
-    """Try one setting after the other, each with the best of those before, and print the best as config lines.
-
-    Raises:
-        ValueError: the images are no files, so that nothing is decoded.
-    """
+    """Try one setting after the other, each with the best of those before, and print the best as config lines."""
     if not images.stored_files(job.source):
         raise ValueError("--sweep tries how files are decoded, and these images lie in memory: give --data.root")
     threads = options.data.threads

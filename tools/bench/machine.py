@@ -25,12 +25,14 @@ _GPU_FIELDS = (
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, load and commit. Take it before the work: the load average is part of it."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found: dict[str, Any] = {
         **versions(device),
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "kernel": platform.release(),
-        "cpu": _cpu_model(),
+        "cpu": (models or [platform.machine()])[0],
         "cores": os.cpu_count(),
         "cores_available": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -83,13 +85,6 @@ def settle(longest: float = 5.0) -> None:
         if now - before <= 0.01:  # one tick of the clock
             return
         before = now
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _gpus() -> list[dict[str, str]]:

@@ -13,9 +13,10 @@ rounding. Up to dalikd's own step the learning rate is constant, as it is inside
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.losses import DistillationLoss, MixedOutputs, StepOutputs
 from dalikd.kd.mixing import MixDraws, Mixed
+from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench.common import Nets, Seen, ask_once, distillation_loop, open_nets
@@ -91,16 +93,17 @@ class Input(NamedTuple):
 
 
 def host_cutmix(images: Tensor, random: np.random.Generator) -> Mixed:
-    """CutMix as the published loop does it: one lam, box and order for the whole batch, drawn on the host.
+    """CutMix of float images [N, 3, S, S], N at least 2, as the published loop does it: one lam, box and order for the
+    whole batch, drawn on the host; the order comes from torch's generator of the CPU."""
 
-    Args:
-        images: float [N, 3, S, S], N at least 2.
-        random: draws lam and the box; the order comes from torch's generator of the CPU.
-    """
+    def span(side: int) -> tuple[int, int]:
+        """First and past-the-last pixel of a share of the side around a pixel, clipped."""
+        half, center = int(side * share) // 2, int(random.integers(side))
+        return max(center - half, 0), min(center + half, side)
+
     count, _, height, width = images.shape
     share = np.sqrt(1 - random.beta(1, 1))
-    top, bottom = _span(int(height * share), int(random.integers(height)), height)
-    left, right = _span(int(width * share), int(random.integers(width)), width)
+    (top, bottom), (left, right) = span(height), span(width)
     own = torch.arange(count, device=images.device)
     partner = torch.randperm(count).to(images.device)
     while (partner == own).any():  # nobody is one's own partner; waits for the device, as published
@@ -111,17 +114,12 @@ def host_cutmix(images: Tensor, random: np.random.Generator) -> Mixed:
     return Mixed(images * kept + images[partner] * (1 - kept), partner, images.new_full((count,), lam))
 
 
-def _span(length: int, center: int, side: int) -> tuple[int, int]:
-    """First and past-the-last pixel of twice half a length around a pixel, clipped."""
-    return max(center - length // 2, 0), min(center + length // 2, side)
-
-
 @dataclass
 class HabitLoop:
     """Trains a student as the published loop does, or with fewer of its habits."""
 
     habits: Habits
-    batches: Callable[[], Input]  # gives the next batch, each time it is called
+    batches: Iterator[Input]
     student: nn.Module  # takes what `batches` gives; it is trained in place
     teacher: Callable[[Tensor], Tensor]  # takes the same
     loss: DistillationLoss
@@ -138,7 +136,7 @@ class HabitLoop:
 
     def step(self) -> dict[str, Tensor]:
         """One optimizer step. Returns the terms of the loss."""
-        images, labels, draws = self.batches()
+        images, labels, draws = next(self.batches)
         logits = self._answer(images)
         seen = self._look(images, draws)
         picked_logits = self._answer(seen.images)
@@ -153,9 +151,10 @@ class HabitLoop:
 
     def _answer(self, images: Tensor) -> Tensor:
         """The student's logits."""
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        mixed = self.autocast is not None
+        with torch.autocast(images.device.type, self.autocast, enabled=mixed):
             logits = self.student(images)
-        return logits.float() if self.autocast is not None else logits
+        return logits.float() if mixed else logits
 
     @torch.no_grad()
     def _look(self, images: Tensor, draws: Sequence[MixDraws]) -> Seen:
@@ -203,61 +202,57 @@ class Rung(NamedTuple):
 
 def open_ladder(options: PublishedOptions, data: TrainingData, nets: Nets, accelerator: Accelerator) -> dict[str, Rung]:
     """Every rung, lowest first, with nets of its own. All but the first take turns at one loader."""
-    folds, plain = options.teacher.fold_bn, replace(options, metric=False)
-    kept = {name: habits for name, habits in RUNGS.items() if folds or name != _FOLDED}
-    rungs = {name: _habit_rung(habits, options, data, nets, accelerator.device) for name, habits in kept.items()}
+    folds, autocast, ahead = options.teacher.fold_bn, autocast_type(options.precision), options.data.prefetch + 1
+    rungs = {}
+    for name, habits in RUNGS.items():
+        if not folds and name == _FOLDED:
+            continue
+        student, net = deepcopy(nets)
+        # images that are normalised already do without the nets' own normalisation
+        seen_by, trained = (net.model, student.model) if habits.float_images else (net, student)
+        teacher = Teacher(seen_by, accelerator.device, autocast, fold_bn=not habits.batch_norms)
+        for one in (teacher.model, trained):
+            one.to(memory_format=habits.memory_format)  # type: ignore[call-overload]
+        loss = deepcopy(options.loss).to(accelerator.device)
+        optimizer: Any = options.optimizer([*trained.parameters(), *loss.parameters()])
+        job = _pil_job(options, data, accelerator.device) if habits.pil_loader else None
+        batches = _batches(habits, data, student) if job is None else _pil_batches(job, student.scale)
+        loop = HabitLoop(habits, batches, trained, teacher, loss, optimizer, data.augmenter, autocast, options.seed)
+        rungs[name] = Rung(loop.step, teacher, ahead if job is None else 2 * job.workers + 1)
+    plain = replace(options, metric=False)
     own = {_OWN: replace(plain, compile="off")}
     own |= {f"compiled, {options.compile}": plain} if options.compile != "off" else {}
     own |= {"T. stddev streamed too": options} if options.metric else {}
     for name, settings in own.items():
-        teacher = Teacher(deepcopy(nets.teacher), accelerator.device, autocast_type(options.precision), fold_bn=folds)
-        student = deepcopy(nets.student)
+        student, net = deepcopy(nets)
+        teacher = Teacher(net, accelerator.device, autocast, fold_bn=folds)
         loop = distillation_loop(student, teacher, data.augmenter, data.loader, settings, accelerator)
-        rungs[name] = Rung(loop.step, teacher, options.data.prefetch + 1, settings.compile != "off")
+        rungs[name] = Rung(loop.step, teacher, ahead, settings.compile != "off")
     return rungs
 
 
-def _habit_rung(
-    habits: Habits, options: PublishedOptions, data: TrainingData, nets: Nets, device: torch.device
-) -> Rung:
-    student, teacher_net, autocast = deepcopy(nets.student), deepcopy(nets.teacher), autocast_type(options.precision)
-    # images that are normalised already do without the nets' own normalisation
-    seen_by, trained = (teacher_net.model, student.model) if habits.float_images else (teacher_net, student)
-    teacher = Teacher(seen_by, device, autocast, fold_bn=not habits.batch_norms)
-    for net in (teacher.model, trained):
-        net.to(memory_format=habits.memory_format)  # type: ignore[call-overload]
-
-    def following() -> Input:
+def _batches(habits: Habits, data: TrainingData, student: Normalized) -> Iterator[Input]:
+    while True:
         batch = data.loader.next()
         pixels = batch.pixels.contiguous(memory_format=habits.memory_format)
-        return Input(student.normalize(pixels) if habits.float_images else pixels, batch.labels, batch.mix)
-
-    batches, ahead = following, options.data.prefetch + 1
-    if habits.pil_loader:
-        batches, ahead = _pil_batches(options, data, student.scale)
-    loss = deepcopy(options.loss).to(device)
-    optimizer: Any = options.optimizer([*trained.parameters(), *loss.parameters()])
-    loop = HabitLoop(habits, batches, trained, teacher, loss, optimizer, data.augmenter, autocast, options.seed)
-    return Rung(loop.step, teacher, ahead)
+        yield Input(student.normalize(pixels) if habits.float_images else pixels, batch.labels, batch.mix)
 
 
-def _pil_batches(options: PublishedOptions, data: TrainingData, like: Tensor) -> tuple[Callable[[], Input], int]:
-    """What gives the batches of the DataLoader, in the type and on the device of a tensor, and how many lie ready."""
+def _pil_job(options: PublishedOptions, data: TrainingData, device: torch.device) -> Job:
+    """What the DataLoader does: enough for all rounds, without starting anew."""
     workers = cores()
-    ahead = workers * 2 + 1  # torch's workers fetch two batches each
-    steps = (options.steps + max(ahead, options.warmup)) * (options.rounds + 1) + 1
+    steps = (options.steps + max(2 * workers + 1, options.warmup)) * (options.rounds + 1) + 1
     images = steps * options.batch_size
-    job = Job(data.train, data.view, "identity", options.batch_size, like.device, workers=workers, images=images)
+    job = Job(data.train, data.view, "identity", options.batch_size, device, workers=workers, images=images)
     if reason := cannot("torchvision-pil", job):
         raise ValueError(f"--data.name {options.data.name}: the published loop's DataLoader {reason}; name a folder")
-    batches = endless(pil_batches(job))
+    return job
 
-    def following() -> Input:
-        images, labels = next(batches)
+
+def _pil_batches(job: Job, like: Tensor) -> Iterator[Input]:
+    for images, labels in endless(pil_batches(job)):
         # to the device first: images.to(like) converts on the CPU
-        return Input(images.to(like.device).to(like.dtype), labels.to(like.device))
-
-    return following, ahead
+        yield Input(images.to(like.device).to(like.dtype), labels.to(like.device))
 
 
 # ----------------------------------------------------------------------------------------------- the numbers
@@ -281,30 +276,35 @@ class Costs(NamedTuple):
 
 def costs(nets: Nets, size: int) -> Costs:
     """Those of images of so many pixels a side."""
-    device = nets.student.scale.device
-    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)  # batch norms train on no single image
-    student, teacher = deepcopy(nets.student).train(), deepcopy(nets.teacher).eval()
+    student, teacher = deepcopy(nets)
+    # two images: batch norms train on no single one
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=student.scale.device)
     with FlopCounterMode(display=False) as looked, torch.no_grad():
-        teacher(pixels)
+        teacher.eval()(pixels)
     with FlopCounterMode(display=False) as learned:
-        student(pixels).sum().backward()
-    return Costs(looked.get_total_flops() / len(pixels), learned.get_total_flops() / len(pixels))
+        student.train()(pixels).sum().backward()
+    return Costs(looked.get_total_flops() / 2, learned.get_total_flops() / 2)
+
+
+def count_teacher(rung: Rung) -> list[int] | None:
+    """Sizes of the batches that the teacher sees in a step; None where compiled code would not tell."""
+    if rung.compiled:
+        return None
+    sizes: list[int] = []
+    hook = rung.teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    rung.step()
+    hook.remove()
+    return sizes
 
 
 def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
-    """Time the ladder, print it, write it, and return the record.
-
-    Raises:
-        ValueError, OSError: options that the published loop has not, or data and nets that are not as they should be;
-            nothing has run then.
-    """
-    _check(options)
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
+    check_plain(options)
     accelerator = start(options.device, options.precision)
     record = begin("published", options, accelerator, config)
     nets, data = open_nets(options, accelerator)
-    if not (
-        torch.equal(nets.student.scale, nets.teacher.scale) and torch.equal(nets.student.shift, nets.teacher.shift)
-    ):
+    student, teacher = nets
+    if not (torch.equal(student.scale, teacher.scale) and torch.equal(student.shift, teacher.shift)):
         raise ValueError(
             f"{options.model} and {options.teacher.name} normalise by different means, and the published loop does it "
             "once for both: choose two timm models, or none"
@@ -320,75 +320,47 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
 
     try:
         counts = {name: count_teacher(rung) for name, rung in rungs.items()}
-        timers = {name: lambda rung=rung: rate(rung) for name, rung in rungs.items()}
-        rates = alternate(timers, options.rounds, settle)
+        rates = alternate({name: partial(rate, rung) for name, rung in rungs.items()}, options.rounds, settle)
     finally:
         data.loader.close()
-    size, resident, operations = data.view.size, options.data.resident, costs(nets, data.view.size)
+    size, operations, ahead = data.view.size, costs(nets, data.view.size), max(rung.ahead for rung in rungs.values())
+    settings = {options.compile: options.compile != "off", "resident": options.data.resident}
+    names = (str(name).replace(":", "-").replace("_", "-") for name in (options.teacher.name, options.model))
+    given = [name for name, is_given in settings.items() if is_given]
+    record.variant = "-".join((*names, str(size), options.precision, *given))
     record.title = (
         f"dalikd against the published CutMixPick loop: {options.teacher.name} to {options.model}, {size} pixels, "
-        f"batch {options.batch_size}, {options.precision}{', resident' if resident else ''}"
+        f"batch {options.batch_size}, {', '.join([options.precision, *given])}"
     )
     record.warm_up = (
-        f"a round, and before each round {options.warmup} step(s), or as many as batches may lie ready (up to "
-        f"{max(rung.ahead for rung in rungs.values())})."
+        f"a round, and before each round {options.warmup} step(s), or as many as batches may lie ready (up to {ahead})."
     )
     record.page_cache = "warm; the first round reads." if data.train.files is not None else "no files."
-    settings = {options.compile: options.compile != "off", "resident": resident}
-    names = (str(name).replace(":", "-").replace("_", "-") for name in (options.teacher.name, options.model))
-    given = (name for name, is_given in settings.items() if is_given)
-    record.variant = "-".join((*names, str(size), options.precision, *given))
     record.labels, record.plotted = ("rung", "loop"), _RATE
-    record.rows = _rows(rates, counts, operations, options.batch_size)
-    record.notes = _notes(rates, operations)
+    before = None
+    for number, (name, values) in enumerate(rates.items(), start=1):
+        sizes = counts[name]
+        seen = None if sizes is None else sum(sizes) / options.batch_size
+        row = {"rung": number, "loop": name, _RATE: summary(values)}
+        row["to the published"] = None if before is None else ratio(values, rates[_PUBLISHED])
+        row["to the rung before"] = None if before is None else ratio(values, rates[before])
+        row |= {"teacher images an original": seen, "teacher calls a step": None if sizes is None else len(sizes)}
+        row["GFLOP an original"] = None if seen is None else operations.of_step(seen) / 1e9
+        record.rows.append(row)
+        before = name
+    spread = "{median:.3f} ({low:.3f} to {high:.3f})".format
+    gathered = spread(**ratio(rates[_GATHERED], rates[_ASKED_AGAIN]))
+    record.notes = [
+        f"Logits of the picks gathered against asked for again, all else equal: {gathered}. If operations were all, "
+        f"{operations.reuse_ceiling:.3f}: (4 T + 2 S) / (3 T + 2 S), with T = {operations.teacher / 1e9:.4f} GFLOP an "
+        f"image (teacher's forward) and S = {operations.student / 1e9:.4f} (student's forward and backward).",
+        f"dalikd distill's step against the published loop: {spread(**ratio(rates[_OWN], rates[_PUBLISHED]))}.",
+    ]
     return finish(record, options)
 
 
-def count_teacher(rung: Rung) -> list[int] | None:
-    """Sizes of the batches that the teacher sees in a step; None where compiled code would not tell."""
-    if rung.compiled:
-        return None
-    sizes: list[int] = []
-    hook = rung.teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    rung.step()
-    hook.remove()
-    return sizes
-
-
-def _rows(
-    rates: Mapping[str, list[float]], counts: Mapping[str, list[int] | None], operations: Costs, batch_size: int
-) -> list[dict[str, Any]]:
-    rows, before = [], None
-    for number, (name, values) in enumerate(rates.items(), start=1):
-        sizes = counts[name]
-        seen = None if sizes is None else sum(sizes) / batch_size
-        row = {
-            "rung": number,
-            "loop": name,
-            _RATE: summary(values),
-            "to the published": None if before is None else ratio(values, rates[_PUBLISHED]),
-            "to the rung before": None if before is None else ratio(values, rates[before]),
-            "teacher images an original": seen,
-            "teacher calls a step": None if sizes is None else len(sizes),
-            "GFLOP an original": None if seen is None else operations.of_step(seen) / 1e9,
-        }
-        rows.append(row)
-        before = name
-    return rows
-
-
-def _notes(rates: Mapping[str, list[float]], operations: Costs) -> list[str]:
-    found = {"reuse": ratio(rates[_GATHERED], rates[_ASKED_AGAIN]), "whole": ratio(rates[_OWN], rates[_PUBLISHED])}
-    spread = {name: "{median:.3f} ({low:.3f} to {high:.3f})".format(**values) for name, values in found.items()}
-    return [
-        f"Logits of the picks gathered against asked for again, all else equal: {spread['reuse']}. If operations were "
-        f"all, {operations.reuse_ceiling:.3f}: (4 T + 2 S) / (3 T + 2 S), with T = {operations.teacher / 1e9:.4f} "
-        f"GFLOP an image (teacher's forward) and S = {operations.student / 1e9:.4f} (student's forward and backward).",
-        f"dalikd distill's step against the published loop: {spread['whole']}.",
-    ]
-
-
-def _check(options: PublishedOptions) -> None:
+def check_plain(options: PublishedOptions) -> None:
+    """Raises ValueError for what the published loop has not."""
     plain = {"accumulation": 1, "clip": None, "ema": 0.0, "joint_forward": False, "no_decay_norms": False}
     for name, value in plain.items():
         if getattr(options, name) != value:

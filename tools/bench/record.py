@@ -20,19 +20,9 @@ from dalikd.tools.bench.machine import device_slug, environment, synchronize
 from dalikd.trainers.tracking import check_writable, write_json
 
 __all__ = [
-    "Record",
-    "alternate",
-    "begin",
-    "finish",
-    "load",
-    "medians",
-    "number",
-    "ratio",
-    "summary",
-    "table",
-    "timed",
-    "write",
-]
+    "LEAST_ROUNDS", "RESULTS", "Record", "alternate", "begin", "finish", "load", "markdown", "medians", "number",
+    "ratio", "summary", "table", "timed", "write",
+]  # fmt: skip
 
 LEAST_ROUNDS = 5
 RESULTS = Path("runs/bench")  #: where benchmarks write unless told otherwise
@@ -85,11 +75,8 @@ def alternate(
 
     Args:
         candidates: name -> measures once and returns a rate or a time; the device must have finished.
-        rounds: that count.
+        rounds: that count: so many numbers are returned by name.
         before: called before each measurement, such as `machine.settle`.
-
-    Returns:
-        name -> the measured numbers, one a round.
     """
     names = list(candidates)
     values: dict[str, list[float]] = {name: [] for name in names}
@@ -117,11 +104,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median and range of repetitions: {"median", "low", "high", "repetitions", "values"}.
-
-    Raises:
-        ValueError: there are no values, or one is not finite.
-    """
+    """Median and range of repetitions: {"median", "low", "high", "repetitions", "values"}; of finite numbers alone."""
     numbers = [float(value) for value in values]
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"a benchmark's repetitions must be finite numbers, not {numbers}")
@@ -188,11 +171,7 @@ def write(record: Record, output: Path) -> list[Path]:
 
 
 def load(path: Path) -> Record | None:
-    """Read a record's JSON; None for a file of another kind.
-
-    Raises:
-        ValueError: the file is no JSON, or a record of a form that this version does not know.
-    """
+    """Read a record's JSON; None for a file of another kind. Raises ValueError for one that is broken."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -216,8 +195,8 @@ def markdown(record: Record) -> str:
     facts = [
         f"{gpu}{found['cpu']}, {found['cores_available']} cores available, {found['memory_gib']:.0f} GiB, load average "
         f"{found['load_average'][0]} at the start. {', '.join(versions)}. Commit {found['commit']}, {found['date']}.",
-        f"Median of the repetitions; lowest and highest in brackets. Warm-up: {record.warm_up} "
-        f"Page cache: {record.page_cache}",
+        "Median of the repetitions; lowest and highest in brackets. "
+        f"Warm-up: {record.warm_up} Page cache: {record.page_cache}",
     ]
     if images := record.pictures:
         size = images.get("encoded_bytes")
@@ -253,13 +232,11 @@ def number(value: float) -> str:
 
 
 def _cell(cell: Any) -> str:
-    if cell is None:
-        return ""
     if is_summary(cell):
-        return f"{number(cell['median'])} ({number(cell['low'])} to {number(cell['high'])})"
+        return "{} ({} to {})".format(*(number(cell[name]) for name in ("median", "low", "high")))
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         return number(cell)
-    return str(cell).replace("|", "\\|")
+    return "" if cell is None else str(cell).replace("|", "\\|")
 
 
 def _command() -> str:
@@ -278,23 +255,19 @@ def _plot(record: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
     values = [row[record.plotted] for row in record.shown]
-    series = [str(row[record.labels[-1]]) for row in record.shown]
+    series = [row[record.labels[-1]] for row in record.shown]
     names = list(dict.fromkeys(series))
     shared = len(names) < len(series)
-    highest, places = [value["high"] for value in values], range(len(values))
-    middle = [value["median"] for value in values]
-    below = [value["median"] - value["low"] for value in values]
-    above = [value["high"] - value["median"] for value in values]
+    middle, highest, places = [one["median"] for one in values], max(one["high"] for one in values), range(len(values))
+    ranges = [[abs(one[end] - one["median"]) for one in values] for end in ("low", "high")]
     figure = Figure(figsize=(9, 1.5 + 0.36 * len(values)), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(
-        places, middle, height=0.72, color=[_COLORS[names.index(one) % len(_COLORS) if shared else 0] for one in series]
-    )
-    axes.errorbar(middle, places, xerr=(below, above), fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3)
-    for place in places:
-        text = f"{middle[place]:,.0f}" if abs(middle[place]) >= 100 else f"{middle[place]:.3g}"
-        axes.text(highest[place] + 0.01 * max(highest), place, text, va="center", fontsize=9)
-    axes.set_xlim(0, 1.12 * max(highest))
+    colors = [_COLORS[names.index(one) % len(_COLORS) if shared else 0] for one in series]
+    axes.barh(places, middle, height=0.72, color=colors)
+    axes.errorbar(middle, places, xerr=ranges, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3)
+    for place, one in zip(places, values, strict=True):
+        axes.text(one["high"] + 0.01 * highest, place, number(one["median"]), va="center", fontsize=9)
+    axes.set_xlim(0, 1.12 * highest)
     axes.set_yticks(places, [" · ".join(str(row[label]) for label in record.labels) for row in record.shown])
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.tools.bench.common import each_tensor
@@ -93,10 +94,8 @@ def step_round(loop: Loop, take: Take, steps: int, warmup: int) -> Round:
 
 
 def loader_round(loop: Loop, steps: int, warmup: int) -> Round:
-    """Take the batches of so many steps from the loader, and do nothing with them.
-
-    Its single `steps` are of the host's clock: on a GPU a call returns before its work is done, and they mean nothing.
-    """
+    """Take the batches of so many steps from the loader, and do nothing with them. Its single `steps` are of the host's
+    clock: on a GPU a call returns before its work is done, and they mean nothing."""
 
     def take() -> None:
         for _ in range(loop.options.accumulation):
@@ -116,12 +115,8 @@ def loader_round(loop: Loop, steps: int, warmup: int) -> Round:
 
 
 def parts_round(loop: Loop, steps: int, warmup: int) -> dict[str, float]:
-    """Split steps on real data into their parts, waiting for the device at the end of each part.
-
-    Returns:
-        seconds a step: "data"; "teacher" (mixing, teacher, picking and metric); "student" (forwards, loss, backward,
-        exchange and clipping); "optimizer" (and moving average).
-    """
+    """Seconds a step of each of PARTS, on real data, waiting for the device at the end of each: teacher is mixing,
+    teacher, picking and metric; student forwards, loss, backward, exchange and clipping."""
     found, last = dict.fromkeys(PARTS, 0.0), time.perf_counter()
 
     def lap(part: str) -> None:
@@ -157,15 +152,8 @@ def parts_round(loop: Loop, steps: int, warmup: int) -> dict[str, float]:
 
 
 def step_flops(loop: Loop, batch: Batch) -> dict[str, float]:
-    """Floating-point operations an image, by torch's own count: a multiplication and its addition are two.
-
-    Only what is a matrix product or a convolution counts. The step is run once without compilation.
-
-    Returns:
-        "teacher" (all of its forwards) and "student" (forwards and backward; a student that scores counts as teacher).
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Floating-point operations an image of "teacher" (all forwards) and "student" (forwards and backward; one that
+    scores counts as teacher): of matrix products and convolutions, a multiplication and its addition being two."""
     with torch.compiler.set_stance("force_eager"):
         with FlopCounterMode(display=False) as looked, torch.no_grad():
             inputs = loop.task.prepare(batch, 0.0)

@@ -40,19 +40,13 @@ _LONGEST = 3600  # seconds of a launch
 
 
 def run(options: ScalingOptions, config: dict[str, Any]) -> Record:
-    """Measure, print the table and write the record.
-
-    Raises:
-        ValueError, OSError: the options or the data are not as they should be, or a launch failed.
-    """
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     options.check_warm_up()
     accelerator = start(options.device, options.precision)
     device = accelerator.device
     record = begin("scaling", options, accelerator, config, alone=False)
-    check_processes(options.processes, device, accelerator.num_processes)
     source = open_split(options.data, "train", options.seed)
-    for count in options.processes:
-        _check_size(options, len(source), count)
+    check_processes(options, len(source), device, accelerator.num_processes)
     record.page_cache, record.pictures = cached(source), describe(source)
     with TemporaryDirectory() as folder:
         launches = [Launches(count, options, config, device.type, Path(folder)) for count in sorted(options.processes)]
@@ -72,15 +66,7 @@ def run(options: ScalingOptions, config: dict[str, Any]) -> Record:
 
 
 class Launches:
-    """Starts so many processes, again and again, and keeps what they found.
-
-    Args:
-        processes: of each launch.
-        options: of the benchmark.
-        config: the same as plain values.
-        device: cpu or cuda.
-        folder: for scratch files.
-    """
+    """Starts so many processes, again and again, and keeps what they found; scratch files lie in the folder."""
 
     def __init__(
         self, processes: int, options: ScalingOptions, config: Mapping[str, Any], device: str, folder: Path
@@ -97,11 +83,7 @@ class Launches:
         self._command = [sys.executable, *launcher, *worker, *(str(word) for pair in own.items() for word in pair)]
 
     def __call__(self) -> float:
-        """Launch once; images a second of all processes together.
-
-        Raises:
-            ValueError: the processes failed; with what they printed.
-        """
+        """Launch once; images a second of all processes together. Raises ValueError with what failed ones printed."""
         self._file.unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.cores)}
         ended = subprocess.run(
@@ -134,12 +116,7 @@ class Launches:
 
 def work(options: ScalingOptions, file: Path) -> dict[str, Any]:
     """What one of the processes does: a round of steps on real data, one on kept batches, and one on kept batches
-    without exchanging gradients. The main process writes what all of them found.
-
-    Returns:
-        "processes", "torch_threads", "images_per_second" and "wait_share" on real data, and seconds a step on kept
-        batches "with_exchange" and "without_exchange" of gradients.
-    """
+    without exchanging gradients. The main process writes what all of them found."""
     accelerator = start(options.device, options.precision)
     loop, _ = open_loop(options, accelerator)
     counts = options.steps, options.warmup
@@ -183,22 +160,18 @@ def bound(alone: Mapping[str, Any], most: Mapping[str, Any], *, gpu: bool) -> st
     return f"Bound by what the processes share (power, clocks, memory, the host's cores): {reached}; {shares}."
 
 
-def check_processes(processes: Sequence[int], device: torch.device, running: int) -> None:
-    """Raises ValueError for numbers of processes that cannot be compared here."""
+def check_processes(options: ScalingOptions, size: int, device: torch.device, running: int) -> None:
+    """Raises ValueError for numbers of processes that cannot be compared here, on a data set of so many images."""
+    processes, group = options.processes, options.mix_group
     if running > 1:
         raise ValueError("bench scaling starts its processes itself: call it without torchrun or accelerate launch")
     if 1 not in processes or min(processes) < 1 or len(set(processes)) < 2:
-        raise ValueError(
-            f"--processes {' '.join(map(str, processes))}: give 1, which the others are compared with, and more"
-        )
-    gpus = torch.cuda.device_count() if device.type == "cuda" else None
-    if gpus is not None and max(processes) > gpus:
+        words = " ".join(map(str, processes))
+        raise ValueError(f"--processes {words}: give 1, which the others are compared with, and more")
+    if device.type == "cuda" and max(processes) > (gpus := torch.cuda.device_count()):
         raise ValueError(f"--processes {max(processes)}: this machine has {gpus} GPU(s), and each process takes one")
-
-
-def _check_size(options: ScalingOptions, size: int, count: int) -> None:
-    batch_size, group = count * options.batch_size, options.mix_group
-    try:
-        Sampler(size, batch_size, world=count, accumulation=options.accumulation, group=group)
-    except ValueError as error:
-        raise ValueError(f"--processes {count} with --batch_size {options.batch_size} for each: {error}") from error
+    for count in processes:
+        try:
+            Sampler(size, count * options.batch_size, world=count, accumulation=options.accumulation, group=group)
+        except ValueError as error:
+            raise ValueError(f"--processes {count} with --batch_size {options.batch_size} for each: {error}") from error

@@ -173,23 +173,20 @@ def _torchvision(job: Job, read: Callable[[Source, int], Any], module: Any, to_f
 def _timm_batches(job: Job) -> Any:
     from timm.data.loader import create_loader
 
-    on_gpu = job.device.type == "cuda"
+    view, on_gpu = job.view, job.device.type == "cuda"
+    looks = {"input_size": view.size, "scale": view.scale, "ratio": view.ratio, "interpolation": view.interpolation}
+    moved = {"use_prefetcher": on_gpu, "pin_memory": on_gpu, "device": job.device}
+    workers = {"num_workers": job.workers, "persistent_workers": job.workers > 0}
     return create_loader(
         _Images(job, _read_pil),  # type: ignore[arg-type] - it needs len, getitem and transform
-        input_size=job.view.size,
         batch_size=job.batch_size,
         is_training=True,
         color_jitter=0.0,
-        scale=job.view.scale,
-        ratio=job.view.ratio,
-        interpolation=job.view.interpolation,
         mean=job.source.mean,
         std=job.source.std,
-        num_workers=job.workers,
-        persistent_workers=job.workers > 0,
-        use_prefetcher=on_gpu,
-        pin_memory=on_gpu,
-        device=job.device,
+        **looks,
+        **moved,
+        **workers,
     )
 
 
@@ -276,11 +273,7 @@ def open_side(name: str, job: Job) -> Side:
 
 
 def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
-    """Check the names of loaders; "all" stands for those that run on this device.
-
-    Raises:
-        ValueError: a name is unknown, or its loader cannot run here.
-    """
+    """The names of loaders, checked; "all" stands for those that run on this device. Raises ValueError for others."""
     here = [name for name, backend in BACKENDS.items() if device.type == "cuda" or not backend.needs_gpu]
     named = [name for entry in wanted for name in (here if entry == "all" else [entry])]
     for name in check_names("--backends", named, BACKENDS):

@@ -10,13 +10,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+
 from dalikd.pipelines.datasets.file_list import list_folder, manifest_folder, open_tree, scan
 from dalikd.pipelines.draw_spec import DrawSpec
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, open_source
-from dalikd.tools.bench.record import Record, alternate, summary
+from dalikd.tools.bench.record import Record, alternate, summary, timed
 from dalikd.tools.bench.sides import Job
 
 __all__ = ["grow_tree", "measure_orders", "measure_startup"]
@@ -29,8 +31,7 @@ _SETTLED_SECONDS = 2.5  # a folder changed within the last two seconds is not re
 def measure_startup(record: Record, count: int, job: Job, rounds: int) -> None:
     """Scan a tree of `count` files, open it from the cache, hash it, take the first batch.
 
-    Raises:
-        ValueError: the images are no files, or `count` is below the batch size.
+    Raises ValueError: the images are no files, or `count` is below the batch size.
     """
     if job.source.files is None:
         raise ValueError("--startup makes a tree out of files, and these images are none: give --data.root")
@@ -62,18 +63,17 @@ def measure_startup(record: Record, count: int, job: Job, rounds: int) -> None:
             record.notes.append(grow_tree([Path(job.source.path(row)) for row in range(len(job.source))], root, count))
             time.sleep(_SETTLED_SECONDS)
             open_tree(root, list_folder(root).folders, remember_above=0)
-            values = alternate({what: lambda step=step: _seconds(step) for what, step in steps.items()}, rounds)
+            values = alternate(
+                {what: lambda step=step: timed(step, job.device) for what, step in steps.items()}, rounds
+            )
             size = sum(path.stat().st_size for path in manifest_folder(root).iterdir())
     record.rows = [{"what": what, "seconds": summary(seconds)} for what, seconds in values.items()]
     record.notes.append(f"The cached list takes {size / 1e6:.1f} MB and is mapped into memory.")
 
 
 def grow_tree(paths: Sequence[Path], root: Path, count: int) -> str:
-    """Make class folders with `count` files out of some images, by hard links where the file system has them.
-
-    The links lead to copies beside `root`, never to the images themselves; a copy that has 60,000 links is followed by
-    the next one. Returns a sentence that tells what was done.
-    """
+    """Make class folders with `count` files out of some images, by hard links where the file system has them; to copies
+    beside `root`, each with 60,000 links at most. Returns a sentence that tells what was done."""
     originals, classes, linked, used = root.parent / "originals", min(_CLASSES, count), True, 0
     originals.mkdir(parents=True)
     for number in range(count):
@@ -122,11 +122,5 @@ def order_cost(size: int, rounds: int) -> tuple[list[float], int, int]:
     for order in list(sampler._orders.values()):  # the next epoch's is made in a thread
         order.result()
     held = process.memory_info().rss - before
-    seconds = [_seconds(lambda epoch=epoch: permutation(0, epoch, size)) for epoch in range(rounds)]
+    seconds = [timed(lambda epoch=epoch: permutation(0, epoch, size), torch.device("cpu")) for epoch in range(rounds)]
     return seconds, held, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

@@ -20,26 +20,18 @@ zero and moving average. Memory is the peak of what torch took of the GPU, or wh
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dalikd.tools.bench import rounds
 from dalikd.tools.bench.common import open_loop
 from dalikd.tools.bench.images import cached, describe
 from dalikd.tools.bench.options import StepOptions
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
-from dalikd.tools.bench.rounds import (
-    PARTS,
-    Round,
-    keep_batches,
-    loader_round,
-    parts_round,
-    replayed,
-    step_flops,
-    step_round,
-)
+from dalikd.tools.bench.rounds import PARTS, Round
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 
@@ -68,11 +60,7 @@ class Measured(NamedTuple):
 
 
 def run(options: StepOptions, config: dict[str, Any]) -> Record:
-    """Measure, print the table and write the record.
-
-    Raises:
-        ValueError, OSError: the options, the data or the nets are not as they should be.
-    """
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     options.check_warm_up()
     accelerator = start(options.device, options.precision)
     on_gpu, processes = accelerator.device.type == "cuda", accelerator.num_processes
@@ -89,7 +77,7 @@ def run(options: StepOptions, config: dict[str, Any]) -> Record:
     )
     record.labels, record.plotted = ("measured",), "ms a step"
     record.variant = variant(options, data.view.size, processes)
-    record.rows = side_rows(found, options.steps, processes, on_gpu=on_gpu) + _part_rows(found.parts)
+    record.rows = rows(found, options.steps, processes, on_gpu=on_gpu)
     record.notes = notes(found, options)
     return finish(record, options) if accelerator.is_main_process else record
 
@@ -98,12 +86,12 @@ def measure(loop: Loop, options: StepOptions) -> Measured:
     """Let all sides of a loop that is at its start take turns."""
     steps, warmup, loader = options.steps, options.warmup, loop.loader
     seconds = timed(lambda: [loop.step() for _ in range(warmup)], loop.accelerator.device)
-    batches = keep_batches(loader)
-    kept = replayed(batches)
+    batches = rounds.keep_batches(loader)
+    kept = rounds.replayed(batches)
 
     def alone() -> Round:
         loader.close()
-        return step_round(loop, kept, steps, warmup)
+        return rounds.step_round(loop, kept, steps, warmup)
 
     def kept_beside_real() -> Any:
         loader.next()
@@ -111,35 +99,31 @@ def measure(loop: Loop, options: StepOptions) -> Measured:
 
     takes: dict[str, Callable[[], Round]] = {
         "a": alone,
-        "b": lambda: step_round(loop, kept_beside_real, steps, warmup),
-        "c": lambda: step_round(loop, loader.next, steps, warmup),
-        "d": lambda: loader_round(loop, steps, warmup),
+        "b": lambda: rounds.step_round(loop, kept_beside_real, steps, warmup),
+        "c": lambda: rounds.step_round(loop, loader.next, steps, warmup),
+        "d": lambda: rounds.loader_round(loop, steps, warmup),
     }
-    rounds: dict[str, list[Round]] = {side: [] for side in SIDES}
+    shown: dict[str, list[Round]] = {side: [] for side in SIDES}
     parts: list[dict[str, float]] = []
 
     def rate(side: str) -> float:
-        rounds[side].append(takes[side]())
-        return rounds[side][-1].rate
+        shown[side].append(takes[side]())
+        return shown[side][-1].rate
 
     def part_rate() -> float:
-        parts.append(parts_round(loop, steps, warmup))
+        parts.append(rounds.parts_round(loop, steps, warmup))
         return loader.sampler.batch_size / sum(parts[-1].values())
 
-    flops = step_flops(loop, batches[0])
+    flops = rounds.step_flops(loop, batches[0])
     rates = alternate({**{side: partial(rate, side) for side in SIDES}, "parts": part_rate}, options.rounds)
     del rates["parts"]
-    later = {side: found[1:] for side, found in rounds.items()}  # the first warms up
+    later = {side: found[1:] for side, found in shown.items()}  # the first warms up
     return Measured(rates, later, parts[1:], flops, seconds)
 
 
 def bound(contention: float, loader: float) -> str:
-    """Name what limits training, in one sentence.
-
-    Args:
-        contention: b/a, the share of its images/s that the loader, running beside it, leaves the step.
-        loader: d/a, the loader's images/s as a multiple of the step's.
-    """
+    """Name what limits training, in one sentence: by b/a, the share of its images/s that the loader, running beside it,
+    leaves the step, and d/a, the loader's images/s as a multiple of the step's."""
     gives = f"alone the loader gives {loader:.2f} of what the step takes on kept batches"
     leaves = f"running beside the step it leaves it {contention:.2f} of its images/s"
     if loader < _LOADER_LIMITS:
@@ -178,38 +162,31 @@ def _teacher(options: StepOptions) -> str:
     return "cached answers" if options.teacher.cache is not None else str(options.teacher.name)
 
 
-def side_rows(found: Measured, steps: int, processes: int, *, on_gpu: bool) -> list[dict[str, Any]]:
-    """A row for each side. p50 and p99 are of all its single steps."""
-    operations, rows = sum(found.flops.values()) / processes / 1e12, []
+def rows(found: Measured, steps: int, processes: int, *, on_gpu: bool) -> list[dict[str, Any]]:
+    """A row for each side and each part. p50 and p99 are of all single steps."""
+    operations, table = sum(found.flops.values()) / processes / 1e12, []
     for side, label in SIDES.items():
-        rounds, rates = found.rounds[side], found.rates[side]
-        single, trains = 1000 * np.concatenate([one.steps for one in rounds]), side != "d"
+        shown, rates = found.rounds[side], found.rates[side]
+        single, trains = 1000 * np.concatenate([one.steps for one in shown]), side != "d"
         timed = trains or not on_gpu  # there the loader's calls return before its work is done
-        rows.append(
+        table.append(
             {
                 "measured": label,
                 "images/s": summary(rates),
                 "of a": ratio(rates, found.rates["a"]),
-                "ms a step": summary([1000 * one.seconds / steps for one in rounds]),
+                "ms a step": summary([1000 * one.seconds / steps for one in shown]),
                 "p50 ms": float(np.quantile(single, 0.5)) if timed else None,
                 "p99 ms": float(np.quantile(single, 0.99)) if timed else None,
-                "data wait %": summary([100 * one.wait_share for one in rounds]) if trains else None,
+                "data wait %": summary([100 * one.wait_share for one in shown]) if trains else None,
                 "TFLOP/s": summary([rate * operations for rate in rates]) if side == "a" else None,
-                "memory MiB": max(one.memory for one in rounds) / 2**20 if trains else None,
+                "memory MiB": max(one.memory for one in shown) / 2**20 if trains else None,
             }
         )
-    return rows
-
-
-def _part_rows(parts: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "measured": f"part of c: {part}",
-            "ms a step": summary([1000 * found[part] for found in parts]),
-            "part of the step %": summary([100 * found[part] / sum(found.values()) for found in parts]),
-        }
-        for part in PARTS
-    ]
+    for part in PARTS:
+        share = summary([100 * one[part] / sum(one.values()) for one in found.parts])
+        time = summary([1000 * one[part] for one in found.parts])
+        table.append({"measured": f"part of c: {part}", "ms a step": time, "part of the step %": share})
+    return table
 
 
 def notes(found: Measured, options: StepOptions) -> list[str]:

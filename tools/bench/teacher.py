@@ -14,7 +14,7 @@ In one pass an image is read and decoded once, and the teacher sees the original
 have in common, once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -48,12 +48,12 @@ def open_record(benchmark: str, options: TeacherOptions, config: dict[str, Any])
     accelerator = start(options.device, options.precision)
     record = begin(benchmark, options, accelerator, config)
     opened = open_measuring(options, accelerator)
-    size, resident = opened.view.size, options.data.resident
-    settings = {options.compile: options.compile != "off", "resident": resident}
-    name = str(options.teacher.name).replace(":", "-").replace("_", "-")
-    record.variant = "-".join((name, str(size), options.precision, *(one for one, given in settings.items() if given)))
-    record.title = f"{options.teacher.name}, {size} pixels, batch {options.batch_size}, {options.precision}"
-    record.title += ", resident" if resident else ""
+    size, name = opened.view.size, str(options.teacher.name).replace(":", "-").replace("_", "-")
+    settings = {options.compile: options.compile != "off", "resident": options.data.resident}
+    given = [one for one, is_given in settings.items() if is_given]
+    record.variant = "-".join((name, str(size), options.precision, *given))
+    record.title = f"{options.teacher.name}, {size} pixels, batch {options.batch_size}, "
+    record.title += ", ".join([options.precision, *given])
     record.pictures = describe(opened.source)
     record.warm_up = "one pass over the images for each side."
     record.page_cache = "warm; the first pass reads." if opened.source.files is not None else "no files."
@@ -61,11 +61,7 @@ def open_record(benchmark: str, options: TeacherOptions, config: dict[str, Any])
 
 
 def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
-    """Time every augmentation asked for, print and write the table, and return the record.
-
-    Raises:
-        ValueError, OSError: as `open_record`.
-    """
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     record, opened = open_record("teacher", options, config)
     for augmenter in opened.augmenters:
         comparison = Comparison(augmenter, opened)
@@ -96,11 +92,7 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
 
 
 def run_passes(options: TeacherOptions, config: dict[str, Any]) -> Record:
-    """Time one pass and a pass each, print and write the table, and return the record.
-
-    Raises:
-        ValueError, OSError: as `open_record`.
-    """
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     record, opened = open_record("passes", options, config)
     augmenters = opened.augmenters
     sides = {_ONE: [Branches(augmenters)], _EACH: [Branches([augmenter]) for augmenter in augmenters]}
@@ -144,23 +136,22 @@ class Comparison:
 
     def sides(self) -> dict[str, Callable[[], float]]:
         """The sides by name."""
-        passes = {
+        images, device = len(self.loader.source), self._opened.accelerator.device
+        passes: dict[str, Callable[[], object]] = {
             _MEASURE: lambda: self._opened.measure(self._branches, self.loader),
             _LOADED: lambda: self._answer(self._seen(batch) for batch in self.loader),
             _ALONE: lambda: self._answer(self._kept_images()),
         }
-        return {name: lambda work=work: self._rate(work) for name, work in passes.items()}
+        return {name: lambda work=work: images / timed(work, device) for name, work in passes.items()}
 
-    def _rate(self, work: Callable[[], object]) -> float:
-        return len(self.loader.source) / timed(work, self._opened.accelerator.device)
-
-    def _answer(self, images: Any) -> None:
-        for part in images:
+    def _answer(self, batches: Iterable[Tensor]) -> None:
+        for images in batches:
             if self._compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            self._ask(part)
+            self._ask(images)
 
-    def _kept_images(self) -> Any:
+    def _kept_images(self) -> Iterator[Tensor]:
+        """As many as the loader gives, the last batch shorter where its is."""
         batches, rest = divmod(len(self.loader.source), self.loader.sampler.batch_size)
         yield from islice(cycle(self._kept), batches)
         if rest:

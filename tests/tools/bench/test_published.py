@@ -1,4 +1,3 @@
-import json
 from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.losses import KD
 from dalikd.kd.teacher import Teacher
-from dalikd.tools.bench import main
-from dalikd.tools.bench import published as bench
+from dalikd.tools.bench import published
 from dalikd.tools.bench.common import open_nets
 from dalikd.tools.bench.published import RUNGS, HabitLoop, Habits, Input, host_cutmix
 from dalikd.tools.cli import parse
@@ -24,10 +22,6 @@ from dalikd.trainers.loop import Loop
 BATCH = 16
 NAMES = [*RUNGS, "dalikd distill's step"]
 SAME_LOSSES = NAMES[2:]  # those that mix by the draws of the batch
-
-
-def refuse(constant):
-    raise AssertionError(f"{constant} is no JSON")
 
 
 class CountWaits(TorchDispatchMode):
@@ -43,9 +37,9 @@ class CountWaits(TorchDispatchMode):
 
 
 @pytest.fixture
-def arguments(training, teacher, tmp_path):
+def arguments(training, teacher):
     training = training[: training.index("--epochs")]
-    return [*map(str, [*training, *teacher]), "--metric", "false", "--output", str(tmp_path / "out")]
+    return [*map(str, [*training, *teacher]), "--metric", "false"]
 
 
 @pytest.fixture
@@ -54,7 +48,7 @@ def ladder(arguments):
     options, _ = parse("bench published", arguments)
     accelerator = start("cpu", "fp32")
     nets, data = open_nets(options, accelerator)
-    yield bench.open_ladder(options, data, nets, accelerator), data.loader
+    yield published.open_ladder(options, data, nets, accelerator), data.loader
     data.loader.close()
 
 
@@ -76,7 +70,7 @@ def test_every_rung_asks_the_teacher_about_as_many_images_as_it_should(ladder):
     thrice, twice = [BATCH, 2 * BATCH, BATCH], [BATCH, 2 * BATCH]
     expected = [thrice, thrice, thrice, twice, *[[3 * BATCH]] * 5]
     assert list(rungs) == NAMES
-    assert [bench.count_teacher(rung) for rung in rungs.values()] == expected
+    assert [published.count_teacher(rung) for rung in rungs.values()] == expected
 
 
 def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
@@ -212,24 +206,19 @@ def test_the_hosts_sums_add_up():
 
 
 def test_the_ceiling_is_that_of_the_operations(arguments):
-    costs = bench.Costs(teacher=10, student=5)
+    costs = published.Costs(teacher=10, student=5)
     assert costs.of_step(4) == 50
     assert costs.reuse_ceiling == 50 / 40
     options, _ = parse("bench published", arguments)
-    counted = bench.costs(open_nets(options, start("cpu", "fp32"))[0], 32)
+    counted = published.costs(open_nets(options, start("cpu", "fp32"))[0], 32)
     convolution, linear = 2 * 8 * (3 * 3 * 3) * 15 * 15, 2 * 8 * 3
     assert counted.teacher == convolution + linear
     assert counted.student == 2 * convolution + 3 * linear  # pixels need no gradient
 
 
-def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "settle", lambda: None)
-    main(["published", *arguments, "--steps", "1", "--metric", "true"])
-    (path,) = (tmp_path / "out").glob("*.json")
-    assert path.with_suffix(".md").is_file()
-    assert path.with_suffix(".png").is_file()
-    record = json.loads(path.read_text(), parse_constant=refuse)
-    rows = record["rows"]
+def test_the_run_writes_the_ladder(arguments, bench):
+    record, _ = bench("published", *arguments, "--steps", 1, "--metric", "true")
+    rows = record.rows
     assert [row["loop"] for row in rows] == [*NAMES, "T. stddev streamed too"]
     assert [row["teacher images an original"] for row in rows] == [4, 4, 4, *[3] * 7]
     assert [row["teacher calls a step"] for row in rows] == [3, 3, 3, 2, *[1] * 6]
@@ -240,7 +229,7 @@ def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
             assert row["to the published"]["values"] == _by_round(rates[number], rates[0])
             assert row["to the rung before"]["values"] == _by_round(rates[number], rates[number - 1])
     assert rows[0]["to the published"] is rows[0]["to the rung before"] is None
-    assert "(4 T + 2 S) / (3 T + 2 S)" in record["notes"][0]
+    assert "(4 T + 2 S) / (3 T + 2 S)" in record.notes[0]
 
 
 def _by_round(ours, theirs):
@@ -251,7 +240,7 @@ def test_batch_norms_that_stay_make_no_rung(arguments):
     options, _ = parse("bench published", [*arguments, "--teacher.fold_bn", "false", "--compile", "default"])
     accelerator = start("cpu", "fp32")
     nets, data = open_nets(options, accelerator)
-    rungs = bench.open_ladder(options, data, nets, accelerator)
+    rungs = published.open_ladder(options, data, nets, accelerator)
     assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
     assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
 
@@ -277,8 +266,5 @@ def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
         (["--augmentation", "cutmix"], "augmentation"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["published", *arguments, *more])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+def test_mistakes_are_told_in_one_line(arguments, more, message, refused):
+    assert message in refused("published", *arguments, *more)

@@ -58,8 +58,11 @@ def _expected(source):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_every_side_ends_in_the_same_normalised_batch(plain, name):
-    for batch in _take(name, _job(plain)):
-        (images,) = batch
+    """Whether files or arrays are read, and after the last image."""
+    arrays = dataclasses.replace(plain, files=None, arrays=np.full((12, 24, 24, 3), COLOR, np.uint8))
+    crop = View(24, "pad_crop", padding=2, border="reflect")
+    jobs = [_job(plain, images=12, workers=0), *([_job(arrays, view=crop)] if name != "timm" else [])]
+    for (images,) in (batch for job in jobs for batch in _take(name, job, 4)):
         assert images.dtype == torch.float32
         assert torch.allclose(images, _expected(plain), atol=1e-5)
 
@@ -131,15 +134,6 @@ def test_pixels_of_another_type_are_converted_on_the_device(plain):
     assert asked == [(CPU, "non_blocking"), (torch.bfloat16,)]
 
 
-def test_arrays_are_read_by_all_but_timm(plain):
-    arrays = np.full((12, 24, 24, 3), COLOR, np.uint8)
-    source = dataclasses.replace(plain, files=None, arrays=arrays)
-    job = _job(source, view=View(24, "pad_crop", padding=2, border="reflect"))
-    for name in ("dalikd", "torchvision-pil", "torchvision-io"):
-        (images,) = _take(name, job, 1)[0]
-        assert torch.allclose(images, _expected(plain), atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["torchvision-io", "timm"])
 def test_workers_go_when_a_side_is_closed(plain, name):
     before = set(psutil.Process().children())
@@ -151,10 +145,6 @@ def test_workers_go_when_a_side_is_closed(plain, name):
     assert len(workers) == 2
     side.batches.close()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
-
-
-def test_a_side_goes_on_after_its_last_image(plain):
-    assert len(_take("torchvision-io", _job(plain, workers=0, images=12), 7)) == 7
 
 
 def test_the_other_loaders_meet_every_picture_once_in_an_epoch(tmp_path):

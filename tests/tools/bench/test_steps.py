@@ -1,6 +1,5 @@
 """A training step measured round by round, its record, and several processes; rounds of a few steps on real files."""
 
-import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.checkpoints import load_weights
-from dalikd.tools.bench import common, main, record, rounds, scaling, step
+from dalikd.tools.bench import common, record, rounds, scaling, step
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
 
@@ -20,11 +19,6 @@ LINEAR = 8 * 3
 @pytest.fixture
 def words(training, teacher) -> list[str]:
     return [str(word) for word in (*training, *teacher, "--steps", 3, "--rounds", 2, "--warmup", 2)]
-
-
-@pytest.fixture
-def few_rounds(monkeypatch) -> None:
-    monkeypatch.setattr(record, "LEAST_ROUNDS", 2)
 
 
 @pytest.fixture
@@ -186,16 +180,13 @@ def test_the_sides_take_turns_and_take_what_they_should(words, monkeypatch):
 
 
 @pytest.mark.usefixtures("few_rounds")
-def test_the_command_writes_strict_json_and_no_run(words, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_record_and_no_run(words, bench, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["step", *words, "--output", str(tmp_path / "out")])
-    assert "Bound by " in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
-    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".md", ".png"]
-    (path,) = (tmp_path / "out").glob("*.json")
-    assert path.name.endswith("-step-small-small-32-identity-fp32-cpu.json")
-    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    rows = {row["measured"]: row for row in content["rows"]}
+    record, out = bench("step", *words)
+    assert "Bound by " in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md", "x.png"]
+    assert record.stem.endswith("-step-small-small-32-identity-fp32-cpu")
+    rows = {row["measured"]: row for row in record.rows}
     for label in step.SIDES.values():
         assert rows[label]["images/s"]["low"] > 0
         assert 0 < rows[label]["p50 ms"] <= rows[label]["p99 ms"]
@@ -205,9 +196,9 @@ def test_the_command_writes_strict_json_and_no_run(words, tmp_path, monkeypatch,
     assert alone["data wait %"]["high"] < real["data wait %"]["high"] < 100
     shares = [rows[f"part of c: {part}"]["part of the step %"]["values"] for part in step.PARTS]
     assert [sum(values) for values in zip(*shares, strict=True)] == pytest.approx([100, 100])
-    assert content["config"]["steps"] == 3
-    assert content["page_cache"].endswith("of a sample of 99 files lay in memory at the start.")
-    assert "fresh" not in " ".join(content["notes"])
+    assert record.config["steps"] == 3
+    assert record.page_cache.endswith("of a sample of 99 files lay in memory at the start.")
+    assert "fresh" not in " ".join(record.notes)
 
 
 def test_a_config_of_distill_is_taken_without_its_run_folder(tmp_path):
@@ -226,24 +217,25 @@ def test_a_config_of_distill_is_taken_without_its_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("name", "wrong", "message"),
     [
-        (["--steps", "0"], "--steps 0: give at least 1"),
-        (["--rounds", "3"], "--rounds 3: give at least 5"),
-        (["--warmup", "1", "--rounds", "5"], "--warmup 1 counts batches that were made ahead"),
-        (["--resume", "runs/x"], "--resume"),
-        (["--output", f"{__file__}/x", "--rounds", "5"], "--output"),
-        (["--teacher.name", "vgg99", "--rounds", "5"], "vgg99"),
+        ("step", ["--steps", 0], "--steps 0: give at least 1"),
+        ("step", ["--rounds", 3], "--rounds 3: give at least 5"),
+        ("step", ["--warmup", 1], "--warmup 1 counts batches that were made ahead"),
+        ("step", ["--resume", "runs/x"], "--resume"),
+        ("step", ["--output", f"{__file__}/x"], "--output"),
+        ("step", ["--teacher.name", "vgg99"], "vgg99"),
+        ("scaling", ["--processes", 1, 8], "--processes 8 with --batch_size 16 for each: --batch_size 128 is larger"),
+        ("scaling", ["--batch_size", 24, "--accumulation", 2], "--processes 1 with --batch_size 24 for each"),
+        ("scaling", ["--processes", 2, 4], "--processes 2 4: give 1, which the others are compared with, and more"),
+        ("scaling", ["--processes", 1], "give 1"),
+        ("scaling", ["--processes", 1, 0], "give 1"),
+        ("scaling", ["--rounds", 1], "--rounds 1"),
     ],
 )
-def test_a_mistake_ends_in_one_line(words, wrong, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["step", *words, *wrong])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("dalikd bench step: error: ")
-    assert message in error
-    assert error.count("\n") == 1
+def test_mistakes_are_one_line_before_anything_runs(words, name, wrong, message, monkeypatch, refused):
+    monkeypatch.setattr(scaling.Launches, "__call__", lambda _: pytest.fail("launched"))
+    assert message in refused(name, *words, "--rounds", 5, *wrong)
 
 
 @pytest.mark.parametrize(("on_gpu", "timed"), [(False, True), (True, False)])
@@ -252,9 +244,10 @@ def test_the_loaders_calls_are_timed_where_they_wait(words, on_gpu, timed):
     options, _ = parse("bench step", words)
     one = rounds.Round(seconds=3.0, images=48, steps=[1.0, 1.0, 1.0], waited=0.5, memory=1 << 20)
     rates = {side: [100.0, 210.0] for side in step.SIDES}
-    found = step.Measured(rates, {side: [one, one] for side in rates}, [], {"teacher": 2e9, "student": 3e9}, 1.0)
-    rows = step.side_rows(found, 3, 1, on_gpu=on_gpu)
-    assert [row["p99 ms"] for row in rows] == [1000, 1000, 1000, 1000 if timed else None]
+    parts = [dict.fromkeys(step.PARTS, 0.25)] * 2
+    found = step.Measured(rates, {side: [one, one] for side in rates}, parts, {"teacher": 2e9, "student": 3e9}, 1.0)
+    rows = step.rows(found, 3, 1, on_gpu=on_gpu)
+    assert [row["p99 ms"] for row in rows[:4]] == [1000, 1000, 1000, 1000 if timed else None]
     assert rows[0]["TFLOP/s"]["values"] == [100 * 5e9 / 1e12, 210 * 5e9 / 1e12]
     notes = " ".join(step.notes(found, options))
     assert "varied by a factor of 2.1, so" in notes
@@ -285,44 +278,18 @@ def test_what_bounds_processes_follows_the_numbers(sentence, expected):
     assert sentence.startswith(expected)
 
 
-@pytest.mark.parametrize(
-    ("processes", "gpus", "running", "message"),
-    [
-        ([2, 4], None, 1, "--processes 2 4: give 1, which the others are compared with, and more"),
-        ([1], None, 1, "give 1"),
-        ([1, 0], None, 1, "give 1"),
-        ([1, 4], 2, 1, "--processes 4: this machine has 2 GPU"),
-        ([1, 2], None, 2, "call it without torchrun"),
-    ],
-)
-def test_numbers_of_processes_that_cannot_be(processes, gpus, running, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    device = torch.device("cpu" if gpus is None else "cuda")
-    with pytest.raises(ValueError, match=message):
-        scaling.check_processes(processes, device, running)
-    scaling.check_processes([1, 64], torch.device("cpu"), 1)  # more than cores
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--processes", "1", "8"], "--processes 8 with --batch_size 16 for each: --batch_size 128 is larger than the"),
-        (["--batch_size", "24", "--accumulation", "2"], "--processes 1 with --batch_size 24 for each"),
-        (["--rounds", "1"], "--rounds 1"),
-    ],
-)
-def test_a_mistake_ends_in_one_line_before_any_launch(words, wrong, message, monkeypatch, capsys):
-    monkeypatch.setattr(scaling.Launches, "__call__", lambda _: pytest.fail("launched"))
-    with pytest.raises(SystemExit) as stop:
-        main(["scaling", *words, "--rounds", "5", *wrong])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_processes_have_a_gpu_each_and_no_launcher(words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options, _ = parse("bench scaling", [*words, "--processes", "1", "4"])
+    with pytest.raises(ValueError, match="--processes 4: this machine has 2 GPU"):
+        scaling.check_processes(options, 99, torch.device("cuda"), 1)
+    with pytest.raises(ValueError, match="call it without torchrun"):
+        scaling.check_processes(options, 99, torch.device("cpu"), 2)
+    scaling.check_processes(options, 99, torch.device("cpu"), 1)  # more than cores
 
 
 @pytest.mark.usefixtures("few_rounds")
-def test_processes_take_turns(words, tmp_path, monkeypatch, capsys):
+def test_processes_take_turns(words, bench, monkeypatch):
     """One process gives 100 images/s, two 110, 121, 132 … after a warm-up."""
     monkeypatch.setattr(scaling, "cores", lambda: 2)
     launched: list[int] = []
@@ -335,18 +302,17 @@ def test_processes_take_turns(words, tmp_path, monkeypatch, capsys):
         return rate
 
     monkeypatch.setattr(scaling.Launches, "__call__", launch)
-    main(["scaling", *words, "--output", str(tmp_path / "x.json")])
+    record, out = bench("scaling", *words)
     assert launched == [1, 2, 2, 1, 1, 2]
-    content = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    alone, two = content["rows"]
+    alone, two = record.rows
     assert two["images/s"]["values"] == [121, 132]
     assert two["efficiency"]["values"] == pytest.approx([121 / 200, 132 / 200])
     assert two["gradient exchange %"]["values"] == pytest.approx([25, 25])
     assert two["data wait %"]["values"] == [2, 2]
     assert (two["processes"], two["cores each"], two["torch threads"], two["DALI threads"]) == (2, 1, 1, 1)
     assert (alone["cores each"], alone["gradient exchange %"], alone["efficiency"]["values"]) == (2, None, [1, 1])
-    assert "Bound by the cores: 2 processes reach 0.63 of 2 times one process" in content["notes"][0]
-    assert content["notes"][0] in capsys.readouterr().out
+    assert "Bound by the cores: 2 processes reach 0.63 of 2 times one process" in record.notes[0]
+    assert record.notes[0] in out
 
 
 def test_each_launch_gets_its_share_of_the_cores(words, tmp_path, monkeypatch):

@@ -1,9 +1,7 @@
-import json
-
 import pytest
 import yaml
 
-from dalikd.tools.bench import common, main
+from dalikd.tools.bench import common
 from dalikd.tools.bench import teacher as bench
 from dalikd.tools.cli import parse
 from dalikd.trainers.augmentation import AUGMENTATIONS
@@ -12,18 +10,9 @@ from dalikd.trainers.launch import start
 PASS = [16] * 6 + [3]  # originals in the batches of a pass over 99
 
 
-def refuse(constant):
-    raise AssertionError(f"{constant} is no JSON")
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(bench, "settle", lambda: None)
-
-
 @pytest.fixture
-def arguments(options, tmp_path):
-    own = ["--batch_size", 16, "--mix_group", 8, "--teacher.name", "small", "--output", tmp_path / "out"]
+def arguments(options):
+    own = ["--batch_size", 16, "--mix_group", 8, "--teacher.name", "small"]
     return [str(word) for word in (*options, *own)]
 
 
@@ -67,17 +56,13 @@ def test_only_the_teacher_alone_does_without_the_loader(compare):
     assert moved == {"measure": 7, "loaded teacher": 7, "teacher alone": 0}
 
 
-def test_the_run_writes_a_row_for_each_augmentation(arguments, tmp_path, capsys):
+def test_the_run_writes_a_row_for_each_augmentation(arguments, bench):
     names = ["identity", "cutmixpick_teacher", "cutmixpick_student"]
-    main(["teacher", *arguments, "--augmentation", *names, "--images", "40"])
-    (path,) = (tmp_path / "out").glob("*.json")
-    assert path.with_suffix(".md").is_file()
-    assert path.with_suffix(".png").is_file()
-    record = json.loads(path.read_text(), parse_constant=refuse)
-    assert [row["augmentation"] for row in record["rows"]] == names
-    assert [row["teacher images an original"] for row in record["rows"]] == [1, 3, 2]
-    assert "one pass over 40 originals" in record["notes"][0]
-    for row in record["rows"]:
+    record, out = bench("teacher", *arguments, "--augmentation", *names, "--images", 40)
+    assert [row["augmentation"] for row in record.rows] == names
+    assert [row["teacher images an original"] for row in record.rows] == [1, 3, 2]
+    assert "one pass over 40 originals" in record.notes[0]
+    for row in record.rows:
         measured, alone = row["measure, originals/s"]["values"], row["teacher alone, originals/s"]["values"]
         assert len(measured) == 5
         assert min(measured + alone + row["loaded teacher, originals/s"]["values"]) > 0
@@ -86,7 +71,7 @@ def test_the_run_writes_a_row_for_each_augmentation(arguments, tmp_path, capsys)
         assert row["measure, teacher images/s"]["median"] == pytest.approx(
             row["teacher images an original"] * row["measure, originals/s"]["median"]
         )
-    assert "| cutmixpick_student |" in capsys.readouterr().out
+    assert "| cutmixpick_student |" in out
 
 
 def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tmp_path):
@@ -118,15 +103,12 @@ def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tm
         (["--teacher.name", "smal"], "smal"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
+def test_mistakes_are_told_in_one_line(arguments, more, message, refused):
     for name in ("teacher", "passes"):
-        with pytest.raises(SystemExit) as stop:
-            main([name, *arguments, *more])
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in refused(name, *arguments, *more)
 
 
-def test_one_pass_and_a_pass_each_see_the_same_images(arguments, tmp_path, monkeypatch):
+def test_one_pass_and_a_pass_each_see_the_same_images(arguments, bench, monkeypatch):
     measured = []
     original = common.measure_branches
 
@@ -138,10 +120,9 @@ def test_one_pass_and_a_pass_each_see_the_same_images(arguments, tmp_path, monke
 
     monkeypatch.setattr(common, "measure_branches", noted)
     names = ["identity", "flip", "cutmix", "cutmixpick_teacher"]
-    main(["passes", *arguments, "--augmentation", *names, "--images", "40"])
-    (path,) = (tmp_path / "out").glob("*-passes-small-32-fp32-cpu.json")
-    record = json.loads(path.read_text())
-    (row,) = record["rows"]
+    record, _ = bench("passes", *arguments, "--augmentation", *names, "--images", 40)
+    assert record.stem.endswith("-passes-small-32-fp32-cpu")
+    (row,) = record.rows
     assert row["augmentations"] == "4"
     # originals, flip, and two runs of cutmix; alone: 1, 2, 2 and 3
     assert row["one pass, teacher images an original"] == 4
@@ -150,4 +131,4 @@ def test_one_pass_and_a_pass_each_see_the_same_images(arguments, tmp_path, monke
     assert measured.count(names) == 6  # a warm-up and five rounds
     assert measured.count(["flip"]) == 6
     assert len(measured) == 6 * 5
-    assert record["notes"] == [f"A round goes once over 40 originals on either side: {', '.join(names)}."]
+    assert record.notes == [f"A round goes once over 40 originals on either side: {', '.join(names)}."]
