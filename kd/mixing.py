@@ -149,7 +149,7 @@ def patchmix(images: Tensor, draws: MixDraws, side: int) -> Mixed:
     _check_draws(images, draws)
     height, width = images.shape[-2:]
     if side < 1 or height % side or width % side:
-        raise ValueError(f"squares of {side} pixels do not tile {height} x {width}: set --patch_side to a divisor")
+        raise ValueError(f"squares of {side} pixels do not tile {height} x {width}: set --mix.patch_side to a divisor")
     grid = (height // side, width // side)
     numbers = _cells(draws, len(images), grid)
     replaced = (draws.lam * numbers.shape[1]).long()
@@ -232,10 +232,10 @@ def masking(images: Tensor, draws: MixDraws, fill: Sequence[float], cells_a_side
     height, width = images.shape[-2:]
     if cells_a_side < 1 or height % cells_a_side or width % cells_a_side:
         raise ValueError(
-            f"{cells_a_side} cells a side do not divide {height} x {width} pixels: set --mask_cells to a divisor"
+            f"{cells_a_side} cells a side do not divide {height} x {width} pixels: set --mix.mask_cells to a divisor"
         )
     if not 0 <= ratio <= 1:
-        raise ValueError(f"mask ratio is {ratio}: set --mask_ratio to a share from 0 to 1")
+        raise ValueError(f"mask ratio is {ratio}: set --mix.mask_ratio to a share from 0 to 1")
     grid = (cells_a_side, cells_a_side)
     numbers = _cells(draws, len(images), grid)
     mask = cell_mask(numbers, int(ratio * numbers.shape[1] + 1e-9), grid, height // cells_a_side, width // cells_a_side)

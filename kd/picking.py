@@ -136,7 +136,9 @@ def divergence(temperature: float = PICK_TEMPERATURE) -> Criterion:
         ValueError: a temperature that is not above 0.
     """
     if not 0 < temperature < math.inf:
-        raise ValueError(f"--pick_temperature {temperature}: give a number above 0 (published: {PICK_TEMPERATURE:g})")
+        raise ValueError(
+            f"--mix.pick_temperature {temperature}: give a number above 0 (published: {PICK_TEMPERATURE:g})"
+        )
 
     def score(outputs: PoolOutputs, group: int) -> Tensor:  # noqa: ARG001
         return kl_divergence(_given(outputs.teacher), _given(outputs.student), temperature)
@@ -220,8 +222,8 @@ def pick_rows(scores: Tensor, group: int, keep: int | None = None) -> Tensor:
     blocks = _blocks(scores.shape[1], group)
     if not 1 <= keep <= len(scores) * group:
         raise ValueError(
-            f"--n_pick {keep} of a pool of {len(scores) * group}: give 1 to {len(scores) * group}, or a larger pool "
-            f"(mix_n_run {len(scores)} x mix_group {group})"
+            f"--mix.n_pick {keep} of a pool of {len(scores) * group}: give 1 to {len(scores) * group}, or a larger "
+            f"pool (--mix.n_run {len(scores)} x --mix.group {group})"
         )
     picks = [_pick_block(scores, first, last, width, _share(keep, width, group)) for first, last, width in blocks]
     return torch.cat(picks)

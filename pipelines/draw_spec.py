@@ -95,9 +95,9 @@ class ViewRun:
             object.__setattr__(self, "ops", 1 if self.kind == "trivialaugment" else 2)
             object.__setattr__(self, "magnitude", 9)
         if self.ops < 1:
-            raise ValueError(f"--randaugment_ops {self.ops}: give at least 1 (published: 2)")
+            raise ValueError(f"--mix.randaugment_ops {self.ops}: give at least 1 (published: 2)")
         if not 0 <= self.magnitude < BINS["randaugment"]:
-            raise ValueError(f"--randaugment_magnitude {self.magnitude}: give 0 to 30 (published: 9)")
+            raise ValueError(f"--mix.randaugment_magnitude {self.magnitude}: give 0 to 30 (published: 9)")
 
     @property
     def stream(self) -> tuple[int, int]:
@@ -343,12 +343,14 @@ def _check_run(run: int) -> None:
 
 
 def _check_bounds(run: MixRun) -> None:
-    _check_schedule("floor", run.floor)
-    _check_schedule("ceiling", run.ceiling)
+    _check_schedule("mix.lam_min", run.floor)
+    _check_schedule("mix.lam_max", run.ceiling)
     for epoch, _ in (*run.floor, *run.ceiling):
         low, high = run.bounds(epoch)
         if low > high:
-            raise ValueError(f"--floor {low} is above --ceiling {high} from epoch {epoch:g} on: give a floor below it")
+            raise ValueError(
+                f"--mix.lam_min {low} is above --mix.lam_max {high} from epoch {epoch:g} on: give a smaller one"
+            )
 
 
 def _check_box(probability: float, scale: tuple[float, float], ratio: tuple[float, float]) -> None:

@@ -129,12 +129,12 @@ def _check_sizes(size: int, batch_size: int, world: int, accumulation: int, grou
     if batch_size % parts:
         raise ValueError(
             f"--batch_size {batch_size} cannot be divided evenly over {world} process(es) x --accumulation "
-            f"{accumulation}: use a multiple of {parts}{'' if group == 1 else f'; for --mix_group {group} {advice}'}"
+            f"{accumulation}: use a multiple of {parts}{'' if group == 1 else f'; for --mix.group {group} {advice}'}"
         )
     if (batch_size // parts) % group:
         raise ValueError(
             f"--batch_size {batch_size} gives each process microbatches of {batch_size // parts}, which is not a "
-            f"multiple of --mix_group {group}: {advice}{'' if '--mix_group' in advice else ', or another --mix_group'}"
+            f"multiple of --mix.group {group}: {advice}{'' if '--mix.group' in advice else ', or another --mix.group'}"
         )
 
 
@@ -146,7 +146,7 @@ def _fitting(most: int | None, parts: int, group: int) -> str:
             f"use fewer processes or a smaller --accumulation: a step has {parts} microbatches, the data {most} images"
         )
     if most is not None and most < unit:
-        fitting = f"--batch_size {most // parts * parts} with --mix_group {most // parts}"
+        fitting = f"--batch_size {most // parts * parts} with --mix.group {most // parts}"
         return f"use a multiple of {unit} with more images, or {fitting}"
     ways = [f"a multiple of {unit}"] if unit > 1 else []
     return f"use {', '.join([*ways, *([] if most is None else [f'at most {most // unit * unit}'])])}"

@@ -1,4 +1,4 @@
-"""The README and CONTRIBUTING say what is true: their commands parse, their code runs, their paths exist."""
+"""README, CONTRIBUTING and guides say what is true: their commands parse, their code runs, their paths exist."""
 
 import json
 import re
@@ -17,6 +17,8 @@ from dalikd.trainers.augmentation import AUGMENTATIONS
 
 _ROOT = Path(__file__).parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
+_GUIDES = [*sorted((_ROOT / "docs/guides").glob("*.md")), _ROOT / "docs/benchmarks/README.md"]
+_ALL = "\n".join([_README, *(path.read_text(encoding="utf-8") for path in _GUIDES)])
 _TINY = ["--data.image_size=32", "--data.limit=64", "--data.val_limit=9", "--data.threads=1", "--device=cpu"]
 _TINY_RUN = {
     "train": [*_TINY, "--model=resnet8", "--epochs=1"],
@@ -36,11 +38,11 @@ _TINY_RUN = {
 
 
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", _README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```$", _ALL, re.DOTALL | re.MULTILINE)
 
 
 def _commands() -> list[tuple[str, list[str]]]:
-    """Every command line of the README: the command's name and its arguments; in a loop, one round of it."""
+    """Every command line of README and guides: the command's name and its arguments; in a loop, one round of it."""
     lines = [
         line.replace("$name", "cutmix") for block in _blocks("bash") for line in block.replace("\\\n", " ").splitlines()
     ]
@@ -144,8 +146,14 @@ def test_loader_code_runs(workplace: Path) -> None:
 
 
 def test_the_table_lists_all_augmentations() -> None:
-    section = _README.partition("## The augmentations")[2].partition("\n## ")[0]
+    section = _ALL.partition("## The augmentations")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(AUGMENTATIONS)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (_ROOT / "README.md", _ROOT / "CONTRIBUTING.md", *_GUIDES):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+        assert [link for link in links if not (path.parent / link).exists()] == [], path.name
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

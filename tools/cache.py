@@ -7,8 +7,7 @@ from typing import Any
 
 from dalikd.tools.cli import run_command
 from dalikd.trainers.launch import start
-from dalikd.trainers.options import CacheOptions
-from dalikd.trainers.teacher_cache.fill import Comparison, fill_cache, verify_cache
+from dalikd.trainers.teacher_cache.fill import CacheOptions, Comparison, fill_cache, verify_cache
 
 
 def cache(options: CacheOptions, config: dict[str, Any]) -> Path:

@@ -24,9 +24,13 @@ from dalikd.tools import choose_threads
 from dalikd.tools.bench.options import PublishedOptions, ScalingOptions, StepOptions, TeacherOptions
 from dalikd.tools.classes import CLASSES, find_class, same_class, say_what_goes, settings_of, whole
 from dalikd.tools.signature import check_words, check_yaml, element, expand_path, expand_paths, is_word, option_types
-from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.evaluate import EvaluateOptions
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.stopping import Interrupted, lack_of_memory
 from dalikd.trainers.study.options import StudyOptions
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
+from dalikd.trainers.teacher_cache.fill import CacheOptions
 
 __all__ = [
     "OPTIONS",

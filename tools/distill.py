@@ -6,15 +6,14 @@ from typing import Any
 from dalikd.tools.cli import run_command
 from dalikd.tools.report import print_training
 from dalikd.trainers.launch import start
-from dalikd.trainers.options import DistillOptions
-from dalikd.trainers.setup import build_distillation, run_training
+from dalikd.trainers.run import run
+from dalikd.trainers.tasks.distill import DistillOptions
 
 
 def distill(options: DistillOptions, config: dict[str, Any]) -> dict[str, Any]:
     """Distil a teacher into a student and return the content of its results.json."""
     accelerator = start(options.device, options.precision)
-    task, data = build_distillation(options, accelerator)
-    results = run_training(task, data, options, accelerator, "distill", config)
+    results = run(options, accelerator, "distill", config)
     print_training(results, accelerator)
     return results
 

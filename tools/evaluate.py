@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 
-from dalikd.pipelines.data import as_used, open_split
+from dalikd.pipelines.data import as_used
 from dalikd.tools.cli import run_command
 from dalikd.tools.report import evaluation_line
-from dalikd.trainers.evaluate import evaluate, replaced_files
+from dalikd.trainers.evaluate import EvaluateOptions, evaluate, replaced_files
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.models import build_model
-from dalikd.trainers.options import EvaluateOptions
-from dalikd.trainers.setup import reading, validation_loader
+from dalikd.trainers.setup import open_run
 from dalikd.trainers.tracking import check_writable, versions, write_json
-from dalikd.trainers.trial import check_class_order, try_net
 
 
 def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, Any]:
@@ -28,27 +26,25 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
     if options.json is not None:
         check_writable("--json", Path(options.json))
     accelerator = start(options.device, options.precision)
-    source = open_split(options.data, "val", options.seed)
+    setup = open_run(options, accelerator, "val")
     model = build_model(
-        options.model, source, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std
+        options.model, setup.val, weights=options.weights, args=options.model_args, mean=options.mean, std=options.std
     )
     model = model.to(accelerator.device, model_type(options.precision), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loader = validation_loader(source, options, accelerator)
-    view, device, who = loader.spec.view, accelerator.device, f"--model {options.model}"
+    loader, name = setup.val_loader(), f"--model {options.model}"
     with accelerator.autocast():
-        try_net(model.eval(), who, view.size, len(source.classes), device)
-        check_class_order(model, who, options.weights, source, view, device, **reading(options.data))
+        setup.check_net(model.eval(), name, options.weights, setup.val_view)
     result = evaluate({"net": model}, loader, accelerator)["net"]
     if not math.isfinite(result["loss"]):
-        raise ValueError(f"{who} answers some images with NaN or infinity: --precision is too coarse for its weights")
+        raise ValueError(f"{name} answers some images with NaN or infinity: --precision is too coarse for its weights")
     report = {
         **result,
         "replaced_files": replaced_files((loader,), accelerator),
         "normalisation": model.normalisation._asdict(),
-        "class_names": list(source.classes),  # index = label
-        "fingerprint": source.fingerprint,
+        "class_names": list(setup.val.classes),  # index = label
+        "fingerprint": setup.val.fingerprint,
         "config": config,
-        "data": as_used(options.data, source, device),
+        "data": as_used(options.data, setup.val, accelerator.device),
         "versions": versions(accelerator.device),
     }
     if accelerator.is_main_process:

@@ -6,8 +6,7 @@ from typing import Any
 
 from dalikd.tools.cli import run_command
 from dalikd.trainers.launch import start
-from dalikd.trainers.measure import measure_all, results_table
-from dalikd.trainers.options import MeasureOptions
+from dalikd.trainers.measure import MeasureOptions, measure_all, results_table
 from dalikd.trainers.tracking import check_writable, write_json
 
 

@@ -15,15 +15,16 @@ from dalikd.pipelines.data import evaluation_view, open_sources, training_view
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
-from dalikd.trainers.launch import start
-from dalikd.trainers.measure import check_measuring
+from dalikd.trainers.launch import check_compiler, start
+from dalikd.trainers.measure import MeasureOptions, check_measuring
 from dalikd.trainers.models import _check_pretrained, build_model, build_teacher
-from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainingOptions, TrainOptions
-from dalikd.trainers.setup import build_student, check_training
+from dalikd.trainers.run import check_training
+from dalikd.trainers.setup import Setup
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.work import Sizes, Work, work
-from dalikd.trainers.tasks.supervised import Supervised
-from dalikd.trainers.teacher_step import check_compiler
+from dalikd.trainers.tasks.base import TrainingOptions
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
 from dalikd.trainers.trial import try_step
 
 __all__ = ["Opened", "check_cell", "check_machine", "check_teacher"]
@@ -69,7 +70,7 @@ class Opened:
     def augmenter(self, name: str, options: Any) -> Augmenter:
         """An augmentation, bound to the training split."""
         source, _ = self.sources(options)
-        return Augmenter(name, options, source, training_view(options.data, source), options.seed)
+        return Augmenter(name, options.mix, source, training_view(options.data, source), options.seed)
 
     def once(self, key: Any, check: Callable[[], object]) -> None:
         """Check what has not been found right before under an equal key."""
@@ -153,7 +154,7 @@ def _check_options(options: Any, opened: Opened) -> list[Augmenter]:
         try_step(options.optimizer([weights]))
     augmenters = [opened.augmenter(name, options) for name in names]
     _check_batches(options, opened.sizes(options))
-    parts = ("model", "model_args", "mean", "std", "reinit", "fix_student", "compile")
+    parts = ("model", "model_args", "mean", "std", "reinit", "freeze_student", "compile")
     key = [type(options).__name__, names, asdict(options.data), *(getattr(options, part, None) for part in parts)]
     opened.once(key, lambda: _check_nets(options, opened, augmenters))
     return augmenters
@@ -168,7 +169,7 @@ def _check_nets(options: TrainingOptions | MeasureOptions, opened: Opened, augme
         nets.append((options.teacher.name, options.teacher.args))
     with torch.device("meta"):
         if isinstance(options, TrainingOptions):
-            student = build_student(options, source)
+            student = options.build_student(Setup(options, cast(Accelerator, _AnyMachine()), *opened.sources(options)))
             if isinstance(options, TrainOptions):
                 Supervised(student, augmenters[0], options.label_smoothing)
         for name, args in nets if hidden else []:
@@ -184,7 +185,7 @@ def _check_batches(options: TrainingOptions | MeasureOptions, sizes: Sizes) -> N
         options.seed,
         world=int(os.environ.get("WORLD_SIZE", "1")),
         accumulation=options.accumulation if trains else 1,
-        group=options.mix_group,
+        group=options.mix.group,
         drop_last=trains,
     )
     if not trains and sizes.train_images * options.epochs < options.window:

@@ -11,7 +11,7 @@ from dalikd.tools.cli import parse
 from dalikd.tools.study_checks import Opened, check_cell, check_teacher
 from dalikd.tools.study_config import ONE_CALL, Reading
 from dalikd.trainers.augmentation import augmentation_names
-from dalikd.trainers.options import MeasureOptions
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.study.options import Pair, StudyOptions, chosen_pairs, read_pairs
 from dalikd.trainers.study.plan import Axes, Cell, deal, plan
 from dalikd.trainers.study.work import Work

@@ -39,13 +39,14 @@ class MixOptions:
 
     Args:
         mode: per_sample (every image draws its own parameters), or per_batch (one draw for a whole mix group: one flip,
-            crop, policy, hole, lam and box, as in the published code).
-        mix_group: consecutive images that mix among themselves and share a pool of picks; published: 64.
-        alpha: lam of mixup and cutmix is drawn from Beta(alpha, alpha).
+            crop, policy, hole, lambda and box, as in the published code).
+        group: consecutive images that are mixed with each other and share a pool of picks; published: 64.
+        alpha: lambda of mixup and cutmix is drawn from Beta(alpha, alpha).
         manifold_alpha: the same for manifold_mixup.
-        ceiling: largest share that an image keeps of itself in cutmix and patchmix (there: that it takes), by epoch,
-            such as {0: 0.75, 150: 1}, epochs counted from 0 and not stretched by epoch_factor; default: 1 throughout.
-        floor: smallest such share, by epoch; default: 0 throughout.
+        lam_max: largest lambda, the share that an image keeps of itself, in cutmix and patchmix (there: that it takes),
+            by epoch, such as {0: 0.75, 150: 1}, epochs counted from 0 and not stretched by epoch_factor; default: 1
+            throughout.
+        lam_min: smallest such share, by epoch; default: 0 throughout.
         cutout_side: side of the cutout square in pixels; default: the published one of the data set, a quarter of the
             image size else.
         patch_side: side of the squares that patchmix exchanges, in pixels.
@@ -53,24 +54,24 @@ class MixOptions:
         mask_ratio: share of them that masking hides.
         randaugment_ops: operations of randaugment, one after the other.
         randaugment_magnitude: their magnitude, 0 to 30.
-        mix_n_run: runs of an augmentation that make the pool picks are taken from.
+        n_run: runs of an augmentation that make the pool picks are taken from.
         n_pick: picks from the pool of each mix group; default: as many as it has originals.
         pick_temperature: of the kld criterion; published: that of distillation.
     """
 
     mode: Literal["per_sample", "per_batch"] = "per_sample"
-    mix_group: int = 64
+    group: int = 64
     alpha: float = 1.0
     manifold_alpha: float = MANIFOLD_ALPHA
-    ceiling: dict[int, float] = field(default_factory=dict)
-    floor: dict[int, float] = field(default_factory=dict)
+    lam_max: dict[int, float] = field(default_factory=dict)
+    lam_min: dict[int, float] = field(default_factory=dict)
     cutout_side: int | None = None
     patch_side: int = 4
     mask_cells: int = 4
     mask_ratio: float = 0.5
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
-    mix_n_run: int = 2
+    n_run: int = 2
     n_pick: int | None = None
     pick_temperature: float = PICK_TEMPERATURE
 
@@ -113,7 +114,7 @@ def _masking(setting: _Setting) -> MixFunction:
 
 def _boxes(setting: _Setting) -> MixRun:
     options = setting.options
-    return MixRun("derangement", 0, options.alpha, _shares(options.floor), _shares(options.ceiling))
+    return MixRun("derangement", 0, options.alpha, _shares(options.lam_min), _shares(options.lam_max))
 
 
 def _patches(setting: _Setting) -> MixRun:
@@ -225,14 +226,14 @@ class Augmenter:
         base, criterion = augmentation.pick or (self.name, None)
         self.criterion: Criterion | None = criterion_by_name(criterion, options.pick_temperature) if criterion else None
         self.base = AUGMENTATIONS[base]
-        self.group, self.side = options.mix_group, view.size
+        self.group, self.side = options.group, view.size
         _check_grid(base, options, view.size)
         fill = tuple(255 * value for value in source.mean)
         setting = _Setting(options, view.size, options.cutout_side or cutout_side(source.name, view.size), fill)
         self._mix = self.base.mix(setting) if self.base.mix else None
-        self.parts = _parts(base, setting, options.mix_n_run if criterion else 1)
-        self.keep = options.n_pick if criterion and options.n_pick != options.mix_group else None
-        self.draw_spec = _draw_spec(self.parts, DrawSpec(view, seed, mode=options.mode, mix_group=options.mix_group))
+        self.parts = _parts(base, setting, options.n_run if criterion else 1)
+        self.keep = options.n_pick if criterion and options.n_pick != options.group else None
+        self.draw_spec = _draw_spec(self.parts, DrawSpec(view, seed, mode=options.mode, mix_group=options.group))
         _check_group(self)
 
     @property
@@ -349,52 +350,54 @@ def _draw_spec(parts: Sequence[Part], spec: DrawSpec) -> DrawSpec:
 def _check_group(augmenter: Augmenter) -> None:
     if augmenter.labels_are_mixed and augmenter.group < 2:
         raise ValueError(
-            f"--mix_group {augmenter.group}: {augmenter.name} mixes an image with another one of its group; "
+            f"--mix.group {augmenter.group}: {augmenter.name} mixes an image with another one of its group; "
             "give at least 2"
         )
     pool = augmenter.runs * augmenter.group
     if augmenter.keep is not None and not 1 <= augmenter.keep <= pool:
         raise ValueError(
-            f"--n_pick {augmenter.keep}: the pool of {augmenter.name} holds {pool} images (--mix_n_run "
-            f"{augmenter.runs} x --mix_group {augmenter.group}); give 1 to {pool}"
+            f"--mix.n_pick {augmenter.keep}: the pool of {augmenter.name} holds {pool} images (--mix.n_run "
+            f"{augmenter.runs} x --mix.group {augmenter.group}); give 1 to {pool}"
         )
 
 
 def _check_options(options: MixOptions) -> None:
-    for name, published in (("mix_group", 64), ("mix_n_run", 2), ("patch_side", 4), ("mask_cells", 4)):
+    for name, published in (("group", 64), ("n_run", 2), ("patch_side", 4), ("mask_cells", 4)):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: give at least 1 (published: {published})")
-    if options.mix_n_run > MOST_RUNS:
-        raise ValueError(f"--mix_n_run {options.mix_n_run}: give at most {MOST_RUNS}")
+            raise ValueError(f"--mix.{name} {getattr(options, name)}: give at least 1 (published: {published})")
+    if options.n_run > MOST_RUNS:
+        raise ValueError(f"--mix.n_run {options.n_run}: give at most {MOST_RUNS}")
     for name, published in (("alpha", 1), ("manifold_alpha", 2), ("pick_temperature", 4)):
         if not 0 < getattr(options, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(options, name)}: give a number above 0 (published: {published})")
+            raise ValueError(f"--mix.{name} {getattr(options, name)}: give a number above 0 (published: {published})")
     if options.cutout_side is not None and options.cutout_side < 1:
-        raise ValueError(f"--cutout_side {options.cutout_side}: give at least 1 pixel")
+        raise ValueError(f"--mix.cutout_side {options.cutout_side}: give at least 1 pixel")
     if not 0 <= options.mask_ratio <= 1:
-        raise ValueError(f"--mask_ratio {options.mask_ratio}: give a share from 0 to 1 (published: 0.5)")
+        raise ValueError(f"--mix.mask_ratio {options.mask_ratio}: give a share from 0 to 1 (published: 0.5)")
     _check_shares(options)
 
 
 def _check_grid(base: str, options: MixOptions, side: int) -> None:
     """Squares of patchmix and cells of masking must cover the image."""
     if base == "patchmix" and side % options.patch_side:
-        raise ValueError(f"--patch_side {options.patch_side}: images of {side} pixels need a divisor of {side}")
+        raise ValueError(f"--mix.patch_side {options.patch_side}: images of {side} pixels need a divisor of {side}")
     if base == "masking" and side % options.mask_cells:
-        raise ValueError(f"--mask_cells {options.mask_cells}: images of {side} pixels need a divisor of {side}")
+        raise ValueError(f"--mix.mask_cells {options.mask_cells}: images of {side} pixels need a divisor of {side}")
 
 
 def _check_shares(options: MixOptions) -> None:
-    for name in ("ceiling", "floor"):
+    for name in ("lam_max", "lam_min"):
         shares = getattr(options, name)
         if shares and (min(shares) != 0 or not all(0 <= value <= 1 for value in shares.values())):
             raise ValueError(
-                f"--{name} {shares}: give shares from 0 to 1 by epoch, from epoch 0 on, such as {{0: 0.75}}"
+                f"--mix.{name} {shares}: give shares from 0 to 1 by epoch, from epoch 0 on, such as {{0: 0.75}}"
             )
-    for epoch in sorted({0, *options.ceiling, *options.floor}):
-        floor, ceiling = _share_at(options.floor, epoch, 0.0), _share_at(options.ceiling, epoch, 1.0)
-        if floor > ceiling:
-            raise ValueError(f"--floor {floor} is above --ceiling {ceiling} in epoch {epoch}: exchange or change them")
+    for epoch in sorted({0, *options.lam_max, *options.lam_min}):
+        smallest, largest = _share_at(options.lam_min, epoch, 0.0), _share_at(options.lam_max, epoch, 1.0)
+        if smallest > largest:
+            raise ValueError(
+                f"--mix.lam_min {smallest} is above --mix.lam_max {largest} in epoch {epoch}: exchange or change them"
+            )
 
 
 def _share_at(by_epoch: dict[int, float], epoch: int, default: float) -> float:

@@ -1,6 +1,7 @@
 """Loss and accuracy on every image exactly once, over any number of processes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -9,11 +10,35 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
+from dalikd.trainers.options import RunOptions
 from dalikd.trainers.progress import progress
 
-__all__ = ["accuracy_sums", "evaluate", "replaced_files"]
+__all__ = ["EvaluateOptions", "accuracy_sums", "evaluate", "replaced_files"]
+
+
+@dataclass
+class EvaluateOptions(RunOptions):
+    """Evaluate a net on the validation split: every image exactly once.
+
+    Args:
+        model: its architecture.
+        model_args: options of that architecture.
+        weights: its weights: a file, or "pretrained" for timm's own.
+        mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
+            trained, where they or dalikd's list of published files say it, else as the data set is.
+        std: as mean; give both or none.
+        json: file the results are written to.
+    """
+
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: FilePath | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    json: FilePath | None = None
 
 
 @torch.no_grad()

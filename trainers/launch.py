@@ -3,7 +3,10 @@
 import ctypes
 import os
 import shlex
+import shutil
 import sys
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,9 +16,19 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import KwargsHandler
 
-__all__ = ["Device", "Precision", "autocast_type", "model_type", "start"]
+__all__ = [
+    "CompileMode",
+    "Device",
+    "Precision",
+    "autocast_type",
+    "automatic_mode",
+    "check_compiler",
+    "model_type",
+    "start",
+]
 
 Device = Literal["auto", "cpu", "cuda"]
+CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +64,41 @@ def autocast_type(precision: Precision) -> torch.dtype | None:
 def model_type(precision: Precision) -> torch.dtype:
     """The type parameters are kept in."""
     return torch.float64 if precision == "fp64" else torch.float32
+
+
+@cache  # which says once what is missing
+def automatic_mode(on_cpu: bool) -> CompileMode:
+    """What `auto` means: the default mode on a GPU where something can compile for it, else off.
+
+    Args:
+        on_cpu: whether the CPU is asked for, even beside a GPU.
+    """
+    if on_cpu or not torch.cuda.is_available():
+        return "off"
+    tools = {"triton": find_spec("triton"), "a C compiler": _finds_compiler()}
+    missing = [name for name, found in tools.items() if not found]
+    if missing and os.environ.get("RANK", "0") == "0":
+        print(
+            f"dalikd: --compile auto compiles nothing, for lack of {' and '.join(missing)}: a run takes longer "
+            "(install gcc, or triton beside torch)",
+            file=sys.stderr,
+        )
+    return "off" if missing else "default"
+
+
+def check_compiler(mode: CompileMode) -> None:
+    """Refuse to compile where nothing can: torch turns every region into C++, or into kernels with a stub in C.
+
+    Raises:
+        ValueError: no compiler is installed.
+    """
+    if mode != "off" and not _finds_compiler():
+        raise ValueError(f"--compile {mode} needs a C++ compiler and there is none: install g++, or use --compile off")
+
+
+def _finds_compiler() -> bool:
+    named = [os.environ[variable] for variable in ("CXX", "CC") if os.environ.get(variable)]
+    return any(shutil.which(name) for name in (*named, "g++", "gcc", "clang++", "clang"))
 
 
 def _keep_freed_memory() -> None:

@@ -20,13 +20,12 @@ from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate, replaced_files
-from dalikd.trainers.options import TrainingOptions
+from dalikd.trainers.launch import check_compiler
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
 from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, save_after
-from dalikd.trainers.tasks.base import Task
-from dalikd.trainers.teacher_step import check_compiler
+from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tracking import Meter, RunFolder, versions
 
 __all__ = ["Loop", "make_optimizer", "parameter_groups"]
@@ -103,7 +102,7 @@ class Loop:
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
         self._threads = torch.get_num_threads()  # outside of this run
         self.steps_per_epoch = loader.sampler.steps_per_epoch
-        self.total_steps = round(options.epochs * options.epoch_factor) * self.steps_per_epoch
+        self.total_steps = options.length * self.steps_per_epoch
 
     # ------------------------------------------------------------------------------------------ the step
 
@@ -137,8 +136,8 @@ class Loop:
 
     def _update(self) -> None:
         """Move the weights along their gradients."""
-        if self.options.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        if self.options.clip_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for name, average in self.averages.items():
@@ -239,7 +238,7 @@ class Loop:
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss} at step {self.progress.step}: training has diverged; lower --optimizer.lr, set "
-                "--clip or --schedule.warmup_epochs"
+                "--clip_grad_norm or --schedule.warmup_epochs"
             )
 
     def _end_epoch(self) -> None:

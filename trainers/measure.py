@@ -5,7 +5,7 @@ is a branch of it, and the teacher is asked about everything in few calls.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,34 +21,108 @@ from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.data import as_used, evaluation_view, open_split, training_view
+from dalikd.pipelines.data import FilePath, as_used
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import BadFileError, Batch, Loader
-from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import (
     Augmenter,
     Branches,
-    MixOptions,
     augmentation_names,
     is_picked_by_student,
 )
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files
-from dalikd.trainers.launch import model_type
-from dalikd.trainers.measurement import EntropyLogs, Measurement, Surveyor
-from dalikd.trainers.models import build_model, describe_teacher, open_teacher
-from dalikd.trainers.options import MeasureOptions
+from dalikd.trainers.launch import CompileMode, model_type
+from dalikd.trainers.measurement import EntropyLogs, Measurement, MetricName, Surveyor
+from dalikd.trainers.models import TeacherConfig, build_model, describe_teacher
+from dalikd.trainers.options import FROM_1, SHARE, AugmentingOptions, NumberRange, check_numbers, renamed
 from dalikd.trainers.progress import progress
-from dalikd.trainers.setup import make_loader, reading, resident_pictures
+from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
-from dalikd.trainers.teacher_step import CompileMode
 from dalikd.trainers.tracking import check_writable, versions
-from dalikd.trainers.trial import check_class_order, check_finite, try_net
+from dalikd.trainers.trial import check_finite
 
-__all__ = ["build_scorer", "check_measuring", "measure", "measure_all", "measure_branches", "results_table"]
+__all__ = [
+    "MeasureOptions",
+    "build_scorer",
+    "check_measuring",
+    "measure",
+    "measure_all",
+    "measure_branches",
+    "results_table",
+]
 
 _FIRST_CHECK = 40  # windows, two for each group of the jackknife; then half as many again from check to check
+
+
+_MEASURING = {
+    "epochs": FROM_1,
+    "window": NumberRange(lambda value: value >= 2 and value % 2 == 0, "a positive even number (published: 640)"),
+    "confidence": SHARE,
+    "stop_confidence": SHARE,
+    "images_per_call": FROM_1,
+    "entropy_log_every": FROM_1,
+    "checkpoint_every": FROM_1,
+}
+
+
+@dataclass
+class MeasureOptions(AugmentingOptions):
+    """Measure how good augmentations are for distillation, by the teacher alone (T. stddev; lower is better).
+
+    All of them are measured in one pass over the data: pictures are decoded once, and the teacher sees the originals
+    and whatever augmentations have in common once.
+
+    Args:
+        augmentation: one or several names, "published" for the paper's nine or "all"; BASE+CRITERION picks out of
+            several runs of another augmentation, by teacher_entropy, student_entropy, kld or dissimilarity.
+        teacher: the net that is asked.
+        model: architecture of the student that scores candidates (student_entropy, kld), or whose cross-entropy is
+            measured.
+        model_args: options of that architecture.
+        weights: its weights; without them it is a fresh one made from the seed (the published figures used a trained
+            student).
+        epochs: passes over the training data; published: 10.
+        window: teacher outputs in a window; published: 640.
+        metrics: what is measured beside T. stddev and entropy: probability_covariance (of the teacher's outputs, over
+            samples and classes), cross_entropy_covariance (between samples, of teacher and --model, and its
+            approximation by the teacher alone; without --model that alone).
+        confidence: of the intervals, and of the comparison of neighbours in the ranking.
+        stop_confidence: stop as soon as all neighbours in the ranking are told apart at this confidence; the epochs are
+            the most that are passed.
+        per_class: also write the T. stddev of each class.
+        images_per_call: images that a net sees at once at most, if the batch is not larger.
+        entropy_log: a folder for the entropies of originals, candidates and picks, as arrays and as a plot, of every
+            --entropy_log_every-th batch; the main process's share of it.
+        entropy_log_every: batches from one to the next.
+        checkpoint: file that the measurement is saved in, and gone on from when called again.
+        checkpoint_every: batches between two savings.
+        json: file the results are written to.
+    """
+
+    augmentation: list[str] = field(default_factory=lambda: ["published"])
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: FilePath | None = None
+    epochs: int = 10
+    window: int = 640
+    metrics: list[MetricName] = field(default_factory=list)
+    confidence: float = 0.95
+    stop_confidence: float | None = None
+    per_class: bool = False
+    images_per_call: int = 1024
+    entropy_log: FilePath | None = None
+    entropy_log_every: int = 100
+    checkpoint: FilePath | None = None
+    checkpoint_every: int = 500
+    json: FilePath | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be measured with."""
+        super().__post_init__()
+        check_numbers(self, _MEASURING)
 
 
 def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, Any]:
@@ -62,37 +136,22 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     """
     names = augmentation_names(options.augmentation)
     check_measuring(options, names)
-    source = open_split(options.data, "train", options.seed)
-    view = training_view(options.data, source)
-    augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
+    setup = open_run(options, accelerator, "train")
+    augmenters = [setup.augmenter(name) for name in names]
     branches = Branches(augmenters)
-    student = build_scorer(options, source, augmenters)
-    seen_in_training = evaluation_view(options.data, source)
-    teacher = open_teacher(options.teacher, source, seen_in_training, accelerator.device, options.precision)
-    check_class_order(
-        teacher, f"the teacher {options.teacher.name}", options.teacher.weights, source, seen_in_training,
-        accelerator.device, **reading(options.data),
-    )  # fmt: skip
-    sampler = Sampler(
-        len(source), options.batch_size, options.seed, drop_last=False, world=accelerator.num_processes,
-        rank=accelerator.process_index, group=options.mix_group,
-    )  # fmt: skip
-    resident = resident_pictures(source, view, options.data, accelerator)
-    loader = make_loader(source, sampler, branches.draw_spec, options.data, accelerator, resident=resident, buffers=2)
+    student = build_scorer(options, setup.source, augmenters)
+    teacher = setup.teacher(options.teacher)
+    loader = setup.loader(branches.draw_spec, setup.sampler(drop_last=False))
     run = _Pass(branches, loader, teacher, accelerator, student, options)
     if student is not None:
-        try_net(student, f"--model {options.model}", view.size, len(source.classes), accelerator.device)
-        check_class_order(
-            student, f"--model {options.model}", options.weights, source, seen_in_training, accelerator.device,
-            **reading(options.data),
-        )  # fmt: skip
+        setup.check_net(student, f"--model {options.model}", options.weights, setup.view)
     if options.checkpoint is not None:
-        run.keep_state(Path(options.checkpoint), _identity(options, view, teacher, student))
+        run.keep_state(Path(options.checkpoint), _identity(options, setup.view, teacher, student))
     run.go()
     loader.close()
     return {
-        **run.report(source.classes if options.per_class else None),
-        **_header(options, source, accelerator, teacher, student),
+        **run.report(setup.source.classes if options.per_class else None),
+        **_header(options, setup, teacher, student),
     }
 
 
@@ -338,7 +397,7 @@ class _Checkpoint:
         if not self._path.exists():
             return None
         state = read_state(self._path)
-        saved = state.get("identity", {})
+        saved = renamed(state.get("identity", {}))
         for name, value in self._identity.items():
             if saved.get(name) != value:
                 raise ValueError(
@@ -431,17 +490,14 @@ def build_scorer(options: MeasureOptions, source: Source, augmenters: Sequence[A
     return student.to(model_type(options.precision)).requires_grad_(False)
 
 
-def _header(
-    options: MeasureOptions,
-    source: Source,
-    accelerator: Accelerator,
-    teacher: Teacher,
-    student: Normalized | None,
-) -> dict[str, Any]:
+def _header(options: MeasureOptions, setup: Setup, teacher: Teacher, student: Normalized | None) -> dict[str, Any]:
+    source, accelerator = setup.source, setup.accelerator
     assert isinstance(teacher.model, Normalized)
     weights = options.weights or "fresh, from the seed"
     return {
-        **_mix_options(options),
+        "mode": options.mix.mode,
+        "mix_group": options.mix.group,
+        "mix": asdict(options.mix),
         "window": options.window,
         "epochs": options.epochs,
         "seed": options.seed,
@@ -462,17 +518,13 @@ def _identity(options: MeasureOptions, view: View, teacher: Teacher, student: No
     """What a saved measurement depends on besides its images, which the loader compares."""
     return {
         "augmentation": augmentation_names(options.augmentation),
-        **_mix_options(options),
+        **{f"mix.{name}": value for name, value in asdict(options.mix).items()},
         **{f"view.{name}": value for name, value in asdict(view).items()},
         "teacher": teacher.digest_in_use,
         "student": None if student is None else weights_digest(student),
         **{name: getattr(options, name) for name in ("seed", "window", "precision", "stop_confidence")},
         "metrics": list(options.metrics),
     }
-
-
-def _mix_options(options: MixOptions) -> dict[str, Any]:
-    return {option.name: getattr(options, option.name) for option in fields(MixOptions)}
 
 
 def _scorer(student: Normalized | None, accelerator: Accelerator) -> Callable[..., Tensor] | None:

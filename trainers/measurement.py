@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +19,11 @@ from dalikd.kd.survey import Branch, BranchOutputs, Survey, survey
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches, is_picked_by_student
-from dalikd.trainers.options import MetricName
-from dalikd.trainers.teacher_step import CompileMode, check_compiler
+from dalikd.trainers.launch import CompileMode, check_compiler
 
 __all__ = ["EntropyLogs", "Measurement", "Surveyor"]
+
+MetricName = Literal["probability_covariance", "cross_entropy_covariance"]
 
 
 class Surveyor:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dalikd.trainers.options import renamed
+
 __all__ = ["check_same_run", "identity"]
 
 #: options, and groups of them, that change where and how fast a run works, or name files whose content is compared
@@ -48,7 +50,7 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
         ValueError: it is another run: its options or the content of its files differ.
     """
     refused, said = [], []
-    before, now = saved.get("options", {}), own["options"]
+    before, now = renamed(saved.get("options", {})), own["options"]
     # an option that a version did not have yet is not compared; nested ones that were not given are None
     groups = {name.partition(".")[0] for name in before} & {name.partition(".")[0] for name in now}
     for name in sorted(before.keys() | now.keys()):

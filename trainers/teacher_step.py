@@ -1,12 +1,8 @@
 """The look of a step: augmentation, teacher and choice joined into one function of a batch, compiled on request."""
 
-import os
-import shutil
-import sys
 from collections.abc import Callable, Collection
-from functools import cache, partial
-from importlib.util import find_spec
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +11,9 @@ from dalikd.kd.mixing import MixDraws
 from dalikd.kd.teacher import Look, Teacher, look
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.launch import CompileMode, check_compiler
 
-__all__ = ["CompileMode", "Looker", "automatic_mode", "check_compiler"]
-
-CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+__all__ = ["Looker"]
 
 
 class Looker:
@@ -77,38 +72,3 @@ class Looker:
             keep=self._augmenter.keep,
             student=self._student,
         )
-
-
-@cache  # which says once what is missing
-def automatic_mode(on_cpu: bool) -> CompileMode:
-    """What `auto` means: the default mode on a GPU where something can compile for it, else off.
-
-    Args:
-        on_cpu: whether the CPU is asked for, even beside a GPU.
-    """
-    if on_cpu or not torch.cuda.is_available():
-        return "off"
-    tools = {"triton": find_spec("triton"), "a C compiler": _finds_compiler()}
-    missing = [name for name, found in tools.items() if not found]
-    if missing and os.environ.get("RANK", "0") == "0":
-        print(
-            f"dalikd: --compile auto compiles nothing, for lack of {' and '.join(missing)}: a run takes longer "
-            "(install gcc, or triton beside torch)",
-            file=sys.stderr,
-        )
-    return "off" if missing else "default"
-
-
-def check_compiler(mode: CompileMode) -> None:
-    """Refuse to compile where nothing can: torch turns every region into C++, or into kernels with a stub in C.
-
-    Raises:
-        ValueError: no compiler is installed.
-    """
-    if mode != "off" and not _finds_compiler():
-        raise ValueError(f"--compile {mode} needs a C++ compiler and there is none: install g++, or use --compile off")
-
-
-def _finds_compiler() -> bool:
-    named = [os.environ[variable] for variable in ("CXX", "CC") if os.environ.get(variable)]
-    return any(shutil.which(name) for name in (*named, "g++", "gcc", "clang++", "clang"))

@@ -16,7 +16,7 @@ DEVICE = "cuda"
 @pytest.fixture
 def options(cifar):
     """Steps of two mix groups, so that cache --verify, which asks for one at a time, asks in other batches."""
-    sizes = ["--batch_size", "128", "--mix_group", "64", "--epochs", "2", "--compile", "off"]
+    sizes = ["--batch_size", "128", "--mix.group", "64", "--epochs", "2", "--compile", "off"]
     return [*cifar, "--device", DEVICE, *sizes, "--augmentation", "cutmixpick_teacher"]
 
 

@@ -27,7 +27,7 @@ def _words(data, classes, folder):
         net(torch.randn(64, 3, 32, 32))
     torch.save(net.state_dict(), folder / "resnet8.pt")
     teacher = ("--teacher.name", "resnet8", "--teacher.weights", str(folder / "resnet8.pt"))
-    return [*data, "--device", DEVICE, "--batch_size", "64", "--mix_group", "16", *teacher, "--model", "resnet8"]
+    return [*data, "--device", DEVICE, "--batch_size", "64", "--mix.group", "16", *teacher, "--model", "resnet8"]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def _distil(folder, common, augmentation, mode, *options):
         ("cutmixpick_teacher", []),
         ("cutmixpick_student", []),
         ("identity", []),
-        ("mixup", ["--accumulation", "2", "--ema", "0.9", "--clip", "1", "--optimizer.fused", "true"]),
+        ("mixup", ["--accumulation", "2", "--ema", "0.9", "--clip_grad_norm", "1", "--optimizer.fused", "true"]),
     ],
 )
 def test_compiled_distillation_gives_the_same_losses(common, tmp_path, augmentation, options, mode):

@@ -28,7 +28,7 @@ def common(cifar, tmp_path):
     torch.manual_seed(0)
     torch.save(create_model("resnet8", 10).state_dict(), tmp_path / "teacher.pt")
     teacher = ["--teacher.name", "resnet8", "--teacher.weights", str(tmp_path / "teacher.pt")]
-    sizes = ["--batch_size", "64", "--mix_group", "16", "--optimizer.lr", "0.01", "--schedule.name", "constant"]
+    sizes = ["--batch_size", "64", "--mix.group", "16", "--optimizer.lr", "0.01", "--schedule.name", "constant"]
     return [*cifar, *teacher, *sizes, "--device", DEVICE, "--compile", "off"]
 
 
@@ -67,7 +67,9 @@ def test_two_gpus_with_shared_statistics_train_as_one_does(common, tmp_path, mod
 def test_two_gpus_train_with_statistics_of_their_own(common, tmp_path, precision):
     """The last batch of an evaluation is short and shared unevenly."""
     words = [*common, "--model", "resnet8", "--augmentation", "mixup", "--epochs", "4", "--precision", precision]
-    _launch([*words, "--data.val_limit", "33", "--ema", "0.9", "--clip", "1", "--output", str(tmp_path / "two")])
+    _launch(
+        [*words, "--data.val_limit", "33", "--ema", "0.9", "--clip_grad_norm", "1", "--output", str(tmp_path / "two")]
+    )
     results = _results(tmp_path / "two")
     entries = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
     losses = [entry["epoch_train"]["loss"] for entry in entries if "epoch_train" in entry]

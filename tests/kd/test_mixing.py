@@ -302,12 +302,12 @@ def test_unusable_arguments_are_refused():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (partial(patchmix, side=4), "4 pixels do not tile 20 x 33: set --patch_side to a divisor"),
+        (partial(patchmix, side=4), "4 pixels do not tile 20 x 33: set --mix.patch_side to a divisor"),
         (partial(patchmix, side=0), "0 pixels do not tile"),
         (partial(patchmix, side=1), r"cells have shape \(4, 16\) for 4 images of 20 x 33 cells: give \(4, 660\)"),
-        (partial(masking, fill=FILL), "4 cells a side do not divide 20 x 33 pixels: set --mask_cells to a divisor"),
+        (partial(masking, fill=FILL), "4 cells a side do not divide 20 x 33 pixels: set --mix.mask_cells to a divisor"),
         (partial(masking, fill=FILL, cells_a_side=0), "0 cells a side"),
-        (partial(masking, fill=FILL, cells_a_side=1, ratio=1.5), "mask ratio is 1.5: set --mask_ratio to a share"),
+        (partial(masking, fill=FILL, cells_a_side=1, ratio=1.5), "mask ratio is 1.5: set --mix.mask_ratio to a share"),
     ],
 )
 def test_grids_that_do_not_fit_are_refused(function: Callable[..., Mixed], message: str):

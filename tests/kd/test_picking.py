@@ -122,7 +122,7 @@ def test_unusable_criteria_are_refused():
     with pytest.raises(ValueError, match=r'unknown criterion "entropy": there are teacher_entropy, student_entropy'):
         criterion_by_name("entropy")
     for temperature in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"--pick_temperature .*: give a number above 0"):
+        with pytest.raises(ValueError, match=r"--mix.pick_temperature .*: give a number above 0"):
             criterion_by_name("kld", temperature)
     with pytest.raises(ValueError, match="7 candidates are no whole runs over 4 originals"):
         dissimilarity(torch.zeros(7, 3), torch.zeros(4, 3), 4)
@@ -188,7 +188,7 @@ def test_more_may_be_kept_than_there_are_originals():
 
 @pytest.mark.parametrize("keep", [0, -1, 9])
 def test_more_than_the_pool_holds_is_refused(keep: int):
-    with pytest.raises(ValueError, match=rf"--n_pick {keep} of a pool of 8: .*mix_n_run 2 x mix_group 4"):
+    with pytest.raises(ValueError, match=rf"--mix.n_pick {keep} of a pool of 8: .*mix_n_run 2 x mix_group 4"):
         pick_rows(torch.zeros(2, 8), 4, keep)
 
 

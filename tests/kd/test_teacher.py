@@ -244,7 +244,7 @@ def test_entropies_of_a_single_run_are_the_teachers(teacher, pixels):
 
 
 def test_more_picks_than_the_pool_holds_are_refused(teacher, pixels):
-    with pytest.raises(ValueError, match=f"--n_pick {2 * GROUP + 1} of a pool of {2 * GROUP}"):
+    with pytest.raises(ValueError, match=f"--mix.n_pick {2 * GROUP + 1} of a pool of {2 * GROUP}"):
         look(teacher, pixels, _candidates(pixels), criterion=TEACHER_ENTROPY, group=GROUP, keep=2 * GROUP + 1)
 
 

@@ -371,12 +371,15 @@ def test_a_floor_or_a_ceiling_may_stand_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"floor": ((1, 0.5),)}, r"--floor has epochs \[1\]: start with epoch 0"),
-        ({"ceiling": ((0, 0.5), (5, 0.6), (2, 0.7))}, "--ceiling has epochs .* in ascending order"),
+        ({"floor": ((1, 0.5),)}, r"--mix.lam_min has epochs \[1\]: start with epoch 0"),
+        ({"ceiling": ((0, 0.5), (5, 0.6), (2, 0.7))}, "--mix.lam_max has epochs .* in ascending order"),
         ({"ceiling": ((0, 0.5), (0, 0.6))}, "give each once"),
-        ({"ceiling": ((0, 1.5),)}, "--ceiling 1.5 from epoch 0 on: give a share of 0 to 1"),
-        ({"floor": ((0, 0.0), (4, float("nan")))}, "--floor nan from epoch 4 on"),
-        ({"floor": ((0, 0.2), (3, 0.9)), "ceiling": ((0, 0.5),)}, "--floor 0.9 is above --ceiling 0.5 from epoch 3 on"),
+        ({"ceiling": ((0, 1.5),)}, "--mix.lam_max 1.5 from epoch 0 on: give a share of 0 to 1"),
+        ({"floor": ((0, 0.0), (4, float("nan")))}, "--mix.lam_min nan from epoch 4 on"),
+        (
+            {"floor": ((0, 0.2), (3, 0.9)), "ceiling": ((0, 0.5),)},
+            "--mix.lam_min 0.9 is above --mix.lam_max 0.5 from epoch 3 on",
+        ),
         ({"run": 240}, "run 240 of an augmentation: there is room for runs 0 to 239"),
         ({"run": -1}, "run -1"),
         ({"box_probability": 1.1}, "probability 1.1: give 0 to 1"),
@@ -392,9 +395,9 @@ def test_mixing_runs_that_cannot_be_drawn_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ops": 0}, "--randaugment_ops 0: give at least 1"),
-        ({"magnitude": 31}, "--randaugment_magnitude 31: give 0 to 30"),
-        ({"magnitude": -1}, "--randaugment_magnitude -1"),
+        ({"ops": 0}, "--mix.randaugment_ops 0: give at least 1"),
+        ({"magnitude": 31}, "--mix.randaugment_magnitude 31: give 0 to 30"),
+        ({"magnitude": -1}, "--mix.randaugment_magnitude -1"),
         ({"run": 240}, "run 240"),
     ],
 )

@@ -110,17 +110,17 @@ def test_fillers_stand_where_nothing_is_left():
         ({"batch_size": 6, "world": 2, "accumulation": 2}, r"--accumulation 2: use a multiple of 4"),
         ({"batch_size": 0}, r"--batch_size 0: give at least 1: use at most 100$"),
         ({"batch_size": 128, "group": 32}, r"\(100 images\): no full batch; use a multiple of 32, at most 96$"),
-        ({"batch_size": 128, "group": 128}, r"no full batch; use .* or --batch_size 100 with --mix_group 100$"),
+        ({"batch_size": 128, "group": 128}, r"no full batch; use .* or --batch_size 100 with --mix.group 100$"),
         (
             {"batch_size": 50, "world": 2, "group": 64},
-            r"of --mix_group 64: use .* or --batch_size 100 with --mix_group 50$",
+            r"of --mix.group 64: use .* or --batch_size 100 with --mix.group 50$",
         ),
         (
             {"batch_size": 128, "world": 128},
             r"no full batch; use fewer processes or a smaller --accumulation: a step has",
         ),
-        ({"batch_size": 48, "group": 32}, r"microbatches of 48.*multiple of --mix_group 32: use a multiple of 32"),
-        ({"batch_size": 64, "world": 4, "group": 32}, r"microbatches of 16.*--mix_group 32: use a multiple of 128"),
+        ({"batch_size": 48, "group": 32}, r"microbatches of 48.*multiple of --mix.group 32: use a multiple of 32"),
+        ({"batch_size": 64, "world": 4, "group": 32}, r"microbatches of 16.*--mix.group 32: use a multiple of 128"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(arguments, message):

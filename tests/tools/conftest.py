@@ -122,7 +122,7 @@ def options(tree: Path, data_options: Callable[[Path], list[object]]) -> list[ob
 @pytest.fixture
 def training(options: list[object]) -> list[object]:
     """Two epochs of six steps."""
-    return [*options, "--batch_size", 16, "--mix_group", 8, "--epochs", 2]
+    return [*options, "--batch_size", 16, "--mix.group", 8, "--epochs", 2]
 
 
 @pytest.fixture

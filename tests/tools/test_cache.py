@@ -13,7 +13,7 @@ from dalikd.trainers.teacher_cache.layout import TeacherCache
 @pytest.fixture
 def caching(tree, data_options, teacher):
     """99 pictures, two epochs of picks."""
-    sizes = ["--batch_size", 48, "--mix_group", 8, "--epochs", 2]
+    sizes = ["--batch_size", 48, "--mix.group", 8, "--epochs", 2]
     return [*data_options(tree), *teacher, *sizes, "--augmentation", "cutmixpick_teacher"]
 
 

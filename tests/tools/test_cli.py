@@ -20,8 +20,12 @@ from dalikd.tools import correlate, demo, prepare
 from dalikd.tools.bench import commands, first_hour, host, images, loader, tables
 from dalikd.tools.cli import OPTIONS, _new_parser, build_parser, guarded, parse, run_function
 from dalikd.tools.signature import expand_path, is_path, option_types
+from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.loop import Interrupted
-from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.measure import MeasureOptions
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
+from dalikd.trainers.teacher_cache.fill import CacheOptions
 
 RUN = {"config", "print_config", "help", "batch_size", "seed", "device", "precision"}
 DATA = {
@@ -313,7 +317,7 @@ def test_an_empty_config_changes_nothing(tmp_path):
 
 
 def test_the_resolved_config_gives_the_same_run(tmp_path):
-    arguments = ["--model", "vgg8", "--optimizer", "AdamW", "--data.limit", "9", "--clip", "1"]
+    arguments = ["--model", "vgg8", "--optimizer", "AdamW", "--data.limit", "9", "--clip_grad_norm", "1"]
     _, plain = parse("distill", [*arguments, "--overwrite", "true", "--output", "x"])
     again, same = parse("distill", ["--config", _write(tmp_path / "config.yaml", plain)])
     assert same == plain

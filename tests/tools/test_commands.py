@@ -46,7 +46,7 @@ def test_train_then_evaluate_gives_the_same_figures(command, training, options, 
 
 def test_distill_streams_the_metric(command, training, teacher, weights, tmp_path):
     run = tmp_path / "run"
-    arguments = ["--augmentation", "cutmixpick_teacher", "--mode", "per_batch", "--loss.lw_mix", "[1, 0.5, 1]"]
+    arguments = ["--augmentation", "cutmixpick_teacher", "--mix.mode", "per_batch", "--loss.lw_mix", "[1, 0.5, 1]"]
     arguments += ["--entropy_log_every", "20"]
     ended = command("distill", *training, *teacher, *arguments, "--epochs", 8, "--output", run)
     assert (ended.code, ended.err) == (0, "")
@@ -65,7 +65,7 @@ def test_distill_streams_the_metric(command, training, teacher, weights, tmp_pat
 
 def test_student_weights_may_be_given(command, options, weights, tmp_path):
     """One tiny step: the net starts from them."""
-    step = ["--batch_size", 96, "--mix_group", 8, "--epochs", 1, "--optimizer.lr", 1e-9]
+    step = ["--batch_size", 96, "--mix.group", 8, "--epochs", 1, "--optimizer.lr", 1e-9]
     assert command("train", *options, *step, "--weights", weights, "--output", tmp_path / "run").code == 0
     found = load_file(tmp_path / "run" / "last" / "student.safetensors")
     torch.testing.assert_close(found["conv.weight"], torch.load(weights)["conv.weight"], rtol=0, atol=1e-6)
@@ -95,7 +95,7 @@ def test_runs_say_how_images_were_normalised_and_their_weights_keep_it(
 
 def test_a_fixed_student_is_observed(command, options, training, teacher, weights, tmp_path):
     run, report = tmp_path / "run", tmp_path / "report.json"
-    fixed = ["--weights", weights, "--fix_student", "true", "--epochs", 1, "--output", run]
+    fixed = ["--weights", weights, "--freeze_student", "true", "--epochs", 1, "--output", run]
     assert command("distill", *training, *teacher, *fixed).code == 0
     assert command("evaluate", *options, "--weights", weights, "--json", report).code == 0
     results, found = json.loads((run / "results.json").read_text()), json.loads(report.read_text())
@@ -119,7 +119,7 @@ def test_measure_prints_a_table_and_writes_it(command, options, teacher, tmp_pat
         *teacher,
         "--batch_size",
         32,
-        "--mix_group",
+        "--mix.group",
         8,
         "--epochs",
         2,
@@ -149,7 +149,7 @@ def test_measure_prints_a_table_and_writes_it(command, options, teacher, tmp_pat
 def test_batch_sizes_measure_the_same(command, options, teacher):
     """In float64, an augmentation of each kind: the table is the same to the last digit."""
     names = ["crop_flip", "cutout", "mixup", "cutmixpick_student", "cutmixpick_teacher"]
-    common = ["--mix_group", 32, "--epochs", 1, "--window", 32, "--precision", "fp64", "--augmentation", *names]
+    common = ["--mix.group", 32, "--epochs", 1, "--window", 32, "--precision", "fp64", "--augmentation", *names]
     tables = [command("measure", *options, *teacher, "--batch_size", size, *common).out for size in (32, 64)]
     assert tables[0] == tables[1]
     assert [name for name in names if name not in tables[0]] == []

@@ -89,7 +89,7 @@ def test_a_missing_folder(refused, data_options, teacher, weights, name):
     ("arguments", "words"),
     [
         (["--batch_size", 128], ["--batch_size 128 is larger than the data set (99 images)"]),
-        (["--batch_size", 64, "--mix_group", 24], ["--batch_size 64", "not a multiple of --mix_group 24", "use"]),
+        (["--batch_size", 64, "--mix.group", 24], ["--batch_size 64", "not a multiple of --mix.group 24", "use"]),
         (["--batch_size", 64, "--accumulation", 3], ["--batch_size 64", "--accumulation 3", "multiple of 3"]),
         (["--data.limit", 2], ["--data.limit 2", "from 3 to 99"]),
         (["--data.limit", 1000], ["--data.limit 1000", "from 3 to 99"]),
@@ -128,12 +128,12 @@ def test_sizes_that_do_not_fit(refused, options, arguments, words):
     ],
 )
 def test_options_that_mean_nothing(refused, options, arguments, words):
-    error = refused("train", *options, "--batch_size", 16, "--mix_group", 8, *arguments)
+    error = refused("train", *options, "--batch_size", 16, "--mix.group", 8, *arguments)
     assert [word for word in words if word not in error] == []
 
 
 def test_no_model(refused, tree, data_options):
-    assert "--model resnet20" in refused("train", *data_options(tree), "--batch_size", 16, "--mix_group", 8)
+    assert "--model resnet20" in refused("train", *data_options(tree), "--batch_size", 16, "--mix.group", 8)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_weights_of_another_net(refused, training, options, weights, tmp_path):
 def test_what_measuring_needs(refused, training, teacher, tree, data_options):
     assert "--window 63" in refused("measure", *training, *teacher, "--augmentation", "flip", "--window", 63)
     assert 'unknown --augmentation "flop"' in refused("measure", *training, *teacher, "--augmentation", "flop", "mixup")
-    bare = [*data_options(tree), "--batch_size", 16, "--mix_group", 8, *teacher]
+    bare = [*data_options(tree), "--batch_size", 16, "--mix.group", 8, *teacher]
     assert "cutmixpick_student is scored by a student: name its architecture with --model" in refused("measure", *bare)
 
 
@@ -246,7 +246,7 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
     command, own_tree, data_options, tmp_path, split
 ):
     """A truncated file: of the training split in the middle of the first epoch, or the last one to be validated."""
-    training = [*data_options(own_tree), "--model", "small", "--batch_size", 16, "--mix_group", 8, "--epochs", 2]
+    training = [*data_options(own_tree), "--model", "small", "--batch_size", 16, "--mix.group", 8, "--epochs", 2]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert command("train", *training, "--output", whole).code == 0
 
@@ -273,7 +273,7 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
 def test_a_measurement_goes_on_once_a_broken_image_is_mended(command, own_tree, data_options, tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_weights(weights, create_model("small", 3), None, ["class0", "class1", "class2"])
-    bare = [*data_options(own_tree), "--batch_size", 16, "--mix_group", 8, "--window", 16, "--epochs", 1]
+    bare = [*data_options(own_tree), "--batch_size", 16, "--mix.group", 8, "--window", 16, "--epochs", 1]
     asked = ["--teacher.name", "small", "--teacher.weights", weights, "--augmentation", "flip"]
     reports = [tmp_path / "whole.json", tmp_path / "mended.json"]
     assert command("measure", *bare, *asked, "--json", reports[0]).code == 0
@@ -302,7 +302,7 @@ def test_broken_images_can_be_replaced_and_are_recorded(command, own_tree, data_
     unnamed = own_tree / "val" / "class2" / os.fsdecode(b"02\xe9.jpg")  # the last but one: 023, 026, 029, 02é
     unnamed.write_bytes(b"")
     run, report = tmp_path / "run", tmp_path / "report.json"
-    arguments = ("--batch_size", 16, "--mix_group", 8, "--epochs", 2, "--output", run)
+    arguments = ("--batch_size", 16, "--mix.group", 8, "--epochs", 2, "--output", run)
     ended = command("train", *bare, *arguments)
     assert ended.code == 0
     assert ended.out.count("cannot decode") == 2
@@ -323,7 +323,7 @@ def test_broken_images_can_be_replaced_and_are_recorded(command, own_tree, data_
     assert "on 31 images; 1 of them" in ended.out
     assert list(json.loads(report.read_text())["replaced_files"]) == list(replaced)[1:]
     teacher = ("--teacher.name", "small", "--teacher.weights", student, "--augmentation", "flip", "--window", 16)
-    assert command("measure", *bare, *teacher, "--batch_size", 16, "--mix_group", 8, "--json", report).code == 0
+    assert command("measure", *bare, *teacher, "--batch_size", 16, "--mix.group", 8, "--json", report).code == 0
     assert list(json.loads(report.read_text())["replaced_files"]) == list(replaced)[:1]
 
 

@@ -58,7 +58,7 @@ def test_one_split_and_fewer_images(call, tree, tmp_path):
 def test_trains_from_what_it_wrote(call, command, options, tree, tmp_path):
     assert call("--data.root", tree, "--output", tmp_path / "out")[0] == 0
     data = ["--data.name", "webdataset", "--data.root", tmp_path / "out"]
-    training = ["--batch_size", 16, "--mix_group", 8, "--epochs", 1, "--augmentation", "cutmix"]
+    training = ["--batch_size", 16, "--mix.group", 8, "--epochs", 1, "--augmentation", "cutmix"]
     ended = command("train", *options, *data, *training, "--output", tmp_path / "run")
     assert (ended.code, ended.err.count("error")) == (0, 0)
     assert "on 30 images" in ended.out

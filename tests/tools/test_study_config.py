@@ -172,7 +172,7 @@ def test_a_later_class_goes_before_an_earlier_section(read, monkeypatch, capsys)
 
 
 def test_words_stay_words(read):
-    words = "--data.val_split no --data.root 2012 --train.device cpu --clip 1e-3 --measure.checkpoint null"
+    words = "--data.val_split no --data.root 2012 --train.device cpu --clip_grad_norm 1e-3 --measure.checkpoint null"
     _, shared, _ = read({}, words=words)
     assert shared["data"] == {"val_split": "no", "root": "2012"}
     assert (shared["clip"], shared["measure"]) == (1e-3, {"checkpoint": None})

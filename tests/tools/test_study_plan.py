@@ -14,8 +14,8 @@ from dalikd.tools.cli import parse
 from dalikd.tools.study_config import read_study
 from dalikd.tools.study_plan import cell_command, make_ready
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.options import DistillOptions
 from dalikd.trainers.study.state import keep_config
+from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.tracking import write_json
 
 
@@ -98,7 +98,7 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
             "lrr",
         ),
         ({"study": {"augmentation": ["flop"]}}, "", 'unknown --augmentation "flop"'),
-        ({"study": {"augmentation": ["all", "flip"]}}, "--cutout_side -3", "--cutout_side -3"),
+        ({"study": {"augmentation": ["all", "flip"]}}, "--mix.cutout_side -3", "--mix.cutout_side -3"),
         (
             _pairs({"teacher": "resnet14", "student": "timm:vit_tiny_patch16_224"}),
             "",
@@ -116,16 +116,16 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         ({"epoch_factor": 0.1}, "", "students/resnet8/x0.1/seed0: --epochs 1 x --epoch_factor 0.1 is no whole epoch"),
         ({"distill": {"eval_every": 0}}, "", "study.yaml: --eval_every 0: give at least 1"),
         ({"distill": {"ema": 2}}, "", "study.yaml: --ema 2.0: give a decay below 1"),
-        ({"distill": {"clip": -1}}, "", "--clip -1.0: give a norm above 0"),
+        ({"distill": {"clip": -1}}, "", "--clip_grad_norm -1.0: give a norm above 0"),
         ({"distill": {"mean": [0, 0, 0]}}, "", "distill/resnet14_resnet8/x1/flip/seed0: mean [0.0, 0.0, 0.0] and std"),
-        ({"distill": {"fix_student": True}}, "", "--fix_student true observes a student as its weights are"),
+        ({"distill": {"fix_student": True}}, "", "--freeze_student true observes a student as its weights are"),
         ({"distill": {"sync_bn": True}}, "", "--sync_bn true needs GPUs: leave it out on the CPU"),
         ({"distill": {"precision": "fp16"}}, "", "--precision fp16 needs a GPU"),
         ({"train": {"augmentation": "cutmixpick_teacher"}}, "", "cutmixpick_teacher picks images for distillation"),
         ({"measure": {"window": 25}}, "", "study.yaml: --window 25: give a positive even number"),
         ({"measure": {"images_per_call": 0}}, "", "study.yaml: --images_per_call 0: give at least 1"),
         ({"measure": {"window": 640}}, "", "measure/resnet14.json: 1 epoch(s) of 99 images fill less than two windows"),
-        ({"study": {"augmentation": ["patchmix"]}}, "--patch_side 64", "--patch_side 64"),
+        ({"study": {"augmentation": ["patchmix"]}}, "--mix.patch_side 64", "--mix.patch_side 64"),
         ({"teacher": {"mean": [0, 0, 0]}}, "", "pairs[0].teacher: mean [0.0, 0.0, 0.0] and std []: give both"),
         (
             _pairs({"teacher": {"name": "resnet14", "weights": "pretrained"}, "student": "resnet8"}),

@@ -20,12 +20,12 @@ from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import Augmenter, MixOptions
 from dalikd.trainers.launch import Precision, autocast_type, start
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.options import DistillOptions, TrainingOptions, TrainOptions
-from dalikd.trainers.tasks.distill import Distillation
-from dalikd.trainers.tasks.supervised import Supervised
+from dalikd.trainers.tasks.base import TrainingOptions
+from dalikd.trainers.tasks.distill import Distillation, DistillOptions
+from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
 from dalikd.trainers.tracking import RunFolder
 
 HALF = (0.5, 0.5, 0.5)
@@ -90,15 +90,15 @@ def loop(
     val: Source | None = None,
 ) -> Loop:
     """A loop over pictures in memory: supervised, or distillation where the options say so."""
-    options = options or TrainOptions(batch_size=32, mix_group=8, epochs=2)
+    options = options or TrainOptions(batch_size=32, mix=MixOptions(group=8), epochs=2)
     train, val = train or source(), val or source(41, seed=1)
     student = student or net()
     view = View(train.image_size, "pad_crop", padding=1)
-    augmenter = Augmenter(options.augmentation, options, train, view, options.seed)
+    augmenter = Augmenter(options.augmentation, options.mix, train, view, options.seed)
     world, rank = accelerator.num_processes, accelerator.process_index
     sampler = Sampler(
         len(train), options.batch_size, options.seed, world=world, rank=rank, accumulation=options.accumulation,
-        group=options.mix_group,
+        group=options.mix.group,
     )  # fmt: skip
     whole = Sampler(len(val), world * 16, shuffle=False, drop_last=False, world=world, rank=rank)
     same = DrawSpec(View(val.image_size, "center_crop", resize=val.image_size))
@@ -181,6 +181,6 @@ def data(tree: Path) -> DataConfig:
 @pytest.fixture
 def distill_options() -> Callable[..., DistillOptions]:
     def make(**options: Any) -> DistillOptions:
-        return DistillOptions(**{"batch_size": 32, "mix_group": 8, "epochs": 2, "loss": KD(), **options})
+        return DistillOptions(**{"batch_size": 32, "mix": MixOptions(group=8), "epochs": 2, "loss": KD(), **options})
 
     return make

@@ -18,14 +18,16 @@ from torch.optim import SGD
 from dalikd.kd.backbones import factory
 from dalikd.kd.losses import KD, LossContext, StepOutputs
 from dalikd.pipelines.loader import BadFileError
-from dalikd.trainers import measure
-from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers import measure, setup
+from dalikd.trainers.augmentation import AUGMENTATIONS, MixOptions
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.options import DistillOptions, MeasureOptions, TrainOptions
 from dalikd.trainers.stopping import Interrupted
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
 
 # images, mode, picks of a mix group. With 90 images the second of two processes gets no rows of the last batch
 SETTINGS = [(110, "per_sample", None), (90, "per_batch", 11)]
@@ -66,7 +68,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[str, Any]:
     """Six accumulated steps of distillation at float64, without batch statistics."""
     options = DistillOptions(
-        batch_size=32, mix_group=8, epochs=2, accumulation=2, augmentation=augmentation, clip=1.0, ema=0.5,
+        batch_size=32, mix=MixOptions(group=8), epochs=2, accumulation=2, augmentation=augmentation, clip=1.0, ema=0.5,
         optimizer=partial(SGD, lr=0.1, momentum=0.9),
     )  # fmt: skip
     student, teacher = helpers.net(0, norm=False).double(), helpers.net(1).double()
@@ -98,7 +100,7 @@ class _Seen(KD):
 
 def _remember(accelerator: Accelerator, folder: Path) -> list[list[float]]:
     """How often each process has seen each row, after an epoch; the running statistics are shared meanwhile."""
-    options = DistillOptions(batch_size=32, mix_group=8, epochs=1, loss=_Seen())
+    options = DistillOptions(batch_size=32, mix=MixOptions(group=8), epochs=1, loss=_Seen())
     loop = helpers.loop(folder / "remembered", accelerator, options=options)
     for _ in range(3):
         loop.step()
@@ -111,10 +113,11 @@ def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any, pic
     if accelerator.is_main_process:
         torch.save(helpers.net(1).model.state_dict(), weights)
     accelerator.wait_for_everyone()
-    measure.open_split = lambda *_: helpers.source(images)
+    setup.open_split = lambda *_: helpers.source(images)
     options = MeasureOptions(
-        teacher=TeacherConfig("small", str(weights)), model="small", batch_size=64, mix_group=16, mode=mode, epochs=2,
-        window=40, precision="fp64", augmentation=MEASURED, n_pick=picks, metrics=METRICS, per_class=True,
+        teacher=TeacherConfig("small", str(weights)), model="small", batch_size=64,
+        mix=MixOptions(group=16, mode=mode, n_pick=picks), epochs=2,
+        window=40, precision="fp64", augmentation=MEASURED, metrics=METRICS, per_class=True,
     )  # fmt: skip
     options.data.threads, options.data.crop, options.data.padding = 1, "pad_crop", 1
     results = measure.measure_all(options, accelerator)["results"]
@@ -131,13 +134,15 @@ def _evaluate(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 
 def _run_with_batch_norm(accelerator: Accelerator, folder: Path) -> dict[str, float]:
     """A whole run of a net whose running statistics differ between processes: what its last evaluation said."""
-    options = TrainOptions(batch_size=32, mix_group=8, epochs=2, ema=0.5)
+    options = TrainOptions(batch_size=32, mix=MixOptions(group=8), epochs=2, ema=0.5)
     return helpers.loop(folder / "batch_norm", accelerator, options=options).run()["last"]["val"]
 
 
 def _observe(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """A run with a fixed student: its last evaluation, the metric, and whether its weights stayed."""
-    options = DistillOptions(batch_size=32, mix_group=8, epochs=1, accumulation=2, augmentation="cutmixpick_student")
+    options = DistillOptions(
+        batch_size=32, mix=MixOptions(group=8), epochs=1, accumulation=2, augmentation="cutmixpick_student"
+    )
     student = helpers.net(0).double().requires_grad_(False)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     loop = helpers.loop(
@@ -155,7 +160,9 @@ STOPS = ["signal to one", "signals a step apart", "bad file", "bad file to valid
 def _stop(accelerator: Accelerator, folder: Path, what: str) -> list[tuple[str, int, int]]:
     """A run that is ended by what one process alone knows, while no step makes processes wait for each other: of each
     the error's text without the folder, the step that is saved, and how often the process wrote it. Then it goes on."""
-    options = DistillOptions(batch_size=32, mix_group=8, epochs=5, log_every=100, eval_every=3, metric=False)
+    options = DistillOptions(
+        batch_size=32, mix=MixOptions(group=8), epochs=5, log_every=100, eval_every=3, metric=False
+    )
     last, path = accelerator.is_last_process, folder / what
     student = helpers.net(0).requires_grad_(False)
     loop = helpers.loop(path, accelerator, options=options, student=student)

@@ -43,7 +43,7 @@ PICKED = ["mixup+kld", "crop_flip+dissimilarity", "manifold_mixup+teacher_entrop
 
 
 def _augmenter(name, source, **options):
-    return Augmenter(name, MixOptions(**{"mix_group": 8, **options}), source, VIEW, seed=3)
+    return Augmenter(name, MixOptions(**{"group": 8, **options}), source, VIEW, seed=3)
 
 
 def _batch(maker, source):
@@ -75,7 +75,7 @@ def test_each_augmentation_is_its_row(make_source, name):
 @pytest.mark.parametrize("name", [*TABLE, *PICKED])
 def test_candidates_are_whole_batches_of_each_run(make_source, name):
     source = make_source()
-    augmenter = _augmenter(name, source, mix_n_run=3)
+    augmenter = _augmenter(name, source, n_run=3)
     batch = _batch(augmenter, source)
     candidates = augmenter.candidates(batch)
     if name == "identity":
@@ -123,7 +123,7 @@ def test_candidates_are_those_of_the_mixing_functions(make_source):
 
 def test_options_reach_the_draws(make_source):
     source = make_source()
-    cut = _augmenter("cutmix", source, alpha=0.5, ceiling={30: 1, 0: 0.75}, floor={0: 0.25}, mode="per_batch")
+    cut = _augmenter("cutmix", source, alpha=0.5, lam_max={30: 1, 0: 0.75}, lam_min={0: 0.25}, mode="per_batch")
     assert cut.draw_spec.mode == "per_batch"
     assert cut.draw_spec.mixes == (MixRun("derangement", 0, 0.5, ((0, 0.25),), ((0, 0.75), (30, 1))),)
     shares = _batch(cut, source).mix[0].lam
@@ -131,7 +131,7 @@ def test_options_reach_the_draws(make_source):
     assert shares.max() <= 0.75
     hidden = _augmenter("manifold_mixup", source, manifold_alpha=3.0, alpha=0.5)
     assert hidden.draw_spec.mixes[0].alpha == 3.0
-    policy = _augmenter("randaugment+kld", source, randaugment_ops=3, randaugment_magnitude=5, mix_n_run=2)
+    policy = _augmenter("randaugment+kld", source, randaugment_ops=3, randaugment_magnitude=5, n_run=2)
     assert policy.draw_spec.views == (ViewRun("randaugment", 0, 3, 5), ViewRun("randaugment", 1, 3, 5))
 
 
@@ -148,7 +148,7 @@ def test_cutout_fills_with_the_mean_of_the_data(make_source, options, side):
 
 def test_cutout_on_cifar10_is_the_published_square(make_source):
     source = replace(make_source(32, 10, 32), name="cifar10")
-    augmenter = Augmenter("cutout", MixOptions(mix_group=8), source, View(32, "pad_crop"), 0)
+    augmenter = Augmenter("cutout", MixOptions(group=8), source, View(32, "pad_crop"), 0)
     loader = Loader(source, Sampler(32, 32), augmenter.draw_spec)
     batch = loader.next()
     found = augmenter.candidates(batch)
@@ -214,30 +214,38 @@ def test_names_of_several_are_for_measure_alone(make_source, name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("patchmix", {"patch_side": 5}, "--patch_side 5: images of 12 pixels need a divisor of 12"),
-        ("masking+kld", {"mask_cells": 24}, "--mask_cells 24: images of 12 pixels need a divisor of 12"),
-        ("cutmix", {"alpha": float("inf")}, "--alpha inf: give a number above 0"),
-        ("cutmix", {"mix_n_run": 241}, "--mix_n_run 241: give at most 240"),
+        ("patchmix", {"patch_side": 5}, "--mix.patch_side 5: images of 12 pixels need a divisor of 12"),
+        ("masking+kld", {"mask_cells": 24}, "--mix.mask_cells 24: images of 12 pixels need a divisor of 12"),
+        ("cutmix", {"alpha": float("inf")}, "--mix.alpha inf: give a number above 0"),
+        ("cutmix", {"n_run": 241}, "--mix.n_run 241: give at most 240"),
         (
             "cutmix",
-            {"mix_group": 1},
-            "--mix_group 1: cutmix mixes an image with another one of its group; give at least",
+            {"group": 1},
+            "--mix.group 1: cutmix mixes an image with another one of its group; give at least",
         ),
         (
             "mixup+kld",
             {"n_pick": 17},
-            r"--n_pick 17: the pool of mixup\+kld holds 16 images \(--mix_n_run 2 x --mix_gro",
+            r"--mix.n_pick 17: the pool of mixup\+kld holds 16 images \(--mix.n_run 2 x --mix.gro",
         ),
-        ("cutmixpick_teacher", {"n_pick": 0}, "--n_pick 0: the pool of cutmixpick_teacher holds 16 images"),
-        ("patchmix", {"patch_side": 0}, "--patch_side 0: give at least 1"),
-        ("masking", {"mask_cells": 0}, "--mask_cells 0: give at least 1"),
-        ("masking", {"mask_ratio": 1.5}, "--mask_ratio 1.5: give a share from 0 to 1"),
-        ("manifold_mixup", {"manifold_alpha": 0.0}, "--manifold_alpha 0.0: give a number above 0"),
-        ("mixup+kld", {"pick_temperature": -1.0}, "--pick_temperature -1.0: give a number above 0"),
-        ("cutmix", {"ceiling": {5: 0.5}}, r"--ceiling \{5: 0.5\}: give shares from 0 to 1 by epoch, from epoch 0 on"),
-        ("cutmix", {"floor": {0: 1.5}}, r"--floor \{0: 1.5\}: give shares from 0 to 1"),
-        ("cutmix", {"floor": {0: 0.2, 30: 0.8}, "ceiling": {0: 0.5}}, "--floor 0.8 is above --ceiling 0.5 in epoch 30"),
-        ("randaugment", {"randaugment_ops": 0}, "--randaugment_ops 0: give at least 1"),
+        ("cutmixpick_teacher", {"n_pick": 0}, "--mix.n_pick 0: the pool of cutmixpick_teacher holds 16 images"),
+        ("patchmix", {"patch_side": 0}, "--mix.patch_side 0: give at least 1"),
+        ("masking", {"mask_cells": 0}, "--mix.mask_cells 0: give at least 1"),
+        ("masking", {"mask_ratio": 1.5}, "--mix.mask_ratio 1.5: give a share from 0 to 1"),
+        ("manifold_mixup", {"manifold_alpha": 0.0}, "--mix.manifold_alpha 0.0: give a number above 0"),
+        ("mixup+kld", {"pick_temperature": -1.0}, "--mix.pick_temperature -1.0: give a number above 0"),
+        (
+            "cutmix",
+            {"lam_max": {5: 0.5}},
+            r"--mix.lam_max \{5: 0.5\}: give shares from 0 to 1 by epoch, from epoch 0 on",
+        ),
+        ("cutmix", {"lam_min": {0: 1.5}}, r"--mix.lam_min \{0: 1.5\}: give shares from 0 to 1"),
+        (
+            "cutmix",
+            {"lam_min": {0: 0.2, 30: 0.8}, "lam_max": {0: 0.5}},
+            "--mix.lam_min 0.8 is above --mix.lam_max 0.5 in epoch 30",
+        ),
+        ("randaugment", {"randaugment_ops": 0}, "--mix.randaugment_ops 0: give at least 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(make_source, name, options, message):

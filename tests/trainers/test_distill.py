@@ -15,6 +15,7 @@ from dalikd.kd.mixing import MixDraws, Mixed, cutmix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import batch_statistics, look
+from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.tasks.distill import DistillationInputs, gather_rows, score_groups, score_groups_at_once
 
 GROUP = 8
@@ -38,7 +39,7 @@ def _count_teacher_rows(loop):
     ],
 )
 def test_the_teacher_looks_once(make_loop, distill_options, augmentation, seen):
-    loop = make_loop(options=distill_options(augmentation=augmentation, mix_n_run=3))
+    loop = make_loop(options=distill_options(augmentation=augmentation, mix=MixOptions(group=8, n_run=3)))
     rows = _count_teacher_rows(loop)
     loop.step()
     loop.step()
@@ -188,7 +189,7 @@ def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, au
     """More or fewer augmented images than originals: labels, loss, metric and step go along."""
     loss = KD(lw_mix=(1.0, 1.0, 1.0))
     loop = make_loop(options=distill_options(augmentation=augmentation, loss=loss))
-    loop.task._augmenter.keep = keep
+    loop.task.augmenter.keep = keep
     batch = loop.loader.next()
     fed = loop.task.prepare(batch, 0.0)
     pixels, _, labels, _, _, augmented, augmented_logits, own_labels, partner_labels, lam, _ = fed

@@ -15,12 +15,13 @@ from torch.optim import SGD
 
 from dalikd.kd.mixing import cutmix
 from dalikd.kd.normalize import Normalized
+from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.tasks.supervised import TrainOptions
 
 STEPS, BATCH, GROUP, CLASSES = 50, 64, 16, 5
 UNFOLDED = TeacherConfig(fold_bn=False)
@@ -60,7 +61,7 @@ def make(make_loop, make_source, distill_options, nets) -> Callable[..., Loop]:
 
     def make_run(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Loop:
         settings = {
-            "batch_size": BATCH, "mix_group": GROUP, "augmentation": "cutmixpick_teacher", "epochs": 5,
+            "batch_size": BATCH, "mix": MixOptions(group=GROUP), "augmentation": "cutmixpick_teacher", "epochs": 5,
             "schedule": ScheduleConfig("constant"), "optimizer": OPTIMIZER, **options,
         }  # fmt: skip
         train, val = (make_source(count, classes=CLASSES, side=32, seed=seed) for count, seed in ((640, 0), (90, 1)))
@@ -175,7 +176,7 @@ SETTINGS = {
     "identity": {"augmentation": "identity"},
     "flip": {"augmentation": "flip"},
     "cutmixpick_student": {"augmentation": "cutmixpick_student"},
-    "all": {"augmentation": "mixup", "accumulation": 2, "ema": 0.9, "clip": 1.0, "joint_forward": True},
+    "all": {"augmentation": "mixup", "accumulation": 2, "ema": 0.9, "clip_grad_norm": 1.0, "joint_forward": True},
 }
 
 
@@ -206,7 +207,7 @@ def test_mixed_precision_compiles_without_a_break(make_source, nets, make_loop, 
     losses = {}
     for mode in ("off", "default"):
         options = distill_options(
-            batch_size=BATCH, mix_group=GROUP, augmentation="cutmix", optimizer=OPTIMIZER, compile=mode
+            batch_size=BATCH, mix=MixOptions(group=GROUP), augmentation="cutmix", optimizer=OPTIMIZER, compile=mode
         )
         train = make_source(640, classes=CLASSES, side=32)
         run = make_loop(mode, start("cpu", "bf16"), options=options, train=train, **nets(torch.float32))
@@ -242,7 +243,9 @@ def test_a_compiled_run_is_resumed_exactly(make):
 def test_supervised_training_can_be_compiled(make_loop, compiled_graphs):
     losses = {}
     for mode in ("off", "default"):
-        options = TrainOptions(batch_size=32, mix_group=8, augmentation="mixup", optimizer=OPTIMIZER, compile=mode)
+        options = TrainOptions(
+            batch_size=32, mix=MixOptions(group=8), augmentation="mixup", optimizer=OPTIMIZER, compile=mode
+        )
         run = make_loop(mode, options=options)
         run.task.train()
         losses[mode] = _losses(run, 6)
@@ -262,6 +265,6 @@ def test_a_fused_optimizer_changes_no_loss(make):
 
 
 def test_compiling_without_a_compiler_is_refused(make, monkeypatch):
-    monkeypatch.setattr("dalikd.trainers.teacher_step.shutil.which", lambda _: None)
+    monkeypatch.setattr("dalikd.trainers.launch.shutil.which", lambda _: None)
     with pytest.raises(ValueError, match=r"--compile default needs a C\+\+ compiler and there is none: install g\+\+"):
         make("run", compile="default")

@@ -18,10 +18,9 @@ from dalikd.pipelines.loader import BadFileError
 from dalikd.tools.cli import guarded
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.loop import Loop, make_optimizer
-from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.schedules import ScheduleConfig
 from dalikd.trainers.stopping import Interrupted, StopSignals
-from dalikd.trainers.tasks.supervised import SupervisedInputs
+from dalikd.trainers.tasks.supervised import SupervisedInputs, TrainOptions
 
 CONSTANT = ScheduleConfig("constant")
 

@@ -17,10 +17,9 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names
 from dalikd.trainers.checkpoint import read_state
-from dalikd.trainers.measure import measure, measure_all, results_table
+from dalikd.trainers.measure import MeasureOptions, measure, measure_all, results_table
 from dalikd.trainers.measurement import Measurement
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.options import MeasureOptions
 from dalikd.trainers.stopping import Interrupted
 
 RESULT_FIELDS = {"augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images", "window"}
@@ -30,7 +29,7 @@ EVERY = [*AUGMENTATIONS, *PICKED]
 
 
 def _measure(source, net, accelerator, name, batch_size, *, student=None, mode="per_sample", epochs=2, window=40):
-    options = MixOptions(mode=mode, mix_group=8)
+    options = MixOptions(mode=mode, group=8)
     augmenter = Augmenter(name, options, source, View(source.image_size, "pad_crop", padding=1), seed=3)
     sampler = Sampler(len(source), batch_size, 3, drop_last=False, group=8)
     loader = Loader(source, sampler, augmenter.draw_spec, threads=1)
@@ -112,7 +111,7 @@ def _pass(data, weights, accelerator, **options):
 
 def test_one_pass_finds_what_a_pass_for_each_finds(data, small_weights, accelerator):
     """In per_batch mode, with a short last batch and mix group; 48 images a call cut what one call would hold."""
-    options = {"batch_size": 24, "mix_group": 8, "mode": "per_batch", "per_class": True}
+    options = {"batch_size": 24, "mix": MixOptions(group=8, mode="per_batch"), "per_class": True}
     together = _pass(data, small_weights, accelerator, **options, images_per_call=48)
     assert len(together["results"]) == len(AUGMENTATIONS) + len(PICKED)
     for found in together["results"][::3]:
@@ -129,10 +128,10 @@ def test_more_and_fewer_picks_than_originals_are_measured(data, small_weights, a
     found = {}
     for keep in (3, 8, 13):
         report = _pass(
-            data, small_weights, accelerator, augmentation=["cutmixpick_teacher", "cutmix"], batch_size=24, mix_group=8,
-            n_pick=keep,
+            data, small_weights, accelerator, augmentation=["cutmixpick_teacher", "cutmix"], batch_size=24,
+            mix=MixOptions(group=8, n_pick=keep),
         )  # fmt: skip
-        assert report["n_pick"] == keep
+        assert report["mix"]["n_pick"] == keep
         picked, plain = report["results"]
         assert picked["windows"] == plain["windows"] == 2 * 280 // 32
         found[keep] = picked["entropy"]
@@ -172,7 +171,7 @@ def test_measuring_stops_when_the_ranking_is_settled(data, small_weights, accele
     clear = {
         "augmentation": ["identity", "mixup"],
         "batch_size": 8,
-        "mix_group": 8,
+        "mix": MixOptions(group=8),
         "window": 4,
         "stop_confidence": 0.9,
     }
@@ -184,7 +183,8 @@ def test_measuring_stops_when_the_ranking_is_settled(data, small_weights, accele
 
 def test_equals_never_settle(data, small_weights, accelerator):
     """A pool of one run and all of it kept: the same images as without picking."""
-    tie = {"augmentation": ["cutmix", "cutmix+teacher_entropy"], "mix_n_run": 1, "mix_group": 8, "window": 4}
+    tie = {"augmentation": ["cutmix", "cutmix+teacher_entropy"], "mix": MixOptions(n_run=1, group=8)}
+    tie |= {"window": 4}
     report = _pass(data, small_weights, accelerator, **tie, batch_size=8, stop_confidence=0.5)
     assert report["stopped"] == {"confidence": 0.5, "settled": False, "images": 280, "windows": 140, "checks": 4}
     assert not report["separation"]["separated"]
@@ -195,7 +195,7 @@ def test_equals_never_settle(data, small_weights, accelerator):
 def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, accelerator, tmp_path, monkeypatch, end):
     """Killed it does again what was not saved; stopped by a signal it loses nothing."""
     options = {
-        "augmentation": ["cutmixpick_student", "flip", "patchmix"], "batch_size": 24, "mix_group": 8,
+        "augmentation": ["cutmixpick_student", "flip", "patchmix"], "batch_size": 24, "mix": MixOptions(group=8),
         "metrics": ["probability_covariance", "cross_entropy_covariance"], "per_class": True,
     }  # fmt: skip
     whole = _pass(data, small_weights, accelerator, **options, entropy_log=str(tmp_path / "whole"), entropy_log_every=2)
@@ -240,7 +240,7 @@ def test_a_settled_measurement_stays_settled(data, small_weights, accelerator, t
     clear = {
         "augmentation": ["identity", "mixup"],
         "batch_size": 8,
-        "mix_group": 8,
+        "mix": MixOptions(group=8),
         "window": 4,
         "stop_confidence": 0.9,
     }
@@ -403,11 +403,11 @@ def test_the_table_has_the_best_first():
         ({"window": 639}, "--window 639: give a positive even number"),
         ({"window": 0}, "--window 0: give a positive even number"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),
-        ({"batch_size": 100}, "not a multiple of --mix_group 64"),
-        ({"alpha": 0.0}, "--alpha 0.0: give a number above 0"),
-        ({"mix_n_run": 0}, "--mix_n_run 0: give at least 1"),
-        ({"mix_group": 0}, "--mix_group 0: give at least 1"),
-        ({"cutout_side": 0}, "--cutout_side 0: give at least 1 pixel"),
+        ({"batch_size": 100}, "not a multiple of --mix.group 64"),
+        ({"mix": MixOptions(alpha=0.0)}, "--mix.alpha 0.0: give a number above 0"),
+        ({"mix": MixOptions(n_run=0)}, "--mix.n_run 0: give at least 1"),
+        ({"mix": MixOptions(group=0)}, "--mix.group 0: give at least 1"),
+        ({"mix": MixOptions(cutout_side=0)}, "--mix.cutout_side 0: give at least 1 pixel"),
         ({"confidence": 1.0}, "--confidence 1.0: give a share between 0 and 1"),
         ({"stop_confidence": 0.0}, "--stop_confidence 0.0: give a share between 0 and 1"),
         ({"stop_confidence": 0.9}, "--stop_confidence: there is no ranking of one augmentation"),

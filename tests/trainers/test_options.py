@@ -4,8 +4,12 @@ from typing import Any
 import pytest
 
 from dalikd.pipelines.data import DataConfig
-from dalikd.trainers.options import CacheOptions, DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
+from dalikd.trainers.evaluate import EvaluateOptions
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
+from dalikd.trainers.teacher_cache.fill import CacheOptions
 
 EVERY = (TrainOptions, DistillOptions, MeasureOptions, CacheOptions, EvaluateOptions)
 TRAINING = (TrainOptions, DistillOptions)
@@ -45,7 +49,7 @@ def _with(options: type, name: str, value: Any) -> Any:
         (TRAINING, "log_every", [1], [0], "at least 1"),
         (TRAINING, "eval_every", [1], [0], "at least 1"),
         (TRAINING, "checkpoint_every", [0, 1], [-1], "at least 1, or 0 for none"),
-        (TRAINING, "clip", [0.1, None], [0, -1, NAN, INF], "a norm above 0"),
+        (TRAINING, "clip_grad_norm", [0.1, None], [0, -1, NAN, INF], "a norm above 0"),
         (TRAINING, "ema", [0, 0.99], [1, -0.1, NAN], "a decay below 1"),
         (TRAINING, "schedule.gamma", [0.1, 1], [0, -1, 2, NAN], "a factor above 0, up to 1"),
         (TRAINING, "schedule.final", [0, 1], [-0.1, 1.1, NAN], "a share of the base rate, from 0 to 1"),

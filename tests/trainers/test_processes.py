@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 def one(folder) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         module = _module()
-        patch.setattr(module.measure, "open_split", module.measure.open_split)  # put back what the work replaces
+        patch.setattr(module.setup, "open_split", module.setup.open_split)  # put back what the work replaces
         return module.work(start("cpu", "fp64"), folder / "one")
 
 

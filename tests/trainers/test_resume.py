@@ -32,7 +32,7 @@ def _arguments(tree: Path, *more: str) -> list[str]:
     """Five epochs of four steps."""
     return [
         *("--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"),
-        *("--model", "small", "--batch_size", "32", "--mix_group", "8", "--epochs", "5", "--log_every", "1"),
+        *("--model", "small", "--batch_size", "32", "--mix.group", "8", "--epochs", "5", "--log_every", "1"),
         *("--optimizer.lr", "0.02", "--schedule.name", "cosine", *more),
     ]
 
@@ -88,11 +88,20 @@ def _run(command: Any, *arguments: str, kill_at: int | None = None, monkeypatch:
 # ----------------------------------------------------------------------------------------- in every setting
 
 SETTINGS = {
-    "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip", "1", "--accumulation", "2"],
+    "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip_grad_norm", "1", "--accumulation", "2"],
     "adamw": ["--augmentation", "cutmix", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"],
     "dropout": ["--augmentation", "mixup", "--model_args.dropout", "0.5"],
     "made anew": ["--augmentation", "mixup", "--weights", "TEACHER", "--reinit", "true"],
-    "fixed": ["--augmentation", "cutmixpick_student", "--weights", "TEACHER", "--fix_student", "true", "--ema", "0.8"],
+    "fixed": [
+        "--augmentation",
+        "cutmixpick_student",
+        "--weights",
+        "TEACHER",
+        "--freeze_student",
+        "true",
+        "--ema",
+        "0.8",
+    ],
 }
 
 
@@ -231,7 +240,7 @@ CHANGES = {
     "--data.val_limit 9": "--data.val_limit was None, now it is 9",
     "--data.image_size 28": "--data.image_size was 32, now it is 28",
     "--model resnet8": "--model was small, now it is resnet8",
-    "--augmentation cutmix --mode per_batch": "--augmentation was identity, now it is cutmix",
+    "--augmentation cutmix --mix.mode per_batch": "--augmentation was identity, now it is cutmix",
     "--optimizer torch.optim.Adam": "belongs to the optimizer SGD, now it is Adam",
     "--output elsewhere": "goes on in that folder, not in --output elsewhere: leave --output out, or copy the folder",
     "--teacher.weights OTHER": "the teacher's weights or normalisation: others than before",

@@ -7,12 +7,12 @@ from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import MixDraws
 from dalikd.kd.normalize import Normalized
-from dalikd.trainers.options import TrainOptions
-from dalikd.trainers.tasks.supervised import Supervised, SupervisedInputs
+from dalikd.trainers.augmentation import MixOptions
+from dalikd.trainers.tasks.supervised import Supervised, SupervisedInputs, TrainOptions
 
 
 def _options(augmentation):
-    return TrainOptions(batch_size=32, mix_group=8, epochs=1, augmentation=augmentation)
+    return TrainOptions(batch_size=32, mix=MixOptions(group=8), epochs=1, augmentation=augmentation)
 
 
 def test_plain_images_have_plain_labels(make_loop):
@@ -75,8 +75,8 @@ def test_hidden_states_are_mixed_with_those_of_the_originals(make_loop):
 
 def test_a_loop_gives_hidden_states_to_the_task(make_loop):
     loop = make_loop(options=_options("mixup"))
-    mix, layer = loop.task._augmenter.mix, torch.arange(32).int() % 3
-    loop.task._augmenter.mix = lambda *parts: mix(*parts)._replace(layer=layer)
+    mix, layer = loop.task.augmenter.mix, torch.arange(32).int() % 3
+    loop.task.augmenter.mix = lambda *parts: mix(*parts)._replace(layer=layer)
     batch = loop.loader.next()
     pixels, *_, originals, hidden = loop.task.prepare(batch, 0.0)
     assert torch.equal(originals, batch.pixels)
@@ -88,7 +88,7 @@ def test_a_loop_gives_hidden_states_to_the_task(make_loop):
 def test_label_smoothing_reaches_the_loss(make_loop, make_net):
     pixels, labels = torch.randint(0, 256, (6, 3, 12, 12)).byte(), torch.arange(6) % 3
     net = make_net(norm=False)
-    augmenter = make_loop(options=_options("identity")).task._augmenter
+    augmenter = make_loop(options=_options("identity")).task.augmenter
     plain, smooth = Supervised(net, augmenter), Supervised(net, augmenter, label_smoothing=0.2)
     fed = SupervisedInputs(pixels, labels)
     torch.testing.assert_close(plain(fed)["loss"], cross_entropy(net(pixels), labels))

@@ -18,10 +18,10 @@ from dalikd.kd.losses import KD, DistillationLoss, StepOutputs, kd_loss
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.distill import main as distill
+from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.options import TrainOptions
 from dalikd.trainers.tasks.base import Task
-from dalikd.trainers.tasks.supervised import SupervisedInputs
+from dalikd.trainers.tasks.supervised import SupervisedInputs, TrainOptions
 from dalikd.trainers.tracking import RunFolder
 
 OUTSIDE = """
@@ -76,7 +76,7 @@ def test_a_loss_on_features_comes_from_a_file_of_the_users(outside, tree, tmp_pa
     words = ["--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"]
     words += ["--model", "resnet8", "--teacher.name", "resnet14", "--teacher.weights", str(tmp_path / "teacher.pt")]
     words += ["--loss", outside, "--loss.weight", "10", "--augmentation", augmentation, "--epochs", "1"]
-    distill([*words, "--batch_size", "72", "--mix_group", "8", "--output", str(tmp_path / "run")])
+    distill([*words, "--batch_size", "72", "--mix.group", "8", "--output", str(tmp_path / "run")])
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert '"at":' in log
     load_weights(create_model("resnet8", 3), tmp_path / "run" / "last" / "student.safetensors")
@@ -191,7 +191,7 @@ class Mutual(Task):
 
 
 def _loop_of(task: Task, like: Loop, folder: Path, **options) -> Loop:
-    options = TrainOptions(**{"batch_size": 32, "mix_group": 8, "epochs": 2, "ema": 0.5, **options})
+    options = TrainOptions(**{"batch_size": 32, "mix": MixOptions(group=8), "epochs": 2, "ema": 0.5, **options})
     return Loop(task, like.loader, like.val_loader, options, like.accelerator, RunFolder(folder, True), {})
 
 
@@ -231,7 +231,10 @@ def test_a_frozen_part_stays_as_it_is(make_loop):
 
 
 def test_a_compiler_sees_one_graph_of_a_task(make_loop, distill_options):
-    for options in (distill_options(augmentation="cutmixpick_teacher"), TrainOptions(batch_size=32, mix_group=8)):
+    for options in (
+        distill_options(augmentation="cutmixpick_teacher"),
+        TrainOptions(batch_size=32, mix=MixOptions(group=8)),
+    ):
         loop = make_loop(type(options).__name__, options=options)
         fed = loop.task.prepare(loop.loader.next(), 0.5)
         compiled = torch.compile(loop.task.forward, fullgraph=True, backend="eager")
@@ -244,7 +247,7 @@ def test_a_state_of_an_earlier_form_is_taken(make_loop, distill_options, kind):
     """It kept one average, and the metric's state beside the task."""
     options = distill_options(ema=0.5, metric=kind == "distillation")
     if kind == "supervised":
-        options = TrainOptions(batch_size=32, mix_group=8, ema=0.5)
+        options = TrainOptions(batch_size=32, mix=MixOptions(group=8), ema=0.5)
     loop = make_loop(options=options)
     loop.step()
     loop.save()

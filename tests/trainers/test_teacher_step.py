@@ -6,7 +6,8 @@ from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions
-from dalikd.trainers.teacher_step import Looker, automatic_mode, check_compiler
+from dalikd.trainers.launch import automatic_mode, check_compiler
+from dalikd.trainers.teacher_step import Looker
 
 GROUP = 8
 
@@ -18,7 +19,7 @@ def batches(make_source):
     def make(name):
         source = make_source(44)
         view = View(source.image_size, "pad_crop", padding=1)
-        augmenter = Augmenter(name, MixOptions(mix_group=GROUP), source, view, seed=3)
+        augmenter = Augmenter(name, MixOptions(group=GROUP), source, view, seed=3)
         loader = Loader(source, Sampler(44, 24, 3, drop_last=False, group=GROUP), augmenter.draw_spec, threads=1)
         found = list(loader)
         loader.close()
@@ -77,7 +78,7 @@ def test_a_compiled_look_is_the_same_and_a_short_batch_costs_one_more_graph(batc
 
 def test_a_compiler_is_asked_for_only_where_it_is_needed(batches, nets, monkeypatch):
     (augmenter, _), (teacher, student) = batches("cutmix"), nets
-    monkeypatch.setattr("dalikd.trainers.teacher_step.shutil.which", lambda name: name == "my-compiler" or None)
+    monkeypatch.setattr("dalikd.trainers.launch.shutil.which", lambda name: name == "my-compiler" or None)
     Looker(teacher, augmenter, student)
     with pytest.raises(ValueError, match=r"--compile max-autotune needs a C\+\+ compiler.*--compile off"):
         Looker(teacher, augmenter, student, "max-autotune")
@@ -97,8 +98,8 @@ def test_a_compiler_is_asked_for_only_where_it_is_needed(batches, nets, monkeypa
 def test_auto_compiles_on_a_gpu_that_can(monkeypatch, capsys, on_cpu, gpu, compiler, mode):
     automatic_mode.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr("dalikd.trainers.teacher_step.find_spec", lambda _: object())
-    monkeypatch.setattr("dalikd.trainers.teacher_step.shutil.which", lambda name: name == compiler or None)
+    monkeypatch.setattr("dalikd.trainers.launch.find_spec", lambda _: object())
+    monkeypatch.setattr("dalikd.trainers.launch.shutil.which", lambda name: name == compiler or None)
     assert [automatic_mode(on_cpu) for _ in range(2)] == [mode] * 2
     said = "dalikd: --compile auto compiles nothing, for lack of a C compiler: " if gpu and not compiler else ""
     found = capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_one_line_before_a_folder_exists(tree, tmp_path, ca
     }.get(what, [])
     teacher = {"vit": (VIT, "vit.pt", "--teacher.args.depth", "1"), "nan": ("small", "nan.pt")}.get(what, ("small", ""))
     common = ["--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"]
-    common += ["--batch_size", "32"] + ([] if name == "evaluate" else ["--mix_group", "8", "--epochs", "1"])
+    common += ["--batch_size", "32"] + ([] if name == "evaluate" else ["--mix.group", "8", "--epochs", "1"])
     if name in ("distill", "measure"):
         common += ["--teacher.name", teacher[0], "--teacher.weights", *teacher[1:]]
     if name == "evaluate":

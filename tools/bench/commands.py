@@ -36,7 +36,7 @@ BENCHMARKS = {
     "first-hour": ("first_hour.run", "what a new GPU machine is asked first, within nine minutes"),
     "all": ("commands.run_all", "those of this machine, one after the other, into one folder"),
     "images": ("images.repeat_images", "copies of photos under new names, for a set that exceeds the page cache"),
-    "tables": ("tables.run", "README's table of the newest results"),
+    "tables": ("tables.run", "the table of the newest results in docs/benchmarks/README.md"),
 }  # fmt: skip
 
 # What `all` runs: [GPUs needed] name, options. On a GPU a step of fewer images, or in eager code, is as long as its
@@ -51,7 +51,7 @@ loader --random 50000 --data.image_size 32
 loader --orders 1281167 14000000
 1 loader DATA GPU
 1 loader DATA GPU --backends dalikd dalikd-mixed --augmentations all
-step DATA VAL --data.image_size 224 --teacher.name timm:resnet18 --model timm:resnet10t --batch_size 16 --mix_group 16 \
+step DATA VAL --data.image_size 224 --teacher.name timm:resnet18 --model timm:resnet10t --batch_size 16 --mix.group 16 \
     --device cpu --steps 4 --warmup 2
 1 step DATA VAL --data.image_size 224 LARGE PICKS GPU --compile off
 1 step DATA VAL --data.image_size 224 LARGE PICKS GPU --compile max-autotune-no-cudagraphs

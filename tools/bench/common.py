@@ -17,28 +17,25 @@ from dalikd.kd.backbones import create_model
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import TEACHER_ENTROPY, Teacher, look
-from dalikd.pipelines.data import DataConfig, evaluation_view, open_split, training_view
+from dalikd.pipelines.data import DataConfig, open_split, training_view
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Batch, Loader
-from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.options import StepOptions, TeacherOptions
-from dalikd.trainers import setup
 from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
-from dalikd.trainers.launch import autocast_type, model_type
+from dalikd.trainers.launch import autocast_type, check_compiler, model_type
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.measure import build_scorer, measure_branches
 from dalikd.trainers.models import build_teacher
-from dalikd.trainers.options import DistillOptions
+from dalikd.trainers.setup import Setup, open_run, reading
 from dalikd.trainers.tasks.base import Task
-from dalikd.trainers.tasks.distill import Distillation
-from dalikd.trainers.teacher_step import check_compiler
+from dalikd.trainers.tasks.distill import Distillation, DistillOptions
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [
-    "Measuring", "Nets", "Seen", "ask_once", "distillation_loop", "each_tensor", "free_loop", "mixing", "open_loop",
-    "open_measuring", "open_nets", "with_weights",
+    "Measuring", "Seen", "Training", "ask_once", "distillation_loop", "each_tensor", "free_loop", "mixing", "open_loop",
+    "open_measuring", "open_training", "with_weights",
 ]  # fmt: skip
 
 _PUBLISHED_GROUP = 64
@@ -47,7 +44,7 @@ Options = TypeVar("Options", bound=StepOptions | TeacherOptions)
 
 def mixing(name: str, source: Source, view: View, batch_size: int) -> Augmenter:
     """An augmentation by its defaults, in mix groups that fit the batch."""
-    return Augmenter(name, MixOptions(mix_group=gcd(batch_size, _PUBLISHED_GROUP)), source, view, seed=0)
+    return Augmenter(name, MixOptions(group=gcd(batch_size, _PUBLISHED_GROUP)), source, view, seed=0)
 
 
 def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -67,10 +64,10 @@ def with_weights(options: Options, folder: Path) -> Options:
     return replace(options, teacher=replace(teacher, weights=str(path)))
 
 
-def _teacher_net(options: StepOptions | TeacherOptions, source: Source, view: View) -> Normalized:
+def _teacher_net(options: StepOptions | TeacherOptions, setup: Setup) -> Normalized:
     with TemporaryDirectory() as folder:
         config = with_weights(options, Path(folder)).teacher
-        return build_teacher(config, source, view).to(model_type(options.precision))
+        return build_teacher(config, setup.source, setup.val_view).to(model_type(options.precision))
 
 
 # -------------------------------------------------------------------------------------------- training steps
@@ -83,12 +80,12 @@ def training_loop(task: Task, loader: Loader, options: DistillOptions, accelerat
     return loop
 
 
-def open_loop(options: StepOptions, accelerator: Accelerator) -> tuple[Loop, setup.TrainingData]:
-    """The loop of `dalikd distill`. Raises ValueError, OSError:
-    the options, the data or the nets are not as they should be."""
+def open_loop(options: StepOptions, accelerator: Accelerator) -> tuple[Loop, Setup]:
+    """The loop of `dalikd distill`. Raises ValueError, OSError: options, data or nets that do not fit."""
+    setup = open_run(options, accelerator)
     with TemporaryDirectory() as folder:
-        task, data = setup.build_distillation(with_weights(options, Path(folder)), accelerator)
-    return training_loop(task, data.loader, options, accelerator), data
+        task = with_weights(options, Path(folder)).build(setup)
+    return training_loop(task, task.loader(setup, options.accumulation), options, accelerator), setup
 
 
 def distillation_loop(
@@ -118,28 +115,30 @@ def free_loop(
 ) -> Loop:
     """The loop of an augmentation, on the CPU, with nets that `make` gives."""
     augmenter = mixing(name, source, training_view(data, source), batch_size)
-    options = DistillOptions(
-        augmentation=name, batch_size=batch_size, mix_group=augmenter.group, device="cpu", compile="off"
-    )
+    mix = MixOptions(group=augmenter.group)
+    options = DistillOptions(augmentation=name, batch_size=batch_size, mix=mix, device="cpu", compile="off")
     sampler = Sampler(len(source), batch_size, group=augmenter.group)
     # buffers: as on a GPU, packed and handed over
-    loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **setup.reading(data))
+    loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **reading(data))
     return distillation_loop(make(), Teacher(make()), augmenter, loader, options, accelerator)
 
 
-class Nets(NamedTuple):
-    """Both nets, never trained or folded themselves."""
+class Training(NamedTuple):
+    """What `dalikd distill` opens, not yet joined. The nets are never trained or folded themselves."""
 
     student: Normalized
     teacher: Normalized
+    setup: Setup
+    augmenter: Augmenter
+    loader: Loader
 
 
-def open_nets(options: StepOptions, accelerator: Accelerator) -> tuple[Nets, setup.TrainingData]:
-    """The data and the nets of `dalikd distill`, not yet joined. Raises ValueError, OSError:
-    the options, the data or the nets are not as they should be."""
-    data, device = setup.open_training_data(options, accelerator), accelerator.device
-    teacher = _teacher_net(options, data.train, evaluation_view(options.data, data.train)).to(device)
-    return Nets(setup.build_student(options, data.train).to(device, model_type(options.precision)), teacher), data
+def open_training(options: StepOptions, accelerator: Accelerator) -> Training:
+    """The nets and the data. Raises ValueError, OSError: options, data or nets that are not as they should be."""
+    setup, device = open_run(options, accelerator), accelerator.device
+    augmenter = setup.augmenter(options.augmentation)
+    student, teacher = options.build_student(setup).to(device), _teacher_net(options, setup).to(device)
+    return Training(student, teacher, setup, augmenter, setup.loader(augmenter.draw_spec))
 
 
 class Seen(NamedTuple):
@@ -166,39 +165,31 @@ class Measuring(NamedTuple):
     """What `dalikd measure` opens."""
 
     options: TeacherOptions
-    source: Source
-    view: View
+    setup: Setup
     augmenters: list[Augmenter]
     teacher: Teacher
     student: Normalized | None
-    resident: Resident | None
-    accelerator: Accelerator
 
     def loader(self, branches: Branches) -> Loader:
         """Over every image once an epoch, with the branches' draws."""
-        options, size = self.options, len(self.source)
-        sampler = Sampler(size, options.batch_size, options.seed, drop_last=False, group=options.mix_group)
-        spec, data = branches.draw_spec, options.data
-        return setup.make_loader(self.source, sampler, spec, data, self.accelerator, resident=self.resident, buffers=2)
+        return self.setup.loader(branches.draw_spec, self.setup.sampler(drop_last=False))
 
     def measure(self, branches: Branches, loader: Loader) -> dict[str, Any]:
         """One pass over the images."""
-        return measure_branches(branches, loader, self.teacher, self.accelerator, self.options, self.student)
+        return measure_branches(branches, loader, self.teacher, self.setup.accelerator, self.options, self.student)
 
 
 def open_measuring(options: TeacherOptions, accelerator: Accelerator) -> Measuring:
-    """As many training images as a round goes over, the augmentations and the nets. Raises ValueError, OSError:
-    the data, the nets or the sizes are not as they should be."""
+    """The images that a round goes over, the augmentations and the nets. Raises ValueError, OSError: options, data or
+    nets that are not as they should be."""
     check_compiler(options.compile)
     names = augmentation_names(options.augmentation)
     source = open_split(options.data, "train", options.seed)
     if options.images < len(source.classes):
         raise ValueError(f"--images {options.images}: give at least one for each of {len(source.classes)} classes")
     source = source.limit(options.images, options.seed) if options.images < len(source) else source
-    view = training_view(options.data, source)
-    augmenters = [Augmenter(name, options, source, view, options.seed) for name in names]
-    student = build_scorer(options, source, augmenters)
-    net = _teacher_net(options, source, evaluation_view(options.data, source))
+    setup = Setup(options, accelerator, source, source)
+    augmenters = [setup.augmenter(name) for name in names]
+    student, net = build_scorer(options, source, augmenters), _teacher_net(options, setup)
     teacher = Teacher(net, accelerator.device, autocast_type(options.precision), fold_bn=options.teacher.fold_bn)
-    resident = setup.resident_pictures(source, view, options.data, accelerator)
-    return Measuring(options, source, view, augmenters, teacher, student, resident, accelerator)
+    return Measuring(options, setup, augmenters, teacher, student)

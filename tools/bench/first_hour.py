@@ -67,7 +67,7 @@ _WORDS = {
         "DATA": "--data.root ROOT --data.train_split . --data.image_size 32 --device cpu",
         "BATCH": "--data.crop random_resized_crop --batch_size 16 --images 16",
         "NETS": "DATA --data.val_split . --data.threads 1 --teacher.name resnet8 --model resnet8 --batch_size 16 "
-        "--mix_group 16",
+        "--mix.group 16",
         "STEPS": "--steps 2 --warmup 2",
         "FEW": "--steps 1",
         "SIDES": "dalikd decode",
@@ -287,7 +287,7 @@ def interrupt_and_resume(file: str, root: str, device: str) -> None:
     teacher, student, sizes = "timm:resnet34", "timm:resnet18", "--batch_size 128 --epochs 60"
     if device == "cpu":
         teacher = student = "resnet8"
-        sizes = "--batch_size 16 --epochs 20 --mix_group 8 --data.image_size 32"
+        sizes = "--batch_size 16 --epochs 20 --mix.group 8 --data.image_size 32"
     classes = len(open_source("imagefolder", root, "train", split=".").classes)
     torch.save(create_model(teacher, classes).state_dict(), folder / "teacher.pt")
     words = {"ROOT": shlex.quote(root), "WEIGHTS": shlex.quote(str(folder / "teacher.pt"))}

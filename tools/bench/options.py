@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from dalikd.pipelines.data import FilePath
-from dalikd.trainers.options import FROM_0, FROM_1, DistillOptions, MeasureOptions, check_numbers
+from dalikd.trainers.measure import MeasureOptions
+from dalikd.trainers.options import FROM_0, FROM_1, check_numbers
+from dalikd.trainers.tasks.distill import DistillOptions
 
 __all__ = ["PublishedOptions", "ScalingOptions", "StepOptions", "TeacherOptions", "check_names"]
 

@@ -31,14 +31,15 @@ from dalikd.kd.mixing import MixDraws, Mixed
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import Teacher
-from dalikd.tools.bench.common import Nets, Seen, ask_once, distillation_loop, open_nets
+from dalikd.pipelines.loader import Loader
+from dalikd.tools.bench.common import Seen, Training, ask_once, distillation_loop, open_training
 from dalikd.tools.bench.machine import cores, settle
 from dalikd.tools.bench.options import PublishedOptions
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
 from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type, start
-from dalikd.trainers.setup import TrainingData
+from dalikd.trainers.setup import Setup
 from dalikd.trainers.tracking import Meter
 
 __all__ = ["RUNGS", "Costs", "HabitLoop", "Habits", "Input", "Rung", "host_cutmix", "open_ladder", "run"]
@@ -200,14 +201,14 @@ class Rung(NamedTuple):
     compiled: bool = False
 
 
-def open_ladder(options: PublishedOptions, data: TrainingData, nets: Nets, accelerator: Accelerator) -> dict[str, Rung]:
+def open_ladder(options: PublishedOptions, opened: Training, accelerator: Accelerator) -> dict[str, Rung]:
     """Every rung, lowest first, with nets of its own. All but the first take turns at one loader."""
     folds, autocast, ahead = options.teacher.fold_bn, autocast_type(options.precision), options.data.prefetch + 1
     rungs = {}
     for name, habits in RUNGS.items():
         if not folds and name == _FOLDED:
             continue
-        student, net = deepcopy(nets)
+        student, net = deepcopy((opened.student, opened.teacher))
         # images that are normalised already do without the nets' own normalisation
         seen_by, trained = (net.model, student.model) if habits.float_images else (net, student)
         teacher = Teacher(seen_by, accelerator.device, autocast, fold_bn=not habits.batch_norms)
@@ -215,35 +216,36 @@ def open_ladder(options: PublishedOptions, data: TrainingData, nets: Nets, accel
             one.to(memory_format=habits.memory_format)  # type: ignore[call-overload]
         loss = deepcopy(options.loss).to(accelerator.device)
         optimizer: Any = options.optimizer([*trained.parameters(), *loss.parameters()])
-        job = _pil_job(options, data, accelerator.device) if habits.pil_loader else None
-        batches = _batches(habits, data, student) if job is None else _pil_batches(job, student.scale)
-        loop = HabitLoop(habits, batches, trained, teacher, loss, optimizer, data.augmenter, autocast, options.seed)
+        job = _pil_job(options, opened.setup) if habits.pil_loader else None
+        batches = _batches(habits, opened.loader, student) if job is None else _pil_batches(job, student.scale)
+        loop = HabitLoop(habits, batches, trained, teacher, loss, optimizer, opened.augmenter, autocast, options.seed)
         rungs[name] = Rung(loop.step, teacher, ahead if job is None else 2 * job.workers + 1)
     plain = replace(options, metric=False)
     own = {_OWN: replace(plain, compile="off")}
     own |= {f"compiled, {options.compile}": plain} if options.compile != "off" else {}
     own |= {"T. stddev streamed too": options} if options.metric else {}
     for name, settings in own.items():
-        student, net = deepcopy(nets)
+        student, net = deepcopy((opened.student, opened.teacher))
         teacher = Teacher(net, accelerator.device, autocast, fold_bn=folds)
-        loop = distillation_loop(student, teacher, data.augmenter, data.loader, settings, accelerator)
+        loop = distillation_loop(student, teacher, opened.augmenter, opened.loader, settings, accelerator)
         rungs[name] = Rung(loop.step, teacher, ahead, settings.compile != "off")
     return rungs
 
 
-def _batches(habits: Habits, data: TrainingData, student: Normalized) -> Iterator[Input]:
+def _batches(habits: Habits, loader: Loader, student: Normalized) -> Iterator[Input]:
     while True:
-        batch = data.loader.next()
+        batch = loader.next()
         pixels = batch.pixels.contiguous(memory_format=habits.memory_format)
         yield Input(student.normalize(pixels) if habits.float_images else pixels, batch.labels, batch.mix)
 
 
-def _pil_job(options: PublishedOptions, data: TrainingData, device: torch.device) -> Job:
+def _pil_job(options: PublishedOptions, setup: Setup) -> Job:
     """What the DataLoader does: enough for all rounds, without starting anew."""
     workers = cores()
     steps = (options.steps + max(2 * workers + 1, options.warmup)) * (options.rounds + 1) + 1
     images = steps * options.batch_size
-    job = Job(data.train, data.view, "identity", options.batch_size, device, workers=workers, images=images)
+    device = setup.accelerator.device
+    job = Job(setup.source, setup.view, "identity", options.batch_size, device, workers=workers, images=images)
     if reason := cannot("torchvision-pil", job):
         raise ValueError(f"--data.name {options.data.name}: the published loop's DataLoader {reason}; name a folder")
     return job
@@ -274,9 +276,9 @@ class Costs(NamedTuple):
         return self.of_step(4) / self.of_step(3)
 
 
-def costs(nets: Nets, size: int) -> Costs:
+def costs(opened: Training, size: int) -> Costs:
     """Those of images of so many pixels a side."""
-    student, teacher = deepcopy(nets)
+    student, teacher = deepcopy((opened.student, opened.teacher))
     # two images: batch norms train on no single one
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=student.scale.device)
     with FlopCounterMode(display=False) as looked, torch.no_grad():
@@ -302,15 +304,15 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
     check_plain(options)
     accelerator = start(options.device, options.precision)
     record = begin("published", options, accelerator, config)
-    nets, data = open_nets(options, accelerator)
-    student, teacher = nets
+    opened = open_training(options, accelerator)
+    student, teacher, setup = opened[:3]
     if not (torch.equal(student.scale, teacher.scale) and torch.equal(student.shift, teacher.shift)):
         raise ValueError(
             f"{options.model} and {options.teacher.name} normalise by different means, and the published loop does it "
             "once for both: choose two timm models, or none"
         )
     torch.backends.cudnn.benchmark = True  # as published, and for every rung
-    rungs = open_ladder(options, data, nets, accelerator)
+    rungs = open_ladder(options, opened, accelerator)
 
     def rate(rung: Rung) -> float:
         for _ in range(max(rung.ahead, options.warmup)):  # what lies ready must not count
@@ -322,8 +324,12 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
         counts = {name: count_teacher(rung) for name, rung in rungs.items()}
         rates = alternate({name: partial(rate, rung) for name, rung in rungs.items()}, options.rounds, settle)
     finally:
-        data.loader.close()
-    size, operations, ahead = data.view.size, costs(nets, data.view.size), max(rung.ahead for rung in rungs.values())
+        opened.loader.close()
+    size, operations, ahead = (
+        setup.view.size,
+        costs(opened, setup.view.size),
+        max(rung.ahead for rung in rungs.values()),
+    )
     settings = {options.compile: options.compile != "off", "resident": options.data.resident}
     names = (str(name).replace(":", "-").replace("_", "-") for name in (options.teacher.name, options.model))
     given = [name for name, is_given in settings.items() if is_given]
@@ -335,7 +341,7 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
     record.warm_up = (
         f"a round, and before each round {options.warmup} step(s), or as many as batches may lie ready (up to {ahead})."
     )
-    record.page_cache = "warm; the first round reads." if data.train.files is not None else "no files."
+    record.page_cache = "warm; the first round reads." if setup.source.files is not None else "no files."
     record.labels, record.plotted = ("rung", "loop"), _RATE
     before = None
     for number, (name, values) in enumerate(rates.items(), start=1):
@@ -361,7 +367,7 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
 
 def check_plain(options: PublishedOptions) -> None:
     """Raises ValueError for what the published loop has not."""
-    plain = {"accumulation": 1, "clip": None, "ema": 0.0, "joint_forward": False, "no_decay_norms": False}
+    plain = {"accumulation": 1, "clip_grad_norm": None, "ema": 0.0, "joint_forward": False, "no_decay_norms": False}
     for name, value in plain.items():
         if getattr(options, name) != value:
             raise ValueError(

@@ -162,7 +162,7 @@ def bound(alone: Mapping[str, Any], most: Mapping[str, Any], *, gpu: bool) -> st
 
 def check_processes(options: ScalingOptions, size: int, device: torch.device, running: int) -> None:
     """Raises ValueError for numbers of processes that cannot be compared here, on a data set of so many images."""
-    processes, group = options.processes, options.mix_group
+    processes, group = options.processes, options.mix.group
     if running > 1:
         raise ValueError("bench scaling starts its processes itself: call it without torchrun or accelerate launch")
     if 1 not in processes or min(processes) < 1 or len(set(processes)) < 2:

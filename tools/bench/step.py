@@ -65,18 +65,18 @@ def run(options: StepOptions, config: dict[str, Any]) -> Record:
     accelerator = start(options.device, options.precision)
     on_gpu, processes = accelerator.device.type == "cuda", accelerator.num_processes
     record = begin("step", options, accelerator, config, alone=False)
-    loop, data = open_loop(options, accelerator)
-    record.page_cache, record.pictures = cached(data.train), describe(data.train)
+    loop, setup = open_loop(options, accelerator)
+    record.page_cache, record.pictures = cached(setup.source), describe(setup.source)
     found = measure(loop, options)
-    data.loader.close()
+    loop.loader.close()
     several = "1 process" if processes == 1 else f"{processes} processes"
-    record.title = f"Distillation step: {setting(options, data.view.size)}, {several}"
+    record.title = f"Distillation step: {setting(options, setup.view.size)}, {several}"
     record.warm_up = (
         f"{options.warmup} steps before everything ({found.warm_up:.1f} s) and as many before each round; the first "
         "round of each side."
     )
     record.labels, record.plotted = ("measured",), "ms a step"
-    record.variant = variant(options, data.view.size, processes)
+    record.variant = variant(options, setup.view.size, processes)
     record.rows = rows(found, options.steps, processes, on_gpu=on_gpu)
     record.notes = notes(found, options)
     return finish(record, options) if accelerator.is_main_process else record

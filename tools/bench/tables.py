@@ -1,4 +1,4 @@
-"""README's benchmark table, made out of docs/benchmarks/*.json.
+"""The table of docs/benchmarks/README.md, made out of the JSON beside it.
 
 dalikd bench tables                   rewrites what stands between the two marks
 dalikd bench tables --check true      fails where it is not up to date
@@ -10,12 +10,12 @@ from dalikd.tools.bench.record import Record, load, medians, table
 
 __all__ = ["run"]
 
-_ROOT = Path(__file__).parents[2]
+_RESULTS = Path(__file__).parents[2] / "docs/benchmarks"
 _BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
-def run(readme: Path = _ROOT / "README.md", benchmarks: Path = _ROOT / "docs/benchmarks", check: bool = False) -> None:
-    """Write the newest record of each benchmark and device into the README, between its two marks.
+def run(readme: Path = _RESULTS / "README.md", benchmarks: Path = _RESULTS, check: bool = False) -> None:
+    """Write the newest record of each benchmark and device into a document, between its two marks.
 
     Args:
         readme: the document.

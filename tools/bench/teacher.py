@@ -48,15 +48,15 @@ def open_record(benchmark: str, options: TeacherOptions, config: dict[str, Any])
     accelerator = start(options.device, options.precision)
     record = begin(benchmark, options, accelerator, config)
     opened = open_measuring(options, accelerator)
-    size, name = opened.view.size, str(options.teacher.name).replace(":", "-").replace("_", "-")
+    size, name = opened.setup.view.size, str(options.teacher.name).replace(":", "-").replace("_", "-")
     settings = {options.compile: options.compile != "off", "resident": options.data.resident}
     given = [one for one, is_given in settings.items() if is_given]
     record.variant = "-".join((name, str(size), options.precision, *given))
     record.title = f"{options.teacher.name}, {size} pixels, batch {options.batch_size}, "
     record.title += ", ".join([options.precision, *given])
-    record.pictures = describe(opened.source)
+    record.pictures = describe(opened.setup.source)
     record.warm_up = "one pass over the images for each side."
-    record.page_cache = "warm; the first pass reads." if opened.source.files is not None else "no files."
+    record.page_cache = "warm; the first pass reads." if opened.setup.source.files is not None else "no files."
     return record, opened
 
 
@@ -85,8 +85,8 @@ def run(options: TeacherOptions, config: dict[str, Any]) -> Record:
     shares = {row["augmentation"]: row[_SHARE]["median"] for row in record.rows}
     below = [f"{name} {share:.3f}" for name, share in shares.items() if share < _TARGET]
     record.notes = [
-        f"A round is one pass over {len(opened.source):,} originals. Wanted: at least {_TARGET} of the teacher alone. "
-        + (f"Below it: {', '.join(below)}." if below else "All are.")
+        f"A round is one pass over {len(opened.setup.source):,} originals. Wanted: at least {_TARGET} of the teacher "
+        f"alone. {'Below it: ' + ', '.join(below) if below else 'All are'}."
     ]
     return finish(record, options)
 
@@ -99,7 +99,7 @@ def run_passes(options: TeacherOptions, config: dict[str, Any]) -> Record:
     loaders = {name: [(branches, opened.loader(branches)) for branches in side] for name, side in sides.items()}
 
     def seconds(pairs: Sequence[tuple[Branches, Loader]]) -> float:
-        return timed(lambda: [opened.measure(*pair) for pair in pairs], opened.accelerator.device)
+        return timed(lambda: [opened.measure(*pair) for pair in pairs], opened.setup.accelerator.device)
 
     found = alternate({name: lambda of=of: seconds(of) for name, of in loaders.items()}, options.rounds, settle)
     for _, loader in loaders[_ONE] + loaders[_EACH]:
@@ -116,7 +116,7 @@ def run_passes(options: TeacherOptions, config: dict[str, Any]) -> Record:
         }
     ]
     names = ", ".join(augmenter.name for augmenter in augmenters)
-    record.notes = [f"A round goes once over {len(opened.source):,} originals on either side: {names}."]
+    record.notes = [f"A round goes once over {len(opened.setup.source):,} originals on either side: {names}."]
     return finish(record, options)
 
 
@@ -136,7 +136,7 @@ class Comparison:
 
     def sides(self) -> dict[str, Callable[[], float]]:
         """The sides by name."""
-        images, device = len(self.loader.source), self._opened.accelerator.device
+        images, device = len(self.loader.source), self._opened.setup.accelerator.device
         passes: dict[str, Callable[[], object]] = {
             _MEASURE: lambda: self._opened.measure(self._branches, self.loader),
             _LOADED: lambda: self._answer(self._seen(batch) for batch in self.loader),

@@ -8,7 +8,8 @@ from typing import Any
 
 from dalikd.pipelines.data import FilePath
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.options import DistillOptions, TrainOptions
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
 
 __all__ = ["Net", "Pair", "StudyOptions", "chosen_pairs", "read_pairs"]
 

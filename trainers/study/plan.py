@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dalikd.trainers.options import EvaluateOptions, TrainOptions
+from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.study.options import Net, Pair
+from dalikd.trainers.tasks.supervised import TrainOptions
 
 __all__ = ["Axes", "Cell", "alone_name", "deal", "distill_name", "measure_name", "plan", "teacher_name"]
 

@@ -9,7 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalikd.kd.backbones import create_model
 from dalikd.trainers.augmentation import Augmenter
-from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainingOptions
+from dalikd.trainers.evaluate import EvaluateOptions
+from dalikd.trainers.measure import MeasureOptions
+from dalikd.trainers.tasks.base import TrainingOptions
+from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.trial import ask
 
 __all__ = ["Sizes", "Work", "forward_flops", "work"]

@@ -1,15 +1,155 @@
-"""What every way to train has: a batch becomes inputs, inputs become named terms; what is evaluated and saved."""
+"""A way to train: its options make a task, which makes inputs of a batch, and named terms of the inputs."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.loader import Batch, Loader
+from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import accuracy_sums
+from dalikd.trainers.launch import model_type
+from dalikd.trainers.models import build_model, reinitialise
+from dalikd.trainers.options import ABOVE_0, FROM_1, AugmentingOptions, NumberRange, check_numbers
+from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.setup import Setup
 
-__all__ = ["Task"]
+__all__ = ["Task", "TrainingOptions"]
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+
+_TRAINING = {
+    "epochs": FROM_1,
+    "epoch_factor": ABOVE_0,
+    "accumulation": FROM_1,
+    "clip_grad_norm": NumberRange(lambda value: 0 < value < math.inf, "a norm above 0, or leave it out"),
+    "ema": NumberRange(lambda value: 0 <= value < 1, "a decay below 1, such as 0.999, or 0 for none"),
+    "log_every": FROM_1,
+    "eval_every": FROM_1,
+    "checkpoint_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for none"),
+    "schedule.milestones": NumberRange(
+        lambda values: all(map(math.isfinite, values)) and all(a < b for a, b in pairwise([-1e-9, *values])),
+        "epochs from 0 on, each later than the one before",
+    ),
+    "schedule.gamma": NumberRange(lambda value: 0 < value <= 1, "a factor above 0, up to 1"),
+    "schedule.warmup_epochs": NumberRange(lambda value: 0 <= value < math.inf, "0 or more epochs"),
+    "schedule.final": NumberRange(lambda value: 0 <= value <= 1, "a share of the base rate, from 0 to 1"),
+}
+
+
+def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
+    return SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+@dataclass
+class TrainingOptions(AugmentingOptions, ABC):
+    """What training commands have.
+
+    Args:
+        model: architecture of the net that is trained, such as resnet20, wrn_16_2 or timm:resnet18.
+        model_args: options of that architecture.
+        weights: weights the net starts from: a file, or "pretrained" for timm's own.
+        reinit: after that, make its convolutions, linear layers and batch norms anew, as torch does, from the seed.
+        mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
+            trained, where they or dalikd's list of published files say it, else as the data set is.
+        std: as mean; give both or none.
+        augmentation: identity, flip, crop_flip, cutout, autoaugment, mixup, cutmix, cutmixpick_student,
+            cutmixpick_teacher, manifold_mixup, patchmix, masking, same, randaugment, trivialaugment or random_erasing,
+            on top of the training view; BASE+CRITERION picks out of several runs of another one, such as
+            mixup+teacher_entropy (student_entropy, kld, dissimilarity).
+        optimizer: its class path, with its options as --optimizer.lr and so on; SGD, AdamW or any other.
+            --optimizer.fused true updates all weights in one kernel, where the class can; SGD, Adam and AdamW do so on
+            a GPU unless it is false.
+        schedule: the learning rate over time.
+        epochs: passes over the training data.
+        epoch_factor: multiplies epochs and milestones (prolonged training).
+        accumulation: microbatches whose gradients make one optimizer step.
+        clip_grad_norm: largest norm of the gradient, or none.
+        no_decay_norms: no weight decay for biases and normalisation.
+        ema: decay of an exponential moving average of the weights, such as 0.999; 0: none. The average is what is
+            evaluated then, and lies beside student.safetensors as ema.safetensors.
+        sync_bn: batch statistics over all processes (GPU only).
+        output: the run folder; default: runs/COMMAND-DATA-MODEL.
+        resume: go on with this run folder; its config.yaml is read first.
+        overwrite: replace a run that lies in the run folder.
+        log_every: steps between log lines.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_every: steps between checkpoints, besides the one after each epoch; 0: none.
+    """
+
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: FilePath | None = None
+    reinit: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    augmentation: str = "identity"
+    optimizer: OptimizerFactory = _sgd
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    epochs: int = 240
+    epoch_factor: float = 1.0
+    accumulation: int = 1
+    clip_grad_norm: float | None = None
+    no_decay_norms: bool = False
+    ema: float = 0.0
+    sync_bn: bool = False
+    output: FilePath | None = None
+    resume: FilePath | None = None
+    overwrite: bool = False
+    log_every: int = 50
+    eval_every: int = 1
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can work with."""
+        super().__post_init__()
+        check_numbers(self, _TRAINING)
+        warmup = self.schedule.warmup_epochs
+        if self.length < 1:
+            raise ValueError(f"--epochs {self.epochs} x --epoch_factor {self.epoch_factor} is no whole epoch")
+        if warmup > self.length:
+            raise ValueError(f"--schedule.warmup_epochs {warmup}: give at most as many as are trained, {self.length}")
+
+    @property
+    def length(self) -> int:
+        """Epochs that are trained in all."""
+        return round(self.epochs * self.epoch_factor)
+
+    @abstractmethod
+    def build(self, setup: Setup) -> "Task":
+        """What is trained, on the data that are set up.
+
+        Raises:
+            ValueError, OSError: the nets, the augmentation or the loss are not as they should be.
+        """
+
+    def build_student(self, setup: Setup, *, frozen: bool = False) -> Normalized:
+        """The net that is trained, the same on every process; without gradient where it is frozen.
+
+        Raises:
+            ValueError: no or an unknown model, or weights that do not fit.
+        """
+        if self.model is None:
+            raise ValueError("no model given: name its architecture with --model, e.g. --model resnet20")
+        torch.manual_seed(self.seed)
+        student = build_model(
+            self.model, setup.source, weights=self.weights, args=self.model_args, mean=self.mean, std=self.std,
+            trained=not frozen,
+        )  # fmt: skip
+        if self.reinit:
+            reinitialise(student.model, self.seed)
+        student.to(model_type(self.precision))
+        return student.requires_grad_(False) if frozen else student
 
 
 class Task(nn.Module, ABC):
@@ -17,7 +157,27 @@ class Task(nn.Module, ABC):
 
     It alone is compiled, and then prepared for several processes. State beside weights and buffers goes through
     `get_extra_state` and `set_extra_state`.
+
+    Attributes:
+        augmenter: makes the images that it is trained on.
+        header: what results.json says of it besides the figures.
+        contents: digests of what its files hold, by their names in messages; a resumed run must have the same.
+        told: what may be otherwise in a resumed run, and is said then.
     """
+
+    augmenter: Augmenter
+    header: Mapping[str, Any] = MappingProxyType({})
+    contents: Mapping[str, str] = MappingProxyType({})
+    told: Mapping[str, str] = MappingProxyType({})
+
+    def loader(self, setup: Setup, accumulation: int = 1) -> Loader:
+        """The batches that it is trained on, with what its augmentation draws. Nothing is read ahead yet.
+
+        Args:
+            setup: gives the data.
+            accumulation: batches of an optimizer step.
+        """
+        return setup.loader(self.augmenter.draw_spec, accumulation=accumulation)
 
     @property
     @abstractmethod
@@ -54,6 +214,9 @@ class Task(nn.Module, ABC):
     def metrics(self) -> dict[str, float | int | None]:
         """Running figures beside the terms. May wait for the device."""
         return {}
+
+    def finish(self, folder: Path) -> None:
+        """Write what else there is to keep into the run folder. Called at the end, by the main process."""
 
     @property
     def local_buffers(self) -> list[str]:

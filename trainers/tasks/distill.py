@@ -1,7 +1,9 @@
 """Distillation: the student learns from labels and from what the teacher says of originals and augmented images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,22 +11,119 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import NetOutput
-from dalikd.kd.entropy_log import EntropyLog
+from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import DistillationLoss, LossContext, MixedOutputs, StepOutputs
+from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import Look, Teacher, batch_statistics, entropies
-from dalikd.pipelines.loader import Batch
+from dalikd.pipelines.loader import Batch, Loader
 from dalikd.trainers.augmentation import Augmenter, is_picked_by_student
-from dalikd.trainers.tasks.base import Task
-from dalikd.trainers.teacher_cache.read import CachedLooks
-from dalikd.trainers.teacher_step import CompileMode, Looker
+from dalikd.trainers.launch import CompileMode
+from dalikd.trainers.models import TeacherConfig, describe_teacher
+from dalikd.trainers.options import NumberRange, check_numbers
+from dalikd.trainers.setup import Setup
+from dalikd.trainers.tasks.base import Task, TrainingOptions
+from dalikd.trainers.teacher_cache.read import CachedLooks, open_cached
+from dalikd.trainers.teacher_step import Looker
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["Distillation", "DistillationInputs", "gather_rows", "score_groups", "score_groups_at_once"]
+__all__ = [
+    "DistillOptions",
+    "Distillation",
+    "DistillationInputs",
+    "gather_rows",
+    "score_groups",
+    "score_groups_at_once",
+]
+
+
+@dataclass
+class DistillOptions(TrainingOptions):
+    """Distil a teacher into a student.
+
+    Args:
+        teacher: the net that is imitated.
+        freeze_student: leave the student as its weights are: losses, T. stddev and evaluation are observed, and nothing
+            of it is trained.
+        loss: class of the distillation loss, with its options as --loss.temperature and so on.
+        joint_forward: one student forward over originals and augmented images instead of two; faster, but batch
+            normalisation then sees both at once.
+        metric: also stream the teacher's T. stddev and entropy over the training images.
+        entropy_log_every: batches between two records of the entropies of originals, candidates and picks, by the net
+            that picks; they go to entropies.npz and entropies.png in the run folder. 0: none.
+    """
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    freeze_student: bool = False
+    loss: DistillationLoss = field(default_factory=KD)
+    joint_forward: bool = False
+    metric: bool = True
+    entropy_log_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can work with."""
+        super().__post_init__()
+        check_numbers(self, {"entropy_log_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for no log")})
+
+    def build(self, setup: Setup) -> "Distillation":
+        """Both nets, joined. Where a cache holds what the teacher says, none is opened."""
+        augmenter = setup.augmenter(self.augmentation)
+        teacher, header, digest, answers = self._teacher(setup, augmenter)
+        if self.freeze_student and (self.weights is None or self.reinit):
+            raise ValueError(
+                "--freeze_student true observes a student as its weights are: give them with --weights, without "
+                "--reinit"
+            )
+        student = self.build_student(setup, frozen=self.freeze_student)
+        asked = teacher.model if isinstance(teacher, Teacher) else None
+        augmenter.check_nets(self.compile, ("the teacher", asked), ("the student", student))
+        task = Distillation(
+            student,
+            teacher,
+            self.loss,
+            augmenter,
+            setup.accelerator,
+            len(setup.source.classes),
+            joint_forward=self.joint_forward,
+            metric=self.metric,
+            entropy_log=EntropyLog(self.entropy_log_every) if self.entropy_log_every else None,
+            compile_mode=self.compile,
+            side=setup.view.size,
+            images=len(setup.source),
+        )
+        task.header, task.contents = header, {"the_teacher's_weights_or_normalisation": digest}
+        task.title = f"{self.augmentation}, {self.model}"
+        task.told = {"the teacher's answers come": answers}
+        return task
+
+    def _teacher(self, setup: Setup, augmenter: Augmenter) -> tuple[Teacher | CachedLooks, dict[str, Any], str, str]:
+        """The teacher or what a cache holds of it, what results say of it, the digest of what its outputs depend on,
+        and where they come from."""
+        config = self.teacher
+        if config.cache is None:
+            asked = setup.teacher(config)
+            assert isinstance(asked.model, Normalized)
+            header = {"teacher": describe_teacher(config, asked.model)}
+            return asked, header, _digest(asked.digest, *asked.model.normalisation), "from the teacher itself"
+        if self.entropy_log_every and augmenter.criterion is not None:
+            raise ValueError(
+                "--entropy_log_every: a teacher cache holds no outputs on candidates that were not picked; distil "
+                "without --teacher.cache, or without the log"
+            )
+        cached = open_cached(self, config, setup, augmenter)
+        layout, described = cached.cache.layout, cached.describe(self.length)
+        setup.accelerator.print(described["summary"], flush=True)
+        weights, mean, std = (layout.fingerprint[f"teacher.{name}"] for name in ("weights", "mean", "std"))
+        source = f"from a cache of {layout.epochs} epochs ({layout.storage})"
+        return cached, {"teacher_cache": described}, _digest(weights, mean, std), source
+
+
+def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str:
+    """What a teacher's outputs depend on in the teacher; the same whether it is asked or read from a cache."""
+    return " ".join([str(weights), *(f"{value:.6g}" for value in (*mean, *std))])
 
 
 class DistillationInputs(NamedTuple):
@@ -84,7 +183,7 @@ class Distillation(Task):
         super().__init__()
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
-        self._augmenter, self._accelerator = augmenter, accelerator
+        self.augmenter, self._accelerator = augmenter, accelerator
         self._build_loss(num_classes, side, images)
         if isinstance(teacher, CachedLooks):
             self._look: Callable[[Batch], Look] = teacher
@@ -95,12 +194,27 @@ class Distillation(Task):
             self._score_at_once = torch.compile(score_groups_at_once, mode=compile_mode, dynamic=False)
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.entropy_log, self._batches = entropy_log, 0
+        self.title = augmenter.name  # of its plots
         self._asked = False
 
     @property
     def nets(self) -> dict[str, Normalized]:
         """The student alone."""
         return {"student": self.student}
+
+    def loader(self, setup: Setup, accumulation: int = 1) -> Loader:
+        """The batches, with what a cache holds of the teacher; after its last epoch the first comes again."""
+        spec, cached = self.augmenter.draw_spec, self.teacher
+        if isinstance(cached, Teacher):
+            return setup.loader(spec, accumulation=accumulation)
+        repeat = cached.cache.layout.epochs
+        return setup.loader(spec, accumulation=accumulation, repeat=repeat, attach=cached.attach)
+
+    def finish(self, folder: Path) -> None:
+        """Write the entropies, and draw them."""
+        if self.entropy_log:
+            self.entropy_log.save(folder / "entropies.npz")
+            plot_entropies(self.entropy_log, folder / "entropies.png", self.title)
 
     @property
     def local_buffers(self) -> list[str]:
@@ -121,7 +235,7 @@ class Distillation(Task):
             batch.labels,
             batch.ids,
             torch.full((), epoch, device=batch.labels.device),
-            seen.augmented if self._augmenter.makes_candidates else None,
+            seen.augmented if self.augmenter.makes_candidates else None,
             seen.augmented_logits,
             batch.labels[seen.rows],
             batch.labels[seen.partner],
@@ -185,10 +299,10 @@ class Distillation(Task):
                 "its logits alone: distil without --teacher.cache"
             )
         before, modes = "preactivations" in loss.needs, {part: part.training for part in self.student.modules()}
-        if before and self._augmenter.mixes_hidden:
+        if before and self.augmenter.mixes_hidden:
             raise ValueError(
                 f"--loss {type(loss).__name__} compares what comes before the stages' last ReLU, where "
-                f"{self._augmenter.name} does not mix: take another augmentation or loss"
+                f"{self.augmenter.name} does not mix: take another augmentation or loss"
             )
 
         def black(net: nn.Module) -> Tensor:
@@ -208,7 +322,7 @@ class Distillation(Task):
     def _measure(self, seen: Look, batch: Batch) -> None:
         if self.goodness is None:
             return
-        group, keep = self._augmenter.group, self._augmenter.keep if seen.picks is not None else None
+        group, keep = self.augmenter.group, self.augmenter.keep if seen.picks is not None else None
         picked = pick_count(batch.total, group, keep)
         rows = gather_rows(self._accelerator, seen.logits, seen.augmented_logits, batch.total, picked)
         self.goodness.update(*rows, group)
@@ -217,7 +331,7 @@ class Distillation(Task):
         if self.entropy_log is None:
             return
         if self.entropy_log.due(self._batches):
-            of_student = is_picked_by_student(self._augmenter) and seen.pool_logits is not None
+            of_student = is_picked_by_student(self.augmenter) and seen.pool_logits is not None
             originals = self._score_originals(batch.pixels) if of_student else None
             self.entropy_log.add(self._batches, *entropies(seen, originals))
         self._batches += 1
@@ -226,10 +340,10 @@ class Distillation(Task):
         """For the log alone: no random number is used up."""
         devices = [pixels.device] if pixels.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self._accelerator.autocast():
-            return score_groups(self.student, pixels, len(pixels), self._augmenter.group)
+            return score_groups(self.student, pixels, len(pixels), self.augmenter.group)
 
     def _score(self, images: Tensor, hidden: HiddenMix | None = None) -> Tensor:
-        group, runs = self._augmenter.group, self._augmenter.runs
+        group, runs = self.augmenter.group, self.augmenter.runs
         with self._accelerator.autocast():
             whole = hidden is None and len(images) % (runs * group) == 0
             if self._score_at_once is not None and whole and not self._asked:
@@ -243,10 +357,10 @@ class Distillation(Task):
     def _try_at_once(self, images: Tensor) -> None:
         """Before the first step: not every net can have its groups side by side."""
         devices = [images.device] if images.device.type == "cuda" else []
-        group = self._augmenter.group
+        group = self.augmenter.group
         try:
             with torch.random.fork_rng(devices), torch.no_grad(), batch_statistics(self.student):
-                score_groups_at_once(self.student, images, len(images) // self._augmenter.runs, group)
+                score_groups_at_once(self.student, images, len(images) // self.augmenter.runs, group)
         except RuntimeError as error:
             self._score_at_once = None
             reason = str(error).partition("\n")[0]

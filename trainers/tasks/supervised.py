@@ -1,5 +1,6 @@
 """Training on labels: teachers and baselines."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,9 +11,31 @@ from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.loader import Batch
 from dalikd.trainers.augmentation import Augmenter
-from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.options import NumberRange, check_numbers
+from dalikd.trainers.setup import Setup
+from dalikd.trainers.tasks.base import Task, TrainingOptions
 
-__all__ = ["Supervised", "SupervisedInputs"]
+__all__ = ["Supervised", "SupervisedInputs", "TrainOptions"]
+
+
+@dataclass
+class TrainOptions(TrainingOptions):
+    """Train a net on labels: a teacher, or a baseline.
+
+    Args:
+        label_smoothing: share of each label spread evenly over the classes.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can work with."""
+        super().__post_init__()
+        check_numbers(self, {"label_smoothing": NumberRange(lambda value: 0 <= value < 1, "a share from 0 to below 1")})
+
+    def build(self, setup: Setup) -> "Supervised":
+        """The net and its augmentation."""
+        return Supervised(self.build_student(setup), setup.augmenter(self.augmentation), self.label_smoothing)
 
 
 class SupervisedInputs(NamedTuple):
@@ -44,7 +67,7 @@ class Supervised(Task):
             raise ValueError(
                 f"--augmentation {augmenter.name} picks images for distillation: use cutmix with dalikd train"
             )
-        self.student, self._augmenter = student, augmenter
+        self.student, self.augmenter = student, augmenter
         self.label_smoothing = label_smoothing
 
     @property
@@ -54,10 +77,10 @@ class Supervised(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> SupervisedInputs:  # noqa: ARG002 - nothing follows the epoch
         """Pixels and labels, augmented."""
-        mixed = self._augmenter.candidates(batch)
+        mixed = self.augmenter.candidates(batch)
         if mixed is None:
             return SupervisedInputs(batch.pixels, batch.labels)
-        if not self._augmenter.labels_are_mixed:
+        if not self.augmenter.labels_are_mixed:
             return SupervisedInputs(mixed.images, batch.labels)
         originals = None if mixed.hidden is None else batch.pixels
         return SupervisedInputs(

@@ -1,10 +1,11 @@
 """`dalikd cache`: the teacher's outputs of whole epochs, written in one pass each; and a check of a share of them."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +16,20 @@ from torch.nn import functional
 
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.teacher import Look, Teacher
-from dalikd.pipelines.data import evaluation_view, open_split, training_view
-from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.loader import Batch, Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
-from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
-from dalikd.trainers.models import open_teacher
-from dalikd.trainers.options import CacheOptions
+from dalikd.trainers.models import TeacherConfig
+from dalikd.trainers.options import FROM_1, AugmentingOptions, NumberRange, check_numbers
 from dalikd.trainers.progress import progress
-from dalikd.trainers.setup import make_loader, reading, resident_pictures
+from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.teacher_cache.layout import (
     CacheLayout,
+    Storage,
     TeacherCache,
     from_group_picks,
     pack_logits,
@@ -38,9 +38,9 @@ from dalikd.trainers.teacher_cache.layout import (
 )
 from dalikd.trainers.teacher_cache.read import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
 from dalikd.trainers.teacher_step import Looker
-from dalikd.trainers.trial import check_class_order, check_finite
+from dalikd.trainers.trial import check_finite
 
-__all__ = ["Comparison", "fill_cache", "verify_cache"]
+__all__ = ["CacheOptions", "Comparison", "fill_cache", "verify_cache"]
 
 #: Largest difference that verifying lets pass, of logits, with topk of probabilities; by storage, and by precision
 #: where another run, whose kernels may be others, rounds more than the storage does.
@@ -48,30 +48,60 @@ _TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "topk": 1e-3}
 _ROUNDED = {"fp32": (1e-3, 1e-3), "tf32": (1e-2, 1e-3), "bf16": (1e-1, 1e-2), "fp16": (1e-1, 1e-2)}
 
 
-@dataclass(frozen=True)
-class _Work:
+_CACHING = {
+    "epochs": FROM_1,
+    "share": NumberRange(lambda value: 0 < value <= 1, "a share of the images above 0, up to 1"),
+    "tolerance": NumberRange(lambda value: 0 <= value < math.inf, "0 or more"),
+}
+
+
+@dataclass
+class CacheOptions(AugmentingOptions):
+    """Write down what the teacher says of every image in every epoch; `dalikd distill --teacher.cache` reads it.
+
+    Called again it goes on where it stopped, or adds epochs. A run may read it with any batch size and any number of
+    processes, for as many epochs as it likes: after the last one written they come again.
+
+    Args:
+        augmentation: as for distill; not cutmixpick_student, whose picks depend on the student.
+        teacher: the net that is asked.
+        epochs: passes over the training data.
+        output: folder of the cache.
+        storage: float32; float16; or topk (the k largest logits, and the probability that all others share equally:
+            exact at temperature 1 for those k, an approximation at any other).
+        k: logits of an image that topk keeps.
+        verify: instead of writing, ask the teacher again about a share of this cache and compare; the options are those
+            it was made with, unless others are given.
+        share: of the batches of each epoch that are verified, at least one; they are those that it was made in.
+        tolerance: largest difference of logits that passes (topk: of probabilities, as the k-th class may change
+            places); default: 0.001, and 0.05 for float16, whose steps are 0.03 at logits of 32 to 64; at --precision
+            tf32 0.01 at least, at bf16 and fp16 0.1 (of probabilities 0.01). Other machines round otherwise.
+    """
+
+    augmentation: str = "identity"
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    epochs: int = 1
+    output: FilePath | None = None
+    storage: Storage = "float32"
+    k: int = 16
+    verify: FilePath | None = None
+    share: float = 0.01
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no cache can have."""
+        super().__post_init__()
+        check_numbers(self, _CACHING)
+
+
+class _Work(NamedTuple):
     """What filling and verifying share."""
 
     options: CacheOptions
-    accelerator: Accelerator
-    source: Source
-    view: View
+    setup: Setup
     augmenter: Augmenter
     teacher: Teacher
     layout: CacheLayout
-
-    def loader(self, sampler: Sampler) -> Loader:
-        options, accelerator = self.options, self.accelerator
-        resident = resident_pictures(self.source, self.view, options.data, accelerator)
-        return make_loader(
-            self.source,
-            sampler,
-            self.augmenter.draw_spec,
-            options.data,
-            accelerator,
-            resident=resident,
-            buffers=2,
-        )
 
     def looker(self) -> Looker:
         return Looker(self.teacher, self.augmenter, compile_mode=self.options.compile)
@@ -95,10 +125,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
     _check_options(options, accelerator)
     assert options.output is not None
     folder, work = Path(options.output), _open_work(options, accelerator)
-    sampler = Sampler(
-        len(work.source), options.batch_size, options.seed, drop_last=False, world=accelerator.num_processes,
-        rank=accelerator.process_index, group=options.mix_group,
-    )  # fmt: skip
+    sampler = work.setup.sampler(drop_last=False)
     needed, free = TeacherCache.check_target(folder, work.layout)
     accelerator.wait_for_everyone()  # nobody looks at the folder once the main process writes there
     if accelerator.is_main_process:
@@ -114,11 +141,12 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
 
 
 def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
-    options = work.options
-    loader, looker, writer = work.loader(sampler), work.looker(), _Writer(cache, options.mix_group)
+    options, accelerator = work.options, work.setup.accelerator
+    loader = work.setup.loader(work.augmenter.draw_spec, sampler)
+    looker, writer = work.looker(), _Writer(cache, options.mix.group)
     asked = False
-    bar = progress(work.accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
-    with bar, StopSignals(work.accelerator) as signals:
+    bar = progress(accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
+    with bar, StopSignals(accelerator) as signals:
         for index in range(options.epochs * len(loader)):
             micro = sampler[index]
             rows = micro.rows[: micro.valid]
@@ -286,7 +314,7 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     found = Comparison(tolerance, layout.storage, 0.05 if autocast_type(options.precision) else 0.01)
     microbatch = layout.microbatch or options.batch_size
     sampler = _SomeBatches(layout.rows, microbatch, options.seed, layout.epochs, options.share)
-    loader, looker = work.loader(sampler), work.looker()
+    loader, looker = work.setup.loader(work.augmenter.draw_spec, sampler), work.looker()
     total = layout.epochs * len(loader)
     for index, batch in enumerate(progress(accelerator, "verify", _first(loader, total), total=total)):
         micro = sampler[index]
@@ -310,7 +338,7 @@ def _compare(
     now = {"logits": seen.logits, "augmented": seen.augmented_logits}
     if layout.pool:
         assert seen.picks is not None
-        group = work.options.mix_group
+        group = work.options.mix.group
         picks = _checked_picks(cached["picks"].numpy(), len(batch), group, layout.pool // group)
         found.picks += int((seen.picks.cpu().numpy() != picks).sum())
         candidates = work.augmenter.candidates(batch)
@@ -352,25 +380,15 @@ def _check_options(options: CacheOptions, accelerator: Accelerator) -> None:
 
 
 def _open_work(options: CacheOptions, accelerator: Accelerator) -> _Work:
-    source = open_split(options.data, "train", options.seed)
-    view = training_view(options.data, source)
-    augmenter = Augmenter(options.augmentation, options, source, view, options.seed)
-    check_cacheable(source, augmenter)
-    run = run_fingerprint(options, source, view, accelerator.device)
-    layout = _layout(options, source, augmenter, run, accelerator.num_processes)
-    usual = evaluation_view(options.data, source)
-    teacher = open_teacher(options.teacher, source, usual, accelerator.device, options.precision)
-    check_class_order(
-        teacher, f"the teacher {options.teacher.name}", options.teacher.weights, source, usual, accelerator.device,
-        **reading(options.data),
-    )  # fmt: skip
-    return _Work(options, accelerator, source, view, augmenter, teacher, layout)
+    setup = open_run(options, accelerator, "train")
+    augmenter = setup.augmenter(options.augmentation)
+    check_cacheable(setup.source, augmenter)
+    layout = _layout(options, setup, augmenter)
+    return _Work(options, setup, augmenter, setup.teacher(options.teacher), layout)
 
 
-def _layout(
-    options: CacheOptions, source: Source, augmenter: Augmenter, run: dict[str, Any], processes: int
-) -> CacheLayout:
-    classes = len(source.classes)
+def _layout(options: CacheOptions, setup: Setup, augmenter: Augmenter) -> CacheLayout:
+    source, classes = setup.source, len(setup.source.classes)
     if options.storage == "topk" and not 1 <= options.k <= classes:
         raise ValueError(f"--k {options.k}: the data have {classes} classes; give 1 to {classes}")
     return CacheLayout(
@@ -380,9 +398,9 @@ def _layout(
         storage=options.storage,
         k=options.k if options.storage == "topk" else 0,
         augmented=augmenter.makes_candidates,
-        pool=augmenter.runs * options.mix_group if augmenter.criterion is not None else 0,
-        fingerprint={**run, **teacher_fingerprint(options.teacher, source)},
-        microbatch=options.batch_size // processes,
+        pool=augmenter.runs * options.mix.group if augmenter.criterion is not None else 0,
+        fingerprint={**run_fingerprint(options, setup, augmenter), **teacher_fingerprint(options.teacher, source)},
+        microbatch=options.batch_size // setup.accelerator.num_processes,
     )
 
 

@@ -21,6 +21,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
+from dalikd.trainers.options import renamed
+
 __all__ = [
     "CacheLayout",
     "Storage",
@@ -378,7 +380,7 @@ def _read_layout(folder: Path) -> CacheLayout:
     try:
         content = json.loads(path.read_text("utf-8"))
         version = content.pop("version")
-        layout = CacheLayout(**content)
+        layout = CacheLayout(**{**content, "fingerprint": renamed(content["fingerprint"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a teacher cache: make one with dalikd cache") from error
     if version != _VERSION:

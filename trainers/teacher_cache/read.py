@@ -1,6 +1,6 @@
 """Distillation from a teacher-output cache: what a cache depends on, and looks that are read instead of asked for."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.teacher import Look
 from dalikd.pipelines.backends import Plan
-from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Batch
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.augmentation import Augmenter, MixOptions
+from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.models import TeacherConfig, build_teacher
-from dalikd.trainers.options import CacheOptions, DistillOptions
+from dalikd.trainers.options import AugmentingOptions
+from dalikd.trainers.setup import Setup
 from dalikd.trainers.teacher_cache.layout import TeacherCache, from_group_picks, unpack_logits
 
 __all__ = ["CachedLooks", "check_cacheable", "logits_of", "open_cached", "run_fingerprint", "teacher_fingerprint"]
@@ -77,26 +77,24 @@ class CachedLooks:
         return {"summary": summary, "folder": str(self.cache.folder), "storage": layout.storage, **teacher}
 
 
-def open_cached(
-    options: DistillOptions, source: Source, view: View, augmenter: Augmenter, device: torch.device
-) -> CachedLooks | None:
-    """Open the cache that a run names, or None.
+def open_cached(options: AugmentingOptions, config: TeacherConfig, setup: Setup, augmenter: Augmenter) -> CachedLooks:
+    """Open the cache that a run names.
+
+    Args:
+        options: of the run.
+        config: names the cache.
+        setup: the data.
+        augmenter: makes the candidates.
 
     Raises:
         ValueError, OSError: there is no such cache, it is not filled, or it was made for another run.
     """
-    if options.teacher.cache is None:
-        return None
-    check_cacheable(source, augmenter)
-    if options.entropy_log_every and augmenter.criterion is not None:
-        raise ValueError(
-            "--entropy_log_every: a teacher cache holds no outputs on candidates that were not picked; distil without "
-            "--teacher.cache, or without the log"
-        )
-    cache = TeacherCache(Path(options.teacher.cache))
+    assert config.cache is not None
+    check_cacheable(setup.source, augmenter)
+    cache = TeacherCache(Path(config.cache))
     own = {
-        **run_fingerprint(options, source, view, device),
-        **_named_teacher(options.teacher, cache.layout.fingerprint, source),
+        **run_fingerprint(options, setup, augmenter),
+        **_named_teacher(config, cache.layout.fingerprint, setup.source),
     }
     cache.check_made_for(own, "Set the options to those of the cache, or make another with dalikd cache")
     cache.check_filled()
@@ -117,8 +115,8 @@ def check_cacheable(source: Source, augmenter: Augmenter) -> None:
         )
     if augmenter.criterion is not None and augmenter.keep is not None:
         raise ValueError(
-            f"--n_pick {augmenter.keep}: a teacher cache holds one augmented image for each original; leave --n_pick "
-            "out, or distil without --teacher.cache"
+            f"--mix.n_pick {augmenter.keep}: a teacher cache holds one augmented image for each original; leave "
+            "--mix.n_pick out, or distil without --teacher.cache"
         )
     if source.files is None and source.arrays is None:
         raise ValueError(
@@ -127,20 +125,19 @@ def check_cacheable(source: Source, augmenter: Augmenter) -> None:
         )
 
 
-def run_fingerprint(
-    options: CacheOptions | DistillOptions, source: Source, view: View, device: torch.device
-) -> dict[str, Any]:
+def run_fingerprint(options: AugmentingOptions, setup: Setup, augmenter: Augmenter) -> dict[str, Any]:
     """What images and outputs depend on besides the teacher. Not the batch size, the processes or the epochs."""
+    source, device = setup.source, setup.accelerator.device
     on_gpu = device.type == "cuda"
     decoder = decoding_on(source, device, options.data.decode, options.data.hw_decoder_load).options()
-    mixing = ("augmentation", *(field.name for field in fields(MixOptions)))
     return {
         "data": source.name,
         "data.images": len(source),
         "data.fingerprint": source.fingerprint,
-        **{f"view.{name}": value for name, value in asdict(view).items()},
+        **{f"view.{name}": value for name, value in asdict(setup.view).items()},
         "seed": options.seed,
-        **{name: getattr(options, name) for name in mixing},
+        "augmentation": augmenter.name,
+        **{f"mix.{name}": value for name, value in asdict(options.mix).items()},
         "precision": options.precision,
         "decoder": "mixed" if on_gpu else "cpu",
         # a GPU's JPEG engine rounds unlike its other decoder, and windows may differ at their borders

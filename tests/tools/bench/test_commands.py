@@ -96,7 +96,7 @@ def test_every_plan_is_a_command_that_parses(tmp_path, monkeypatch):
         main([name, *arguments])
         if f"bench {name}" in OPTIONS:
             assert ran[-1].data.root == str(tmp_path)
-            assert ran[-1].batch_size % ran[-1].mix_group == 0
+            assert ran[-1].batch_size % ran[-1].mix.group == 0
             assert (ran[-1].device == "cuda") == bool(gpus) or name in ("teacher", "passes", "published")
         if name in ("step", "scaling"):
             ran[-1].check_warm_up()

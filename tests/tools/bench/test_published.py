@@ -1,5 +1,5 @@
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, repeat
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dalikd.kd.losses import KD
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench import published
-from dalikd.tools.bench.common import open_nets
+from dalikd.tools.bench.common import open_training
 from dalikd.tools.bench.published import RUNGS, HabitLoop, Habits, Input, host_cutmix
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
@@ -47,9 +47,9 @@ def ladder(arguments):
     """Every rung, with the loader they share."""
     options, _ = parse("bench published", arguments)
     accelerator = start("cpu", "fp32")
-    nets, data = open_nets(options, accelerator)
-    yield published.open_ladder(options, data, nets, accelerator), data.loader
-    data.loader.close()
+    opened = open_training(options, accelerator)
+    yield published.open_ladder(options, opened, accelerator), opened.loader
+    opened.loader.close()
 
 
 def test_each_rung_gives_up_one_habit():
@@ -130,7 +130,7 @@ def test_the_published_step_has_the_losses_of_an_independent_computation():
     trained = torch.nn.Sequential(torch.nn.Flatten(), student)
     loop = HabitLoop(
         Habits(),
-        lambda: Input(images, labels),
+        repeat(Input(images, labels)),
         trained,
         frozen,
         loss,
@@ -210,7 +210,7 @@ def test_the_ceiling_is_that_of_the_operations(arguments):
     assert costs.of_step(4) == 50
     assert costs.reuse_ceiling == 50 / 40
     options, _ = parse("bench published", arguments)
-    counted = published.costs(open_nets(options, start("cpu", "fp32"))[0], 32)
+    counted = published.costs(open_training(options, start("cpu", "fp32")), 32)
     convolution, linear = 2 * 8 * (3 * 3 * 3) * 15 * 15, 2 * 8 * 3
     assert counted.teacher == convolution + linear
     assert counted.student == 2 * convolution + 3 * linear  # pixels need no gradient
@@ -239,8 +239,7 @@ def _by_round(ours, theirs):
 def test_batch_norms_that_stay_make_no_rung(arguments):
     options, _ = parse("bench published", [*arguments, "--teacher.fold_bn", "false", "--compile", "default"])
     accelerator = start("cpu", "fp32")
-    nets, data = open_nets(options, accelerator)
-    rungs = published.open_ladder(options, data, nets, accelerator)
+    rungs = published.open_ladder(options, open_training(options, accelerator), accelerator)
     assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
     assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
 
@@ -258,7 +257,7 @@ def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
     ("more", "message"),
     [
         (["--ema", "0.9"], "--ema 0.9: the published loop has no such thing"),
-        (["--clip", "1"], "give --clip null"),
+        (["--clip_grad_norm", "1"], "give --clip_grad_norm null"),
         (["--accumulation", "2"], "--accumulation 2"),
         (["--rounds", "2"], "--rounds 2: give at least 5"),
         (["--precision", "fp16"], "--precision fp16"),

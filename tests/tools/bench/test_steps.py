@@ -206,11 +206,11 @@ def test_a_config_of_distill_is_taken_without_its_run_folder(tmp_path):
     config.write_text(
         "model: resnet8\noutput: runs/mine\nlog_every: 7\nepochs: 3\nsteps: 9\n"
         "train:\n  epochs: 5\n"
-        "distill:\n  epochs: 4\n  mix_group: 32\n  output: runs/other\n  overwrite: true\n"
+        "distill:\n  epochs: 4\n  mix: {group: 32}\n  output: runs/other\n  overwrite: true\n"
         "bench step:\n  rounds: 8\n"
     )
     options, plain = parse("bench step", ["--config", str(config)])
-    assert (options.model, options.epochs, options.mix_group, options.steps) == ("resnet8", 4, 32, 9)
+    assert (options.model, options.epochs, options.mix.group, options.steps) == ("resnet8", 4, 32, 9)
     assert (options.rounds, options.output) == (8, None)
     assert "overwrite" not in plain
     assert parse("bench scaling", ["--config", str(config)])[0].rounds == 5
@@ -336,7 +336,7 @@ def test_each_launch_gets_its_share_of_the_cores(words, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_share_a_step(tree, tmp_path):
-    data = ("--data.root", tree, "--data.image_size", 32, "--device", "cpu", "--batch_size", 16, "--mix_group", 8)
+    data = ("--data.root", tree, "--data.image_size", 32, "--device", "cpu", "--batch_size", 16, "--mix.group", 8)
     nets = ("--model", "resnet8", "--teacher.name", "resnet8", "--augmentation", "mixup", "--steps", 2, "--warmup", 2)
     options, config = parse("bench scaling", [str(word) for word in (*data, *nets)])
     launches = scaling.Launches(2, options, config, "cpu", tmp_path)

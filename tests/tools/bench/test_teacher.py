@@ -12,7 +12,7 @@ PASS = [16] * 6 + [3]  # originals in the batches of a pass over 99
 
 @pytest.fixture
 def arguments(options):
-    own = ["--batch_size", 16, "--mix_group", 8, "--teacher.name", "small"]
+    own = ["--batch_size", 16, "--mix.group", 8, "--teacher.name", "small"]
     return [str(word) for word in (*options, *own)]
 
 

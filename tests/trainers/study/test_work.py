@@ -1,10 +1,13 @@
 import pytest
 
 from dalikd.pipelines.draw_spec import View
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import Augmenter, MixOptions
+from dalikd.trainers.evaluate import EvaluateOptions
+from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.options import DistillOptions, EvaluateOptions, MeasureOptions, TrainOptions
 from dalikd.trainers.study.work import Sizes, Work, forward_flops, work
+from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
 
 SIZES = Sizes(train_images=100, val_images=30, classes=10, side=32)
 
@@ -12,7 +15,7 @@ SIZES = Sizes(train_images=100, val_images=30, classes=10, side=32)
 @pytest.fixture
 def augmenters(make_source):
     def make(options, *names):
-        return [Augmenter(name, options, make_source(), View(12, "pad_crop", padding=1), 0) for name in names]
+        return [Augmenter(name, options.mix, make_source(), View(12, "pad_crop", padding=1), 0) for name in names]
 
     return make
 
@@ -47,7 +50,12 @@ def test_training_drops_the_short_last_step_and_evaluates_the_last_epoch():
 )
 def test_distilling_shows_images_and_asks_the_teacher(augmenters, name, expected):
     options = DistillOptions(
-        model="resnet8", teacher=TeacherConfig("resnet14"), augmentation=name, batch_size=32, mix_group=8, epochs=1
+        model="resnet8",
+        teacher=TeacherConfig("resnet14"),
+        augmentation=name,
+        batch_size=32,
+        mix=MixOptions(group=8),
+        epochs=1,
     )
     done = work(options, SIZES, augmenters(options, name))
     assert _counts(done) == (*(96 * count for count in expected), 30)
@@ -56,7 +64,7 @@ def test_distilling_shows_images_and_asks_the_teacher(augmenters, name, expected
 
 
 def test_measuring_asks_about_the_originals_once(augmenters):
-    options = MeasureOptions(teacher=TeacherConfig("resnet14"), batch_size=32, mix_group=8, epochs=2)
+    options = MeasureOptions(teacher=TeacherConfig("resnet14"), batch_size=32, mix=MixOptions(group=8), epochs=2)
     assert _counts(work(options, SIZES, augmenters(options, "identity"))) == (0, 200, 0, 0)
     several = augmenters(options, "identity", "flip", "mixup")
     assert _counts(work(options, SIZES, several)) == (0, 200 * 3, 0, 0)

@@ -18,13 +18,15 @@ from dalikd.kd.backbones import create_model
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import DataConfig
+from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.options import CacheOptions, DistillOptions
-from dalikd.trainers.setup import build_distillation, run_training
+from dalikd.trainers.run import run
+from dalikd.trainers.setup import open_run
 from dalikd.trainers.stopping import Interrupted
+from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.teacher_cache import fill as filling
-from dalikd.trainers.teacher_cache.fill import Comparison, fill_cache, verify_cache
+from dalikd.trainers.teacher_cache.fill import CacheOptions, Comparison, fill_cache, verify_cache
 from dalikd.trainers.teacher_cache.layout import TeacherCache
 from dalikd.trainers.tracking import RunFolder
 
@@ -48,7 +50,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def memory(monkeypatch, make_source):
     """90 pictures in memory stand for the data options; 41 to validate on."""
-    monkeypatch.setattr("dalikd.trainers.teacher_cache.fill.open_split", lambda *_: make_source(90))
+    monkeypatch.setattr("dalikd.trainers.setup.open_split", lambda *_: make_source(90))
     monkeypatch.setattr("dalikd.trainers.setup.open_sources", lambda *_: (make_source(90), make_source(41, seed=1)))
     return DataConfig(threads=1)
 
@@ -76,26 +78,39 @@ def verify(memory, weights, accelerator):
 
 def _options(memory, weights, **options):
     teacher = TeacherConfig("small", str(weights / "0.pt"))
-    options = {"batch_size": 32, "mix_group": 8, "epochs": 2, "augmentation": PICKS, "teacher": teacher, **options}
+    options = {
+        "batch_size": 32,
+        "mix": MixOptions(group=8),
+        "epochs": 2,
+        "augmentation": PICKS,
+        "teacher": teacher,
+        **options,
+    }
     return CacheOptions(data=memory, **options)
+
+
+def _opened(options, accelerator):
+    setup = open_run(options, accelerator)
+    task = options.build(setup)
+    return task, task.loader(setup), setup.val_loader()
 
 
 def _distil(memory, weights, accelerator, folder, cache, **options):
     """All steps by the teacher, or by a cache alone: each step's terms, the student, the metrics."""
     teacher = TeacherConfig("small", str(weights / "0.pt")) if cache is None else TeacherConfig(cache=str(cache.folder))
     options = DistillOptions(
-        data=memory, model="small", teacher=teacher, mix_group=8,
+        data=memory, model="small", teacher=teacher, mix=MixOptions(group=8),
         **{"batch_size": 32, "epochs": 2, "augmentation": PICKS, **options},
     )  # fmt: skip
-    task, opened = build_distillation(options, accelerator)
+    task, opened, val_loader = _opened(options, accelerator)
     task.goodness = TeacherStddev(3, window=20)
-    loop = Loop(task, opened.loader, opened.val_loader, options, accelerator, RunFolder(folder, True), {})
+    loop = Loop(task, opened, val_loader, options, accelerator, RunFolder(folder, True), {})
     terms = []
     for _ in range(loop.total_steps):
         loop.step()
         terms.append(loop.meter.means())
         loop.meter.reset()
-    opened.loader.close()
+    opened.close()
     return terms, task.student.model.state_dict(), task.metrics()
 
 
@@ -137,20 +152,19 @@ def test_after_the_last_epoch_the_first_comes_again(fill, memory, accelerator, t
     fill()
     teacher = TeacherConfig(cache=str(tmp_path / "cache"))
     options = DistillOptions(
-        data=memory, model="small", teacher=teacher, batch_size=32, mix_group=8, augmentation=PICKS,
+        data=memory, model="small", teacher=teacher, batch_size=32, mix=MixOptions(group=8), augmentation=PICKS,
         epochs=3,
     )  # fmt: skip
-    task, opened = build_distillation(options, accelerator)
-    fed = [task.prepare(opened.loader.next(), 0.0) for _ in range(6)]
-    assert opened.cached is not None
-    assert opened.cached.describe(2)["summary"] == "teacher cache: 2 epochs"
-    assert opened.cached.describe(3)["summary"] == "teacher cache: 2 epochs, repeated"
+    task, opened, _ = _opened(options, accelerator)
+    fed = [task.prepare(opened.next(), 0.0) for _ in range(6)]
+    assert task.teacher.describe(2)["summary"] == "teacher cache: 2 epochs"
+    assert task.teacher.describe(3)["summary"] == "teacher cache: 2 epochs, repeated"
     for first, again in zip(fed[:2], fed[4:], strict=True):
         pairs = zip([*first.teacher[:1], *first[5:10]], [*again.teacher[:1], *again[5:10]], strict=True)
         assert torch.equal(first.pixels, again.pixels)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert not torch.equal(fed[0][0], fed[2][0])
-    opened.loader.close()
+    opened.close()
 
 
 def test_a_run_says_what_it_was_taught_by(fill, memory, accelerator, tmp_path, capsys):
@@ -158,10 +172,9 @@ def test_a_run_says_what_it_was_taught_by(fill, memory, accelerator, tmp_path, c
     capsys.readouterr()
     options = DistillOptions(
         data=memory, model="small", teacher=TeacherConfig(cache=str(cache.folder)), batch_size=32,
-        mix_group=8, augmentation=PICKS, epochs=3, output=str(tmp_path / "run"),
+        mix=MixOptions(group=8), augmentation=PICKS, epochs=3, output=str(tmp_path / "run"),
     )  # fmt: skip
-    task, opened = build_distillation(options, accelerator)
-    results = run_training(task, opened, options, accelerator, "distill", {})
+    results = run(options, accelerator, "distill", {})
     said = "teacher cache: 2 epochs, repeated; top 2 of 3 logits, T. stddev and entropy are of what they restore"
     assert capsys.readouterr().out == said + "\n"
     found = results["teacher_cache"]
@@ -186,16 +199,16 @@ def test_no_teacher_is_built(fill, memory, weights, accelerator, tmp_path, monke
 def test_reading_a_look_does_not_wait_for_the_device(fill, memory, accelerator, no_sync):
     for name, options in (("floats", {}), ("best", {"storage": "topk", "k": 2})):
         cache = fill(name, **options)
-        run = DistillOptions(
+        options = DistillOptions(
             data=memory, model="small", teacher=TeacherConfig(cache=str(cache.folder)),
-            batch_size=32, mix_group=8, augmentation=PICKS,
+            batch_size=32, mix=MixOptions(group=8), augmentation=PICKS,
         )  # fmt: skip
-        task, opened = build_distillation(run, accelerator)
-        task.prepare(opened.loader.next(), 0.0)  # looks for NaN
-        batch = opened.loader.next()
+        task, opened, _ = _opened(options, accelerator)
+        task.prepare(opened.next(), 0.0)  # looks for NaN
+        batch = opened.next()
         with no_sync():
             task.prepare(batch, 0.0)
-        opened.loader.close()
+        opened.close()
 
 
 @pytest.mark.parametrize(("storage", "k", "tolerance"), [("float16", 0, 2e-3), ("topk", 3, 2e-3), ("topk", 2, 0.2)])
@@ -269,10 +282,10 @@ def open_order(cache):
 def test_every_row_holds_what_the_teacher_says_of_it(fill, memory, weights, accelerator):
     """The batches of a run by the teacher, by their ids; the short end too."""
     cache = fill(batch_size=16)
-    options = _options(memory, weights, batch_size=90, mix_group=8)
+    options = _options(memory, weights, batch_size=90, mix=MixOptions(group=8))
     work = filling._open_work(options, accelerator)
     sampler = filling.Sampler(90, 96, 0, drop_last=False, group=8)
-    loader, looker = work.loader(sampler), work.looker()
+    loader, looker = work.setup.loader(work.augmenter.draw_spec, sampler), work.looker()
     for epoch in range(2):
         batch = loader.next()
         seen, found = looker(batch), cache.read(epoch, batch.ids.numpy())
@@ -302,7 +315,7 @@ def test_two_processes_fill_what_one_does(data, tmp_path):
     torch.save(create_model("resnet8", 3).state_dict(), weights)
     options = [
         *("--data.root", data.root, "--data.image_size", 32, "--data.threads", 1, "--data.limit", 90),
-        *("--device", "cpu", "--batch_size", 80, "--mix_group", 8, "--epochs", 2, "--augmentation", PICKS),
+        *("--device", "cpu", "--batch_size", 80, "--mix.group", 8, "--epochs", 2, "--augmentation", PICKS),
         *("--teacher.name", "resnet8", "--teacher.weights", weights),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -419,8 +432,8 @@ def test_a_cache_is_verified_with_its_own_options(fill, verify, weights):
     other = TeacherConfig("small", str(weights / "1.pt"))
     with pytest.raises(ValueError, match=r"teacher.weights: cache has \w{16}, this run has \w{16}. Set the options"):
         verify(cache, teacher=other)
-    with pytest.raises(ValueError, match="mix_group: cache has 8, this run has 16"):
-        verify(cache, mix_group=16)
+    with pytest.raises(ValueError, match=r"mix.group: cache has 8, this run has 16"):
+        verify(cache, mix=MixOptions(group=16))
 
 
 # -------------------------------------------------------------------------------------------------- mistakes
@@ -440,8 +453,11 @@ def test_a_cache_is_verified_with_its_own_options(fill, verify, weights):
         ({"storage": "topk", "k": 4}, "--k 4: the data have 3 classes; give 1 to 3"),
         ({"storage": "topk", "k": 0}, "--k 0: the data have 3 classes"),
         ({"augmentation": "cutmixpick_student"}, "picked by the student, which changes while it learns"),
-        ({"augmentation": "cutmixpick_teacher", "n_pick": 4}, "--n_pick 4: a teacher cache holds one augmented image"),
-        ({"batch_size": 100}, "not a multiple of --mix_group 8"),
+        (
+            {"augmentation": "cutmixpick_teacher", "mix": MixOptions(group=8, n_pick=4)},
+            "--mix.n_pick 4: a teacher cache holds one augmented image",
+        ),
+        ({"batch_size": 100}, "not a multiple of --mix.group 8"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(fill, tmp_path, change, message):
@@ -464,5 +480,5 @@ def test_containers_are_refused():
 
 
 def test_the_config_lies_beside_the_cache(memory, weights, accelerator, tmp_path):
-    fill_cache(_options(memory, weights, output=str(tmp_path / "cache")), accelerator, {"mix_group": 8})
-    assert yaml.safe_load((tmp_path / "cache" / "config.yaml").read_text()) == {"mix_group": 8}
+    fill_cache(_options(memory, weights, output=str(tmp_path / "cache")), accelerator, {"seed": 8})
+    assert yaml.safe_load((tmp_path / "cache" / "config.yaml").read_text()) == {"seed": 8}

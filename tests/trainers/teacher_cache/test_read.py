@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,21 @@ from dalikd.pipelines import hardware
 from dalikd.pipelines.data import DataConfig, as_used
 from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.draw_spec import View
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.models import TeacherConfig
+from dalikd.trainers.setup import Setup
 from dalikd.trainers.teacher_cache.layout import CacheLayout, TeacherCache, pack_logits
 from dalikd.trainers.teacher_cache.read import logits_of, open_cached, run_fingerprint, teacher_fingerprint
 
 CPU = torch.device("cpu")
 VIEW = View(12, "pad_crop", padding=1)
+
+
+def _setup(options, source, view=VIEW, device=CPU) -> Setup:
+    accelerator: Any = SimpleNamespace(device=device, print=lambda *_, **__: None)
+    setup = Setup(options, accelerator, source, source)
+    setup.__dict__["view"] = view
+    return setup
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,9 @@ def config(weights):
 def made(distill_options, make_source, config, tmp_path):
     """A cache of noise that was made for the default run of `refused`."""
     options, source = distill_options(augmentation="cutmix"), make_source()
-    fingerprint = {**run_fingerprint(options, source, VIEW, CPU), **teacher_fingerprint(config, source)}
+    setup = _setup(options, source)
+    run = run_fingerprint(options, setup, setup.augmenter("cutmix"))
+    fingerprint = {**run, **teacher_fingerprint(config, source)}
     cache = TeacherCache.create(tmp_path / "cache", CacheLayout(96, 3, 2, fingerprint=fingerprint))
     for epoch in range(2):
         cache.write(epoch, np.arange(96), dict.fromkeys(("logits", "augmented"), np.ones((96, 3), np.float32)))
@@ -54,16 +65,10 @@ def opened(made, distill_options, make_source):
     def call(*, teacher=None, source=None, view=VIEW, device=CPU, **options):
         teacher = replace(teacher or TeacherConfig(), cache=str(made.folder))
         options = distill_options(**{"augmentation": "cutmix", **options}, teacher=teacher)
-        source = source or make_source()
-        augmenter = Augmenter(options.augmentation, options, source, view, options.seed)
-        return open_cached(options, source, view, augmenter, device)
+        setup = _setup(options, source or make_source(), view, device)
+        return open_cached(options, options.teacher, setup, setup.augmenter(options.augmentation))
 
     return call
-
-
-def test_a_run_without_a_cache_opens_none(distill_options, make_source):
-    nobody_asks: Any = None
-    assert open_cached(distill_options(), make_source(), VIEW, nobody_asks, CPU) is None
 
 
 def test_what_does_not_matter_may_differ(opened):
@@ -77,18 +82,25 @@ def test_what_does_not_matter_may_differ(opened):
     [
         ({"seed": 5}, "seed: cache has 0, this run has 5"),
         ({"augmentation": "mixup"}, "augmentation: cache has cutmix, this run has mixup"),
-        ({"mode": "per_batch"}, "mode: cache has per_sample, this run has per_batch"),
-        ({"mix_group": 16}, "mix_group: cache has 8, this run has 16"),
-        ({"alpha": 0.5}, "alpha: cache has 1.0, this run has 0.5"),
-        ({"cutout_side": 4}, "cutout_side: cache has None, this run has 4"),
-        ({"mix_n_run": 3}, "mix_n_run: cache has 2, this run has 3"),
-        ({"ceiling": {0: 0.5}}, r"ceiling: cache has {}, this run has {'0': 0.5}"),
-        ({"randaugment_magnitude": 5}, "randaugment_magnitude: cache has 9, this run has 5"),
+        ({"mix": MixOptions(mode="per_batch", group=8)}, "mix.mode: cache has per_sample, this run has per_batch"),
+        ({"mix": MixOptions(group=16)}, "mix.group: cache has 8, this run has 16"),
+        ({"mix": MixOptions(alpha=0.5, group=8)}, "mix.alpha: cache has 1.0, this run has 0.5"),
+        ({"mix": MixOptions(cutout_side=4, group=8)}, "mix.cutout_side: cache has None, this run has 4"),
+        ({"mix": MixOptions(n_run=3, group=8)}, "mix.n_run: cache has 2, this run has 3"),
+        ({"mix": MixOptions(lam_max={0: 0.5}, group=8)}, r"mix.lam_max: cache has {}, this run has {'0': 0.5}"),
+        (
+            {"mix": MixOptions(randaugment_magnitude=5, group=8)},
+            "mix.randaugment_magnitude: cache has 9, this run has 5",
+        ),
         ({"precision": "bf16"}, "precision: cache has fp32, this run has bf16"),
         ({"view": replace(VIEW, padding=2)}, r"view.padding: cache has 1, this run has 2"),
         ({"view": replace(VIEW, scale=(0.5, 1.0))}, r"view.scale: cache has \[0.08, 1.0\], this run has \[0.5, 1.0\]"),
         ({"device": torch.device("cuda")}, "decoder: cache has cpu, this run has mixed"),
-        ({"seed": 5, "alpha": 0.5}, "seed: cache has 0, this run has 5; alpha: cache has 1.0, this run has 0.5"),
+        (
+            {"seed": 5, "precision": "bf16"},
+            "seed: cache has 0, this run has 5; precision: cache has fp32, this run has bf16",
+        ),
+        ({"mix": MixOptions(group=8, alpha=0.5)}, "mix.alpha: cache has 1.0, this run has 0.5"),
         ({"augmentation": "cutmixpick_student"}, "picked by the student"),
     ],
 )
@@ -147,15 +159,18 @@ def test_an_unfinished_cache_is_refused(opened, made):
 
 def test_a_folder_that_is_no_cache_is_refused(distill_options, make_source, tmp_path):
     options = distill_options(teacher=TeacherConfig(cache=str(tmp_path)))
-    augmenter = Augmenter("identity", options, make_source(), VIEW, 0)
+    setup = _setup(options, make_source())
     with pytest.raises(FileNotFoundError, match=f"{Path(tmp_path)} is no teacher cache"):
-        open_cached(options, make_source(), VIEW, augmenter, CPU)
+        open_cached(options, options.teacher, setup, setup.augmenter("identity"))
 
 
-def test_picks_out_of_a_cache_have_no_entropies_to_log(opened):
+def test_picks_out_of_a_cache_have_no_entropies_to_log(made, distill_options, make_source):
+    teacher, source = TeacherConfig(cache=str(made.folder)), make_source()
+    options = distill_options(augmentation="cutmixpick_teacher", entropy_log_every=5, teacher=teacher)
     with pytest.raises(ValueError, match="a teacher cache holds no outputs on candidates that were not picked; distil"):
-        opened(augmentation="cutmixpick_teacher", entropy_log_every=5)
-    assert opened(entropy_log_every=5) is not None
+        options.build(_setup(options, source))
+    options = distill_options(augmentation="cutmix", entropy_log_every=5, teacher=teacher, model="small")
+    assert options.build(_setup(options, source)).entropy_log is not None
 
 
 def test_outputs_are_found_by_their_names():
@@ -176,7 +191,8 @@ def test_on_a_gpu_the_fingerprint_holds_how_it_decodes(
     monkeypatch.setattr(hardware, "_decodes_windows", lambda *_: windows)
     source = make_source()
     files = replace(source, arrays=None, files=FileList.from_paths([__file__] * len(source), Path(__file__).parent))
-    found = run_fingerprint(distill_options(), files, VIEW, torch.device("cuda", 0))
+    setup = _setup(distill_options(), files, device=torch.device("cuda", 0))
+    found = run_fingerprint(setup.options, setup, setup.augmenter("identity"))
     assert (found["data.hw_decoder_load"], found["data.decode"]) == (load, "windows" if windows else "whole")
     own = as_used(DataConfig(hw_decoder_load=0), files, torch.device("cuda", 0))
     assert (own["hw_decoder_load"], own["decode"]) == (0.0, "windows" if windows else "whole")

@@ -1,0 +1,123 @@
+"""A training run, from its options to its results. All is checked before a folder is touched."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dalikd.pipelines.data import as_used
+from dalikd.trainers.loop import Loop, parameter_groups
+from dalikd.trainers.resume import identity
+from dalikd.trainers.setup import Setup, open_run
+from dalikd.trainers.tasks.base import Task, TrainingOptions
+from dalikd.trainers.tracking import RunFolder
+from dalikd.trainers.trial import try_training
+
+__all__ = ["check_training", "run"]
+
+
+def run(options: TrainingOptions, accelerator: Accelerator, command: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Build the options' task and train it, from the start or from a resumed folder; write the run folder.
+
+    Args:
+        options: of the run.
+        accelerator: its device and processes.
+        command: its name in the run folder.
+        config: the same options as plain values.
+
+    Returns:
+        the content of results.json, with "folder".
+
+    Raises:
+        ValueError, OSError: the options, the data, the nets or the folder are not as they should be.
+    """
+    check_training(options, accelerator)
+    setup = open_run(options, accelerator)
+    task = options.build(setup)
+    loader, val_loader = task.loader(setup, options.accumulation), setup.val_loader()
+    folder = _free_folder(options, accelerator, command)
+    data = {
+        **as_used(options.data, setup.source, accelerator.device),
+        "train_images": len(setup.source),
+        "val_images": len(setup.val),
+    }
+    student = next(iter(task.nets.values()))
+    header = {
+        "command": command,
+        "seed": options.seed,
+        "model": options.model,
+        "normalisation": student.normalisation._asdict(),
+        "augmentation": options.augmentation,
+        "mode": options.mix.mode,
+        "mix_group": options.mix.group,
+        "window": 640,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "data": data,
+        "class_names": list(setup.source.classes),  # index = label
+        "fingerprint": {"train": setup.source.fingerprint, "val": setup.val.fingerprint},
+        **task.header,
+    }
+    told = dict(task.told)
+    if setup.source.arrays is None:
+        decoder = "the GPU, --data.hw_decoder_load {hw_decoder_load}, {decode}".format(**data)
+        told["images are decoded by"] = "the CPU" if accelerator.device.type == "cpu" else decoder
+    _try_training(task, setup, options)
+    saved_with = identity(command, config, told, **task.contents)
+    loop = Loop(task, loader, val_loader, options, accelerator, folder, header, saved_with)
+    if options.resume is not None:
+        loop.load()
+    folder.start(config, loop.progress.step if options.resume is not None else None)
+    accelerator.wait_for_everyone()
+    results = loop.run()
+    if accelerator.is_main_process:
+        task.finish(folder.path)
+    return {**results, "folder": str(folder.path)}
+
+
+def check_training(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Check what the options of a training command say beyond their own numbers.
+
+    Raises:
+        ValueError: the optimizer cannot work with its numbers, or the device not with an option.
+    """
+    for name, value in getattr(options.optimizer, "keywords", {}).items():  # those of a class; a function keeps its own
+        numbers = [one for one in (value if isinstance(value, tuple | list) else [value]) if isinstance(one, float)]
+        if not all(map(math.isfinite, numbers)) or (name == "lr" and numbers and numbers[0] <= 0):
+            wanted = "a number above 0" if name == "lr" else "finite numbers"
+            raise ValueError(f"--optimizer.{name} {value}: give {wanted}")
+    try:
+        options.optimizer([nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        raise ValueError(f"--optimizer: {error}") from error
+    if options.sync_bn and accelerator.device.type != "cuda":
+        raise ValueError("--sync_bn true needs GPUs: leave it out on the CPU")
+
+
+def _free_folder(options: TrainingOptions, accelerator: Accelerator, command: str) -> RunFolder:
+    if options.resume and options.output and Path(options.output).resolve() != Path(options.resume).resolve():
+        raise ValueError(
+            f"--resume {options.resume} goes on in that folder, not in --output {options.output}: leave --output out, "
+            "or copy the folder and resume the copy"
+        )
+    path = Path(options.resume or options.output or f"runs/{command}-{options.data.name}-{options.model}")
+    folder = RunFolder(path, accelerator.is_main_process)
+    if options.resume is None:
+        folder.check_new(options.overwrite)
+    return folder
+
+
+def _try_training(task: Task, setup: Setup, options: TrainingOptions) -> None:
+    """Each net does a step on blank images."""
+    for name, net in task.nets.items():
+        try_training(
+            net,
+            lambda copy: options.optimizer(parameter_groups(copy, options.no_decay_norms)),
+            f"--model {options.model}" if len(task.nets) == 1 else f"the net {name}",
+            setup.view.size,
+            len(setup.source.classes),
+            setup.accelerator,
+        )
