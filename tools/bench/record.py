@@ -128,17 +128,11 @@ def is_summary(cell: Any) -> bool:
 def begin(
     benchmark: str, options: Any, accelerator: Accelerator, config: dict[str, Any], *, alone: bool = True
 ) -> Record:
-    """The record of a benchmark that is about to run.
-
-    Args:
-        benchmark: its name.
-        options: with `rounds` and `output`.
-        accelerator: where it runs.
-        config: the options as plain values.
-        alone: whether it measures one process.
+    """The record of a benchmark that is about to run; `options` have rounds and output, `config` holds plain values.
 
     Raises:
-        ValueError: too few rounds, several processes, or an output that can be neither the folder nor the JSON file.
+        ValueError: too few rounds, several processes where it runs alone, or an output that can be neither the folder
+            nor the JSON file.
     """
     if options.rounds < LEAST_ROUNDS:
         raise ValueError(f"--rounds {options.rounds}: give at least {LEAST_ROUNDS}, a spread needs repetitions")

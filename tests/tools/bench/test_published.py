@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -242,15 +241,6 @@ def test_batch_norms_that_stay_make_no_rung(arguments):
     rungs = published.open_ladder(options, open_training(options, accelerator), accelerator)
     assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
     assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
-
-
-def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
-    path = tmp_path / "run.yaml"
-    content = {"model": "small", "augmentation": "cutmix", "output": "runs/x", "distill": {"batch_size": 128}}
-    path.write_text(yaml.safe_dump(content))
-    options, _ = parse("bench published", ["--config", str(path), "--steps", "3"])
-    assert (options.augmentation, options.batch_size, options.steps) == ("cutmixpick_teacher", 128, 3)
-    assert options.output is None
 
 
 @pytest.mark.parametrize(

@@ -139,12 +139,6 @@ def test_rows_of_one_series_share_a_colour(tmp_path):
     assert (0x00, 0x9E, 0x73) not in colors
 
 
-def test_json_is_strict(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        write(_record(config={"x": float("nan")}), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
