@@ -31,7 +31,7 @@ BENCHMARKS = {
     "passes": (
         "teacher.run_passes", "dalikd measure: all augmentations in one pass over the data against a pass for each",
     ),
-    "published": ("published.run", "the training step against the published CutMixPick loop, one habit at a time"),
+    "published": ("published.run", "the training step against the published CutMixPick loop, one ablation at a time"),
     "scaling": ("scaling.run", "one process against several: images a second and efficiency"),
     "first-hour": ("first_hour.run", "what a new GPU machine is asked first, within nine minutes"),
     "all": ("commands.run_all", "those of this machine, one after the other, into one folder"),

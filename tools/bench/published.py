@@ -1,4 +1,4 @@
-"""dalikd against the published CutMixPick loop, at equal work: a ladder that gives up one habit at a time.
+"""dalikd against the published CutMixPick loop, at equal work: a series of ablations.
 
 What the published code of Wang et al. (NeurIPS 2022, arXiv 2012.02909) does in a step of N images: a DataLoader over
 Pillow decodes and normalises. The student sees the N originals, then the teacher does. Two runs of CutMix, drawn on the
@@ -6,8 +6,8 @@ host, make a pool of 2 N candidates, which the teacher sees in a call of its own
 teacher sees these again, then the student. The host reads each term of the loss before the backward pass. That makes
 4 N teacher images a step. Left out is what the published code computes and never reads: interpolated labels and logits.
 
-The first rung is that loop, written anew from its description. Every further rung changes one thing and keeps what the
-rungs before it changed, up to `dalikd distill`'s own step. Nets, loss, optimizer, batch size and precision are the
+The first variant is that loop, written anew from its description. Every further variant changes one thing and keeps
+what those before it changed, up to `dalikd distill`'s own step. Nets, loss, optimizer, batch size and precision are the
 same, and all train. From the third on, where the draws come along with the batch, all have the same losses up to
 rounding. Up to dalikd's own step the learning rate is constant, as it is inside an epoch of the published loop.
 """
@@ -42,13 +42,13 @@ from dalikd.trainers.launch import autocast_type, start
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tracking import Meter
 
-__all__ = ["RUNGS", "Costs", "HabitLoop", "Habits", "Input", "Rung", "host_cutmix", "open_ladder", "run"]
+__all__ = ["ABLATIONS", "AblatedLoop", "Ablation", "Costs", "Input", "Variant", "host_cutmix", "open_variants", "run"]
 
 _TOP = 5  # the published loop counts the five best classes
 
 
 @dataclass(frozen=True)
-class Habits:
+class Ablation:
     """What a loop does as the published one does. All false: as dalikd does."""
 
     pil_loader: bool = True  # images come from a DataLoader over Pillow
@@ -68,9 +68,9 @@ class Habits:
 _PUBLISHED, _ASKED_AGAIN, _GATHERED = "published", "no host waits", "picked logits gathered"
 _FOLDED, _OWN, _RATE = "batch norms folded", "dalikd distill's step", "images/s"
 
-#: The rungs below `dalikd distill`'s own step, lowest first: each gives up one more habit.
-RUNGS: dict[str, Habits] = {_PUBLISHED: Habits()}
-for _rung, _habit in {
+#: The variants below `dalikd distill`'s own step, lowest first: each takes one more thing of it away.
+ABLATIONS: dict[str, Ablation] = {_PUBLISHED: Ablation()}
+for _name, _change in {
     "dalikd's loader": "pil_loader",
     _ASKED_AGAIN: "host_waits",
     _GATHERED: "looks_again",
@@ -79,7 +79,7 @@ for _rung, _habit in {
     "channels_last": "channels_first",
     _FOLDED: "batch_norms",
 }.items():
-    RUNGS[_rung] = replace(list(RUNGS.values())[-1], **{_habit: False})
+    ABLATIONS[_name] = replace(list(ABLATIONS.values())[-1], **{_change: False})
 
 
 # -------------------------------------------------------------------------------------------------- the loop
@@ -116,10 +116,10 @@ def host_cutmix(images: Tensor, random: np.random.Generator) -> Mixed:
 
 
 @dataclass
-class HabitLoop:
-    """Trains a student as the published loop does, or with fewer of its habits."""
+class AblatedLoop:
+    """Trains a student as the published loop does, or with fewer of its ablation."""
 
-    habits: Habits
+    ablation: Ablation
     batches: Iterator[Input]
     student: nn.Module  # takes what `batches` gives; it is trained in place
     teacher: Callable[[Tensor], Tensor]  # takes the same
@@ -160,9 +160,9 @@ class HabitLoop:
     @torch.no_grad()
     def _look(self, images: Tensor, draws: Sequence[MixDraws]) -> Seen:
         """What the teacher sees and answers: in one call, or in the two or three of the published loop."""
-        waits = self.habits.host_waits
+        waits = self.ablation.host_waits
         group = len(images) if waits else self.augmenter.group
-        logits = self.teacher(images) if self.habits.separate_calls else None
+        logits = self.teacher(images) if self.ablation.separate_calls else None
         runs = [host_cutmix(images, self._random) for _ in range(self.augmenter.runs)] if waits else []
         pool = Mixed.join(runs) if waits else self.augmenter.mix(images, (), draws)
         assert pool is not None
@@ -171,12 +171,12 @@ class HabitLoop:
         pool_logits = self.teacher(pool.images)
         picks = pick_rows(entropy(pool_logits).reshape(-1, len(images)), group)
         picked = pool.images[picks]
-        again = self.teacher(picked) if self.habits.looks_again else pool_logits[picks]
+        again = self.teacher(picked) if self.ablation.looks_again else pool_logits[picks]
         return Seen(logits, picked, again, picks % len(images), pool.partner[picks], pool.lam[picks])
 
     def _count(self, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         """Add up the terms, and how many labels are the best class (as published, also among the five best)."""
-        if not self.habits.host_waits:
+        if not self.ablation.host_waits:
             self.meter.add({**terms, "top1": (logits.argmax(1) == labels).float().mean()})
             return
         read: dict[str, Any] = {
@@ -189,10 +189,10 @@ class HabitLoop:
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in read.items()}
 
 
-# ------------------------------------------------------------------------------------------------ the ladder
+# ------------------------------------------------------------------------------------------------ the variants
 
 
-class Rung(NamedTuple):
+class Variant(NamedTuple):
     """A way to train that can be stepped."""
 
     step: Callable[[], Any]
@@ -201,25 +201,27 @@ class Rung(NamedTuple):
     compiled: bool = False
 
 
-def open_ladder(options: PublishedOptions, opened: Training, accelerator: Accelerator) -> dict[str, Rung]:
-    """Every rung, lowest first, with nets of its own. All but the first take turns at one loader."""
+def open_variants(options: PublishedOptions, opened: Training, accelerator: Accelerator) -> dict[str, Variant]:
+    """Every variant, lowest first, with nets of its own. All but the first take turns at one loader."""
     folds, autocast, ahead = options.teacher.fold_bn, autocast_type(options.precision), options.data.prefetch + 1
-    rungs = {}
-    for name, habits in RUNGS.items():
+    variants = {}
+    for name, ablation in ABLATIONS.items():
         if not folds and name == _FOLDED:
             continue
         student, net = deepcopy((opened.student, opened.teacher))
         # images that are normalised already do without the nets' own normalisation
-        seen_by, trained = (net.model, student.model) if habits.float_images else (net, student)
-        teacher = Teacher(seen_by, accelerator.device, autocast, fold_bn=not habits.batch_norms)
+        seen_by, trained = (net.model, student.model) if ablation.float_images else (net, student)
+        teacher = Teacher(seen_by, accelerator.device, autocast, fold_bn=not ablation.batch_norms)
         for one in (teacher.model, trained):
-            one.to(memory_format=habits.memory_format)  # type: ignore[call-overload]
+            one.to(memory_format=ablation.memory_format)  # type: ignore[call-overload]
         loss = deepcopy(options.loss).to(accelerator.device)
         optimizer: Any = options.optimizer([*trained.parameters(), *loss.parameters()])
-        job = _pil_job(options, opened.setup) if habits.pil_loader else None
-        batches = _batches(habits, opened.loader, student) if job is None else _pil_batches(job, student.scale)
-        loop = HabitLoop(habits, batches, trained, teacher, loss, optimizer, opened.augmenter, autocast, options.seed)
-        rungs[name] = Rung(loop.step, teacher, ahead if job is None else 2 * job.workers + 1)
+        job = _pil_job(options, opened.setup) if ablation.pil_loader else None
+        batches = _batches(ablation, opened.loader, student) if job is None else _pil_batches(job, student.scale)
+        loop = AblatedLoop(
+            ablation, batches, trained, teacher, loss, optimizer, opened.augmenter, autocast, options.seed
+        )
+        variants[name] = Variant(loop.step, teacher, ahead if job is None else 2 * job.workers + 1)
     plain = replace(options, metric=False)
     own = {_OWN: replace(plain, compile="off")}
     own |= {f"compiled, {options.compile}": plain} if options.compile != "off" else {}
@@ -228,15 +230,15 @@ def open_ladder(options: PublishedOptions, opened: Training, accelerator: Accele
         student, net = deepcopy((opened.student, opened.teacher))
         teacher = Teacher(net, accelerator.device, autocast, fold_bn=folds)
         loop = distillation_loop(student, teacher, opened.augmenter, opened.loader, settings, accelerator)
-        rungs[name] = Rung(loop.step, teacher, ahead, settings.compile != "off")
-    return rungs
+        variants[name] = Variant(loop.step, teacher, ahead, settings.compile != "off")
+    return variants
 
 
-def _batches(habits: Habits, loader: Loader, student: Normalized) -> Iterator[Input]:
+def _batches(ablation: Ablation, loader: Loader, student: Normalized) -> Iterator[Input]:
     while True:
         batch = loader.next()
-        pixels = batch.pixels.contiguous(memory_format=habits.memory_format)
-        yield Input(student.normalize(pixels) if habits.float_images else pixels, batch.labels, batch.mix)
+        pixels = batch.pixels.contiguous(memory_format=ablation.memory_format)
+        yield Input(student.normalize(pixels) if ablation.float_images else pixels, batch.labels, batch.mix)
 
 
 def _pil_job(options: PublishedOptions, setup: Setup) -> Job:
@@ -288,13 +290,13 @@ def costs(opened: Training, size: int) -> Costs:
     return Costs(looked.get_total_flops() / 2, learned.get_total_flops() / 2)
 
 
-def count_teacher(rung: Rung) -> list[int] | None:
+def count_teacher(variant: Variant) -> list[int] | None:
     """Sizes of the batches that the teacher sees in a step; None where compiled code would not tell."""
-    if rung.compiled:
+    if variant.compiled:
         return None
     sizes: list[int] = []
-    hook = rung.teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    rung.step()
+    hook = variant.teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    variant.step()
     hook.remove()
     return sizes
 
@@ -311,24 +313,24 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> Record:
             f"{options.model} and {options.teacher.name} normalise by different means, and the published loop does it "
             "once for both: choose two timm models, or none"
         )
-    torch.backends.cudnn.benchmark = True  # as published, and for every rung
-    rungs = open_ladder(options, opened, accelerator)
+    torch.backends.cudnn.benchmark = True  # as published, and for every variant
+    variants = open_variants(options, opened, accelerator)
 
-    def rate(rung: Rung) -> float:
-        for _ in range(max(rung.ahead, options.warmup)):  # what lies ready must not count
-            rung.step()
-        seconds = timed(lambda: [rung.step() for _ in range(options.steps)], accelerator.device)
+    def rate(variant: Variant) -> float:
+        for _ in range(max(variant.ahead, options.warmup)):  # what lies ready must not count
+            variant.step()
+        seconds = timed(lambda: [variant.step() for _ in range(options.steps)], accelerator.device)
         return options.steps * options.batch_size / seconds
 
     try:
-        counts = {name: count_teacher(rung) for name, rung in rungs.items()}
-        rates = alternate({name: partial(rate, rung) for name, rung in rungs.items()}, options.rounds, settle)
+        counts = {name: count_teacher(variant) for name, variant in variants.items()}
+        rates = alternate({name: partial(rate, variant) for name, variant in variants.items()}, options.rounds, settle)
     finally:
         opened.loader.close()
     size, operations, ahead = (
         setup.view.size,
         costs(opened, setup.view.size),
-        max(rung.ahead for rung in rungs.values()),
+        max(variant.ahead for variant in variants.values()),
     )
     settings = {options.compile: options.compile != "off", "resident": options.data.resident}
     names = (str(name).replace(":", "-").replace("_", "-") for name in (options.teacher.name, options.model))
@@ -375,4 +377,4 @@ def check_plain(options: PublishedOptions) -> None:
                 f"equal; give --{name} {json.dumps(value)}"
             )
     if options.precision == "fp16":
-        raise ValueError("--precision fp16: the ladder scales no losses; give fp32, tf32, bf16 or fp64")
+        raise ValueError("--precision fp16: no losses are scaled here; give fp32, tf32, bf16 or fp64")

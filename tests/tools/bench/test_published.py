@@ -13,13 +13,13 @@ from dalikd.kd.losses import KD
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench import published
 from dalikd.tools.bench.common import open_training
-from dalikd.tools.bench.published import RUNGS, HabitLoop, Habits, Input, host_cutmix
+from dalikd.tools.bench.published import ABLATIONS, AblatedLoop, Ablation, Input, host_cutmix
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 
 BATCH = 16
-NAMES = [*RUNGS, "dalikd distill's step"]
+NAMES = [*ABLATIONS, "dalikd distill's step"]
 SAME_LOSSES = NAMES[2:]  # those that mix by the draws of the batch
 
 
@@ -42,20 +42,20 @@ def arguments(training, teacher):
 
 
 @pytest.fixture
-def ladder(arguments):
-    """Every rung, with the loader they share."""
+def variants_and_loader(arguments):
+    """Every variant, with the loader they share."""
     options, _ = parse("bench published", arguments)
     accelerator = start("cpu", "fp32")
     opened = open_training(options, accelerator)
-    yield published.open_ladder(options, opened, accelerator), opened.loader
+    yield published.open_variants(options, opened, accelerator), opened.loader
     opened.loader.close()
 
 
-def test_each_rung_gives_up_one_habit():
-    rungs = [asdict(habits) for habits in RUNGS.values()]
-    assert all(rungs[0].values())
-    assert not any(rungs[-1].values())
-    for lower, upper in pairwise(rungs):
+def test_each_variant_changes_one_thing():
+    variants = [asdict(ablation) for ablation in ABLATIONS.values()]
+    assert all(variants[0].values())
+    assert not any(variants[-1].values())
+    for lower, upper in pairwise(variants):
         changed = [name for name in lower if lower[name] != upper[name]]
         assert len(changed) == 1
         assert not upper[changed[0]]
@@ -64,17 +64,17 @@ def test_each_rung_gives_up_one_habit():
 # ----------------------------------------------------------------------------------------------- the loop
 
 
-def test_every_rung_asks_the_teacher_about_as_many_images_as_it_should(ladder):
-    rungs, _ = ladder
+def test_every_variant_asks_the_teacher_about_as_many_images_as_it_should(variants_and_loader):
+    variants, _ = variants_and_loader
     thrice, twice = [BATCH, 2 * BATCH, BATCH], [BATCH, 2 * BATCH]
     expected = [thrice, thrice, thrice, twice, *[[3 * BATCH]] * 5]
-    assert list(rungs) == NAMES
-    assert [published.count_teacher(rung) for rung in rungs.values()] == expected
+    assert list(variants) == NAMES
+    assert [published.count_teacher(variant) for variant in variants.values()] == expected
 
 
-def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
-    rungs, loader = ladder
-    losses = {name: _losses(rungs[name], loader) for name in SAME_LOSSES}
+def test_the_variants_that_mix_alike_have_the_same_losses(variants_and_loader):
+    variants, loader = variants_and_loader
+    losses = {name: _losses(variants[name], loader) for name in SAME_LOSSES}
     reference = losses.pop("dalikd distill's step")
     assert reference[0] > 0
     assert len(set(reference)) == 5  # they train
@@ -82,12 +82,12 @@ def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
         assert values == pytest.approx(reference, abs=1e-4), name
 
 
-def _losses(rung, loader):
+def _losses(variant, loader):
     loader.seek(0)
     losses = []
     for _ in range(5):
-        terms = rung.step()
-        loop = getattr(rung.step, "__self__", None)
+        terms = variant.step()
+        loop = getattr(variant.step, "__self__", None)
         if isinstance(loop, Loop):
             terms = loop.meter.means()
             loop.meter.reset()
@@ -95,22 +95,22 @@ def _losses(rung, loader):
     return losses
 
 
-def test_the_lower_two_rungs_train(ladder):
-    rungs, _ = ladder
+def test_the_lower_two_variants_train(variants_and_loader):
+    variants, _ = variants_and_loader
     for name in NAMES[:2]:
-        net = rungs[name].step.__self__.student
+        net = variants[name].step.__self__.student
         before = [parameter.clone() for parameter in net.parameters()]
-        rungs[name].step()
+        variants[name].step()
         assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)), name
 
 
-def test_only_the_lower_two_rungs_wait_for_the_device(ladder):
-    rungs, _ = ladder
+def test_only_the_lower_two_variants_wait_for_the_device(variants_and_loader):
+    variants, _ = variants_and_loader
     waits = {}
-    for name, rung in rungs.items():
-        rung.step()
+    for name, variant in variants.items():
+        variant.step()
         with CountWaits() as mode:
-            rung.step()
+            variant.step()
         waits[name] = mode.count
     # four terms of the loss, and at least one look at each of two orders
     assert [count >= 6 for count in waits.values()] == [True] * 2 + [False] * 7
@@ -127,8 +127,8 @@ def test_the_published_step_has_the_losses_of_an_independent_computation():
     augmenter: Any = SimpleNamespace(runs=2)
     loss = KD(ce_weight=0.1, kd_weight=0.9, temperature=4.0)
     trained = torch.nn.Sequential(torch.nn.Flatten(), student)
-    loop = HabitLoop(
-        Habits(),
+    loop = AblatedLoop(
+        Ablation(),
         repeat(Input(images, labels)),
         trained,
         frozen,
@@ -194,7 +194,7 @@ def test_cutmix_on_the_host_tells_what_it_mixed():
 
 def test_the_hosts_sums_add_up():
     unused: Any = None
-    loop = HabitLoop(Habits(), unused, torch.nn.Identity(), unused, unused, unused, unused)
+    loop = AblatedLoop(Ablation(), unused, torch.nn.Identity(), unused, unused, unused, unused)
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])
     for term in (1.0, 2.0):
         loop._count({"loss": torch.tensor(term)}, logits, torch.tensor([0, 4, 5, 5]))
@@ -215,7 +215,7 @@ def test_the_ceiling_is_that_of_the_operations(arguments):
     assert counted.student == 2 * convolution + 3 * linear  # pixels need no gradient
 
 
-def test_the_run_writes_the_ladder(arguments, bench):
+def test_the_run_writes_all_variants(arguments, bench):
     record, _ = bench("published", *arguments, "--steps", 1, "--metric", "true")
     rows = record.rows
     assert [row["loop"] for row in rows] == [*NAMES, "T. stddev streamed too"]
@@ -235,12 +235,12 @@ def _by_round(ours, theirs):
     return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
-def test_batch_norms_that_stay_make_no_rung(arguments):
+def test_batch_norms_that_stay_make_no_variant(arguments):
     options, _ = parse("bench published", [*arguments, "--teacher.fold_bn", "false", "--compile", "default"])
     accelerator = start("cpu", "fp32")
-    rungs = published.open_ladder(options, open_training(options, accelerator), accelerator)
-    assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
-    assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
+    variants = published.open_variants(options, open_training(options, accelerator), accelerator)
+    assert list(variants) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
+    assert [variant.compiled for variant in variants.values()] == [False] * 8 + [True]
 
 
 @pytest.mark.parametrize(
