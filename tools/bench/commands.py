@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from dalikd.tools.bench.options import check_names
-from dalikd.tools.bench.record import RESULTS
+from dalikd.tools.bench.record import RESULTS, check_names
 from dalikd.tools.cli import run_command, run_function
 from dalikd.tools.layers import OPTIONS
 from dalikd.trainers.tracking import check_writable
@@ -143,15 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\ndalikd bench NAME --help explains every option of a benchmark.")
         sys.exit(0)
     if name == "scaling-worker":  # one of the processes that `scaling` starts
-        from dalikd.tools.bench.scaling import work
-
         file, *words = arguments
+        work = _function("scaling.work")
         run_command("bench scaling", lambda options, _: work(options, Path(file)), words)
         return
     if name not in BENCHMARKS:
         print(f"dalikd bench: error: unknown benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
-    command, function = f"bench {name}", _function(name)
+    command, function = f"bench {name}", _function(BENCHMARKS[name][0])
     if command in OPTIONS:
         run_command(command, function, arguments)
         return
@@ -162,6 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_function(command, function, arguments, options=options, lists=lists, positional=name == "images")
 
 
-def _function(name: str) -> Callable[..., Any]:
-    place, _, function = BENCHMARKS[name][0].rpartition(".")
+def _function(path: str) -> Callable[..., Any]:
+    place, _, function = path.rpartition(".")
     return getattr(importlib.import_module(f"dalikd.tools.bench.{place}"), function)

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from math import gcd
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -11,47 +10,149 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import TEACHER_ENTROPY
 from dalikd.kd.teacher import Branch, Teacher, teacher_pass
-from dalikd.pipelines.data import DataConfig, open_split, training_view
-from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.data import DataConfig, FilePath, open_split, training_view
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
-from dalikd.tools.bench.options import StepOptions, TeacherOptions
+from dalikd.tools.bench.images import mixing
 from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
 from dalikd.trainers.launch import autocast_type, check_compiler, model_type
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.measure import build_scorer, measure_branches
+from dalikd.trainers.measure import MeasureOptions, build_scorer, measure_branches
 from dalikd.trainers.models import build_teacher
+from dalikd.trainers.options import FROM_0, FROM_1, check_numbers
 from dalikd.trainers.setup import Setup, open_run, reading
 from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tasks.distill import Distillation, DistillOptions
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [
-    "Measuring", "Seen", "Training", "ask_once", "distillation_loop", "each_tensor", "free_loop", "mixing", "open_loop",
-    "open_measuring", "open_training", "with_weights",
-]  # fmt: skip
+    "Measuring",
+    "PublishedOptions",
+    "ScalingOptions",
+    "Seen",
+    "StepOptions",
+    "TeacherOptions",
+    "Training",
+    "ask_once",
+    "distillation_loop",
+    "free_loop",
+    "open_loop",
+    "open_measuring",
+    "open_training",
+    "with_weights",
+]
 
-_PUBLISHED_GROUP = 64
+
+@dataclass
+class StepOptions(DistillOptions):
+    """Measure the training step of a distillation: no run folder is written, nothing is evaluated.
+
+    Takes the configs of `dalikd distill`, their `distill` section too, and every option that a step depends on. A
+    teacher without weights gets fresh ones: its answers mean nothing then, and take as long.
+
+    Args:
+        output: folder of the results, or a path that ends in .json; default: runs/bench.
+        steps: optimizer steps in a round.
+        rounds: repetitions of each measurement, in turn.
+        warmup: steps before each round that do not count; as many come before everything, with what torch compiles.
+    """
+
+    output: FilePath | None = None
+    steps: int = 50
+    rounds: int = 5
+    warmup: int = 10
+    # of a run that is written and gone on with
+    resume: FilePath | None = field(default=None, init=False)
+    overwrite: bool = field(default=False, init=False)
+    log_every: int = field(default=50, init=False)
+    eval_every: int = field(default=1, init=False)
+    checkpoint_every: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be measured with."""
+        super().__post_init__()
+        check_numbers(self, {"steps": FROM_1, "warmup": FROM_0})
+
+    def check_warm_up(self) -> None:
+        """Raises ValueError for a warm-up that leaves to the count what was made ahead of it."""
+        if self.warmup * self.accumulation < self.data.prefetch:
+            raise ValueError(
+                f"--warmup {self.warmup} counts batches that were made ahead of the round: give at least "
+                f"{-(-self.data.prefetch // self.accumulation)}, or a smaller --data.prefetch"
+            )
+
+
+@dataclass
+class ScalingOptions(StepOptions):
+    """Measure the training step on several processes against one, with the same work for each process.
+
+    Takes the configs of `dalikd distill`. --batch_size is that of one process: n processes take n times as much.
+
+    Args:
+        processes: how many processes are measured, 1 among them; on GPUs each takes one.
+    """
+
+    processes: list[int] = field(default_factory=lambda: [1, 2])
+    steps: int = 20
+
+
+@dataclass
+class PublishedOptions(StepOptions):
+    """Compare the training step with that of the published CutMixPick loop, one ablation at a time.
+
+    Takes the configs of `dalikd distill`, their `distill` section too. The augmentation is always cutmixpick_teacher.
+    A teacher without weights is a fresh one from the seed: its speed is the same.
+
+    Args:
+        warmup: steps before each round that do not count; more where more batches may lie ready.
+        metric: also measure the step that streams T. stddev, which the published loop does not.
+    """
+
+    warmup: int = 1
+    augmentation: str = field(default="cutmixpick_teacher", init=False)
+
+
+@dataclass
+class TeacherOptions(MeasureOptions):
+    """Compare `dalikd measure` with its teacher alone, for each augmentation.
+
+    Takes the configs of `dalikd measure`, their `measure` section too. A teacher without weights is a fresh one from
+    the seed: its speed is the same.
+
+    Args:
+        images: training images that a round goes over, class shares kept; fewer if there are not as many.
+        rounds: repetitions of each measurement, in turn.
+        output: folder of the results, or a path that ends in .json; default: runs/bench.
+    """
+
+    images: int = 2000
+    rounds: int = 5
+    output: FilePath | None = None
+    # of results, which a benchmark has none of
+    epochs: int = field(default=1, init=False)
+    json: FilePath | None = field(default=None, init=False)
+    confidence: float = field(default=0.95, init=False)
+    stop_confidence: float | None = field(default=None, init=False)
+    per_class: bool = field(default=False, init=False)
+    entropy_log: FilePath | None = field(default=None, init=False)
+    entropy_log_every: int = field(default=100, init=False)
+    checkpoint: FilePath | None = field(default=None, init=False)
+    checkpoint_every: int = field(default=500, init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that cannot be measured with."""
+        super().__post_init__()
+        check_numbers(self, {"images": FROM_1})
+
+
 Options = TypeVar("Options", bound=StepOptions | TeacherOptions)
-
-
-def mixing(name: str, source: Source, view: View, batch_size: int) -> Augmenter:
-    """An augmentation by its defaults, in mix groups that fit the batch."""
-    return Augmenter(name, MixOptions(group=gcd(batch_size, _PUBLISHED_GROUP)), source, view, seed=0)
-
-
-def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """A batch of changed tensors."""
-    return Batch(**tree_map_only(Tensor, change, vars(batch)))
 
 
 def with_weights(options: Options, folder: Path) -> Options:

@@ -34,8 +34,7 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.commands import fill
 from dalikd.tools.bench.images import draw_images
 from dalikd.tools.bench.machine import device_slug, environment
-from dalikd.tools.bench.options import check_names
-from dalikd.tools.bench.record import RESULTS, Record, load, medians, table, write
+from dalikd.tools.bench.record import RESULTS, Record, check_names, load, medians, table, write
 from dalikd.trainers.launch import start
 from dalikd.trainers.tracking import check_writable, write_json
 

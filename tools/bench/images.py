@@ -7,13 +7,16 @@ import ctypes
 import mmap
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS
@@ -22,8 +25,12 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
 from dalikd.pipelines.sources import Source
+from dalikd.pipelines.transfer import Batch
+from dalikd.trainers.augmentation import Augmenter, MixOptions
 
 __all__ = ["STORES", "cached", "describe", "draw_images", "open_store", "own_store", "repeat_images", "stored_files"]
+
+_PUBLISHED_GROUP = 64
 
 #: Where the same images can be read from.
 STORES = ("files", "resident", "webdataset", "tfrecord")
@@ -219,3 +226,13 @@ def repeat_images(folder: Path, target: Path, *, count: int | None = None, size:
         shutil.copyfile(source, copy)
         number, written = number + 1, written + copy.stat().st_size
     return number
+
+
+def mixing(name: str, source: Source, view: View, batch_size: int) -> Augmenter:
+    """An augmentation by its defaults, in mix groups that fit the batch."""
+    return Augmenter(name, MixOptions(group=gcd(batch_size, _PUBLISHED_GROUP)), source, view, seed=0)
+
+
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch of changed tensors."""
+    return Batch(**tree_map_only(Tensor, change, vars(batch)))

@@ -31,8 +31,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench import images
 from dalikd.tools.bench.host import loader_microseconds
 from dalikd.tools.bench.machine import cores, cpu_seconds, settle, synchronize
-from dalikd.tools.bench.options import check_names
-from dalikd.tools.bench.record import RESULTS, Record, alternate, begin, finish, ratio, summary
+from dalikd.tools.bench.record import RESULTS, Record, alternate, begin, check_names, finish, ratio, summary
 from dalikd.tools.bench.sides import Job, Side, cannot, open_side, runnable
 from dalikd.tools.bench.startup import measure_orders, measure_startup
 from dalikd.trainers.augmentation import augmentation_names

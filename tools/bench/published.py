@@ -33,9 +33,8 @@ from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.pipelines.loader import Loader
-from dalikd.tools.bench.common import Seen, Training, ask_once, distillation_loop, open_training
+from dalikd.tools.bench.common import PublishedOptions, Seen, Training, ask_once, distillation_loop, open_training
 from dalikd.tools.bench.machine import cores, settle
-from dalikd.tools.bench.options import PublishedOptions
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
 from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
 from dalikd.trainers.augmentation import Augmenter, Branches

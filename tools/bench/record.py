@@ -7,8 +7,9 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,18 @@ def _plot(record: Record, path: Path) -> None:
     figure.supxlabel(f"{record.plotted}  ({whiskers})", fontsize=10)
     figure.suptitle(textwrap.fill(record.title, 110), x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=130)
+
+
+def check_names(option: str, names: Sequence[str], known: Collection[str]) -> list[str]:
+    """The names, each once; "all" stands for every known one.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    wanted = [name for entry in names for name in (known if entry == "all" else [entry])]
+    for name in wanted:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"{option} {name} is unknown: {hint}there are {', '.join(known)}")
+    return list(dict.fromkeys(wanted))

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.transfer import Batch
-from dalikd.tools.bench.common import each_tensor
+from dalikd.tools.bench.images import each_tensor
 from dalikd.tools.bench.machine import synchronize
 from dalikd.trainers.loop import Loop
 

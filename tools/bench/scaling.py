@@ -22,10 +22,9 @@ import yaml
 
 from dalikd.pipelines.data import open_split
 from dalikd.pipelines.sampler import Sampler
-from dalikd.tools.bench.common import open_loop
+from dalikd.tools.bench.common import ScalingOptions, open_loop
 from dalikd.tools.bench.images import cached, describe
 from dalikd.tools.bench.machine import cores
-from dalikd.tools.bench.options import ScalingOptions
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary
 from dalikd.tools.bench.rounds import keep_batches, replayed, step_round
 from dalikd.tools.bench.step import setting, unquiet, variant

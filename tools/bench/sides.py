@@ -20,8 +20,8 @@ from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.tools.bench.common import each_tensor, mixing
-from dalikd.tools.bench.options import check_names
+from dalikd.tools.bench.images import each_tensor, mixing
+from dalikd.tools.bench.record import check_names
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 __all__ = ["BACKENDS", "Job", "Side", "cannot", "endless", "open_side", "pil_batches", "runnable"]

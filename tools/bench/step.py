@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalikd.tools.bench import rounds
-from dalikd.tools.bench.common import open_loop
+from dalikd.tools.bench.common import StepOptions, open_loop
 from dalikd.tools.bench.images import cached, describe
-from dalikd.tools.bench.options import StepOptions
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
 from dalikd.tools.bench.rounds import PARTS, Round
 from dalikd.trainers.launch import start

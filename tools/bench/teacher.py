@@ -23,10 +23,9 @@ from torch import Tensor
 
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.transfer import Batch
-from dalikd.tools.bench.common import Measuring, open_measuring
+from dalikd.tools.bench.common import Measuring, TeacherOptions, open_measuring
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import settle
-from dalikd.tools.bench.options import TeacherOptions
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import start

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.sources import Source, open_source
+from dalikd.pipelines.sources import Source
 from dalikd.tools.bench import images, main
 from dalikd.tools.bench.images import (
     bring_into_page_cache,

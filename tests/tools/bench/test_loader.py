@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.sources import open_source
 from dalikd.tools.bench import images, loader, startup
 from dalikd.tools.bench.loader import Meter
 from dalikd.tools.bench.sides import Job, Side
