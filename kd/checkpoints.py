@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.known_weights import check_sha256, identify, published_classes
-from dalikd.kd.normalize import Normalisation
 
 __all__ = [
     "ORIGIN_KEY",

@@ -201,17 +201,30 @@ class TeacherStddev:
         Raises:
             ValueError: wrong shape or device, numbers that do not fit, or a stream that changes its kind.
         """
-        self._check(logits, augmented)
+        given = {"logits": logits} if augmented is None else {"logits": logits, "augmented logits": augmented}
+        for name, rows in given.items():
+            if rows.dim() != 2 or rows.shape[1] != self.num_classes:
+                raise ValueError(f"{name} have shape {tuple(rows.shape)}: give [rows, {self.num_classes}]")
+        entropy_sum = self._tensors["entropy_sum"]
+        if logits.device != (device := entropy_sum.device):
+            raise ValueError(f"logits are on {logits.device}, T. stddev on {device}: call .to({str(logits.device)!r})")
+        if self._rows_per_unit not in (0, len(given)):
+            raise ValueError("the stream changes between rows and pairs: give augmented logits always or never")
         blocks = [PickedGroups(1, len(logits), len(logits))]
         if augmented is not None and len(augmented) != len(logits):
             blocks = picked_groups(len(logits), len(augmented), group)
-        self._rows_per_unit = 1 if augmented is None else 2
+        self._rows_per_unit = len(given)
         self._originals += len(logits)
-        own = self._read(logits)
+        probabilities = []  # in the accumulators' precision
+        for rows in given.values():
+            entropy_sum.add_(entropy(rows).sum(dtype=entropy_sum.dtype))
+            self._images += len(rows)
+            probabilities.append(functional.softmax(full_precision(rows), dim=1).to(entropy_sum.dtype))
+        own = probabilities[0]
         if augmented is None:
             self._consume(own, 1)
             return
-        picks = self._read(augmented).split([block.groups * block.picks for block in blocks])
+        picks = probabilities[1].split([block.groups * block.picks for block in blocks])
         units = own.split([block.groups * block.originals for block in blocks])
         for (groups, originals, each), unit, carried in zip(blocks, units, picks, strict=True):
             if each == originals:
@@ -286,13 +299,6 @@ class TeacherStddev:
         for name, tensor in self._tensors.items():
             tensor.copy_(state[name].to(tensor.dtype))  # convert first: mps takes no float64, not even in transit
 
-    def _read(self, logits: Tensor) -> Tensor:
-        """Count rows and their entropy; return their probabilities [B, C] in the accumulators' precision."""
-        entropy_sum = self._tensors["entropy_sum"]
-        entropy_sum.add_(entropy(logits).sum(dtype=entropy_sum.dtype))
-        self._images += len(logits)
-        return functional.softmax(full_precision(logits), dim=1).to(entropy_sum.dtype)
-
     def _consume(self, units: Tensor, rows: float) -> None:
         """Add originals with what they carry, as sums of probabilities [n, C], which are of so many rows each."""
         whole = self.window // self._rows_per_unit  # originals in a window
@@ -324,16 +330,6 @@ class TeacherStddev:
         counts = (self._windows - 1 - torch.arange(used)) // GROUPS + 1
         means, squares = (self._tensors[name][:used].cpu().double() for name in ("means", "squares"))
         return counts.double(), means, squares
-
-    def _check(self, logits: Tensor, augmented: Tensor | None) -> None:
-        for name, rows in (("logits", logits), ("augmented logits", logits if augmented is None else augmented)):
-            if rows.dim() != 2 or rows.shape[1] != self.num_classes:
-                raise ValueError(f"{name} have shape {tuple(rows.shape)}: give [rows, {self.num_classes}]")
-        device = self._tensors["open_sum"].device
-        if logits.device != device:
-            raise ValueError(f"logits are on {logits.device}, T. stddev on {device}: call .to({str(logits.device)!r})")
-        if self._rows_per_unit == (2 if augmented is None else 1):
-            raise ValueError("the stream changes between rows and pairs: give augmented logits always or never")
 
 
 def _merged_stddev(counts: Tensor, means: Tensor, squares: Tensor) -> Tensor:

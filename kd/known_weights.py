@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dalikd.kd.normalize import Normalisation
+from dalikd.kd.backbones.layers import Normalisation
 
 __all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify", "published_classes", "weights_digest"]
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.mixing import DrawnTensors, HiddenMix, Mixed, mixup
-from dalikd.kd.normalize import Normalized
 
 __all__ = [
     "LAYERS",

@@ -135,10 +135,10 @@ def cutmix(images: Tensor, draws: DrawnTensors) -> Mixed:
     _check_draws(images, draws)
     height, width = images.shape[-2:]
     ratio = (1 - draws.lam).sqrt()
-    top, bottom = _span(draws.center[:, 0], 2 * ((height * ratio).long() // 2), height)
-    left, right = _span(draws.center[:, 1], 2 * ((width * ratio).long() // 2), width)
-    box = _box_mask(top, bottom, left, right, height, width)
-    replaced = (bottom - top) * (right - left) / (height * width)
+    rows, tall = _span(draws.center[:, 0], 2 * ((height * ratio).long() // 2), height)
+    columns, wide = _span(draws.center[:, 1], 2 * ((width * ratio).long() // 2), width)
+    box = rows[:, None, :, None] & columns[:, None, None]
+    replaced = tall * wide / (height * width)
     return Mixed(torch.where(box, images[draws.partner], images), draws.partner, 1 - replaced)
 
 
@@ -216,8 +216,9 @@ def cutout(images: Tensor, draws: DrawnTensors, side: int, fill: Sequence[float]
     if side < 1:
         raise ValueError(f"cutout side is {side}: give at least 1 pixel")
     height, width = images.shape[-2:]
-    hole = _box_mask(*_span(draws.center[:, 0], side, height), *_span(draws.center[:, 1], side, width), height, width)
-    return _filled(images, draws, hole, fill, "cutout")
+    rows, _ = _span(draws.center[:, 0], side, height)
+    columns, _ = _span(draws.center[:, 1], side, width)
+    return _filled(images, draws, rows[:, None, :, None] & columns[:, None, None], fill, "cutout")
 
 
 def masking(
@@ -278,9 +279,10 @@ def random_erasing(images: Tensor, draws: DrawnTensors, fill: Sequence[float]) -
     if draws.box is None or draws.box.shape != (len(images), 4):
         found = None if draws.box is None else tuple(draws.box.shape)
         raise ValueError(f"boxes have shape {found} for {len(images)} images: give box [B, 4]")
-    top, left, height, width = draws.box.unbind(1)
-    box = _box_mask(top, top + height, left, left + width, *images.shape[-2:])
-    return _filled(images, draws, box, fill, "random erasing")
+    top, left, height, width = draws.box[:, :, None].unbind(1)
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    in_rows, in_columns = (rows >= top) & (rows < top + height), (columns >= left) & (columns < left + width)
+    return _filled(images, draws, in_rows[:, None, :, None] & in_columns[:, None, None], fill, "random erasing")
 
 
 # ------------------------------------------------------------------------------------------------------- common
@@ -313,19 +315,13 @@ def _check_draws(images: Tensor, draws: DrawnTensors) -> None:
 
 
 def _span(center: Tensor, length: Tensor | int, side: int) -> tuple[Tensor, Tensor]:
-    """First and past-the-last pixel [B] of `length` pixels around the centre, a fraction of the side; clipped."""
+    """Which pixels of a side are among `length` around the centre, a fraction of it: bool [B, side]; and how many [B],
+    as the border cuts some off."""
     middle = (center * side).long().clamp(max=side - 1)  # a fraction may have been rounded up to 1
     start = middle - length // 2
-    return start.clamp(min=0), (start + length).clamp(max=side)
-
-
-def _box_mask(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, height: int, width: int) -> Tensor:
-    """Bool [B, 1, H, W], true inside each image's box; bounds are integers [B], the last ones exclusive."""
-    rows = torch.arange(height, device=top.device)[None, :]
-    columns = torch.arange(width, device=top.device)[None, :]
-    in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
-    in_columns = (columns >= left[:, None]) & (columns < right[:, None])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    first, end = start.clamp(min=0), (start + length).clamp(max=side)
+    pixels = torch.arange(side, device=center.device)
+    return (pixels >= first[:, None]) & (pixels < end[:, None]), end - first
 
 
 def _cell_mask(numbers: Tensor, count: Tensor | int, grid: tuple[int, int], height: int, width: int) -> Tensor:

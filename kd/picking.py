@@ -31,7 +31,6 @@ __all__ = [
     "pick",
     "pick_count",
     "pick_rows",
-    "score_and_pick",
 ]
 
 PICK_TEMPERATURE = 4.0  # published, of the divergence
@@ -240,25 +239,6 @@ def pick_count(batch: int, group: int, n_pick: int | None = None) -> int:
     """How many candidates `pick_rows` keeps of a batch of originals; arguments as there."""
     n_pick = group if n_pick is None else n_pick
     return sum((last - first) // width * -(-n_pick * width // group) for first, last, width in _blocks(batch, group))
-
-
-def score_and_pick(
-    criterion: Criterion, outputs: PoolOutputs, batch: int, group: int, n_pick: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Picks out of a pool whose outputs are there already.
-
-    Args:
-        criterion: how candidates are ranked.
-        outputs: those that the criterion needs.
-        batch: originals.
-        group: originals in a mix group.
-        n_pick: as for `pick_rows`.
-
-    Returns:
-        Picks as `pick_rows` gives them, and the scores of the whole pool [runs * B].
-    """
-    scores = criterion.score(outputs, group)
-    return pick_rows(scores.reshape(-1, batch), group, n_pick), scores
 
 
 def _blocks(batch: int, group: int) -> list[tuple[int, int, int]]:

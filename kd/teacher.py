@@ -13,13 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.folding import fold_batch_norms
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
-from dalikd.kd.normalize import Normalized
-from dalikd.kd.picking import Criterion, PoolOutputs, entropy, score_and_pick
+from dalikd.kd.picking import Criterion, PoolOutputs, entropy, pick_rows
 
 __all__ = ["Branch", "BranchOutputs", "Teacher", "TeacherPass", "batch_statistics", "entropies", "teacher_pass"]
 
@@ -200,7 +199,8 @@ def teacher_pass(
             if branch.criterion is None or branch.criterion.needs_teacher != asked:
                 continue
             outputs = PoolOutputs(teachers.logits.get(pool), students.logits.get(pool), teachers.logits.get(originals))
-            picks[number], _ = score_and_pick(branch.criterion, outputs, len(pixels), group, branch.n_pick)
+            scores = branch.criterion.score(outputs, group).reshape(-1, len(pixels))
+            picks[number] = pick_rows(scores, group, branch.n_pick)
             if not asked and not whole.issuperset(pool):  # the teacher is asked about the picks alone
                 alone[number] = len(runs) + number
                 shown[(alone[number],)] = shown[pool].take(picks[number])

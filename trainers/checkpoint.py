@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.checkpoints import ORIGIN_KEY
-from dalikd.kd.normalize import Normalisation
 from dalikd.pipelines.files import write_atomically
 
 __all__ = ["read_state", "save_state", "save_weights"]

@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import FEWEST_GROUPS, TeacherStddev
 from dalikd.kd.known_weights import weights_digest
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import StudentPart, Teacher, TeacherPass, entropies
 from dalikd.pipelines.data import FilePath, as_used

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalisation, Normalized
 from dalikd.kd.backbones.timm_models import input_statistics
 from dalikd.kd.checkpoints import Origin, class_order, load_weights, order_classes, read_origin
 from dalikd.kd.known_weights import file_sha256, identify, published_classes, weights_digest
-from dalikd.kd.normalize import Normalisation, Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import View

@@ -10,11 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.losses.base import full_precision
 from dalikd.kd.manifold import hidden_mixing, mixed_forward
 from dalikd.kd.mixing import HiddenMix, Mixed
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws

@@ -15,8 +15,8 @@ from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.checkpoints import Origin, read_origin
-from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.datasets.classes import shorten
 from dalikd.pipelines.sources import Source
 

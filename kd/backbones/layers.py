@@ -1,12 +1,22 @@
-"""What several nets share."""
+"""What nets share: what they give, how they take pixels, and how most of them are built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["NetOutput", "ReluBlock", "StagedNet", "initialise_convolutions", "projection", "shuffle_channels"]
+__all__ = [
+    "NetOutput",
+    "Normalisation",
+    "Normalized",
+    "ReluBlock",
+    "StagedNet",
+    "initialise_convolutions",
+    "projection",
+    "shuffle_channels",
+]
 
 
 class NetOutput(NamedTuple):
@@ -34,16 +44,79 @@ class NetOutput(NamedTuple):
         return self.map(lambda part: part[:count])
 
 
+class Normalisation(NamedTuple):
+    """How a net's images are normalised: a number a channel, of pixels scaled to 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Normalized(nn.Module):
+    """A net that takes pixels: its first operation normalises, so that batches stay pixels until here.
+
+    Args:
+        model: takes normalised images [B, 3, H, W].
+        mean: of each channel, of pixels scaled to 0..1.
+        std: of each channel, of pixels scaled to 0..1.
+
+    Attributes:
+        model: the net alone. Its state_dict is what is saved and published.
+        normalisation: mean and std.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.normalisation = Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
+        means, stds = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        self.register_buffer("scale", (1 / (255 * stds)).float(), persistent=False)
+        self.register_buffer("shift", (-means / stds).float(), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [B, C] of pixels [B, 3, H, W], uint8 or float, 0..255."""
+        return self.model(self.normalize(pixels))
+
+    def outputs(self, pixels: Tensor, *, features: bool = False, preactivations: bool = False) -> NetOutput:
+        """Logits of pixels [B, 3, H, W], and features of the stages where they are asked for.
+
+        Args:
+            pixels: uint8 or float, 0..255.
+            features: of the stages.
+            preactivations: before the stages' last ReLU; they come with the features.
+
+        Raises:
+            ValueError: the net does not give them.
+        """
+        if not features and not preactivations:
+            return NetOutput(self(pixels))
+        given = getattr(self.model, "preactivations" if preactivations else "outputs", None)
+        if given is None:
+            kind = "features before their last ReLU" if preactivations else "stage features"
+            raise ValueError(f"{type(self.model).__name__} gives no {kind}: take another net, or a loss without them")
+        return given(self.normalize(pixels))
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(pixels / 255 - mean) / std, in the parameters' dtype and the pixels' memory format."""
+        if pixels.is_cuda or not pixels.is_contiguous(memory_format=torch.channels_last):
+            return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)  # one pass
+        # row by row: torch's vector code takes no innermost dimension of 3, and is three times as fast as what does
+        batch, channels, height, width = pixels.shape
+        rows = pixels.permute(0, 2, 3, 1).reshape(batch * height, width * channels).to(self.scale.dtype)
+        shift, scale = (values.flatten().repeat(width) for values in (self.shift, self.scale))
+        return torch.addcmul(shift, rows, scale).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
 class ReluBlock(nn.Module):
-    """A block whose last operation is a ReLU. A subclass gives `preactivation`."""
+    """A block whose last operation is a ReLU. A subclass gives `preactivation`; `activate` makes the output of it."""
+
+    activate: Callable[[Tensor], Tensor] = staticmethod(F.relu)
 
     def preactivation(self, features: Tensor) -> Tensor:
         """What enters the last ReLU."""
         raise NotImplementedError
-
-    def activate(self, features: Tensor) -> Tensor:
-        """The block's output, of what `preactivation` gives."""
-        return F.relu(features)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.activate(self.preactivation(features))
@@ -97,7 +170,7 @@ class StagedNet(nn.Module):
         hidden = self.stem(images)
         for stage in self.stages:
             hidden = stage(hidden)
-        return self.get_classifier()(self.tail(hidden))
+        return getattr(self, self._classifier)(self.tail(hidden))
 
     def outputs(self, images: Tensor) -> NetOutput:
         """Logits and features of normalised images [B, 3, H, W]."""

@@ -63,8 +63,14 @@ class ShuffleNetV2(StagedNet):
         return F.relu(self.bn2(self.conv2(features))).mean(dim=(2, 3))
 
 
+def _relu_and_shuffle(features: Tensor) -> Tensor:
+    return shuffle_channels(F.relu(features), 2)  # what was passed on has no negative value
+
+
 class _Block(ReluBlock):
     """Half of the channels pass, the other half goes through 1x1, depthwise 3x3, 1x1; then both are shuffled."""
+
+    activate = staticmethod(_relu_and_shuffle)
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -81,9 +87,6 @@ class _Block(ReluBlock):
         changed = F.relu(self.bn1(self.conv1(changed)))
         changed = self.bn2(self.conv2(changed))
         return torch.cat((passed, self.bn3(self.conv3(changed))), dim=1)
-
-    def activate(self, features: Tensor) -> Tensor:
-        return shuffle_channels(F.relu(features), 2)  # what was passed on has no negative value
 
 
 class _DownBlock(nn.Module):

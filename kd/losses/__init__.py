@@ -1,7 +1,14 @@
 """Losses: pure tensor functions, and one module a method."""
 
-from dalikd.kd.losses.base import DistillationLoss, LossContext, MixedOutputs, StepOutputs, WeightedSum
-from dalikd.kd.losses.cross_entropy import cross_entropy, mixed_cross_entropy
+from dalikd.kd.losses.base import (
+    DistillationLoss,
+    LossContext,
+    MixedOutputs,
+    StepOutputs,
+    WeightedSum,
+    cross_entropy,
+    mixed_cross_entropy,
+)
 from dalikd.kd.losses.kd import KD, kd_loss
 
 __all__ = [

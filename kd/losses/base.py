@@ -1,13 +1,13 @@
-"""What every distillation loss shares: its interface, and the arithmetic around named terms."""
+"""What every distillation loss shares: its interface, and the cross-entropy against one label and against two."""
 
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dalikd.kd.backbones.layers import NetOutput
 
@@ -17,8 +17,9 @@ __all__ = [
     "MixedOutputs",
     "StepOutputs",
     "WeightedSum",
+    "cross_entropy",
     "full_precision",
-    "with_total",
+    "mixed_cross_entropy",
 ]
 
 
@@ -163,7 +164,27 @@ def full_precision(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def with_total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Put "loss", the sum of `weights[name] * terms[name]` over the terms, in front of the terms."""
-    total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-    return {"loss": total, **terms}
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of `logits` [B, C] and `labels` int64 [B], a scalar in float32 (float64 stays)."""
+    return functional.cross_entropy(full_precision(logits), labels, label_smoothing=label_smoothing)
+
+
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean of `lam * CE(labels) + (1 - lam) * CE(partner_labels)` over the batch.
+
+    The loss of mixup (Zhang et al., ICLR 2018, arXiv 1710.09412) and CutMix (Yun et al., ICCV 2019, arXiv 1905.04899).
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B], of the sample itself.
+        partner_labels: int64 [B], of the sample mixed into it.
+        lam: [B], share of the sample itself.
+        label_smoothing: share of each target spread evenly over the classes.
+    """
+    logits = full_precision(logits)
+    own = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+    partner = functional.cross_entropy(logits, partner_labels, label_smoothing=label_smoothing, reduction="none")
+    lam = lam.to(logits.dtype)
+    return (lam * own + (1 - lam) * partner).mean()

@@ -6,11 +6,11 @@ Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", 
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.kd.losses.base import DistillationLoss, MixedOutputs, StepOutputs, full_precision, with_total
-from dalikd.kd.losses.cross_entropy import cross_entropy, mixed_cross_entropy
+from dalikd.kd.losses.base import DistillationLoss, StepOutputs, cross_entropy, full_precision, mixed_cross_entropy
 
 __all__ = ["KD", "kd_loss"]
 
@@ -72,23 +72,19 @@ class KD(DistillationLoss):
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return "loss", "ce", "kd"; with augmented images also "kd_mix", and "ce_mix" where `lw_mix[1]` is not 0."""
-        student = outputs.student.logits
+        student, mixed = outputs.student.logits, outputs.mixed
         terms = {
             "ce": cross_entropy(student, outputs.labels, self.label_smoothing),
             "kd": kd_loss(student, outputs.teacher.logits, self.temperature),
         }
-        if outputs.mixed is not None:
-            terms |= self._mixed_terms(outputs.mixed)
-        return with_total(terms, self.weights)
-
-    def _mixed_terms(self, mixed: MixedOutputs) -> dict[str, Tensor]:
-        terms = {}
-        if self.uses_mixed_labels:
-            terms["ce_mix"] = mixed_cross_entropy(
-                mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, self.label_smoothing
-            )
-        terms["kd_mix"] = kd_loss(mixed.student_logits, mixed.teacher_logits, self.temperature)
-        return terms
+        if mixed is not None:
+            if self.uses_mixed_labels:
+                terms["ce_mix"] = mixed_cross_entropy(
+                    mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, self.label_smoothing
+                )
+            terms["kd_mix"] = kd_loss(mixed.student_logits, mixed.teacher_logits, self.temperature)
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": total, **terms}
 
 
 def _check(temperature: float, label_smoothing: float, lw_mix: tuple[float, ...]) -> None:

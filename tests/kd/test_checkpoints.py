@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dalikd.kd import known_weights
+from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.checkpoints import Origin, class_order, load_weights, read_origin, read_state_dict
 from dalikd.kd.known_weights import KnownWeights, published_classes
-from dalikd.kd.normalize import Normalisation
 
 
 def make_model(num_classes=10):

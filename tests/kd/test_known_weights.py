@@ -8,8 +8,8 @@ import torchvision
 
 from dalikd.kd import known_weights
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.known_weights import KNOWN, KnownWeights, check_sha256, file_sha256, identify, published_classes
-from dalikd.kd.normalize import Normalisation
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.manifold import LAYERS, check_mixable, hidden_mixing, manifold_mixup, mixed_forward
 from dalikd.kd.mixing import HiddenMix, Mixed, mixup
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import CRITERIA, PoolOutputs, pick_rows
 from dalikd.kd.teacher import Branch, Teacher, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.manifold import manifold_mixup
 from dalikd.kd.mixing import Mixed, cutmix, mixup
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import CRITERIA, STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, pick_rows
 from dalikd.kd.teacher import Branch, Teacher, TeacherPass, batch_statistics, entropies, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalikd.kd.backbones import factory
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.losses import KD
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import DataConfig
 from dalikd.pipelines.draw_spec import DrawSpec, View

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.checkpoints import Origin, load_weights, read_origin
-from dalikd.kd.normalize import Normalisation
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 
 

@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from dalikd.kd.backbones import NetOutput, create_model
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, MixedOutputs, StepOutputs, kd_loss
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import Mixed, cutmix
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import Branch, batch_statistics, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws

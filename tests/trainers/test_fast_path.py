@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import SGD
 
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.mixing import cutmix
-from dalikd.kd.normalize import Normalized
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start

@@ -6,9 +6,9 @@ import torch
 
 from dalikd.kd import known_weights
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.checkpoints import load_weights
 from dalikd.kd.known_weights import KnownWeights, file_sha256, published_classes
-from dalikd.kd.normalize import Normalisation
 from dalikd.pipelines.draw_spec import View
 from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.models import (

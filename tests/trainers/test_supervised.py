@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
-from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.tasks.supervised import Supervised, SupervisedInputs, TrainOptions

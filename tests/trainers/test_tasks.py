@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.checkpoints import load_weights
 from dalikd.kd.losses import KD, DistillationLoss, StepOutputs, kd_loss
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.distill import main as distill
 from dalikd.trainers.augmentation import MixOptions

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dalikd.kd.backbones import create_model
-from dalikd.kd.normalize import Normalized
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.teacher import Teacher, teacher_pass
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader

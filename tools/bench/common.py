@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.mixing import Mixed
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import TEACHER_ENTROPY
 from dalikd.kd.teacher import Branch, Teacher, teacher_pass
 from dalikd.pipelines.data import DataConfig, FilePath, open_split, training_view

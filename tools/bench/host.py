@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalikd.kd.normalize import Normalized
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.pipelines.backends import GatherBackend
 from dalikd.pipelines.data import DataConfig, open_split
 from dalikd.pipelines.loader import Loader

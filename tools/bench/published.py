@@ -25,10 +25,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.losses import DistillationLoss, MixedOutputs, StepOutputs
 from dalikd.kd.mixing import Mixed
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.draw_spec import MixDraws

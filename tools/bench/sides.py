@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.kd.normalize import Normalized
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.pipelines.draw_spec import DrawSpec, View, policy_name
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Loader

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from dalikd.kd.normalize import Normalized
+from dalikd.kd.backbones.layers import Normalized
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.transfer import Batch

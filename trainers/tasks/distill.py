@@ -9,13 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
-from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher, TeacherPass, entropies
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader

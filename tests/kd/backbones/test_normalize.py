@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional
 
 from dalikd.kd.backbones import create_model
-from dalikd.kd.normalize import Normalized
+from dalikd.kd.backbones.layers import Normalized
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
