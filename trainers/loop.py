@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
@@ -21,14 +21,14 @@ from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import check_compiler
+from dalikd.trainers.options import ScheduleConfig
 from dalikd.trainers.progress import progress as progress_bar
 from dalikd.trainers.resume import check_same_run
-from dalikd.trainers.schedules import learning_rate_factor
 from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, save_after
 from dalikd.trainers.tasks.base import Task, TrainingOptions
-from dalikd.trainers.tracking import Meter, RunFolder, versions
+from dalikd.trainers.tracking import RunFolder, versions
 
-__all__ = ["Loop", "make_optimizer", "parameter_groups"]
+__all__ = ["Loop", "Meter", "learning_rate_factor", "make_optimizer", "parameter_groups"]
 
 
 @dataclass
@@ -39,6 +39,48 @@ class _Progress:
     epochs: int = 0  # ended, with their evaluation
     last: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+
+
+class Meter:
+    """Sums named scalars on the device; sharing and reading them are the only waits."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Add one observation of each term."""
+        for name, value in terms.items():
+            # a copy even of float64: a CUDA graph overwrites its outputs in the next step
+            value = value.detach().to(torch.float64, copy=True)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Take the mean over the processes, which all call this. They may add their own and share again."""
+        if accelerator.num_processes > 1 and self._sums:
+            shared = cast(Tensor, accelerator.reduce(torch.stack(list(self._sums.values())), "mean"))
+            self._sums = dict(zip(self._sums, shared.unbind(), strict=True))
+
+    def means(self) -> dict[str, float]:
+        """The means since the last reset: of this process until they are shared. Waits for the device."""
+        if not self._count:
+            return {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        return {name: value / self._count for name, value in zip(self._sums, values, strict=True)}
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._sums, self._count = {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and count."""
+        return {"sums": dict(self._sums), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take sums and count from a saved state."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._count = state["count"]
 
 
 class Loop:
@@ -103,6 +145,8 @@ class Loop:
         self._threads = torch.get_num_threads()  # outside of this run
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.total_steps = options.length * self.steps_per_epoch
+        milestones = [options.epoch_factor * epoch for epoch in options.schedule.milestones]
+        self.schedule = replace(options.schedule, milestones=milestones)
 
     # ------------------------------------------------------------------------------------------ the step
 
@@ -117,12 +161,15 @@ class Loop:
         if self.options.compile != "off":
             # CUDA graphs may now overwrite the last step's outputs. Not between microbatches, whose gradients add up.
             torch.compiler.cudagraph_mark_step_begin()
-        self._set_learning_rate()
+        step, rank = self.progress.step, self.accelerator.process_index
+        factor = learning_rate_factor(self.schedule, step, self.steps_per_epoch, self.total_steps)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
         # whatever a net draws (dropout) is a function of the step too
-        torch.manual_seed(_step_seed(self.options.seed, self.progress.step, self.accelerator.process_index))
+        torch.manual_seed((self.options.seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63))
         for part, batch in enumerate(batches, start=1):
             with torch.no_grad():
-                inputs = self.task.prepare(batch, self.progress.step / self.steps_per_epoch)
+                inputs = self.task.prepare(batch, step / self.steps_per_epoch)
             last = part == len(batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 terms = self.model(inputs)
@@ -131,27 +178,13 @@ class Loop:
             self.meter.add(terms)
             self.epoch_meter.add(terms)
         if self._trains:
-            self._update()
+            if self.options.clip_grad_norm is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for name, average in self.averages.items():
+                average.update(self.task.nets[name])
         self.progress.step += 1
-
-    def _update(self) -> None:
-        """Move the weights along their gradients."""
-        if self.options.clip_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for name, average in self.averages.items():
-            average.update(self.task.nets[name])
-
-    def _set_learning_rate(self) -> None:
-        factor = self._rate_factor()
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
-
-    def _rate_factor(self) -> float:
-        schedule, factor = self.options.schedule, self.options.epoch_factor
-        stretched = replace(schedule, milestones=[factor * epoch for epoch in schedule.milestones])
-        return learning_rate_factor(stretched, self.progress.step, self.steps_per_epoch, self.total_steps)
 
     # ------------------------------------------------------------------------------------------- the run
 
@@ -365,7 +398,8 @@ class Loop:
         self.replaced_files = dict(state.get("replaced_files", {}))
         if (planned := state.get("total_steps", self.total_steps)) != self.total_steps:
             ended = "finished" if self.progress.step >= planned else "planned"
-            rate = self.base_rates[0] * self._rate_factor()
+            steps = self.progress.step, self.steps_per_epoch, self.total_steps
+            rate = self.base_rates[0] * learning_rate_factor(self.schedule, *steps)
             changes.append(
                 f"a run {ended} with {planned} steps has {self.total_steps} now, and the {self.options.schedule.name} "
                 f"schedule is that of the new length: the learning rate goes on with {rate:.4g}"
@@ -440,6 +474,26 @@ class _Clock:
         return self._started - started, self._waited - waited
 
 
+def learning_rate_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """The factor on the base learning rate at a step, a pure function of it.
+
+    Args:
+        config: the schedule.
+        step: optimizer steps done so far.
+        steps_per_epoch: optimizer steps in an epoch.
+        total_steps: optimizer steps in the whole training.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.name == "multistep":
+        return config.gamma ** sum(step >= round(milestone * steps_per_epoch) for milestone in config.milestones)
+    if config.name == "cosine":
+        progress = (step - warmup) / max(total_steps - warmup, 1)
+        return config.final + (1 - config.final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return 1.0
+
+
 def parameter_groups(task: nn.Module, no_decay_norms: bool) -> Iterable[Any]:
     """What an optimizer takes of a task: all that is trained, with or without weight decay for biases and norms."""
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
@@ -474,7 +528,3 @@ def _of_this_form(state: dict[str, Any]) -> dict[str, Any]:
 def _rank(val: dict[str, Any]) -> tuple[float, float]:
     """What makes an epoch the best one: its accuracy, among equal ones its loss."""
     return val["top1"], -val["loss"]
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return (seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63)

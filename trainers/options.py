@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dalikd.pipelines.data import DataConfig
 from dalikd.trainers.augmentation import MixOptions, augmentation_names
@@ -23,6 +23,7 @@ __all__ = [
     "AugmentingOptions",
     "NumberRange",
     "RunOptions",
+    "ScheduleConfig",
     "check_numbers",
 ]
 
@@ -116,3 +117,22 @@ class AugmentingOptions(RunOptions):
             return "off"
         on_cpu = self.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
         return automatic_mode(on_cpu)
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate changes over training.
+
+    Args:
+        name: multistep (multiplied by gamma at each milestone), cosine (to final at the end), or constant.
+        milestones: epochs at which multistep decays, counted from 0.
+        gamma: factor at each milestone.
+        warmup_epochs: the rate rises linearly over so many epochs first.
+        final: where cosine ends, as a share of the base rate.
+    """
+
+    name: Literal["multistep", "cosine", "constant"] = "multistep"
+    milestones: list[float] = field(default_factory=lambda: [150.0, 180.0, 210.0])
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    final: float = 0.0

@@ -6,59 +6,16 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 
 from dalikd.kd.known_weights import file_sha256
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.hardware import package_versions
 
-__all__ = ["Meter", "RunFolder", "check_writable", "versions", "write_json"]
-
-
-class Meter:
-    """Sums named scalars on the device; sharing and reading them are the only waits."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """Add one observation of each term."""
-        for name, value in terms.items():
-            # a copy even of float64: a CUDA graph overwrites its outputs in the next step
-            value = value.detach().to(torch.float64, copy=True)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
-
-    def share(self, accelerator: Accelerator) -> None:
-        """Take the mean over the processes, which all call this. They may add their own and share again."""
-        if accelerator.num_processes > 1 and self._sums:
-            shared = cast(torch.Tensor, accelerator.reduce(torch.stack(list(self._sums.values())), "mean"))
-            self._sums = dict(zip(self._sums, shared.unbind(), strict=True))
-
-    def means(self) -> dict[str, float]:
-        """The means since the last reset: of this process until they are shared. Waits for the device."""
-        if not self._count:
-            return {}
-        values = torch.stack(list(self._sums.values())).tolist()
-        return {name: value / self._count for name, value in zip(self._sums, values, strict=True)}
-
-    def reset(self) -> None:
-        """Start anew."""
-        self._sums, self._count = {}, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sums and count."""
-        return {"sums": dict(self._sums), "count": self._count}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take sums and count from a saved state."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._count = state["count"]
+__all__ = ["RunFolder", "check_writable", "versions", "write_json"]
 
 
 class RunFolder:

@@ -20,7 +20,7 @@ from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.options import ScheduleConfig
 from dalikd.trainers.tasks.supervised import TrainOptions
 
 STEPS, BATCH, GROUP, CLASSES = 50, 64, 16, 5

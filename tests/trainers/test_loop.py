@@ -16,9 +16,10 @@ from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
 from dalikd.pipelines.loader import BadFileError
 from dalikd.tools.cli import guarded
+from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.evaluate import evaluate
-from dalikd.trainers.loop import Loop, make_optimizer
-from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.loop import Loop, Meter, make_optimizer
+from dalikd.trainers.options import ScheduleConfig
 from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tasks.supervised import SupervisedInputs, TrainOptions
 
@@ -26,7 +27,7 @@ CONSTANT = ScheduleConfig("constant")
 
 
 def _options(**options: Any) -> TrainOptions:
-    return TrainOptions(**{"batch_size": 32, "mix_group": 8, "epochs": 2, "schedule": CONSTANT, **options})
+    return TrainOptions(**{"batch_size": 32, "mix": MixOptions(group=8), "epochs": 2, "schedule": CONSTANT, **options})
 
 
 def _sgd(lr: float = 0.1, **settings: float) -> Callable[..., SGD]:
@@ -109,7 +110,7 @@ class _Refuses(SGD):
 def test_a_fixed_student_is_observed_and_stays(make_loop, make_net, distill_options, augmentation, no_decay_norms):
     student = make_net(2).requires_grad_(False)
     options = distill_options(
-        augmentation=augmentation, clip=1.0, ema=0.5, accumulation=2, no_decay_norms=no_decay_norms,
+        augmentation=augmentation, clip_grad_norm=1.0, ema=0.5, accumulation=2, no_decay_norms=no_decay_norms,
         optimizer=partial(_Refuses, lr=0.1),
     )  # fmt: skip
     loop = make_loop(options=options, student=student)
@@ -181,7 +182,8 @@ def test_cosine_ends_with_the_stretched_training(make_loop):
     assert loop.total_steps == 12
     for step in (0, 3, 6, 11):
         loop.progress.step = step
-        assert loop._rate_factor() == pytest.approx((1 + math.cos(math.pi * step / 12)) / 2)
+        loop.step()
+        assert loop.optimizer.param_groups[0]["lr"] == pytest.approx((1 + math.cos(math.pi * step / 12)) / 2)
 
 
 @pytest.mark.parametrize("augmentation", ["identity", "cutmix"])
@@ -204,7 +206,7 @@ def test_accumulating_two_microbatches_equals_one_batch(make_loop, make_net, dis
 
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_clip_bounds_the_step(make_loop, clip):
-    loop = make_loop(options=_options(clip=clip, optimizer=_sgd(1.0)))
+    loop = make_loop(options=_options(clip_grad_norm=clip, optimizer=_sgd(1.0)))
     before = torch.cat([parameter.detach().flatten().clone() for parameter in loop.model.parameters()])
     loop.step()
     after = torch.cat([parameter.detach().flatten() for parameter in loop.model.parameters()])
@@ -287,12 +289,14 @@ def _without_waits(loop: Loop, guard: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("augmentation", ["identity", "mixup", "cutout", "cutmixpick_teacher", "cutmixpick_student"])
 def test_a_step_never_reads_from_the_device(make_loop, distill_options, no_sync, augmentation):
-    options = distill_options(augmentation=augmentation, clip=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
+    options = distill_options(augmentation=augmentation, clip_grad_norm=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
     _without_waits(make_loop(options=options), no_sync)
 
 
 def test_a_supervised_step_never_reads_from_the_device(make_loop, no_sync):
-    _without_waits(make_loop(options=_options(augmentation="cutmix", clip=1.0, ema=0.9, optimizer=_sgd())), no_sync)
+    _without_waits(
+        make_loop(options=_options(augmentation="cutmix", clip_grad_norm=1.0, ema=0.9, optimizer=_sgd())), no_sync
+    )
 
 
 def test_the_guard_sees_a_reading_step(make_loop, no_sync):
@@ -305,7 +309,7 @@ def test_the_guard_sees_a_reading_step(make_loop, no_sync):
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", ["identity", "mixup", "cutout", "cutmixpick_teacher", "cutmixpick_student"])
 def test_a_step_never_waits_for_a_gpu(make_cuda_loop, distill_options, sync_is_an_error, augmentation):
-    options = distill_options(augmentation=augmentation, clip=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
+    options = distill_options(augmentation=augmentation, clip_grad_norm=1.0, ema=0.9, accumulation=2, optimizer=_sgd())
     loop = make_cuda_loop(options=options)
     loop.model.train()
     loop.step()
@@ -521,3 +525,36 @@ def test_the_state_is_the_same_file_until_the_next_is_whole(make_loop, monkeypat
         loop.save()
     assert loop.folder.state_file.read_bytes() == kept
     assert isinstance(loop.folder.path, Path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the meter
+
+
+def test_a_meter_averages_on_the_device(no_sync):
+    meter = Meter()
+    with no_sync():
+        for value in (torch.ones(()), torch.full((), 4.0)):
+            meter.add({"loss": value, "ce": 2 * value})
+    assert meter.means() == {"loss": 2.5, "ce": 5.0}
+    meter.reset()
+    assert meter.means() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_meter_keeps_no_tensor_of_the_step(dtype):
+    """A replayed CUDA graph writes the next step's terms into the same memory."""
+    meter, loss = Meter(), torch.tensor(1.0, dtype=dtype)
+    for value in (1.0, 5.0):
+        loss.fill_(value)
+        meter.add({"loss": loss})
+    loss.fill_(100.0)
+    assert meter.means() == {"loss": 3.0}
+
+
+def test_a_meter_resumes():
+    meter, other = Meter(), Meter()
+    meter.add({"loss": torch.full((), 0.1)})
+    other.load_state_dict(meter.state_dict(), torch.device("cpu"))
+    for one in (meter, other):
+        one.add({"loss": torch.full((), 0.7)})
+    assert meter.means() == other.means() == {"loss": pytest.approx(0.4)}

@@ -6,7 +6,7 @@ import pytest
 from dalikd.pipelines.data import DataConfig
 from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.measure import MeasureOptions
-from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.options import ScheduleConfig
 from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.teacher_cache.fill import CacheOptions

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from dalikd.trainers.schedules import ScheduleConfig, learning_rate_factor
+from dalikd.trainers.loop import learning_rate_factor
+from dalikd.trainers.options import ScheduleConfig
 
 STEPS = 10  # an epoch
 

@@ -7,40 +7,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dalikd.pipelines.hardware import package_versions
-from dalikd.trainers.tracking import Meter, RunFolder, check_writable, versions, write_json
-
-
-def test_a_meter_averages_on_the_device(no_sync):
-    meter = Meter()
-    with no_sync():
-        for value in (torch.ones(()), torch.full((), 4.0)):
-            meter.add({"loss": value, "ce": 2 * value})
-    assert meter.means() == {"loss": 2.5, "ce": 5.0}
-    meter.reset()
-    assert meter.means() == {}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_meter_keeps_no_tensor_of_the_step(dtype):
-    """A replayed CUDA graph writes the next step's terms into the same memory."""
-    meter, loss = Meter(), torch.tensor(1.0, dtype=dtype)
-    for value in (1.0, 5.0):
-        loss.fill_(value)
-        meter.add({"loss": loss})
-    loss.fill_(100.0)
-    assert meter.means() == {"loss": 3.0}
-
-
-def test_a_meter_resumes():
-    meter, other = Meter(), Meter()
-    meter.add({"loss": torch.full((), 0.1)})
-    other.load_state_dict(meter.state_dict(), torch.device("cpu"))
-    for one in (meter, other):
-        one.add({"loss": torch.full((), 0.7)})
-    assert meter.means() == other.means() == {"loss": pytest.approx(0.4)}
-
-
-# -------------------------------------------------------------------------------------------------- the folder
+from dalikd.trainers.tracking import RunFolder, check_writable, versions, write_json
 
 
 def _start(path: Path, step: int | None = None) -> RunFolder:

@@ -38,8 +38,8 @@ from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, s
 from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import autocast_type, start
+from dalikd.trainers.loop import Meter
 from dalikd.trainers.setup import Setup
-from dalikd.trainers.tracking import Meter
 
 __all__ = ["ABLATIONS", "AblatedLoop", "Ablation", "Costs", "Input", "Variant", "host_cutmix", "open_variants", "run"]
 

@@ -22,8 +22,7 @@ from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import accuracy_sums
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import build_model, reinitialise
-from dalikd.trainers.options import ABOVE_0, FROM_1, AugmentingOptions, NumberRange, check_numbers
-from dalikd.trainers.schedules import ScheduleConfig
+from dalikd.trainers.options import ABOVE_0, FROM_1, AugmentingOptions, NumberRange, ScheduleConfig, check_numbers
 from dalikd.trainers.setup import Setup
 
 __all__ = ["Task", "TrainingOptions"]
