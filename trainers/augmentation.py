@@ -7,27 +7,24 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dalikd.kd.manifold import LAYERS, MANIFOLD_ALPHA, check_mixable, manifold_mixup
 from dalikd.kd.mixing import Mixed, cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_by_name
-from dalikd.kd.teacher import Branch
 from dalikd.pipelines.datasets.info import cutout_side
 from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, DrawSpec, MixDraws, MixRun, View, ViewRun
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 
 __all__ = [
     "AUGMENTATIONS",
     "PUBLISHED",
     "Augmentation",
     "Augmenter",
-    "Branches",
     "MixOptions",
     "Part",
     "augmentation_names",
+    "joint_draws",
 ]
 
 MixFunction = Callable[[Tensor, MixDraws], Mixed]
@@ -195,7 +192,7 @@ class Part(NamedTuple):
 
 
 class Augmenter:
-    """An augmentation bound to a data set: draws for the loader, candidates from its batches.
+    """An augmentation bound to a data set: what the loader must draw, and how images are made of it.
 
     Args:
         name: of the augmentation.
@@ -234,7 +231,7 @@ class Augmenter:
         self.mix_images = self.base.mix(setting) if self.base.mix else None
         self.parts = _parts(base, setting, options.n_run if criterion else 1)
         self.n_pick = options.n_pick if criterion and options.n_pick != options.group else None
-        self.draw_spec = _draw_spec(self.parts, DrawSpec(view, seed, mode=options.mode, mix_group=options.group))
+        self.draw_spec = joint_draws(self.parts, DrawSpec(view, seed, mode=options.mode, mix_group=options.group))
         _check_group(self)
 
     @property
@@ -276,50 +273,6 @@ class Augmenter:
             if self.mixes_hidden and net is not None:
                 check_mixable(net, name, compile_mode, self.side)
 
-    def candidates(self, batch: Batch) -> Mixed | None:
-        """runs * B augmented images, run after run; None where the originals are the candidates (identity)."""
-        return self.mix(batch.pixels, batch.augmented_pixels, batch.mix)
-
-    def mix(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> Mixed | None:
-        """The same of a batch's tensors: originals and augmented views [B, 3, S, S], and the draws of each run."""
-        runs = Branches([self]).make(pixels, augmented, draws)
-        return Mixed.join(runs) if len(runs) > 1 else next(iter(runs), None)
-
-
-class Branches:
-    """Several augmentations of the same batches. What two of them have in common is drawn and made once.
-
-    Args:
-        augmenters: of one data set, view and seed, at least one.
-
-    Attributes:
-        parts: the runs of all of them, each once.
-        branches: what `teacher_pass` takes of each of them.
-        draw_spec: what the loader must draw.
-    """
-
-    def __init__(self, augmenters: Sequence[Augmenter]) -> None:
-        self.augmenters = tuple(augmenters)
-        makers = {part: augmenter.mix_images for augmenter in augmenters for part in augmenter.parts}
-        self.parts = parts = tuple(makers)
-        self.draw_spec = spec = _draw_spec(parts, augmenters[0].draw_spec)
-        self.branches = tuple(
-            Branch(tuple(map(parts.index, augmenter.parts)), augmenter.criterion, augmenter.n_pick)
-            for augmenter in augmenters
-        )
-        places = [spec.views.index(part.view) if part.view else spec.mixes.index(part.mix) for part in parts]  # type: ignore[arg-type]
-        self._recipes = list(zip(makers.values(), places, strict=True))
-
-    def make(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> list[Mixed]:
-        """The augmented images of each run, B each, from a batch's tensors: originals and augmented views
-        [B, 3, S, S], and the draws of each mixing run."""
-        own = torch.arange(len(pixels), device=pixels.device)
-        whole = torch.ones(len(pixels), device=pixels.device)
-        return [
-            Mixed(augmented[place], own, whole) if mix_images is None else mix_images(pixels, draws[place])
-            for mix_images, place in self._recipes
-        ]
-
 
 def _parts(base: str, setting: _Setting, runs: int) -> tuple[Part, ...]:
     augmentation, options = AUGMENTATIONS[base], setting.options
@@ -334,7 +287,8 @@ def _parts(base: str, setting: _Setting, runs: int) -> tuple[Part, ...]:
     return tuple(Part(base, None, replace(augmentation.draws(setting), run=run)) for run in range(runs))
 
 
-def _draw_spec(parts: Sequence[Part], spec: DrawSpec) -> DrawSpec:
+def joint_draws(parts: Sequence[Part], spec: DrawSpec) -> DrawSpec:
+    """What the loader must draw for all of these runs; the rest as `spec` has it."""
     views = dict.fromkeys(part.view for part in parts if part.view is not None)
     mixes = dict.fromkeys(part.mix for part in parts if part.mix is not None)
     return replace(spec, views=tuple(views), mixes=tuple(mixes))

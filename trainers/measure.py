@@ -25,7 +25,7 @@ from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sources import Source
 from dalikd.pipelines.transfer import Batch
-from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
+from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files
 from dalikd.trainers.launch import model_type
@@ -35,7 +35,7 @@ from dalikd.trainers.progress import progress
 from dalikd.trainers.renamed import renamed
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
-from dalikd.trainers.teacher_step import StudentScores, TeacherStep, gather_outputs
+from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.tracking import check_writable, versions
 from dalikd.trainers.trial import check_finite
 

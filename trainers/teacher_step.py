@@ -15,19 +15,60 @@ from dalikd.kd.losses.base import full_precision
 from dalikd.kd.manifold import hidden_mixing, mixed_forward
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import pick_count
-from dalikd.kd.teacher import BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
+from dalikd.kd.teacher import Branch, BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.pipelines.transfer import Batch
-from dalikd.trainers.augmentation import Branches
+from dalikd.trainers.augmentation import Augmenter, joint_draws
 from dalikd.trainers.launch import CompileMode, check_compiler
 
 __all__ = [
+    "Branches",
     "StudentScores",
     "TeacherStep",
     "gather_outputs",
     "score_groups",
     "score_groups_at_once",
 ]
+
+
+class Branches:
+    """Several augmentations of the same batches. What two of them have in common is drawn and made once.
+
+    Args:
+        augmenters: of one data set, view and seed, at least one.
+
+    Attributes:
+        parts: the runs of all of them, each once.
+        branches: what `teacher_pass` takes of each of them.
+        draw_spec: what the loader must draw.
+    """
+
+    def __init__(self, augmenters: Sequence[Augmenter]) -> None:
+        self.augmenters = tuple(augmenters)
+        makers = {part: augmenter.mix_images for augmenter in augmenters for part in augmenter.parts}
+        self.parts = parts = tuple(makers)
+        self.draw_spec = spec = joint_draws(parts, augmenters[0].draw_spec)
+        self.branches = tuple(
+            Branch(tuple(map(parts.index, augmenter.parts)), augmenter.criterion, augmenter.n_pick)
+            for augmenter in augmenters
+        )
+        places = [spec.views.index(part.view) if part.view else spec.mixes.index(part.mix) for part in parts]  # type: ignore[arg-type]
+        self._recipes = list(zip(makers.values(), places, strict=True))
+
+    def make(self, pixels: Tensor, augmented: Sequence[Tensor], draws: Sequence[MixDraws]) -> list[Mixed]:
+        """The augmented images of each run, B each, from a batch's tensors: originals and augmented views
+        [B, 3, S, S], and the draws of each mixing run."""
+        own = torch.arange(len(pixels), device=pixels.device)
+        whole = torch.ones(len(pixels), device=pixels.device)
+        return [
+            Mixed(augmented[place], own, whole) if mix_images is None else mix_images(pixels, draws[place])
+            for mix_images, place in self._recipes
+        ]
+
+    def candidates(self, batch: Batch) -> Mixed | None:
+        """The images of all runs, run after run; None where there are none: the originals are meant (identity)."""
+        runs = self.make(batch.pixels, batch.augmented_pixels, batch.mix)
+        return Mixed.join(runs) if len(runs) > 1 else next(iter(runs), None)
 
 
 class TeacherStep:

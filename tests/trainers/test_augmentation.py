@@ -13,10 +13,10 @@ from dalikd.trainers.augmentation import (
     AUGMENTATIONS,
     PUBLISHED,
     Augmenter,
-    Branches,
     MixOptions,
     augmentation_names,
 )
+from dalikd.trainers.teacher_step import Branches
 
 VIEW = View(12, "pad_crop", padding=1)
 CUTMIX = MixRun("derangement")
@@ -77,7 +77,7 @@ def test_candidates_are_whole_batches_of_each_run(make_source, name):
     source = make_source()
     augmenter = _augmenter(name, source, n_run=3)
     batch = _batch(augmenter, source)
-    candidates = augmenter.candidates(batch)
+    candidates = Branches([augmenter]).candidates(batch)
     if name == "identity":
         assert candidates is None
         return
@@ -114,7 +114,7 @@ def test_candidates_are_those_of_the_mixing_functions(make_source):
     for name, function in functions.items():
         augmenter = _augmenter(name, source, patch_side=2, mask_cells=3, mask_ratio=0.4)
         batch = _batch(augmenter, source)
-        found = augmenter.candidates(batch)
+        found = Branches([augmenter]).candidates(batch)
         expected = [function(batch.pixels, draws) for draws in batch.mix]
         assert found is not None
         for part, pieces in zip(found, zip(*expected, strict=True), strict=True):
@@ -140,7 +140,7 @@ def test_cutout_fills_with_the_mean_of_the_data(make_source, options, side):
     source = make_source()
     augmenter = _augmenter("cutout", source, **options)
     batch = _batch(augmenter, source)
-    found = augmenter.candidates(batch)
+    found = Branches([augmenter]).candidates(batch)
     expected = cutout(batch.pixels, batch.mix[0], side, [127.5, 127.5, 127.5])
     assert found is not None
     assert torch.equal(found.images, expected.images)
@@ -151,7 +151,7 @@ def test_cutout_on_cifar10_is_the_published_square(make_source):
     augmenter = Augmenter("cutout", MixOptions(group=8), source, View(32, "pad_crop"), 0)
     loader = Loader(source, Sampler(32, 32), augmenter.draw_spec)
     batch = loader.next()
-    found = augmenter.candidates(batch)
+    found = Branches([augmenter]).candidates(batch)
     assert found is not None
     assert torch.equal(found.images, cutout(batch.pixels, batch.mix[0], 16, [127.5] * 3).images)
 
@@ -168,7 +168,7 @@ def test_branches_make_what_each_augmentation_makes_alone(make_source, names):
     made = branches.make(batch.pixels, batch.augmented_pixels, batch.mix)
     assert len(made) == len(branches.parts) == len(set(branches.parts))
     for augmenter, (pool, *_) in zip(augmenters, branches.branches, strict=True):
-        expected = augmenter.candidates(_batch(augmenter, source))
+        expected = Branches([augmenter]).candidates(_batch(augmenter, source))
         if expected is None:
             assert pool == ()
             continue

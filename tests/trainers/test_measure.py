@@ -15,11 +15,12 @@ from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, Branches, MixOptions, augmentation_names
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions, augmentation_names
 from dalikd.trainers.checkpoint import read_state
 from dalikd.trainers.measure import Measurement, MeasureOptions, measure_all, measure_branches, results_table
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.stopping import Interrupted
+from dalikd.trainers.teacher_step import Branches
 
 RESULT_FIELDS = {"augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images", "window"}
 #: picks of each criterion on other bases

@@ -75,8 +75,9 @@ def test_hidden_states_are_mixed_with_those_of_the_originals(make_loop):
 
 def test_a_loop_gives_hidden_states_to_the_task(make_loop):
     loop = make_loop(options=_options("mixup"))
-    mix, layer = loop.task.augmenter.mix, torch.arange(32).int() % 3
-    loop.task.augmenter.mix = lambda *parts: mix(*parts)._replace(layer=layer)
+    branches, layer = loop.task._branches, torch.arange(32).int() % 3
+    candidates = branches.candidates
+    branches.candidates = lambda batch: candidates(batch)._replace(layer=layer)
     batch = loop.loader.next()
     pixels, *_, originals, hidden = loop.task.prepare(batch, 0.0)
     assert torch.equal(originals, batch.pixels)

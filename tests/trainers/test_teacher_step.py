@@ -9,9 +9,9 @@ from dalikd.kd.teacher import Teacher, teacher_pass
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, Branches, MixOptions
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions
 from dalikd.trainers.launch import automatic_mode, check_compiler
-from dalikd.trainers.teacher_step import StudentScores, TeacherStep
+from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep
 
 GROUP = 8
 
@@ -52,7 +52,7 @@ def test_a_step_joins_augmentation_and_teacher(batches, nets, name):
     for batch in found:
         given = ask(batch)
         runs = branches.make(batch.pixels, batch.augmented_pixels, batch.mix)
-        candidates = augmenter.candidates(batch)
+        candidates = branches.candidates(batch)
         assert augmenter.makes_candidates == (candidates is not None) == (len(runs) > 0) == (name != "identity")
         expected = teacher_pass(teacher, batch.pixels, runs, branches.branches, group=GROUP, student=student)
         _same(given, expected)

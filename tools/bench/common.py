@@ -21,7 +21,7 @@ from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.images import mixing
-from dalikd.trainers.augmentation import Augmenter, Branches, MixOptions, augmentation_names
+from dalikd.trainers.augmentation import Augmenter, MixOptions, augmentation_names
 from dalikd.trainers.launch import autocast_type, check_compiler, model_type
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.measure import MeasureOptions, build_scorer, measure_branches
@@ -30,6 +30,7 @@ from dalikd.trainers.options import FROM_0, FROM_1, check_numbers
 from dalikd.trainers.setup import Setup, open_run, reading
 from dalikd.trainers.tasks.base import Task
 from dalikd.trainers.tasks.distill import Distillation, DistillOptions
+from dalikd.trainers.teacher_step import Branches
 from dalikd.trainers.tracking import RunFolder
 
 __all__ = [

@@ -36,10 +36,11 @@ from dalikd.tools.bench.common import PublishedOptions, Seen, Training, ask_once
 from dalikd.tools.bench.machine import cores, settle
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
 from dalikd.tools.bench.sides import Job, cannot, endless, pil_batches
-from dalikd.trainers.augmentation import Augmenter, Branches
+from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type, start
 from dalikd.trainers.loop import Meter
 from dalikd.trainers.setup import Setup
+from dalikd.trainers.teacher_step import Branches
 
 __all__ = ["ABLATIONS", "AblatedLoop", "Ablation", "Costs", "Input", "Variant", "host_cutmix", "open_variants", "run"]
 

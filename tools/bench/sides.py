@@ -23,6 +23,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.images import each_tensor, mixing
 from dalikd.tools.bench.record import check_names
 from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.teacher_step import Branches
 
 __all__ = ["BACKENDS", "Job", "Side", "cannot", "endless", "open_side", "pil_batches", "runnable"]
 
@@ -64,6 +65,7 @@ def _dalikd(job: Job, decoded_on: torch.device) -> Batches:
     """dalikd's loader: uint8 pixels, mixed on the device and normalised there in one pass."""
     augmenter = mixing(job.augmentation, job.source, job.view, job.batch_size)
     sampler = Sampler(len(job.source), job.batch_size, group=augmenter.group)
+    branches = Branches([augmenter])
     normalized = Normalized(torch.nn.Identity(), job.source.mean, job.source.std).to(job.device)
     with closing(Loader(job.source, sampler, augmenter.draw_spec, device=decoded_on, **job.made)) as loader:
         while True:
@@ -72,7 +74,7 @@ def _dalikd(job: Job, decoded_on: torch.device) -> Batches:
                 batch = each_tensor(
                     batch, lambda part: part.contiguous().pin_memory().to(job.device, non_blocking=True)
                 )
-            mixed = augmenter.candidates(batch)
+            mixed = branches.candidates(batch)
             pixels = (batch.pixels,) if mixed is None else (batch.pixels, mixed.images)
             yield tuple(normalized.normalize(images).to(job.dtype) for images in pixels)
 

@@ -27,8 +27,9 @@ from dalikd.tools.bench.common import Measuring, TeacherOptions, open_measuring
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import settle
 from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, summary, timed
-from dalikd.trainers.augmentation import Augmenter, Branches
+from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import start
+from dalikd.trainers.teacher_step import Branches
 
 __all__ = ["Comparison", "images_asked", "open_record", "run", "run_passes"]
 
@@ -160,7 +161,7 @@ class Comparison:
     @torch.no_grad()
     def _seen(self, batch: Batch) -> Tensor:
         """As many images as the teacher sees of a batch, made as `measure` makes them: originals, then candidates."""
-        candidates = self._augmenter.candidates(batch)
+        candidates = self._branches.candidates(batch)
         if candidates is None:
             return batch.pixels
         asked = (images_asked(self._augmenter) - 1) * len(batch)

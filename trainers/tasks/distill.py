@@ -19,14 +19,14 @@ from dalikd.kd.teacher import Teacher, TeacherPass, entropies
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.transfer import Batch
-from dalikd.trainers.augmentation import Augmenter, Branches
+from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import CompileMode
 from dalikd.trainers.models import TeacherConfig, describe_teacher
 from dalikd.trainers.options import NumberRange, check_numbers
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
-from dalikd.trainers.teacher_step import StudentScores, TeacherStep, gather_outputs
+from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
 __all__ = ["DistillOptions", "Distillation", "DistillationInputs"]

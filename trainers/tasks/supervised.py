@@ -14,6 +14,7 @@ from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.options import NumberRange, check_numbers
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import Task, TrainingOptions
+from dalikd.trainers.teacher_step import Branches
 
 __all__ = ["Supervised", "SupervisedInputs", "TrainOptions"]
 
@@ -67,7 +68,7 @@ class Supervised(Task):
             raise ValueError(
                 f"--augmentation {augmenter.name} picks images for distillation: use cutmix with dalikd train"
             )
-        self.student, self.augmenter = student, augmenter
+        self.student, self.augmenter, self._branches = student, augmenter, Branches([augmenter])
         self.label_smoothing = label_smoothing
 
     @property
@@ -77,7 +78,7 @@ class Supervised(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> SupervisedInputs:  # noqa: ARG002 - nothing follows the epoch
         """Pixels and labels, augmented."""
-        mixed = self.augmenter.candidates(batch)
+        mixed = self._branches.candidates(batch)
         if mixed is None:
             return SupervisedInputs(batch.pixels, batch.labels)
         if not self.augmenter.labels_are_mixed:

@@ -21,7 +21,7 @@ from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Microbatch, Sampler
 from dalikd.pipelines.transfer import Batch
-from dalikd.trainers.augmentation import Augmenter, Branches
+from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import FROM_1, AugmentingOptions, NumberRange, check_numbers
@@ -38,7 +38,7 @@ from dalikd.trainers.teacher_cache.layout import (
     unpack_logits,
 )
 from dalikd.trainers.teacher_cache.read import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
-from dalikd.trainers.teacher_step import TeacherStep
+from dalikd.trainers.teacher_step import Branches, TeacherStep
 from dalikd.trainers.trial import check_finite
 
 __all__ = ["CacheOptions", "Comparison", "fill_cache", "verify_cache"]
@@ -344,7 +344,7 @@ def _compare(
         group = work.options.mix.group
         picks = _checked_picks(cached["picks"].numpy(), len(batch), group, layout.pool // group)
         found.picks += int((branch.picks.cpu().numpy() != picks).sum())
-        candidates = work.augmenter.candidates(batch)
+        candidates = Branches([work.augmenter]).candidates(batch)
         assert candidates is not None
         now["augmented"] = work.teacher(candidates.images[torch.from_numpy(picks).to(batch.images.device)])
     for output in layout.outputs:

@@ -21,6 +21,7 @@ from dalikd.trainers.models import TeacherConfig, build_teacher
 from dalikd.trainers.options import AugmentingOptions
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.teacher_cache.layout import TeacherCache, from_group_picks, unpack_logits
+from dalikd.trainers.teacher_step import Branches
 
 __all__ = ["CachedTeacher", "check_cacheable", "logits_of", "open_cached", "run_fingerprint", "teacher_fingerprint"]
 
@@ -34,14 +35,14 @@ class CachedTeacher:
     """
 
     def __init__(self, cache: TeacherCache, augmenter: Augmenter) -> None:
-        self.cache, self._augmenter = cache, augmenter
+        self.cache, self._group, self._branches = cache, augmenter.group, Branches([augmenter])
 
     def attach(self, plan: BatchPlan) -> dict[str, np.ndarray]:
         """What the cache holds of a microbatch: goes along with the batch."""
         rows = plan.micro.rows  # as drawn: a picture that stands in for a bad one has the place of that one
         arrays = self.cache.read(plan.micro.epoch, rows)
         if "picks" in arrays:
-            arrays["picks"] = from_group_picks(arrays["picks"], len(rows), self._augmenter.group)
+            arrays["picks"] = from_group_picks(arrays["picks"], len(rows), self._group)
         return arrays
 
     def __call__(self, batch: Batch) -> TeacherPass:
@@ -49,7 +50,7 @@ class CachedTeacher:
         classes, picks = self.cache.layout.classes, batch.extras.get("picks")
         logits = augmented = logits_of("logits", batch.extras, classes)
         rows = torch.arange(len(batch), device=logits.device)
-        mixed = self._augmenter.candidates(batch)
+        mixed = self._branches.candidates(batch)
         if mixed is None:
             mixed = Mixed(batch.pixels, rows, torch.ones(len(batch), device=logits.device))
         else:
