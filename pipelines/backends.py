@@ -4,6 +4,7 @@ import ctypes
 import gc
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +23,6 @@ from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import DeviceTransfer
 from dalikd.pipelines.windows import WindowViews
 
 __all__ = [
@@ -30,16 +30,21 @@ __all__ = [
     "Context",
     "DaliBackend",
     "DaliOptions",
+    "DeviceTransfer",
     "GatherBackend",
     "Output",
     "ShardBackend",
     "UnfitError",
     "can_gather",
+    "pack",
+    "unpack",
 ]
 
 _READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: by DALI, and one planned
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
 _END = (0xFF, 0xD9)  # of a JPEG
+_ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
+Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
 
 
 class UnfitError(RuntimeError):
@@ -67,6 +72,68 @@ class DaliOptions:
     threads: int
     prefetch: int = 2
     decoding: Decoding = PLAIN
+
+
+class DeviceTransfer:
+    """Brings arrays and pixels to the device, without waiting for it.
+
+    On a GPU the arrays of a batch travel as one: packed into a pinned buffer and sent by one asynchronous copy. On the
+    CPU nothing is copied unless there are buffers.
+
+    Args:
+        device: where tensors go.
+        buffers: 0: every tensor owns its memory. n: n sets of fixed buffers are used in turn, so that nothing is
+            allocated in a step; a batch then holds until n - 1 further batches have been taken.
+    """
+
+    def __init__(self, device: torch.device, buffers: int = 0) -> None:
+        self._device = device
+        self._slots: list[dict[str, Tensor]] = [{} for _ in range(buffers)]
+        self._turn = 0
+
+    def advance(self) -> None:
+        """Take the next set of buffers: a new batch begins."""
+        if self._slots:
+            self._turn = (self._turn + 1) % len(self._slots)
+
+    def arrays(self, arrays: Mapping[Hashable, np.ndarray], place: str = "arrays") -> dict[Any, Tensor]:
+        """Send arrays together.
+
+        Args:
+            arrays: by any keys, of any types and shapes.
+            place: name of the buffer; each is used once a batch.
+        """
+        if not arrays:
+            return {}
+        if self._device.type == "cpu" and not self._slots:
+            return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        packed, layout = pack(arrays, pin=self._device.type == "cuda")
+        buffer = self._buffer(place, packed.shape, packed.dtype)
+        # the pinned buffer goes back to torch's pool, which keeps it until the copy is done
+        return unpack(buffer.copy_(packed, non_blocking=True), layout)
+
+    def pixels(self, name: str, output: Any) -> Tensor:
+        """Take pixels, uint8 [B, ...], out of DALI's buffer, which goes back to its pool in stream order.
+
+        On a GPU by DALI's own copy: what it gives by DLPack it frees in a thread that waits for the whole device.
+        """
+        if self._device.type == "cuda":
+            buffer = self._buffer(name, torch.Size(output.shape()), torch.uint8)
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+            output.copy_to_external(ctypes.c_void_p(buffer.data_ptr()), stream, non_blocking=True)
+            return buffer
+        tensor = torch.from_dlpack(output)
+        return self._buffer(name, tensor.shape, tensor.dtype).copy_(tensor) if self._slots else tensor
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor: new, or the first rows of a fixed buffer."""
+        if not self._slots:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        slot = self._slots[self._turn]
+        fixed = slot.get(name)
+        if fixed is None or len(fixed) < shape[0] or fixed.shape[1:] != shape[1:]:
+            fixed = slot[name] = torch.empty(shape, dtype=dtype, device=self._device)
+        return fixed[: shape[0]]
 
 
 @dataclass(frozen=True)
@@ -425,3 +492,33 @@ class ShardBackend(DaliBackend):
 
 def _part(content: np.ndarray, offset: int, count: int) -> bytes:
     return content[offset : offset + count].tobytes()
+
+
+# ------------------------------------------------------------------------- arrays that travel as one
+
+
+def pack(arrays: Mapping[Hashable, np.ndarray], pin: bool = False) -> tuple[Tensor, Layout]:
+    """Put arrays one after the other into one buffer.
+
+    Returns:
+        uint8 [bytes], in pinned memory where asked for, and where each array lies in it.
+    """
+    layout, size = {}, 0
+    sources: dict[Hashable, Any] = {}
+    for name, array in arrays.items():
+        source = torch.from_numpy(np.ascontiguousarray(array))
+        layout[name], sources[name] = (size, tuple(source.shape), source.dtype), source
+        size += -(-source.nbytes // _ALIGNMENT) * _ALIGNMENT
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    for name, target in unpack(packed, layout).items():
+        target.copy_(sources[name])
+    return packed, layout
+
+
+def unpack(packed: Tensor, layout: Layout) -> dict[Any, Tensor]:
+    """The arrays of a packed buffer, as views."""
+    views = {}
+    for name, (start, shape, dtype) in layout.items():
+        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        views[name] = packed[start : start + count].view(dtype).reshape(shape)
+    return views

@@ -1,11 +1,11 @@
-"""What is drawn for a batch: the draws of its views and of its mixing, as arrays.
+"""What a batch holds, and what is drawn for it: the draws of its views and of its mixing, as arrays.
 
 A *view* turns a stored image into uint8 pixels of a fixed side. Training sees the base view; each per-image
 augmentation adds an augmented view on top of it. Batch-level mixing (mixup, cutmix, cutout) happens later, on the
 device, from the draws made here. A batch may have any number of both: none of them changes what another one draws.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,16 +21,18 @@ from dalikd.pipelines.policies import (
     trivial_augment_draws,
 )
 
-if TYPE_CHECKING:
-    from dalikd.pipelines.sampler import Microbatch
+if TYPE_CHECKING:  # the process that decodes JPEG 2000 images imports this, and no torch
+    from torch import Tensor
 
 __all__ = [
     "AUGMENTED_VIEWS_IN_DALI",
     "MOST_RUNS",
     "AugmentedView",
+    "Batch",
     "BatchPlan",
     "DrawSpec",
     "Draws",
+    "Microbatch",
     "MixDraws",
     "MixRun",
     "Schedule",
@@ -189,12 +191,64 @@ class Draws:
 
 
 @dataclass(frozen=True)
+class Microbatch:
+    """One process's share of a step.
+
+    `rows` has at least one row: where a short last batch leaves this process nothing, it holds a filler and
+    `valid` is 0. Only the first `valid` rows count.
+    """
+
+    index: int  # of this process, counted from the start of training
+    epoch: int
+    start: int  # position of the first row in the epoch's order
+    rows: np.ndarray  # int64 [max(valid, 1)]
+    valid: int
+    total: int  # rows that count over all processes of this microbatch
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """What a microbatch holds: its place and rows as drawn, its rows after replacing quarantined ones, its draws."""
 
-    micro: "Microbatch"
+    micro: Microbatch
     rows: np.ndarray
     draws: Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's microbatch, on the device.
+
+    Attributes:
+        images: uint8 [B, S, S, 3], the base view.
+        augmented: uint8 [B, S, S, 3] for each augmented view, in the order of `DrawSpec.views`.
+        labels: int64 [B].
+        ids: rows of the data set, int64 [B].
+        mix: draws of each mixing run, in the order of `DrawSpec.mixes`.
+        total: rows of this microbatch over all processes.
+        extras: what the loader was told to attach, each [B, ...].
+    """
+
+    images: "Tensor"
+    augmented: "tuple[Tensor, ...]"
+    labels: "Tensor"
+    ids: "Tensor"
+    mix: tuple[MixDraws, ...]
+    total: int
+    extras: "dict[str, Tensor]" = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pixels(self) -> "Tensor":
+        """The images as [B, 3, S, S], in channels_last memory, without a copy."""
+        return self.images.permute(0, 3, 1, 2)
+
+    @property
+    def augmented_pixels(self) -> "tuple[Tensor, ...]":
+        """The augmented views as [B, 3, S, S], in channels_last memory, without a copy."""
+        return tuple(view.permute(0, 3, 1, 2) for view in self.augmented)
 
 
 @dataclass(frozen=True)
@@ -222,7 +276,7 @@ class DrawSpec:
         """Whether a microbatch must hold whole mix groups."""
         return self.mode == "per_batch" or any(run.partner != "none" for run in self.mixes)
 
-    def draw(self, micro: "Microbatch") -> Draws:
+    def draw(self, micro: Microbatch) -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
         groups = (micro.start + np.arange(len(micro.rows))) // self.mix_group
         of_view = {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)

@@ -14,18 +14,18 @@ from dalikd.pipelines.backends import (
     Context,
     DaliBackend,
     DaliOptions,
+    DeviceTransfer,
     GatherBackend,
     ShardBackend,
     UnfitError,
     can_gather,
 )
 from dalikd.pipelines.doctor import find_bad_files, printable
-from dalikd.pipelines.draw_spec import BatchPlan, DrawSpec, MixDraws, View
+from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, MixDraws, View
 from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
-from dalikd.pipelines.transfer import Batch, DeviceTransfer
 
 __all__ = ["BadFileError", "Loader", "can_be_resident", "decode_source"]
 

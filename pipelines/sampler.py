@@ -6,32 +6,16 @@ training is one number: the microbatches that this process has consumed.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from dalikd.pipelines.draw_spec import Microbatch
 from dalikd.pipelines.draws import permutation
 
-__all__ = ["Microbatch", "Sampler"]
-
+__all__ = ["Sampler"]
 
 _NO_ROWS = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """One process's share of a step.
-
-    `rows` has at least one row: where a short last batch leaves this process nothing, it holds a filler and
-    `valid` is 0. Only the first `valid` rows count.
-    """
-
-    index: int  # of this process, counted from the start of training
-    epoch: int
-    start: int  # position of the first row in the epoch's order
-    rows: np.ndarray  # int64 [max(valid, 1)]
-    valid: int
-    total: int  # rows that count over all processes of this microbatch
 
 
 class Sampler:

@@ -19,11 +19,10 @@ from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import Batch, DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 
 MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
 TRAINING = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), MIXES, mix_group=8)

@@ -7,14 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.backends import Context, DaliBackend, DaliOptions, GatherBackend, can_gather
+from dalikd.pipelines.backends import Context, DaliBackend, DaliOptions, DeviceTransfer, GatherBackend, can_gather
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.draw_spec import AugmentedView, DrawSpec, View, ViewRun
+from dalikd.pipelines.draw_spec import AugmentedView, Batch, DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident, ResidentViews, crop_and_flip
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch, DeviceTransfer
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,8 @@ from accelerate import Accelerator
 
 from dalikd.kd.backbones import create_model
 from dalikd.pipelines.data import open_split
-from dalikd.pipelines.draw_spec import MixDraws
+from dalikd.pipelines.draw_spec import Batch, MixDraws
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.tools.bench.machine import synchronize
 from dalikd.tools.bench.training import StepOptions
 from dalikd.trainers.loop import Loop

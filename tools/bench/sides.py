@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.normalize import Normalized
-from dalikd.pipelines.draw_spec import DrawSpec, MixDraws, View, policy_name
+from dalikd.pipelines.draw_spec import Batch, DrawSpec, MixDraws, View, policy_name
 from dalikd.pipelines.hardware import Decode, decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.tools.bench.options import check_names
 from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter, MixOptions
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_split, training_view
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.tools.bench.dispatch import Planned
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import device_slug, environment, settle, synchronize

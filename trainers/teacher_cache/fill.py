@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from dalikd.kd.teacher import Teacher, TeacherPass
 from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.draw_spec import Batch, Microbatch
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.sampler import Microbatch, Sampler
-from dalikd.pipelines.transfer import Batch
+from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig
