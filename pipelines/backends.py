@@ -175,8 +175,8 @@ class Backend(ABC):
         return BatchPlan(micro, rows, context.spec.draw(micro))
 
     @abstractmethod
-    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
-        """All that Python does for a plan: the inputs of its views."""
+    def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
+        """All that Python does for microbatch number `position`: its plan, and the inputs of its views."""
 
     @abstractmethod
     def fetch(self, position: int) -> Output:
@@ -211,14 +211,14 @@ class GatherBackend(Backend):
 
     def fetch(self, position: int) -> Output:
         """The pixels of a microbatch."""
-        plan = self.plan(position)
-        rows, draws = self.feed(plan)
+        plan, (rows, draws) = self.feed(position)
         return Output(plan, *self._views(rows, draws))
 
-    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
-        """A plan as tensors on the device."""
+    def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
+        """The plan of a microbatch, and its rows and draws as tensors on the device."""
+        plan = self.plan(position)
         sent = self._context.transfer.arrays({"rows": plan.rows, **plan.draws.views}, "views")
-        return sent.pop("rows"), sent
+        return plan, (sent.pop("rows"), sent)
 
 
 class DaliBackend(Backend):
@@ -306,15 +306,24 @@ class DaliBackend(Backend):
         if with_trim is not None:
             with_trim(0)
 
-    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
-        """A plan as the graph's inputs."""
+    def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
+        """The plan of a microbatch, and the graph's inputs."""
+        plan, source = self.plan(position), self._context.source
         trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
-        images, draws = self._encoded(plan), plan.draws.views
+        draws = plan.draws.views
+        if source.files is not None:  # paths as one array, zeros after the shorter ones: an array each takes DALI long
+            files = source.files
+            starts, lengths = files.offsets[plan.rows], files.offsets[plan.rows + 1] - files.offsets[plan.rows]
+            places = np.arange(lengths.max())
+            letters = files.buffer[np.minimum(starts[:, None] + places, len(files.buffer) - 1)]
+            images = np.where(places < lengths[:, None], letters, np.uint8(0))
+        else:
+            images = source.arrays[plan.rows] if source.arrays is not None else self._contents(plan)
         if self._sides is not None:
             sides = np.maximum(self._sides[plan.rows], 1)
             start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
             draws = {**draws, "start": start, "shape": shape}
-        return (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
+        return plan, (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
     def _holds_jpeg2000(self, position: int) -> bool:
         """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
@@ -348,9 +357,9 @@ class DaliBackend(Backend):
         except OSError:
             return b""
 
-    def _encoded(self, plan: BatchPlan) -> np.ndarray | list[np.ndarray]:
-        source = self._context.source
-        return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
+    def _contents(self, plan: BatchPlan) -> list[np.ndarray]:
+        """The encoded images of a batch that lie neither in files nor in memory: for backends that read them."""
+        raise NotImplementedError
 
     def _look(self, plan: BatchPlan, second: np.ndarray, shape: np.ndarray, ends: np.ndarray | None = None) -> bool:
         """Compare the sides that windows were placed by. Look at images, once each, that are neither PNG nor JPEG of
@@ -418,14 +427,10 @@ class DaliBackend(Backend):
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
         position = self._first + info.iteration
-        plan, inputs = self._prepare(position) if self._ahead is None else self._ahead.result()
-        self._ahead = self._planner.submit(self._prepare, position + 1)
+        plan, inputs = self.feed(position) if self._ahead is None else self._ahead.result()
+        self._ahead = self._planner.submit(self.feed, position + 1)
         self._plans.append(plan)
         return inputs
-
-    def _prepare(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
-        plan = self.plan(position)
-        return plan, self.feed(plan)
 
 
 class ShardBackend(DaliBackend):
@@ -475,7 +480,7 @@ class ShardBackend(DaliBackend):
         read, row = self._read[plan.micro.index], int(plan.rows[slot])
         return read.contents[slot].tobytes() if row == read.ids[slot] else self._shards.read(row)
 
-    def _encoded(self, plan: BatchPlan) -> list[np.ndarray]:
+    def _contents(self, plan: BatchPlan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]
         contents = read.contents
         if not np.array_equal(plan.rows, read.ids):

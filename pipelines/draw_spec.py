@@ -48,6 +48,7 @@ Schedule = tuple[tuple[float, float], ...]  # (epoch, value), ascending from epo
 AUGMENTED_VIEWS_IN_DALI: frozenset[str] = POLICIES
 
 MOST_RUNS = 240  # streams set aside for each use
+_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))  # what is rounded to float32 stays there: floor(n x) is below n
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,6 @@ class MixRun:
         _check_run(self.run)
         _check_bounds(self)
         _check_box(self.box_probability, self.box_scale, self.box_ratio)
-
-    @property
-    def streams(self) -> dict[int, int]:
-        """Where its numbers come from, and how many an image takes."""
-        optional = {Stream.CELLS: self.cells, Stream.BOX: 23 * self.box, Stream.LAYER: int(self.layers > 0)}
-        used = {Stream.MIX: 3, **{stream: count for stream, count in optional.items() if count}}
-        return {stream + self.run: count for stream, count in used.items()}
 
     def bounds(self, epoch: float) -> tuple[float, float]:
         """The least and the largest lam of an epoch: floor and ceiling."""
@@ -289,7 +283,14 @@ class DrawSpec:
             numbers |= uniforms(self.seed, micro.epoch, micro.rows, own)
         else:
             numbers = uniforms(self.seed, micro.epoch, micro.rows, {**own, **streams})
-        views = self._base_draws(numbers[Stream.BASE_VIEW]) if own else {}
+        views: dict[str, np.ndarray] = {}
+        if own:
+            base = numbers[Stream.BASE_VIEW]
+            if self.view.crop == "pad_crop":
+                views["crop"] = np.floor(base[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
+            else:
+                views["tries"], views["offsets"] = crop_windows(base[:, :22], self.view.scale, self.view.ratio)
+            views["flip"] = (base[:, of_view - 1] < 0.5).astype(np.int32)
         for index, run in enumerate(self.views):
             drawn = self._augmented_draws(run, numbers)
             views |= {f"{name}{index}": array for name, array in drawn.items()}
@@ -302,17 +303,18 @@ class DrawSpec:
     def _streams(self) -> dict[int, int]:
         """Numbers an image takes from each stream; where several take from one, as many as the greediest."""
         wanted = [run.stream for run in self.views]
-        wanted += [item for run in self.mixes for item in run.streams.items()]
+        for run in self.mixes:
+            taken = {
+                Stream.MIX: 3,
+                Stream.CELLS: run.cells,
+                Stream.BOX: 23 * run.box,
+                Stream.LAYER: int(run.layers > 0),
+            }
+            wanted += [(stream + run.run, count) for stream, count in taken.items() if count]
         counts: dict[int, int] = {}
         for stream, count in wanted:
             counts[stream] = max(count, counts.get(stream, 0))
         return counts
-
-    def _base_draws(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        if self.view.crop == "pad_crop":
-            return {"crop": self._crop(numbers), "flip": _flip(numbers)}
-        tries, offsets = crop_windows(numbers[:, :22], self.view.scale, self.view.ratio)
-        return {"tries": tries, "offsets": offsets, "flip": _flip(numbers[:, 20:])}
 
     def _augmented_draws(self, run: ViewRun, numbers: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
         stream, count = run.stream
@@ -323,11 +325,10 @@ class DrawSpec:
             return rand_augment_draws(own, run.magnitude)
         if run.kind == "trivialaugment":
             return trivial_augment_draws(own)
-        crop = {"augmented_crop": self._crop(own)} if run.kind == "crop_flip" else {}
-        return {**crop, "augmented_flip": _flip(own)}
-
-    def _crop(self, numbers: np.ndarray) -> np.ndarray:
-        return np.floor(numbers[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
+        flip = {"augmented_flip": (own[:, 2] < 0.5).astype(np.int32)}
+        if run.kind == "flip":
+            return flip
+        return {"augmented_crop": np.floor(own[:, :2] * (2 * self.view.padding + 1)).astype(np.int32), **flip}
 
     def _partners(self, epoch: int, groups: np.ndarray, partner: Partner, run: int) -> np.ndarray:
         rows = np.arange(len(groups))
@@ -346,42 +347,29 @@ class DrawSpec:
         return np.concatenate(pieces)
 
     def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixDraws:
-        own = {stream - run.run: numbers[stream][:, :count] for stream, count in run.streams.items()}
-        erased = (self.view.size, run.box_probability, run.box_scale, run.box_ratio)
-        return MixDraws(
-            partner,
-            _lam(run, epoch, own[Stream.MIX][:, 0]).astype(np.float32),
-            _below_one(own[Stream.MIX][:, 1:3]),
-            _below_one(own[Stream.CELLS]) if run.cells else None,
-            erasing_boxes(own[Stream.BOX], *erased) if run.box else None,
-            np.floor(own[Stream.LAYER][:, 0] * run.layers).astype(np.int32) if run.layers else None,
-        )
+        mixed = numbers[Stream.MIX + run.run]
+        lam, center = mixed[:, 0], np.minimum(mixed[:, 1:3].astype(np.float32), _BELOW_ONE)
+        if run.alpha != 1.0:
+            from scipy.special import betaincinv
 
-
-def _lam(run: MixRun, epoch: int, numbers: np.ndarray) -> np.ndarray:
-    lam = numbers
-    if run.alpha != 1.0:
-        from scipy.special import betaincinv
-
-        lam = betaincinv(run.alpha, run.alpha, lam)
-    if not run.floor and not run.ceiling:
-        return lam
-    low, high = run.bounds(epoch)
-    return low + (high - low) * lam
+            lam = betaincinv(run.alpha, run.alpha, lam)
+        if run.floor or run.ceiling:
+            low, high = run.bounds(epoch)
+            lam = low + (high - low) * lam
+        cells = box = layer = None
+        if run.cells:
+            cells = np.minimum(numbers[Stream.CELLS + run.run][:, : run.cells].astype(np.float32), _BELOW_ONE)
+        if run.box:
+            erased = (self.view.size, run.box_probability, run.box_scale, run.box_ratio)
+            box = erasing_boxes(numbers[Stream.BOX + run.run], *erased)
+        if run.layers:
+            layer = np.floor(numbers[Stream.LAYER + run.run][:, 0] * run.layers).astype(np.int32)
+        return MixDraws(partner, lam.astype(np.float32), center, cells, box, layer)
 
 
 def _value_at(schedule: Schedule, epoch: float, usual: float) -> float:
     """The value of the last entry that is not after the epoch."""
     return next((value for start, value in reversed(schedule) if start <= epoch), usual)
-
-
-def _flip(numbers: np.ndarray) -> np.ndarray:
-    return (numbers[:, 2] < 0.5).astype(np.int32)
-
-
-def _below_one(numbers: np.ndarray) -> np.ndarray:
-    """Round to float32 without reaching 1, so that floor(n x) stays below n."""
-    return np.minimum(numbers.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
 
 def _check_run(run: int) -> None:

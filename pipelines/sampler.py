@@ -57,13 +57,9 @@ class Sampler:
         self.drop_last, self.repeat = drop_last, repeat
         self.microbatch = batch_size // (world * accumulation)
         self.steps_per_epoch = size // batch_size if drop_last else -(-size // batch_size)
+        self.microbatches_per_epoch = self.steps_per_epoch * accumulation  # of this process
         self._orders: dict[int, Future[np.ndarray]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dalikd-order")
-
-    @property
-    def microbatches_per_epoch(self) -> int:
-        """Microbatches of this process in an epoch."""
-        return self.steps_per_epoch * self.accumulation
 
     @property
     def reads_shares(self) -> bool:
@@ -75,7 +71,8 @@ class Sampler:
         """The row at each position of an epoch, int64 [size]; the next epoch's is prepared in a thread."""
         if not self.shuffle:
             epoch = 0
-        wanted = (epoch, self._folded(epoch + 1)) if self.shuffle else (0,)
+        following = epoch + 1 if self.repeat is None else (epoch + 1) % self.repeat
+        wanted = (epoch, following) if self.shuffle else (0,)
         known = self._orders  # replaced whole: two threads may be here
         self._orders = orders = {
             number: known.get(number) or self._thread.submit(self._make_order, number) for number in wanted
@@ -98,10 +95,7 @@ class Sampler:
         stop = min(start + self.microbatch, self.size)
         valid = max(stop - start, 0)
         total = max(min(first + self.world * self.microbatch, self.size) - first, 0)
-        return Microbatch(index, self._folded(epoch), start, _NO_ROWS, valid, total)
-
-    def _folded(self, epoch: int) -> int:
-        return epoch if self.repeat is None else epoch % self.repeat
+        return Microbatch(index, epoch if self.repeat is None else epoch % self.repeat, start, _NO_ROWS, valid, total)
 
     def _make_order(self, epoch: int) -> np.ndarray:
         return permutation(self.seed, epoch, self.size) if self.shuffle else np.arange(self.size)

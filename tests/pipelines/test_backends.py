@@ -12,6 +12,7 @@ from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, DeviceTransfer, ShardBackend, UnfitError, pack, unpack
 from dalikd.pipelines.data import open_source
+from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.draw_spec import Batch, DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
@@ -288,6 +289,18 @@ def test_on_a_gpu_a_jpeg_that_is_cut_off_is_found_by_its_end(small_images: Path,
     with pytest.raises(UnfitError):
         backend._look(plan, jpeg, shape, end)
     assert not backend._look(plan, jpeg, shape)  # the CPU's decoder says so itself
+
+
+def test_paths_come_as_one_array_that_ends_in_zeros():
+    files = FileList.from_paths(["/r/a.jpg", "/r/käse.png", "/r/c/d.bmp"], "/r")
+    pixels = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "image_size": 32}
+    source = Source(name="r", split="train", classes=("a",), labels=np.zeros(3, np.int64), files=files, **pixels)
+    loader = Loader(source, Sampler(3, 3, shuffle=False), EVALUATION, threads=1)
+    loader.replaced |= {0: 2, 2: 0}
+    (padded,) = loader.feed(0)
+    assert padded.dtype == np.uint8
+    assert [row.tobytes().rstrip(b"\0").decode() for row in padded] == ["/r/c/d.bmp", "/r/käse.png", "/r/a.jpg"]
+    assert (padded[:, -1] == 0).tolist() == [True, False, True]
 
 
 # -------------------------------------------------------------------------------- to the device

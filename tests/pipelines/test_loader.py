@@ -595,11 +595,11 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     loader = _loader(source, spec, 256)
     backend = loader._backend
     assert isinstance(backend, DaliBackend)
-    backend._prepare(0)  # orders are made
+    backend.feed(0)  # orders are made
     times = []
     for position in range(30):
         started = time.thread_time()
-        backend._prepare(position)  # in a thread of its own, as a rule
+        backend.feed(position)  # in a thread of its own, as a rule
         times.append(time.thread_time() - started)
     cost = float(np.median(times)) / 256 * 1e6
     print(f"{crop}: {cost:.1f} us a sample")

@@ -284,7 +284,7 @@ class _SomeBatches(Sampler):
         super().__init__(size, microbatch, seed, drop_last=False, repeat=epochs)
         self._every = Sampler(size, microbatch, seed, drop_last=False, repeat=epochs)
         count = self._every.steps_per_epoch
-        self.steps_per_epoch = max(1, round(share * count))
+        self.steps_per_epoch = self.microbatches_per_epoch = max(1, round(share * count))
         chosen = [np.sort(permutation(seed, epoch, count)[: self.steps_per_epoch]) for epoch in range(epochs)]
         self._indices = np.concatenate([epoch * count + picked for epoch, picked in enumerate(chosen)])
 
