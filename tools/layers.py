@@ -36,11 +36,11 @@ OPTIONS: dict[str, str] = {
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",
     "study": "dalikd.trainers.study.options.StudyOptions",
-    "bench step": "dalikd.tools.bench.training.StepOptions",
-    "bench scaling": "dalikd.tools.bench.training.ScalingOptions",
-    "bench teacher": "dalikd.tools.bench.teacher_options.TeacherOptions",
-    "bench passes": "dalikd.tools.bench.teacher_options.TeacherOptions",
-    "bench published": "dalikd.tools.bench.teacher_options.PublishedOptions",
+    "bench step": "dalikd.tools.bench.common.StepOptions",
+    "bench scaling": "dalikd.tools.bench.common.ScalingOptions",
+    "bench teacher": "dalikd.tools.bench.common.TeacherOptions",
+    "bench passes": "dalikd.tools.bench.common.TeacherOptions",
+    "bench published": "dalikd.tools.bench.common.PublishedOptions",
 }
 #: the command that a benchmark measures: it takes that one's section of a config too, and leaves its run folder alone
 _MEASURED = {

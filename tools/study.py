@@ -23,9 +23,8 @@ from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
-from dalikd.trainers.study.checks import check_machine
 from dalikd.trainers.study.plan import Cell
-from dalikd.trainers.study.ready import COMMANDS, Reading, Study, make_ready
+from dalikd.trainers.study.ready import COMMANDS, Reading, Study, check_machine, make_ready
 from dalikd.trainers.study.report import print_plan, write_report
 from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells

@@ -1,6 +1,5 @@
 """Nets for a data set: built by name, filled with weights, wrapped with their own normalisation."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,6 @@ from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
-from dalikd.trainers.trial import try_net
 
 __all__ = ["TeacherConfig", "build_model", "build_teacher", "describe_teacher", "open_teacher", "reinitialise"]
 
@@ -157,28 +155,16 @@ def open_teacher(
     Args:
         config: of the teacher.
         source: the data set it is asked about.
-        view: what it will see, compared with what pretrained weights were made for; it is tried on two blank images.
-            Its weights are kept in the compute type of mixed precision where its answers stay the same.
+        view: what it will see, compared with what pretrained weights were made for.
         device: where it runs.
         precision: of the run.
 
     Raises:
-        ValueError: as for `build_teacher`; or it cannot take such images, or answers with NaN.
+        ValueError: as for `build_teacher`.
     """
     net = build_teacher(config, source, view)
     digest, net = weights_digest(net.model), net.to(model_type(precision))
-    teacher = Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn, digest=digest)
-    if view is not None:
-        try_net(teacher, f"the teacher {config.name}", view.size, len(source.classes), device)
-        noise = torch.randint(0, 256, (2, view.size, view.size, 3), generator=torch.Generator().manual_seed(0))
-        pixels = noise.byte().to(device).permute(0, 3, 1, 2)
-        if not teacher.cast_weights(pixels) and autocast_type(precision) and os.environ.get("RANK", "0") == "0":
-            print(
-                f"dalikd: the teacher {config.name} keeps its weights in float32 under --precision {precision}: its "
-                "answers would be others",
-                flush=True,
-            )
-    return teacher
+    return Teacher(net, device, autocast_type(precision), fold_bn=config.fold_bn, digest=digest)
 
 
 def describe_teacher(config: TeacherConfig, teacher: Normalized) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """A training run, from its options to its results. All is checked before a folder is touched."""
 
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from dalikd.pipelines.data import as_used
 from dalikd.trainers.loop import Loop, parameter_groups
@@ -16,7 +13,7 @@ from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tracking import RunFolder
 from dalikd.trainers.trial import try_training
 
-__all__ = ["check_training", "run"]
+__all__ = ["run"]
 
 
 def run(options: TrainingOptions, accelerator: Accelerator, command: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +31,7 @@ def run(options: TrainingOptions, accelerator: Accelerator, command: str, config
     Raises:
         ValueError, OSError: the options, the data, the nets or the folder are not as they should be.
     """
-    check_training(options, accelerator)
+    options.check_machine(accelerator)
     setup = open_run(options, accelerator)
     task = options.build(setup)
     loader, val_loader = task.loader(setup, options.accumulation), setup.val_loader()
@@ -76,25 +73,6 @@ def run(options: TrainingOptions, accelerator: Accelerator, command: str, config
     if accelerator.is_main_process:
         task.finish(folder.path)
     return {**results, "folder": str(folder.path)}
-
-
-def check_training(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Check what the options of a training command say beyond their own numbers.
-
-    Raises:
-        ValueError: the optimizer cannot work with its numbers, or the device not with an option.
-    """
-    for name, value in getattr(options.optimizer, "keywords", {}).items():  # those of a class; a function keeps its own
-        numbers = [one for one in (value if isinstance(value, tuple | list) else [value]) if isinstance(one, float)]
-        if not all(map(math.isfinite, numbers)) or (name == "lr" and numbers and numbers[0] <= 0):
-            wanted = "a number above 0" if name == "lr" else "finite numbers"
-            raise ValueError(f"--optimizer.{name} {value}: give {wanted}")
-    try:
-        options.optimizer([nn.Parameter(torch.zeros(1, 1))])
-    except ValueError as error:
-        raise ValueError(f"--optimizer: {error}") from error
-    if options.sync_bn and accelerator.device.type != "cuda":
-        raise ValueError("--sync_bn true needs GPUs: leave it out on the CPU")
 
 
 def _free_folder(options: TrainingOptions, accelerator: Accelerator, command: str) -> RunFolder:

@@ -1,11 +1,13 @@
 """What a command works on: data, views and devices, opened once; and what is built for them."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -17,9 +19,10 @@ from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig, open_teacher
 from dalikd.trainers.options import AugmentingOptions, RunOptions
-from dalikd.trainers.trial import check_class_order, try_net
+from dalikd.trainers.trial import check_class_order, knows_its_classes, some_of_each, try_net
 
 __all__ = ["Setup", "open_run", "reading"]
 
@@ -142,14 +145,24 @@ class Setup:
         return self._loader(self.val, sampler, DrawSpec(self.val_view), replace(data, resident=data.resident and keep))
 
     def teacher(self, config: TeacherConfig) -> Teacher:
-        """A frozen teacher on this process's device, whose weights are for these classes in their order.
+        """A frozen teacher on this process's device, whose weights are for these classes in their order. They are kept
+        in the compute type of mixed precision where its answers stay the same.
 
         Raises:
-            ValueError: it is not named, or its weights do not fit.
+            ValueError: it is not named, its weights do not fit, or it cannot take such images or answers with NaN.
         """
-        accelerator, options = self.accelerator, self.options
-        teacher = open_teacher(config, self.source, self.val_view, accelerator.device, options.precision)
-        self._check_class_order(teacher, f"the teacher {config.name}", config.weights)
+        device, precision, view = self.accelerator.device, self.options.precision, self.val_view
+        teacher, name = open_teacher(config, self.source, view, device, precision), f"the teacher {config.name}"
+        try_net(teacher, name, view.size, len(self.source.classes), device)
+        noise = torch.randint(0, 256, (2, view.size, view.size, 3), generator=torch.Generator().manual_seed(0))
+        cast = teacher.cast_weights(noise.byte().to(device).permute(0, 3, 1, 2))
+        if not cast and autocast_type(precision) and os.environ.get("RANK", "0") == "0":
+            print(
+                f"dalikd: {name} keeps its weights in float32 under --precision {precision}: its answers would be "
+                "others",
+                flush=True,
+            )
+        self._check_class_order(teacher, name, config.weights)
         return teacher
 
     def check_net(self, net: Callable[[Tensor], Tensor], name: str, weights: str | None, view: View) -> None:
@@ -168,8 +181,15 @@ class Setup:
         self._check_class_order(net, name, weights)
 
     def _check_class_order(self, net: Callable[[Tensor], Tensor], name: str, weights: str | None) -> None:
+        if knows_its_classes(weights):
+            return
         device = self.accelerator.device
-        check_class_order(net, name, weights, self.val, self.val_view, device, **reading(self.options.data))
+        chosen = some_of_each(self.val, self.val_view.size, device)
+        sampler = Sampler(len(chosen), min(len(chosen), 256), shuffle=False, drop_last=False)
+        loader = Loader(chosen, sampler, DrawSpec(self.val_view), device=device, **reading(self.options.data))
+        batch = loader.next()
+        loader.close()
+        check_class_order(net, name, weights, self.val, batch.pixels, batch.labels.cpu().numpy())
 
     def _loader(
         self, source: Source, sampler: Sampler, spec: DrawSpec, data: DataConfig, buffers: int = 2, attach: Any = None

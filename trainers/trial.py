@@ -18,12 +18,18 @@ from torch.nn import functional
 from dalikd.kd.checkpoints import Origin, read_origin
 from dalikd.kd.normalize import Normalized
 from dalikd.pipelines.datasets.classes import shorten
-from dalikd.pipelines.draw_spec import DrawSpec, View
-from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 
-__all__ = ["ask", "check_class_order", "check_finite", "try_net", "try_step", "try_training"]
+__all__ = [
+    "ask",
+    "check_class_order",
+    "check_finite",
+    "knows_its_classes",
+    "some_of_each",
+    "try_net",
+    "try_step",
+    "try_training",
+]
 
 _CLASSES = 10  # that are looked at
 _FEWEST_IMAGES = 20
@@ -115,9 +121,13 @@ def try_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_class_order(
-    answer: Callable[[Tensor], Tensor], who: str, weights: str | None, source: Source, view: View, device: torch.device,
-    **reading,
-) -> None:  # fmt: skip
+    answer: Callable[[Tensor], Tensor],
+    who: str,
+    weights: str | None,
+    source: Source,
+    pixels: Tensor,
+    labels: np.ndarray,
+) -> None:
     """Check that weights which do not say their classes are for those of the data, in their order.
 
     A net that was trained on these classes in another order tells them apart and names them wrongly. So up to ten
@@ -128,27 +138,18 @@ def check_class_order(
         answer: pixels [B, 3, S, S] -> logits [B, C].
         who: the net, for messages.
         weights: its file, "pretrained", or None; files of this project know their classes.
-        source: images with labels.
-        view: that the net was trained for: an evaluation view.
-        device: where batches go.
-        reading: options of the Loader.
+        source: the data set.
+        pixels: some images of it [B, 3, S, S], of `some_of_each` class, as a net has seen them in training.
+        labels: theirs, int64 [B].
 
     Raises:
         ValueError: the net fits another order at least twice as well; it lists the classes. A net that is no better
             than chance in any order, and sure of it, is only told of: it may be one that has not been trained.
     """
     origin = read_origin(weights) if weights is not None and Path(weights).is_file() else Origin()
-    if weights is None or (origin.class_names is not None and not origin.published):
-        return
-    chosen = _some_of_each(source, view.size, device)
-    sampler = Sampler(len(chosen), min(len(chosen), 256), shuffle=False, drop_last=False)
-    loader = Loader(chosen, sampler, DrawSpec(view), device=device, **reading)
-    batch = loader.next()
-    loader.close()
     with torch.no_grad():
-        sure, best_logit = answer(batch.pixels).softmax(1).max(1)
+        sure, best_logit = answer(pixels).softmax(1).max(1)
     answers, confidence = best_logit.cpu().numpy(), float(sure.mean())
-    labels = batch.labels.cpu().numpy()
     seen = np.unique(labels)
     if len(labels) < max(_FEWEST_IMAGES, 4 * len(seen)) or len(seen) < 2:
         return
@@ -176,7 +177,15 @@ def check_class_order(
     )
 
 
-def _some_of_each(source: Source, size: int, device: torch.device) -> Source:
+def knows_its_classes(weights: str | None) -> bool:
+    """Whether there is nothing to check: no weights, or a file of this project, which names its classes."""
+    if weights is None:
+        return True
+    origin = read_origin(weights) if Path(weights).is_file() else Origin()
+    return origin.class_names is not None and not origin.published
+
+
+def some_of_each(source: Source, size: int, device: torch.device) -> Source:
     """A few images of up to ten classes; of containers, which are shuffled, all: the first batch is looked at."""
     if source.shards is not None:
         return source

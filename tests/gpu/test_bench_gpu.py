@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from dalikd.tools.bench import rounds, step
+from dalikd.tools.bench import common, rounds, step
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
-from dalikd.trainers.setup import build_distillation
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=["arrays", "files"])
-def made(request, cifar, small_images, tmp_path):
+def made(request, cifar, small_images):
     """A loop and its options: two rounds of three steps, on pictures in memory, or decoded by DALI."""
     data = cifar
     if request.param == "files":
@@ -41,9 +40,7 @@ def made(request, cifar, small_images, tmp_path):
     )
     sizes = ("--batch_size", 64, "--augmentation", "cutmixpick_teacher", "--steps", 3, "--rounds", 2, "--warmup", 2)
     options, _ = parse("bench step", [str(word) for word in (*data, *nets, *sizes)])
-    options = rounds.with_weights(options, tmp_path)
-    accelerator = start(options.device, options.precision)
-    return rounds.training_loop(*build_distillation(options, accelerator), options, accelerator), options
+    return common.open_loop(options, start(options.device, options.precision))[0], options
 
 
 def test_all_sides_are_measured(made):
@@ -53,7 +50,7 @@ def test_all_sides_are_measured(made):
             assert 0.5 * one.seconds < sum(one.steps) < 1.05 * one.seconds  # the clocks of device and host
             assert 0 <= one.waited < one.seconds
             assert one.memory > 1 << 20
-    assert min(min(seconds) for seconds in found.parts.values()) > 0
+    assert min(min(seconds.values()) for seconds in found.parts) > 0
 
 
 def test_kept_batches_outlive_the_loaders_buffers(made):
@@ -67,8 +64,9 @@ def test_kept_batches_outlive_the_loaders_buffers(made):
 
 
 def test_measured_steps_do_not_wait_for_the_device(made):
-    loop, options = made
-    rounds.warm_up(loop, options.warmup)
+    loop, _ = made
+    loop.step()
+    loop.step()
     kept, step_of_loop = rounds.replayed(rounds.keep_batches(loop.loader)), loop.step
 
     def watched() -> None:

@@ -3,9 +3,9 @@ import shutil
 import pytest
 import torch
 
-from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.tools.bench.loader import main
+from dalikd.pipelines.sources import open_source
+from dalikd.tools.bench import main
 from dalikd.tools.bench.record import load
 from dalikd.tools.bench.sides import BACKENDS, Job, open_side
 
@@ -20,8 +20,8 @@ def test_every_side_ends_on_the_gpu(photos, name, dtype):
     source = open_source("imagefolder", photos, "train", split=".")
     device = torch.device("cuda", 0)
     side = open_side(name, Job(source, View(64, "random_resized_crop"), "identity", 4, device, dtype, images=100))
-    (images,) = side.next()
-    side.close()
+    (images,) = next(side.batches)
+    side.batches.close()
     assert images.device.type == "cuda"
     assert images.dtype == dtype
     assert images.shape == (4, 3, 64, 64)
@@ -34,9 +34,9 @@ def test_what_was_decoded_on_the_cpu_is_mixed_as_on_the_gpu(photos, augmentation
     source = open_source("imagefolder", photos, "train", split=".")
     job = Job(source, View(64, "random_resized_crop"), augmentation, 4, torch.device("cuda", 0))
     sides = [open_side(name, job) for name in ("dalikd", "dalikd-mixed")]
-    one, two = (side.next() for side in sides)
+    one, two = [next(side.batches) for side in sides]
     for side in sides:
-        side.close()
+        side.batches.close()
     for ours, theirs in zip(one, two, strict=True):
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().mean() < 0.05
@@ -45,12 +45,12 @@ def test_what_was_decoded_on_the_cpu_is_mixed_as_on_the_gpu(photos, augmentation
 @pytest.mark.usefixtures("needs_dali")
 def test_the_table_and_the_sweep_run_on_a_gpu(photos, tmp_path):
     data = ["--data.root", str(photos), "--data.train_split", ".", "--batch_size", "4", "--images", "8"]
-    main([*data, "--workers", "1", "--output", str(tmp_path / "table.json")])
+    main(["loader", *data, "--workers", "1", "--output", str(tmp_path / "table.json")])
     record = load(tmp_path / "table.json")
     assert record is not None
     assert [row["loader"] for row in record.rows] == list(BACKENDS)
     assert bool(record.environment["gpus"]) == (shutil.which("nvidia-smi") is not None)
-    main([*data, "--backends", "dalikd-mixed", "--sweep", "true", "--output", str(tmp_path / "sweep.json")])
+    main(["loader", *data, "--backends", "dalikd-mixed", "--sweep", "true", "--output", str(tmp_path / "sweep.json")])
     record = load(tmp_path / "sweep.json")
     assert record is not None
     assert {row["setting"] for row in record.rows} == {"threads", "prefetch", "hw_decoder_load"}

@@ -20,8 +20,7 @@ from torch.optim import SGD, AdamW
 from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig
 from dalikd.tools import correlate, demo, prepare
-from dalikd.tools.bench import all as bench_all
-from dalikd.tools.bench import first_hour, host, images, loader, tables
+from dalikd.tools.bench import commands, first_hour, host, images, loader, tables
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
 from dalikd.tools.layers import OPTIONS, options_class
 from dalikd.tools.signature import expand_path, is_path, option_types
@@ -435,8 +434,8 @@ ALONE = {
     "bench loader": loader.LoaderOptions,
     "bench host": host.HostOptions,
     "bench first-hour": first_hour.run,
-    "bench all": bench_all.run,
-    "bench images": images.repeat_pictures,
+    "bench all": commands.run_all,
+    "bench images": images.repeat_images,
     "bench tables": tables.run,
 }
 

@@ -11,8 +11,8 @@ from dalikd.kd.backbones import create_model
 from dalikd.tools.cli import parse
 from dalikd.tools.study import read_study
 from dalikd.trainers.augmentation import PUBLISHED, augmentation_names
-from dalikd.trainers.study.options import chosen_pairs, read_pairs
 from dalikd.trainers.study.plan import Axes, plan
+from dalikd.trainers.study.ready import chosen_pairs, read_pairs
 
 FOLDER = Path(configs.__file__).parent
 STUDIES = sorted(path for path in FOLDER.rglob("*.yaml") if path.stem.endswith("study"))

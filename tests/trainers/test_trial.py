@@ -1,6 +1,7 @@
 """What does not fit is one line before a folder exists."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.backbones import create_model
-from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.data import DataConfig
 from dalikd.tools import distill, evaluate, measure, train
 from dalikd.trainers.checkpoint import save_weights
-from dalikd.trainers.trial import check_class_order, try_net, try_training
+from dalikd.trainers.options import RunOptions
+from dalikd.trainers.setup import Setup
+from dalikd.trainers.trial import try_net, try_training
 
 CPU = torch.device("cpu")
 
@@ -35,8 +38,9 @@ def _answer(order: list[int], wrong: float = 0.0, sure: float = 9.0):
 
 
 def _check(source, answer, weights: str | None = "published.pt") -> None:
-    size = source.image_size
-    check_class_order(answer, "the teacher", weights, source, View(size, "center_crop", resize=size), CPU, threads=1)
+    options, here = RunOptions(data=DataConfig(threads=1)), SimpleNamespace(device=CPU)
+    setup = Setup(options, here, source, source)  # type: ignore[arg-type]
+    setup._check_class_order(answer, "the teacher", weights)
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0]])

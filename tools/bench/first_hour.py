@@ -12,15 +12,15 @@ long stops no other.
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -31,16 +31,14 @@ from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
-from dalikd.tools.bench.images import draw_pictures
+from dalikd.tools.bench.commands import fill
+from dalikd.tools.bench.images import draw_images
 from dalikd.tools.bench.machine import device_slug, environment
-from dalikd.tools.bench.options import ON_GPU, RESULTS, check_names
-from dalikd.tools.bench.record import Record, check_output, load, table, write
-from dalikd.tools.bench.tables import medians
-from dalikd.tools.cli import run_function
+from dalikd.tools.bench.record import RESULTS, Record, check_names, load, medians, table, write
 from dalikd.trainers.launch import start
-from dalikd.trainers.tracking import write_json
+from dalikd.trainers.tracking import check_writable, write_json
 
-__all__ = ["decoders", "interrupt_and_resume", "main", "read_tests", "run", "stop_and_resume", "versions_and_card"]
+__all__ = ["decoders", "interrupt_and_resume", "read_tests", "run", "stop_and_resume", "versions_and_card"]
 
 _TESTS = Path(__file__).parents[2] / "tests/gpu"
 _LOADS = (0.0, 1.0, 0.65)  # all by the CUDA decoder, all that it takes by the JPEG engine, DALI's own default
@@ -48,29 +46,44 @@ _RESERVE = 15.0  # seconds: what Python took to start, and what ending a command
 _LEAST = 5.0  # seconds: with less left an item is not begun
 _MOST_MEDIANS = 8  # of a record, in a line
 _LAST_LINES = 8
-_REPEATED = 20  # times, of which as many end as there is time for
 _STOPPED_AT = 20  # steps, or a few more
 
+_PYTEST = "-m pytest -o addopts=--import-mode=importlib -p no:xdist -p no:cacheprovider -v -m gpu"
+_PICKS = "--augmentation cutmixpick_teacher"
+# what words of the items' lines stand for, by device
+_WORDS = {
+    "cuda": {
+        "DATA": "--data.root ROOT --data.train_split . --device cuda",
+        "BATCH": "--data.crop random_resized_crop --batch_size 384 --precision bf16 --seconds 0.5",
+        "NETS": "DATA --data.val_split . --teacher.name timm:resnet34 --model timm:resnet18 --precision bf16 "
+        "--batch_size 384 --compile default",
+        "STEPS": "--steps 20 --warmup 4",
+        "FEW": "--steps 4",
+        "SIDES": "dalikd decode dalikd-mixed decode-mixed",
+        "HOST": "",
+    },
+    "cpu": {
+        "DATA": "--data.root ROOT --data.train_split . --data.image_size 32 --device cpu",
+        "BATCH": "--data.crop random_resized_crop --batch_size 16 --images 16",
+        "NETS": "DATA --data.val_split . --data.threads 1 --teacher.name resnet8 --model resnet8 --batch_size 16 "
+        "--mix.group 16",
+        "STEPS": "--steps 2 --warmup 2",
+        "FEW": "--steps 1",
+        "SIDES": "dalikd decode",
+        "HOST": "--batch_size 32 --steps 2",
+    },
+}
 
-@dataclass(frozen=True)
-class _Item:
-    """A command, what it may take, and what it needs.
 
-    Attributes:
-        words: what comes after `python`.
-        seconds: at most.
-        gpus: that it needs.
-        dali: whether it needs DALI.
-        note: which of its record's notes is shown, if any.
-        read: what the output says, where no JSON does.
-    """
+class _Item(NamedTuple):
+    """A command, what it may take, and what it needs."""
 
-    words: tuple[str, ...]
-    seconds: float
-    gpus: int = 0
-    dali: bool = True
-    note: int | None = None
-    read: Callable[[str], str] | None = None
+    words: tuple[str, ...]  # what comes after `python`
+    seconds: float  # at most
+    gpus: int = 0  # that it needs
+    dali: bool = True  # whether it needs DALI
+    note: int | None = None  # which of its record's notes is shown, if any
+    read: Callable[[str], str] | None = None  # what the output tells, where no JSON does
 
 
 def run(
@@ -93,25 +106,19 @@ def run(
         ValueError: there is no such device or item, or the folder cannot be written.
     """
     begun = time.monotonic()
-    check_output(output)
-    names = check_names("--only", only or ["all"], _items(Path(), Path(), device))
+    names = check_names("--only", only or ["all"], items(Path(), Path(), device))
     where = start(device, "fp32").device
+    check_writable("--output", output / "first-hour.json")
+    config = {"root": str(root), "limit": limit, "device": device, "only": only}
+    record = Record("first-hour", environment=environment(where), device=device_slug(where), config=config)
     output.mkdir(parents=True, exist_ok=True)
-    record = Record(
-        benchmark="first-hour",
-        title="The first hour on a machine",
-        environment=environment(where),
-        device=device_slug(where),
-        config={"root": str(root), "limit": limit, "device": device, "only": only},
-        warm_up="as each item's own record says.",
-        page_cache="warm.",
-        labels=("item",),
-    )
+    record.title, record.labels = "The first hour on a machine", ("item",)
+    record.warm_up, record.page_cache = "as each item's own record tells.", "warm."
     with TemporaryDirectory(prefix="dalikd-bench-") if root is None else nullcontext(root) as folder:
         if root is None:
             count, width, height = (768, 500, 375) if device == "cuda" else (96, 48, 40)
-            draw_pictures(Path(folder), count, width, height)
-        for name, item in _items(Path(folder), output, device).items():
+            draw_images(Path(folder), count, width, height)
+        for name, item in items(Path(folder), output, device).items():
             if name not in names:
                 continue
             record.rows.append({"item": name, **_row(name, item, output, begun + limit - _RESERVE - time.monotonic())})
@@ -121,59 +128,41 @@ def run(
     return record
 
 
-def _items(root: Path, output: Path, device: str) -> dict[str, _Item]:
+def items(root: Path, output: Path, device: str) -> dict[str, _Item]:
     """The items in their order."""
-    on_gpu = device == "cuda"
-    data = ("--data.root", str(root), "--data.train_split", ".", "--device", device)
-    both = (*data, "--data.val_split", ".")
-    if on_gpu:
-        nets = ("--teacher.name", "timm:resnet34", "--model", "timm:resnet18", *ON_GPU)
-        batch, few = ("--batch_size", "384", "--precision", "bf16"), ("--seconds", "0.5")
-        short, shorter = ("--steps", "20", "--warmup", "4"), ("--steps", "4")
-    else:
-        nets = ("--teacher.name", "resnet8", "--model", "resnet8", "--batch_size", "16", "--mix.group", "16")
-        both = (*both, "--data.image_size", "32", "--data.threads", "1")
-        batch, few = ("--batch_size", "16", "--data.image_size", "32"), ("--images", "16")
-        short, shorter = ("--steps", "2", "--warmup", "2"), ("--steps", "1")
+    words, compiled = {**_WORDS[device], "ROOT": shlex.quote(str(root))}, str(_TESTS / "test_compile_gpu.py")
+    little, much = ("8", "16") if device == "cuda" else ("1", "2")
 
-    def bench(name: str, item: str, *words: str) -> tuple[str, ...]:
-        return ("-m", f"dalikd.tools.bench.{name}", *words, "--output", str(output / f"{item}.json"))
+    def bench(seconds: float, item: str, line: str, note: int | None = None) -> dict[str, _Item]:
+        command = ("-m", "dalikd.tools.bench", *fill(line, words), "--output", str(output / f"{item}.json"))
+        return {item: _Item(command, seconds, note=note)}
 
-    def here(function: Callable[..., Any], item: str) -> tuple[str, ...]:
+    def here(seconds: float, item: str, function: Callable[..., Any], **needs: Any) -> dict[str, _Item]:
         call = f"{function.__name__}({str(output / f'{item}.json')!r}, {str(root)!r}, {device!r})"
-        return ("-c", f"from dalikd.tools.bench import first_hour; first_hour.{call}")
+        return {item: _Item(("-c", f"from dalikd.tools.bench import first_hour; first_hour.{call}"), seconds, **needs)}
 
-    def tests(*words: str) -> tuple[str, ...]:
-        plain = ("-o", "addopts=--import-mode=importlib", "-p", "no:xdist", "-p", "no:cacheprovider", "-v", "-m", "gpu")
-        return ("-m", "pytest", *plain, *words)
+    def tests(seconds: float, item: str, *more: str, dali: bool = False) -> dict[str, _Item]:
+        return {item: _Item((*_PYTEST.split(), *more), seconds, gpus=1, dali=dali, read=read_tests)}
 
-    sides = ("dalikd", "decode", *(("dalikd-mixed", "decode-mixed") if on_gpu else ()))
-    crop = ("--data.crop", "random_resized_crop")
-    sweep = (*data, *crop, *batch, *few, "--sweep", "true", "--data.threads")
-    plain, picks = ("--loss.lw_mix", "[1, 0, 0]"), ("--augmentation", "cutmixpick_teacher")
-    compiled = str(_TESTS / "test_compile_gpu.py")
-    recorded = ("--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * _REPEATED)
     return {
-        "versions": _Item(here(versions_and_card, "versions"), 30, dali=False),
-        "decoders": _Item(here(decoders, "decoders"), 60),
-        "windows": _Item(bench("loader", "windows", *data, *crop, *batch, *few, "--backends", *sides), 60),
-        "host": _Item(bench("host", "host", *(() if on_gpu else ("--batch_size", "32", "--steps", "2"))), 40, note=0),
-        "tests": _Item(tests(str(_TESTS), "--ignore", compiled), 110, gpus=1, dali=False, read=read_tests),
-        **{
-            f"sweep-{threads}": _Item(bench("loader", f"sweep-{threads}", *sweep, str(threads)), 60, note=0)
-            for threads in ((8, 16) if on_gpu else (1, 2))
-        },
-        "step-identity": _Item(bench("step", "step-identity", *both, *nets, *plain, *short), 80, note=0),
-        "step-cutmixpick": _Item(bench("step", "step-cutmixpick", *both, *nets, *picks, *short), 80, note=0),
-        "recording": _Item(tests(*recorded), 60, gpus=1, read=read_tests),
-        "compile": _Item(tests("-k", "reduce-overhead", compiled), 60, gpus=1, dali=False, read=read_tests),
-        "published": _Item(bench("published", "published", *both, *nets, *shorter), 80, note=-1),
-        "resume": _Item(here(interrupt_and_resume, "resume"), 70, gpus=2 if on_gpu else 0),
+        **here(30, "versions", versions_and_card, dali=False),
+        **here(60, "decoders", decoders),
+        **bench(60, "windows", "loader DATA BATCH --backends SIDES"),
+        **bench(40, "host", "host HOST", note=0),
+        **tests(110, "tests", str(_TESTS), "--ignore", compiled),
+        **bench(60, f"sweep-{little}", f"loader DATA BATCH --sweep true --data.threads {little}", note=0),
+        **bench(60, f"sweep-{much}", f"loader DATA BATCH --sweep true --data.threads {much}", note=0),
+        **bench(80, "step-identity", "step NETS --loss.lw_mix '[1, 0, 0]' STEPS", note=0),
+        **bench(80, "step-cutmixpick", f"step NETS {_PICKS} STEPS", note=0),
+        **tests(60, "recording", "--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * 20, dali=True),
+        **tests(60, "compile", "-k", "reduce-overhead", compiled),
+        **bench(80, "published", "published NETS FEW", note=-1),
+        **here(70, "resume", interrupt_and_resume, gpus=2 if device == "cuda" else 0),
     }
 
 
 def _row(name: str, item: _Item, output: Path, left: float) -> dict[str, Any]:
-    """Run an item and say how it ended: "outcome", "seconds", "found", and of a failure the "last lines"."""
+    """Run an item and tell how it ended: "outcome", "seconds", "found", and of a failure the "last lines"."""
     if reason := _cannot(item, left):
         return {"outcome": f"skipped: {reason}", "seconds": None, "found": ""}
     file, log = output / f"{name}.json", output / f"{name}.log"
@@ -181,12 +170,12 @@ def _row(name: str, item: _Item, output: Path, left: float) -> dict[str, Any]:
     started, longest = time.monotonic(), min(item.seconds, left)
     code = _run([sys.executable, *item.words], log, longest)
     seconds, text = time.monotonic() - started, log.read_text("utf-8", errors="replace")
-    outcome = (
-        "done" if code == 0 else f"cut off after {longest:.0f} s" if code is None else f"failed (exit code {code})"
-    )
     found = item.read(text) if item.read is not None else _read(file, item.note) if file.exists() else ""
-    row = {"outcome": outcome, "seconds": seconds, "found": found}
-    return row if code == 0 else {**row, "last lines": " / ".join(text.strip().splitlines()[-_LAST_LINES:])}
+    if code == 0:
+        return {"outcome": "done", "seconds": seconds, "found": found}
+    outcome = f"cut off after {longest:.0f} s" if code is None else f"failed (exit code {code})"
+    last = " / ".join(text.strip().splitlines()[-_LAST_LINES:])
+    return {"outcome": outcome, "seconds": seconds, "found": found, "last lines": last}
 
 
 def _cannot(item: _Item, left: float) -> str | None:
@@ -216,17 +205,16 @@ def _run(command: Sequence[str], log: Path, longest: float) -> int | None:
         except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
             return None
         finally:
-            if process.is_running():
-                family = [process, *process.children(recursive=True)]
-                for end in (psutil.Process.terminate, psutil.Process.kill):
-                    for member in family:
-                        with suppress(psutil.NoSuchProcess):
-                            end(member)
-                    family = psutil.wait_procs(family, timeout=5)[1]
+            family = [process, *process.children(recursive=True)] if process.is_running() else []
+            for end in (psutil.Process.terminate, psutil.Process.kill):
+                for member in family:
+                    with suppress(psutil.NoSuchProcess):
+                        end(member)
+                family = psutil.wait_procs(family, timeout=5)[1]
 
 
 def _read(file: Path, note: int | None) -> str:
-    """What an item's JSON says, in a line."""
+    """What an item's JSON tells, in a line."""
     record = load(file)
     if record is None:
         return json.loads(file.read_text("utf-8"))["found"]
@@ -258,37 +246,33 @@ def versions_and_card(file: str, _root: str, device: Literal["cuda", "cpu"]) -> 
 
 
 def decoders(file: str, root: str, device: str) -> None:
-    """Decode the same pictures in two batch compositions, at each load of the JPEG engine, and on the CPU.
+    """Decode the same images in two batch compositions, at each load of the JPEG engine, and on the CPU.
 
-    Pixels that change with the neighbours of a picture come from a batch that two decoders share.
+    Pixels that change with the neighbours of an image come from a batch that two decoders share.
     """
     source = open_source("imagefolder", root, "train", split=".")
     fewer, more, side = (32, 48, 224) if device == "cuda" else (8, 12, 32)
-    view = View(side, "random_resized_crop")
 
     def pixels(size: int, where: str, load: float | None = None) -> torch.Tensor:
-        loader = Loader(
-            source, Sampler(len(source), size), DrawSpec(view), device=where, threads=4, hw_decoder_load=load
-        )
-        images = loader.next().images[:fewer].cpu().float()
-        loader.close()
-        return images
+        spec, sampler = DrawSpec(View(side, "random_resized_crop")), Sampler(len(source), size)
+        with closing(Loader(source, sampler, spec, device=where, threads=4, hw_decoder_load=load)) as loader:
+            return loader.next().images[:fewer].cpu().float()
 
     on_cpu, loads, sentences = pixels(fewer, "cpu"), {}, []
-    for load_ in _LOADS:
-        one, other = pixels(fewer, device, load_), pixels(more, device, load_)
-        away = (one - on_cpu).abs().mean((1, 2, 3))
-        changed = int(((one - other).abs().amax((1, 2, 3)) > 0).sum())
-        loads[str(load_)] = {
+    for share in _LOADS:
+        one, other = pixels(fewer, device, share), pixels(more, device, share)
+        away, changes = (one - on_cpu).abs().mean((1, 2, 3)), (one - other).abs().amax((1, 2, 3))
+        changed, mean, worst = int((changes > 0).sum()), float(away.mean()), float(away.max())
+        loads[str(share)] = {
             "pictures": fewer,
             "changed_with_the_batch": changed,
-            "largest_change": float((one - other).abs().max()),
-            "mean_from_the_cpu": float(away.mean()),
-            "worst_picture_from_the_cpu": float(away.max()),
+            "largest_change": float(changes.max()),
+            "mean_from_the_cpu": mean,
+            "worst_picture_from_the_cpu": worst,
         }
         sentences.append(
-            f"load {load_:g}: {changed} of {fewer} pictures change with their batch, "
-            f"{float(away.mean()):.2f} grey levels from the CPU (worst picture {float(away.max()):.2f})"
+            f"load {share:g}: {changed} of {fewer} images change with their batch, {mean:.2f} grey levels from the CPU "
+            f"(worst image {worst:.2f})"
         )
     used = decoding_on(source, torch.device(device)).options()
     sentences.append(f"dalikd uses {', '.join(f'{name} {value}' for name, value in used.items())}")
@@ -296,25 +280,22 @@ def decoders(file: str, root: str, device: str) -> None:
 
 
 def interrupt_and_resume(file: str, root: str, device: str) -> None:
-    """Distil on two processes, stop the launcher by SIGTERM on the way, and go on.
-
-    Raises:
-        RuntimeError: nothing was saved, or the run did not come to its end.
-    """
+    """Distil on two processes, stop the launcher by SIGTERM on the way, and go on."""
     folder = Path(file).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    teacher, student, sizes = "timm:resnet34", "timm:resnet18", ("--batch_size", "128", "--epochs", "60")
+    teacher, student, sizes = "timm:resnet34", "timm:resnet18", "--batch_size 128 --epochs 60"
     if device == "cpu":
         teacher = student = "resnet8"
-        sizes = ("--batch_size", "16", "--epochs", "20", "--mix.group", "8", "--data.image_size", "32")
+        sizes = "--batch_size 16 --epochs 20 --mix.group 8 --data.image_size 32"
     classes = len(open_source("imagefolder", root, "train", split=".").classes)
     torch.save(create_model(teacher, classes).state_dict(), folder / "teacher.pt")
-    data = ("--data.root", root, "--data.train_split", ".", "--data.val_split", ".", "--data.threads", "2")
-    nets = ("--teacher.name", teacher, "--teacher.weights", str(folder / "teacher.pt"), "--model", student)
-    more = ("--device", device, "--augmentation", "cutmixpick_teacher", "--eval_every", "1000", "--compile", "off")
-    found = stop_and_resume(
-        [*data, *nets, *sizes, *more, "--overwrite", "true"], folder / "run", psutil.Process.terminate
+    words = {"ROOT": shlex.quote(root), "WEIGHTS": shlex.quote(str(folder / "teacher.pt"))}
+    line = (
+        "--data.root ROOT --data.train_split . --data.val_split . --data.threads 2 "
+        f"--teacher.name {teacher} --teacher.weights WEIGHTS --model {student} {sizes} {_PICKS} "
+        f"--device {device} --eval_every 1000 --compile off --overwrite true"
     )
+    found = stop_and_resume(fill(line, words), folder / "run", psutil.Process.terminate)
     sentence = "SIGTERM after step {seen}: saved at step {saved}, gone on to step {steps}, training loss {loss:.4f}"
     write_json(Path(file), {"found": sentence.format(**found), **found})
 
@@ -338,12 +319,13 @@ def stop_and_resume(
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     distill = [sys.executable, *launcher, "-m", "dalikd.tools.distill"]
-    log = run_folder / "log.jsonl"
+    log, seen = run_folder / "log.jsonl", 0
     log.unlink(missing_ok=True)
     first = psutil.Popen([*distill, *words, "--log_every", "10", "--output", str(run_folder)])
-    while first.poll() is None and _last_step(log) < _STOPPED_AT:
+    while first.poll() is None and seen < _STOPPED_AT:
         time.sleep(0.05)
-    seen = _last_step(log)
+        lines = log.read_text("utf-8").splitlines() if log.exists() else []
+        seen = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
     if first.poll() is None:
         stop(first)
     code, state = first.wait(), run_folder / "last/trainer.pt"
@@ -355,18 +337,3 @@ def stop_and_resume(
     if not results["finished"] or not _STOPPED_AT <= saved < results["steps"]:
         raise RuntimeError(f"the run was saved at step {saved} and ended at {results['steps']}: not a stop on the way")
     return {"seen": seen, "saved": saved, "steps": results["steps"], "loss": results["last"]["train"]["loss"]}
-
-
-def _last_step(log: Path) -> int:
-    lines = log.read_text("utf-8").splitlines() if log.exists() else []
-    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
-    return steps[-1] if steps else 0
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    run_function("bench first-hour", run, argv, lists=("only",))
-
-
-if __name__ == "__main__":
-    main()

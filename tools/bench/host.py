@@ -1,11 +1,13 @@
 """`dalikd bench host`: what the main thread does in a training step, with nets that cost nothing.
 
-    dalikd bench host                        on pictures drawn for it
+    dalikd bench host                        on images drawn for it
     dalikd bench host --data.root PHOTOS     class folders of photos
 
 Python that prepares a batch and launches kernels runs on one thread. Where that thread is busy for longer than the GPU
 is, it is the limit: at small images, small batches and small nets. So its CPU time is taken here part by part, on CPU
-tensors: both nets answer with a constant, images have 8 pixels a side, and DALI decodes in threads of its own.
+tensors: both nets answer with a constant, images have 8 pixels a side, and DALI decodes in threads of its own (what
+they do shows in the wall time alone). Operators are those that torch dispatches, views left out: on a GPU a kernel or
+an allocation each, beside those of the nets; compiled, fewer are left.
 """
 
 import threading
@@ -14,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import gcd
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,42 +23,34 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.normalize import Normalized
-from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.backends import GatherBackend
-from dalikd.pipelines.data import DataConfig, open_split, training_view
+from dalikd.pipelines.data import DataConfig, open_split
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import ResidentViews
-from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.pipelines.windows import WindowViews
-from dalikd.tools.bench.dispatch import Planned
-from dalikd.tools.bench.images import describe, draw_pictures
-from dalikd.tools.bench.machine import device_slug, environment
-from dalikd.tools.bench.options import RESULTS, check_rounds
-from dalikd.tools.bench.record import Record, alternate, check_output, markdown, number, summary, write
-from dalikd.tools.cli import run_function
-from dalikd.trainers.augmentation import Augmenter, augmentation_names
+from dalikd.tools.bench.common import free_loop
+from dalikd.tools.bench.images import describe, draw_images
+from dalikd.tools.bench.record import RESULTS, Record, alternate, begin, finish, number, summary
+from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import DATA_RANGES, FROM_1, check_numbers
-from dalikd.trainers.setup import reading
-from dalikd.trainers.tasks.distill import Distillation, DistillOptions
-from dalikd.trainers.tracking import RunFolder
 
-__all__ = ["HostOptions", "Watch", "loader_microseconds", "main", "plan", "run", "watching"]
+__all__ = ["LOADER", "HostOptions", "Watch", "loader_microseconds", "run"]
 
-#: What the loader does on the main thread, by part. Their sum is what it costs there.
+#: What the loader does on the main thread, by part. Their sum is what it costs there. DALI takes the inputs in its
+#: _prep_data_for_feed_input and by a copy into its own memory; hand over: labels, rows and draws packed and copied,
+#: headers checked, the batch made.
 LOADER = ("rows and draws", "feed", "DALI takes the inputs", "DALI runs", "hand over")
-_AHEAD = "next batch: rows, draws, feed, in a thread"
+_AHEAD = "next batch: rows, draws, feed, in a thread"  # in no sum
 _STEP = ("look: mixing, teacher, picking, metric", "rest of the step: student, loss, optimizer, meters")
-_PIXELS = "pixels on the CPU"  # a GPU makes them itself
+_PIXELS = "pixels on the CPU"  # a GPU makes them itself; in no sum
 _WANTED = 5.0  # microseconds an image, of the whole loader
-_SIDE = 8
 
 
 @dataclass
@@ -65,7 +58,7 @@ class HostOptions:
     """Measure CPU time of the main thread in a training step whose nets cost nothing.
 
     Args:
-        data: the pictures; default: small ones drawn for it. Where they are not given, --data.crop is
+        data: the images; default: small ones drawn for it. Where they are not given, --data.crop is
             random_resized_crop and --data.image_size 8, so that pixels cost next to nothing.
         augmentations: names as for `dalikd distill`.
         batch_size: images of a step.
@@ -83,21 +76,13 @@ class HostOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that cannot be measured with."""
-        check_rounds(self.rounds)
         check_numbers(self, {**DATA_RANGES, "batch_size": FROM_1, "steps": FROM_1})
         self.augmentations = augmentation_names(self.augmentations)
 
 
 class Watch(TorchDispatchMode):
-    """Adds up CPU time of the main thread, and operators that torch dispatches, by the innermost part that runs. What
-    runs in another thread is one part.
-
-    Operators are counted while it is entered, which takes time of its own.
-
-    Attributes:
-        seconds: of each part.
-        operators: of each part, views left out.
-    """
+    """Adds up the seconds of CPU time of the main thread, and the operators that torch dispatches while this is
+    entered, by the innermost part that runs. What runs in another thread is one part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,10 +103,9 @@ class Watch(TorchDispatchMode):
         def watched(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self._main:
                 before = time.thread_time()
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    self.seconds[_AHEAD] += time.thread_time() - before
+                result = function(*args, **kwargs)
+                self.seconds[_AHEAD] += time.thread_time() - before
+                return result
             self._charge()
             self._parts.append(part)
             try:
@@ -140,8 +124,8 @@ class Watch(TorchDispatchMode):
 
 
 @contextmanager
-def watching(loader: Loader) -> Iterator[Watch]:
-    """Charge what a loader does to LOADER's parts; what the CPU does in place of a GPU stands apart."""
+def _watching(loader: Loader, loop: Loop | None = None) -> Iterator[Watch]:
+    """Charge what a loader does to LOADER's parts, and what else a loop's step does to _STEP's."""
     watch, backend = Watch(), loader._backend
     places: list[tuple[Any, str, str]] = [
         (backend, "plan", LOADER[0]),
@@ -155,6 +139,8 @@ def watching(loader: Loader) -> Iterator[Watch]:
 
         # _feed_input holds _prep_data_for_feed_input and the copy into DALI's own memory
         places += [(Pipeline, "_feed_input", LOADER[2]), (Pipeline, "run", LOADER[3])]
+    if loop is not None:
+        places += [(loop.task, "prepare", _STEP[0]), (loop, "step", _STEP[1])]
     with ExitStack() as patches:
         for owner, name, part in places:
             patches.enter_context(patch.object(owner, name, watch.of(part, getattr(owner, name))))
@@ -164,7 +150,7 @@ def watching(loader: Loader) -> Iterator[Watch]:
 def loader_microseconds(loader: Loader, batches: int = 40) -> float:
     """CPU time of the main thread that a loader takes for an image: the median over batches, after two of warm-up."""
     found = []
-    with watching(loader) as watch:
+    with _watching(loader) as watch:
         for _ in range(2 + batches):
             watch.seconds.clear()
             size = len(loader.next())
@@ -173,47 +159,39 @@ def loader_microseconds(loader: Loader, batches: int = 40) -> float:
 
 
 def run(options: HostOptions) -> Record:
-    """Measure, print the table, write the results.
-
-    Raises:
-        ValueError, OSError: options that do not fit the data.
-    """
-    check_output(options.output)
+    """Measure, print and write. Raises ValueError, OSError: options, data or nets that are not as they should be."""
     accelerator = start("cpu", "fp32")
-    before = environment(accelerator.device)
+    record = begin("host", options, accelerator, asdict(options))
+    data = replace(options.data, image_size=options.data.image_size or 8)
+    if data.crop == "auto":
+        data = replace(data, crop="random_resized_crop")
     with TemporaryDirectory(prefix="dalikd-bench-") as folder:
-        data = _data(options, Path(folder))
+        if data.root is None and data.name == "imagefolder":
+            draw_images(Path(folder), count=4 * options.batch_size, width=64, height=48)
+            data = replace(data, root=folder, train_split=".")
         source = open_split(data, "train", seed=0)
-        pictures = describe(source)
-        sides = {name: _Side(name, options, data, source, accelerator) for name in options.augmentations}
+        record.pictures = describe(source)
+        sides: dict[str, _Side] = {}
         try:
-            rates = alternate(dict(sides), options.rounds)
+            for name in options.augmentations:
+                loop = free_loop(name, source, data, options.batch_size, accelerator, lambda: _Constant(source))
+                sides[name] = _Side(loop, options)
+            rates = alternate(sides, options.rounds)
         finally:
             for side in sides.values():
                 side.loop.loader.close()
-    record = Record(
-        benchmark="host",
-        title=f"The main thread in a training step, nets that cost nothing, batch {options.batch_size}",
-        environment=before,
-        device=device_slug(accelerator.device),
-        config={**asdict(options), "output": str(options.output)},
-        warm_up=f"a round of {options.steps} steps.",
-        page_cache="warm; the first round reads." if source.files is not None else "no files.",
-        rows=[row for name, side in sides.items() for row in side.rows(rates[name])],
-        labels=("augmentation", "part"),
-        plotted="µs an image",
-        variant=source.name,
-        pictures=pictures,
-        notes=_notes(sides),
-    )
-    print(markdown(record))
-    print("written:", *write(record, options.output))
-    return record
-
-
-def plan(root: Path) -> list[Planned]:
-    """What `dalikd bench all` runs."""
-    return [Planned(("--data.root", str(root), "--data.train_split", "."))]
+    record.title = f"The main thread in a training step, nets that cost nothing, batch {options.batch_size}"
+    record.warm_up = f"a round of {options.steps} steps."
+    record.page_cache = "warm; the first round reads." if source.files is not None else "no files."
+    record.labels, record.plotted, record.variant = ("augmentation", "part"), "µs an image", source.name
+    record.rows = [{"augmentation": name, **row} for name, side in sides.items() for row in side.rows(rates[name])]
+    found = {name: median(side.sums(LOADER)) for name, side in sides.items()}
+    over = [name for name, value in found.items() if value > _WANTED]
+    record.notes = [
+        f"All of the loader, µs an image: {', '.join(f'{name} {number(value)}' for name, value in found.items())}. "
+        f"Wanted: at most {number(_WANTED)}; {'above it: ' + ', '.join(over) if over else 'all are'}."
+    ]
+    return finish(record, options)
 
 
 class _Constant(Normalized):
@@ -230,112 +208,38 @@ class _Constant(Normalized):
 class _Side:
     """One augmentation's loop. Called, it takes a round of steps and returns images a second."""
 
-    def __init__(
-        self, name: str, options: HostOptions, data: DataConfig, source: Source, accelerator: Accelerator
-    ) -> None:
-        self._name, self._options = name, options
-        group = gcd(options.batch_size, 64)
-        training = DistillOptions(
-            augmentation=name, batch_size=options.batch_size, mix_group=group, device="cpu", compile="off"
-        )
-        augmenter = Augmenter(name, training, source, training_view(data, source), seed=0)
-        loader = Loader(
-            source,
-            Sampler(len(source), options.batch_size, group=group),
-            augmenter.draw_spec,
-            buffers=2,  # as on a GPU: packed and handed over
-            **reading(data),
-        )
-        teacher = Teacher(_Constant(source))
-        task = Distillation(_Constant(source), teacher, training.loss, augmenter, accelerator, len(source.classes))
-        self.loop = Loop(task, loader, loader, training, accelerator, RunFolder(Path("bench"), writes=False), {})
-        self.loop.model.train()
-        self.parts: list[dict[str, float]] = []  # microseconds an image, round by round
-        self.wall: list[float] = []  # milliseconds a step
-        self.operators = self._count()
+    def __init__(self, loop: Loop, options: HostOptions) -> None:
+        self.loop, self._steps, self._batch_size = loop, options.steps, options.batch_size
+        self._parts: list[dict[str, float]] = []  # microseconds an image, round by round; the first warms up
+        self._wall: list[float] = []  # milliseconds a step
+        with _watching(loop.loader, loop) as watch:
+            loop.step()  # builds, and checks what the first step does
+            with watch:
+                loop.step()
+        self._operators = watch.operators
 
     def __call__(self) -> float:
-        with self._watching() as watch:
+        with _watching(self.loop.loader, self.loop) as watch:
             started = time.perf_counter()
-            for _ in range(self._options.steps):
+            for _ in range(self._steps):
                 self.loop.step()
             seconds = time.perf_counter() - started
-        images = self._options.steps * self._options.batch_size
-        self.parts.append({part: 1e6 * watch.seconds[part] / images for part in (*LOADER, _AHEAD, _PIXELS, *_STEP)})
-        self.wall.append(1000 * seconds / self._options.steps)
+        images = self._steps * self._batch_size
+        self._parts.append({part: 1e6 * watch.seconds[part] / images for part in (*LOADER, _AHEAD, _PIXELS, *_STEP)})
+        self._wall.append(1000 * seconds / self._steps)
         return images / seconds
 
-    def loader(self) -> list[float]:
-        """Microseconds an image of the whole loader, round by round; the first warms up."""
-        return [sum(found[part] for part in LOADER) for found in self.parts[1:]]
+    def sums(self, parts: Sequence[str]) -> list[float]:
+        """Microseconds an image of some parts together, round by round."""
+        return [sum(found[part] for part in parts) for found in self._parts[1:]]
 
     def rows(self, rates: Sequence[float]) -> list[dict[str, Any]]:
         """One for each part, and sums."""
-        steps = [sum(found[part] for part in _STEP) for found in self.parts[1:]]
-        of_parts = {part: [found[part] for found in self.parts[1:]] for part in (*LOADER, *_STEP, _AHEAD, _PIXELS)}
-        groups = {"loader": LOADER, "step": _STEP}
-        rows = []
-        for part, values in {**of_parts, "loader": self.loader(), "step": steps}.items():
-            within = groups.get(part, (part,))
-            rows.append(
-                {
-                    "augmentation": self._name,
-                    "part": f"all of the {part}" if part in groups else part,
-                    "µs an image": summary(values),
-                    "ms a step": summary([value * self._options.batch_size / 1000 for value in values]),
-                    "operators a step": sum(self.operators[one] for one in within),
-                }
-            )
-        wall = {"part": "wall time", "ms a step": summary(self.wall[1:]), "images/s": summary(rates)}
-        return [*rows, {"augmentation": self._name, **wall}]
-
-    @contextmanager
-    def _watching(self) -> Iterator[Watch]:
-        loop = self.loop
-        with watching(loop.loader) as watch, ExitStack() as patches:
-            for owner, name, part in ((loop.task, "prepare", _STEP[0]), (loop, "step", _STEP[1])):
-                patches.enter_context(patch.object(owner, name, watch.of(part, getattr(owner, name))))
-            yield watch
-
-    def _count(self) -> Counter[str]:
-        """Operators of a step, after one that builds and checks what the first step does."""
-        with self._watching() as watch:
-            self.loop.step()
-            with watch:
-                self.loop.step()
-        return watch.operators
-
-
-def _data(options: HostOptions, folder: Path) -> DataConfig:
-    data = replace(options.data, image_size=options.data.image_size or _SIDE)
-    if data.crop == "auto":
-        data = replace(data, crop="random_resized_crop")
-    if data.root is not None or data.name != "imagefolder":
-        return data
-    draw_pictures(folder, count=4 * options.batch_size, width=64, height=48)
-    return replace(data, root=str(folder), train_split=".")
-
-
-def _notes(sides: dict[str, _Side]) -> list[str]:
-    found = {name: median(side.loader()) for name, side in sides.items()}
-    over = [name for name, value in found.items() if value > _WANTED]
-    figures = ", ".join(f"{name} {number(value)}" for name, value in found.items())
-    return [
-        f"All of the loader, µs an image: {figures}. Wanted: at most {number(_WANTED)}; "
-        + (f"above it: {', '.join(over)}." if over else "all are."),
-        f"CPU time of the main thread alone (a thread that waits uses none). {_AHEAD}: it is in no sum; what DALI's "
-        "threads do shows in the wall time.",
-        f"{LOADER[2]}: its _prep_data_for_feed_input, and the copy into its own memory. {LOADER[4]}: labels, rows and "
-        f"draws packed and copied, headers checked, the batch made. {_PIXELS}: what a GPU does itself; in no sum.",
-        "Operators: those that torch dispatches in a step, views left out; on a GPU a kernel or an allocation each, "
-        "beside those of the nets. Compiled, fewer are left.",
-    ]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    run_function("bench host", run, argv, options=HostOptions, lists=("augmentations",))
-
-
-if __name__ == "__main__":
-    main()
+        named = {part: (part,) for part in (*LOADER, *_STEP, _AHEAD, _PIXELS)}
+        rows: list[dict[str, Any]] = []
+        for name, parts in {**named, "all of the loader": LOADER, "all of the step": _STEP}.items():
+            values = self.sums(parts)
+            row = {"part": name, "µs an image": summary(values)}
+            row["ms a step"] = summary([value * self._batch_size / 1000 for value in values])
+            rows.append({**row, "operators a step": sum(self._operators[part] for part in parts)})
+        return [*rows, {"part": "wall time", "ms a step": summary(self._wall[1:]), "images/s": summary(rates)}]

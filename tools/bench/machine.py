@@ -18,30 +18,25 @@ __all__ = ["cores", "cpu_seconds", "device_slug", "environment", "settle", "sync
 
 _ROOT = Path(__file__).parents[2]
 _GPU_FIELDS = (
-    "name",
-    "driver_version",
-    "memory.total",
-    "power.limit",
-    "clocks.sm",
-    "clocks.max.sm",
-    "clocks.mem",
-    "clocks.max.mem",
+    *("name", "driver_version", "memory.total", "power.limit"),
+    *("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem"),
 )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, load and commit. Take it before the work: the load average is part of it."""
-    loads = os.getloadavg()
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found: dict[str, Any] = {
         **versions(device),
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "kernel": platform.release(),
-        "cpu": _cpu_model(),
+        "cpu": (models or [platform.machine()])[0],
         "cores": os.cpu_count(),
         "cores_available": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average": [round(load, 2) for load in loads],
+        "load_average": [round(load, 2) for load in os.getloadavg()],
         "torch_threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
@@ -70,19 +65,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time, in seconds, that this process, its threads and its living descendants have used so far."""
-    own = psutil.Process()
-    return sum(_used(process) for process in (own, *own.children(recursive=True)))
+    """CPU time that this process, its threads and its living descendants have used so far."""
+    used = 0.0
+    for process in (own := psutil.Process(), *own.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:  # it has ended in the meantime
+            continue
+        used += times.user + times.system
+    return used
 
 
 def settle(longest: float = 5.0) -> None:
-    """Wait until this process and its descendants rest: what works ahead has filled its queue.
-
-    Args:
-        longest: seconds after which the wait ends in any case.
-    """
-    ends = time.monotonic() + longest
-    before = cpu_seconds()
+    """Wait, at most so many seconds, until all processes rest: what works ahead has filled its queue."""
+    ends, before = time.monotonic() + longest, cpu_seconds()
     while time.monotonic() < ends:
         time.sleep(0.1)
         now = cpu_seconds()
@@ -91,38 +87,22 @@ def settle(longest: float = 5.0) -> None:
         before = now
 
 
-def _used(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:  # it has ended in the meantime
-        return 0.0
-    return times.user + times.system
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def _gpus() -> list[dict[str, str]]:
     """Each GPU of the machine as nvidia-smi describes it; none where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
-    lines = _output(query).splitlines()
+    lines = _output("nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader").splitlines()
     return [dict(zip(_GPU_FIELDS, (value.strip() for value in line.split(",")), strict=False)) for line in lines]
 
 
 def _commit() -> str:
     """The commit of the code, "+ changes" where files differ from it, or "unknown" outside a clone."""
-    git = ["git", "--no-optional-locks", "-C", str(_ROOT)]
     if not (_ROOT / ".git").exists() or shutil.which("git") is None:
         return "unknown"
-    commit = _output([*git, "rev-parse", "--short=12", "HEAD"]).strip()
-    return (commit or "unknown") + (" + changes" if _output([*git, "status", "--porcelain"]) else "")
+    git = ("git", "--no-optional-locks", "-C", str(_ROOT))
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD").strip() or "unknown"
+    return commit + (" + changes" if _output(*git, "status", "--porcelain") else "")
 
 
-def _output(command: list[str]) -> str:
+def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout

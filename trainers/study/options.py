@@ -2,31 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dalikd.pipelines.data import FilePath
-from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.tasks.distill import DistillOptions
-from dalikd.trainers.tasks.supervised import TrainOptions
 
-__all__ = ["Net", "Pair", "StudyOptions", "chosen_pairs", "read_pairs"]
-
-_OF_A_NET = ("name", "weights", "args", "label")
-_SET_BY_THE_STUDY = {
-    *("model", "model_args", "weights", "teacher", "augmentation", "epoch_factor", "seed"),
-    *("output", "resume", "overwrite"),
-}
-
-
-def _names(options: type) -> set[str]:
-    return {option.name for option in fields(options)}
-
-
-_TRAINED_TEACHER = _names(TrainOptions) - _SET_BY_THE_STUDY
-_STUDENT = _names(DistillOptions) - _SET_BY_THE_STUDY
-_GIVEN_TEACHER = _names(TeacherConfig) - {"name", "weights", "args", "cache"}
+__all__ = ["Net", "Pair", "StudyOptions"]
 
 
 @dataclass
@@ -99,6 +81,7 @@ class Net:
         weights: its weights, or None if it is to be trained.
         args: options of the architecture.
         settings: options of training for this net alone, by their dotted names; where it has weights, of a teacher.
+        taken: of each command the settings that it takes too: train, evaluate.
     """
 
     name: str
@@ -106,6 +89,7 @@ class Net:
     weights: str | None
     args: dict[str, Any]
     settings: dict[str, Any]
+    taken: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,98 +108,6 @@ class Pair:
     def title(self) -> str:
         """Its name for people, and for --pair."""
         return f"{self.teacher.label}/{self.student.label}"
-
-
-def read_pairs(options: StudyOptions, trains_teachers: bool) -> list[Pair]:
-    """The pairs, checked.
-
-    Args:
-        options: of the study.
-        trains_teachers: whether the config says how a teacher without weights is trained.
-
-    Raises:
-        ValueError: names the pair, what is wrong and the fix.
-    """
-    if not options.pairs:
-        raise ValueError("a study needs pairs: give a config with `pairs: [{teacher: resnet56, student: resnet20}]`")
-    pairs = [_read_pair(f"pairs[{index}]", entry) for index, entry in enumerate(options.pairs)]
-    for index, pair in enumerate(pairs):
-        if pair.teacher.weights is None and not trains_teachers:
-            raise ValueError(
-                f"pairs[{index}]: the teacher {pair.teacher.label} has no weights, and the config no `train:` section "
-                "to train it by: give one of them"
-            )
-        if pair in pairs[:index]:
-            raise ValueError(f"pairs[{index}]: {pair.title} is there twice: name it once")
-    _check_labels("teacher", [pair.teacher for pair in pairs])
-    _check_labels("student", [pair.student for pair in pairs])
-    _check_labels("pair", pairs)
-    return pairs
-
-
-def chosen_pairs(pairs: Sequence[Pair], wanted: Sequence[str]) -> list[Pair]:
-    """Those pairs that --pair names; all of them where it names none.
-
-    Raises:
-        ValueError: there is no such pair.
-    """
-    for name in wanted:
-        if name not in [pair.title for pair in pairs]:
-            raise ValueError(f"--pair {name}: there is no such pair, there are {', '.join(p.title for p in pairs)}")
-    return [pair for pair in pairs if not wanted or pair.title in wanted]
-
-
-def _read_pair(place: str, entry: Any) -> Pair:
-    if not isinstance(entry, dict) or set(entry) != {"teacher", "student"}:
-        raise ValueError(f"{place} is {entry!r}: give {{teacher: NET, student: NET}}")
-    teacher = _read_net(f"{place}.teacher", entry["teacher"], _TRAINED_TEACHER)
-    student = _read_net(f"{place}.student", entry["student"], _STUDENT)
-    if student.weights is not None:
-        raise ValueError(f"{place}.student: a student starts from nothing, leave weights out")
-    return Pair(teacher, student)
-
-
-def _read_net(place: str, entry: Any, allowed: set[str]) -> Net:
-    given = {"name": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, dict) or not isinstance(given.get("name"), str) or not given["name"]:
-        raise ValueError(f"{place} is {entry!r}: give a net's name, or {{name: NET, …}}")
-    label, weights = given.get("label", given["name"]), given.get("weights")
-    args: Any = given.get("args") or {}
-    for key, value, kind in (("label", label, str), ("weights", weights, str | None), ("args", args, dict)):
-        if not isinstance(value, kind):
-            raise ValueError(f"{place}.{key} is {value!r}: give a {'group of options' if kind is dict else 'text'}")
-    settings = dict(_dotted({key: value for key, value in given.items() if key not in _OF_A_NET}))
-    _check_settings(place, settings, allowed if weights is None else _GIVEN_TEACHER)
-    return Net(given["name"], re.sub(r"[^\w.+-]+", "-", label), weights, args, settings)
-
-
-def _check_settings(place: str, settings: dict[str, Any], allowed: set[str]) -> None:
-    for key in settings:
-        if key.split(".")[0] not in allowed:
-            raise ValueError(f"{place}.{key} cannot be set here; {_known(allowed)}")
-
-
-def _known(allowed: set[str]) -> str:
-    if allowed is _GIVEN_TEACHER:
-        return f"a teacher with weights is not trained, and takes name, weights, args, label, {', '.join(allowed)}"
-    return "a net takes name, args, label and options of training, such as optimizer.lr"
-
-
-def _dotted(content: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Leaves by their dotted names; a class with its options stays whole."""
-    for key, value in content.items():
-        if isinstance(value, dict) and value and "class_path" not in value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _check_labels(role: str, things: Sequence[Net] | Sequence[Pair]) -> None:
-    """Things of one label must be the same thing: they share a folder."""
-    known: dict[str, Net | Pair] = {}
-    for thing in things:
-        if known.setdefault(thing.label.lower(), thing) != thing:  # some file systems know no capitals
-            raise ValueError(f"pairs: two {role}s are called {thing.label}: give each net a `label` of its own")
 
 
 def _check_list(name: str, values: Sequence[Any]) -> None:

@@ -1,13 +1,11 @@
 """A study as cells: plain calls of train, evaluate, measure and distill, each with a place for its result."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.study.options import Net, Pair
-from dalikd.trainers.tasks.supervised import TrainOptions
 
 __all__ = ["Axes", "Cell", "alone_name", "deal", "distill_name", "measure_name", "plan", "teacher_name"]
 
@@ -127,15 +125,13 @@ def distill_name(pair: Pair, factor: float, augmentation: str, seed: int) -> str
 
 def _teacher(net: Net) -> Cell:
     if net.weights is not None:
-        return Cell(
-            teacher_name(net), "evaluate", {**_model(net), "weights": net.weights, **_known(net, EvaluateOptions)}
-        )
+        return Cell(teacher_name(net), "evaluate", {**_model(net), "weights": net.weights, **net.taken["evaluate"]})
     return Cell(teacher_name(net), "train", {**_model(net), **net.settings})
 
 
 def _alone(net: Net, factor: float, seed: int) -> Cell:
     length = {"epoch_factor": factor, "seed": seed}
-    return Cell(alone_name(net, factor, seed), "train", {**_model(net), **_known(net, TrainOptions), **length})
+    return Cell(alone_name(net, factor, seed), "train", {**_model(net), **net.taken["train"], **length})
 
 
 def _measure(pair: Pair, axes: Axes, folder: Path, ema: float, scored: bool) -> Cell:
@@ -164,12 +160,6 @@ def _distill(pair: Pair, factor: float, augmentation: str, seed: int, folder: Pa
 
 def _model(net: Net) -> dict[str, Any]:
     return {"model": net.name, **({"model_args": net.args} if net.args else {})}
-
-
-def _known(net: Net, options: type) -> dict[str, Any]:
-    """Those of a net's own options that a command takes."""
-    names = {option.name for option in fields(options)}
-    return {key: value for key, value in net.settings.items() if key.split(".")[0] in names}
 
 
 def _asked(net: Net, folder: Path, ema: float) -> tuple[dict[str, Any], tuple[str, ...]]:

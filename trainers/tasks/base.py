@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -125,6 +126,26 @@ class TrainingOptions(AugmentingOptions, ABC):
     def length(self) -> int:
         """Epochs that are trained in all."""
         return round(self.epochs * self.epoch_factor)
+
+    def check_machine(self, accelerator: Accelerator) -> None:
+        """Check what the options ask for beyond their own numbers.
+
+        Raises:
+            ValueError: the optimizer cannot work with its numbers, or the device not with an option.
+        """
+        for name, value in getattr(
+            self.optimizer, "keywords", {}
+        ).items():  # those of a class; a function keeps its own
+            numbers = [one for one in (value if isinstance(value, tuple | list) else [value]) if isinstance(one, float)]
+            if not all(map(math.isfinite, numbers)) or (name == "lr" and numbers and numbers[0] <= 0):
+                wanted = "a number above 0" if name == "lr" else "finite numbers"
+                raise ValueError(f"--optimizer.{name} {value}: give {wanted}")
+        try:
+            self.optimizer([nn.Parameter(torch.zeros(1, 1))])
+        except ValueError as error:
+            raise ValueError(f"--optimizer: {error}") from error
+        if self.sync_bn and accelerator.device.type != "cuda":
+            raise ValueError("--sync_bn true needs GPUs: leave it out on the CPU")
 
     @abstractmethod
     def build(self, setup: Setup) -> "Task":

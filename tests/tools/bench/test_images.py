@@ -1,22 +1,24 @@
 import dataclasses
 import mmap
 from collections import namedtuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dalikd.pipelines.data import open_source
-from dalikd.tools.bench import images
+from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.sources import Source
+from dalikd.tools.bench import images, main
 from dalikd.tools.bench.images import (
     bring_into_page_cache,
     cached_share,
-    describe,
-    draw_pictures,
+    draw_images,
     drop_from_page_cache,
-    picture_paths,
-    repeat_pictures,
-    sample_rows,
+    image_paths,
+    repeat_images,
 )
 
 
@@ -30,110 +32,101 @@ def folder(tmp_path):
     return tmp_path / "p"
 
 
-def test_describes_files_by_their_headers(folder):
-    found = describe(open_source("imagefolder", folder, "train", split="."))
-    sizes = [path.stat().st_size for path in picture_paths(folder)]
+def _described(source: Source) -> dict[str, Any]:
+    found = images.describe(source)
+    assert found is not None
+    return found
+
+
+def test_describes_files_by_their_headers_and_arrays(folder):
+    source = open_source("imagefolder", folder, "train", split=".")
+    found = _described(source)
+    sizes = [path.stat().st_size for path in image_paths(folder)]
     assert (found["number"], found["sampled"]) == (3, 3)
     assert found["width"] == {"mean": 40.0, "median": 40.0, "p95": pytest.approx(58.0)}
     assert found["height"] == {"mean": 30.0, "median": 30.0, "p95": pytest.approx(48.0)}
     assert found["encoded_bytes"]["mean"] == pytest.approx(sum(sizes) / 3)
-
-
-def test_describes_arrays(folder):
-    source = open_source("imagefolder", folder, "train", split=".")
-    arrays = np.zeros((3, 8, 9, 3), np.uint8)
-    found = describe(dataclasses.replace(source, files=None, arrays=arrays))
+    found = _described(dataclasses.replace(source, files=None, arrays=np.zeros((3, 8, 9, 3), np.uint8)))
     assert (found["number"], found["width"]["median"], found["height"]["median"]) == (3, 9.0, 8.0)
     assert "encoded_bytes" not in found
 
 
-def test_a_sample_is_seeded_and_without_repetition():
-    rows = sample_rows(100, 10, seed=3)
-    assert np.array_equal(rows, sample_rows(100, 10, seed=3))
-    assert not np.array_equal(rows, sample_rows(100, 10, seed=4))
+def test_a_sample_is_without_repetition():
+    rows = images.sample_rows(100, 10)
+    assert np.array_equal(rows, images.sample_rows(100, 10))
     assert len(set(rows.tolist())) == 10
-    assert np.array_equal(sample_rows(5, 10), np.arange(5))
+    assert np.array_equal(images.sample_rows(5, 10), np.arange(5))
 
 
-def test_pictures_are_found_at_any_depth(folder):
-    assert [path.name for path in picture_paths(folder)] == ["1.jpg", "2.JPG", "3.jpg"]
+def test_stores_are_named_after_what_a_source_is(small_images, tmp_path):
+    source = open_source("imagefolder", small_images, "train", split=".")
+    assert images.own_store(source) == "files"
+    for store in images.STORES:
+        found = images.open_store(store, source, View(32, "pad_crop"), tmp_path)
+        assert images.own_store(found) == store
+        assert (found.labels == source.labels).all()
+        assert bool(images.stored_files(found)) == (store != "resident")
+        assert all(Path(path).is_file() for path in images.stored_files(found))
+        assert (images.describe(found) is None) == (store in ("webdataset", "tfrecord"))
 
 
-def test_files_leave_the_page_cache_and_come_back(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(64 * mmap.PAGESIZE))
-    drop_from_page_cache([path])
-    cold = cached_share([path])
-    if cold == 1:
-        pytest.skip("this file system keeps or does not tell what is cached")
-    assert cold == 0
-    bring_into_page_cache([path])
-    assert cached_share([path]) == 1
-    empty = tmp_path / "empty"
-    empty.write_bytes(b"")
-    assert cached_share([empty]) == 0
-    assert cached_share([path, empty]) == 1
-
-
-def test_reading_ahead_stops_at_half_of_the_memory(tmp_path, monkeypatch):
+@pytest.fixture
+def cold(tmp_path):
+    """Two files of 64 pages out of the page cache."""
     paths = [tmp_path / "1", tmp_path / "2"]
     for path in paths:
         path.write_bytes(bytes(64 * mmap.PAGESIZE))
     drop_from_page_cache(paths)
-    if cached_share(paths):
+    if cached_share(paths) == 1:
         pytest.skip("this file system keeps or does not tell what is cached")
+    return paths
+
+
+def test_files_leave_the_page_cache_and_come_back(cold, tmp_path):
+    assert cached_share(cold) == 0
+    bring_into_page_cache(cold[:1])
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    assert [cached_share([cold[0], empty]), cached_share(cold), cached_share([empty])] == [1, 0.5, 0]
+
+
+def test_reading_ahead_stops_at_half_of_the_memory(cold, monkeypatch):
     free = namedtuple("free", "available")(2 * 64 * mmap.PAGESIZE)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    bring_into_page_cache(paths)
-    assert [cached_share([path]) for path in paths] == [1, 0]
+    bring_into_page_cache(cold)
+    assert [cached_share([path]) for path in cold] == [1, 0]
 
 
-def test_repeats_pictures_as_real_bytes(folder, tmp_path):
-    assert repeat_pictures(folder, tmp_path / "more", count=7) == 7
-    copies = picture_paths(tmp_path / "more")
-    assert [path.relative_to(tmp_path / "more").as_posix() for path in copies] == [
-        "a/1-0.jpg",
-        "a/1-1.jpg",
-        "a/1-2.jpg",
-        "a/2-0.JPG",
-        "a/2-1.JPG",
-        "b/3-0.jpg",
-        "b/3-1.jpg",
+def test_repeats_images_as_real_bytes(folder, tmp_path):
+    assert repeat_images(folder, tmp_path / "more", count=7) == 7
+    copies = image_paths(tmp_path / "more")
+    names = [path.relative_to(tmp_path / "more").as_posix() for path in copies]
+    assert names == [f"a/1-{i}.jpg" for i in range(3)] + [f"a/2-{i}.JPG" for i in range(2)] + [
+        f"b/3-{i}.jpg" for i in range(2)
     ]
-    original = folder / "a" / "1.jpg"
-    assert copies[2].read_bytes() == original.read_bytes()
-    assert len({path.stat().st_ino for path in [*copies, original]}) == 8
+    assert copies[2].read_bytes() == (folder / "a/1.jpg").read_bytes()
+    assert len({path.stat().st_ino for path in [*copies, folder / "a/1.jpg"]}) == 8
+    sizes = [path.stat().st_size for path in image_paths(folder)]
+    assert repeat_images(folder, tmp_path / "by size", size=sum(sizes) + 1) == 4
 
 
-def test_repeats_pictures_up_to_a_size(folder, tmp_path):
-    sizes = [path.stat().st_size for path in picture_paths(folder)]
-    assert repeat_pictures(folder, tmp_path / "more", size=sum(sizes) + 1) == 4
-
-
-def test_wrong_repetitions_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="either"):
-        repeat_pictures(folder, tmp_path / "more")
+def test_wrong_repetitions_are_refused(folder, tmp_path, refused):
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
-        repeat_pictures(tmp_path / "none", tmp_path / "more", count=1)
-    with pytest.raises(FileExistsError, match="not empty"):
-        repeat_pictures(folder, folder, count=1)
-    with pytest.raises(ValueError, match="GB"):
-        repeat_pictures(folder, tmp_path / "more", size=1 << 60)
+    for source, target, more, message in (
+        (folder, "more", (), "give either --count, how many images, or --size, how many bytes"),
+        (tmp_path / "none", "more", ("--count", 1), "holds no images"),
+        (folder, "p", ("--count", 1), "is not empty"),
+        (folder, "more", ("--size", 1 << 60), "GB"),
+    ):
+        assert message in refused("images", source, tmp_path / target, *more)
     assert not (tmp_path / "more").exists()
+    main(["images", str(folder), str(tmp_path / "more"), "--count", "5"])
+    assert len(image_paths(tmp_path / "more")) == 5
 
 
-def test_pictures_are_repeated_from_the_command_line(small_images, tmp_path, capsys):
-    images.main([str(small_images), str(tmp_path / "many"), "--count", "305"])
-    assert len(list((tmp_path / "many").glob("*/*.jpg"))) == 305
-    with pytest.raises(SystemExit):
-        images.main([str(small_images), str(tmp_path / "more")])
-    assert "say either how many pictures or how many bytes" in capsys.readouterr().err
-
-
-def test_drawn_pictures_are_decodable_and_differ(tmp_path):
-    draw_pictures(tmp_path, count=6, width=40, height=30, classes=2)
-    paths = picture_paths(tmp_path)
+def test_drawn_images_are_decodable_and_differ(tmp_path):
+    draw_images(tmp_path, count=6, width=40, height=30, classes=2)
+    paths = image_paths(tmp_path)
     assert [path.parent.name for path in paths] == ["class0"] * 3 + ["class1"] * 3
     assert len({Image.open(path).convert("RGB").tobytes() for path in paths}) == 6
     assert {Image.open(path).size for path in paths} == {(40, 30)}

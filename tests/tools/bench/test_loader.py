@@ -1,59 +1,51 @@
-"""The whole of `bench loader`, on pictures of 32 pixels and with times too short to mean anything."""
+"""The whole of `bench loader`, on images of 32 pixels and with times too short to mean anything."""
 
-import json
-from pathlib import Path
+import re
 
 import pytest
 import torch
 
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.tools.bench import comparison, feeding, startup, stores, sweep
-from dalikd.tools.bench.comparison import Clock, Meter
-from dalikd.tools.bench.dispatch import Planned
-from dalikd.tools.bench.loader import LoaderOptions, main, plan
-from dalikd.tools.bench.record import load
-from dalikd.tools.bench.sides import Job
+from dalikd.tools.bench import images, loader, startup
+from dalikd.tools.bench.loader import Meter
+from dalikd.tools.bench.sides import Job, Side
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def no_rest(monkeypatch):
-    """Processes need no rest where nothing is concluded."""
-    monkeypatch.setattr(comparison, "settle", lambda: None)
-    monkeypatch.setattr(sweep, "settle", lambda: None)
+SIZES = ("--data.image_size", 32, "--data.threads", 1, "--workers", 0, "--batch_size", 20, "--images", 20)
 
 
 @pytest.fixture
-def bench(tmp_path, small_images, capsys):
-    """Calls `dalikd bench loader` on 300 pictures of 32 pixels; returns its record and what it printed."""
+def measured(bench, small_images):
+    """Calls `dalikd bench loader` on 300 images of 32 pixels."""
 
-    def call(*arguments, data=("--data.root", str(small_images), "--data.train_split", ".")):
-        common = ["--data.image_size", "32", "--data.threads", "1", "--workers", "0", "--batch_size", "20"]
-        main([*data, *common, "--images", "20", "--output", str(tmp_path / "x.json"), *map(str, arguments)])
-        found = load(tmp_path / "x.json")
-        assert found is not None
-        return found, capsys.readouterr().out
+    def call(*words, data=("--data.root", str(small_images), "--data.train_split", ".")):
+        return bench("loader", *data, *SIZES, *words)
 
     return call
 
 
-def _refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.count("\n") == 1
-    return error
+class _Taken:
+    """A side that counts what is asked of it."""
+
+    def __init__(self):
+        self.count, self.closed = 0, False
+        self.side = Side(self._batches(), ahead=3)
+
+    def _batches(self):
+        try:
+            while True:
+                self.count += 1
+                yield ()
+        finally:
+            self.closed = True
 
 
-def test_a_row_for_every_loader(bench):
-    record, out = bench("--data.crop", "random_resized_crop")
+def test_a_row_for_every_loader(measured):
+    record, out = measured("--data.crop", "random_resized_crop")
     assert [row["loader"] for row in record.rows] == ["dalikd", "torchvision-pil", "torchvision-io", "timm", "decode"]
     assert all(row["images/s"]["repetitions"] == row["CPU ms/image"]["repetitions"] == 5 for row in record.rows)
-    assert [row["dalikd / this"] is None for row in record.rows] == [True, *[False] * 4]
+    assert record.rows[0]["dalikd / this"] is None
     ours, theirs = (row["images/s"]["values"] for row in record.rows[:2])
     assert record.rows[1]["dalikd / this"]["values"] == [a / b for a, b in zip(ours, theirs, strict=True)]
     assert record.title == (
@@ -64,189 +56,128 @@ def test_a_row_for_every_loader(bench):
     assert record.pictures is not None
     assert record.pictures["number"] == 300
     assert record.config["data"]["image_size"] == 32
-    assert record.notes[0].startswith("decode: DALI decodes the same windows")
-    assert "µs." in record.notes[-1]
+    assert re.fullmatch(r"dalikd's loader on the main thread, an image .*: [\d.]+ µs\.", record.notes[-1])
     assert "| timm |" in out
 
 
-def test_what_a_loader_lacks_is_said(bench):
-    record, _ = bench("--backends", "dalikd", "torchvision-io", "timm", "--augmentations", "identity", "cutmix")
-    assert [(row["augmentation"], row["loader"]) for row in record.rows] == [
-        ("identity", "dalikd"),
-        ("identity", "torchvision-io"),
-        ("cutmix", "dalikd"),
-    ]
+def test_what_a_loader_lacks_is_told(measured):
+    record, _ = measured("--backends", "dalikd", "torchvision-io", "timm", "--augmentations", "identity", "cutmix")
+    found = [(row["augmentation"], row["loader"]) for row in record.rows]
+    assert found == [("identity", "dalikd"), ("identity", "torchvision-io"), ("cutmix", "dalikd")]
     assert record.notes[:2] == [
         "timm is left out where it has none of these: pad_crop.",
         "torchvision-io is left out where it has none of these: cutmix.",
     ]
 
 
-def test_the_same_pictures_from_every_store(bench):
-    record, _ = bench("--backends", "dalikd", "--sources", "all")
+def test_the_same_images_from_every_store(measured):
+    record, _ = measured("--backends", "dalikd", "--sources", "all")
     assert [row["source"] for row in record.rows] == ["files", "resident", "webdataset", "tfrecord"]
     assert [row["page cache"] for row in record.rows] == ["warm", "no files", "warm", "warm"]
 
 
-def test_cold_means_that_nothing_lay_in_memory(bench, monkeypatch):
-    monkeypatch.setattr(comparison, "cached_share", lambda _: 0.0)
+def test_cold_means_that_nothing_lay_in_memory(measured, monkeypatch):
+    monkeypatch.setattr(images, "cached_share", lambda _: 0.0)
     dropped = []
-    monkeypatch.setattr(comparison, "drop_from_page_cache", lambda paths: dropped.append(len(paths)))
-    record, _ = bench("--backends", "dalikd", "--cache", "both")
+    monkeypatch.setattr(images, "drop_from_page_cache", lambda paths: dropped.append(len(paths)))
+    record, _ = measured("--backends", "dalikd", "--cache", "both")
     assert [row["page cache"] for row in record.rows] == ["warm", "cold"]
     assert record.page_cache.endswith("cold; 0 % of the files' pages lay in memory before a measurement.")
     assert dropped == [300] * 6
 
 
-def test_random_pictures_need_no_data_set(bench):
-    record, _ = bench("--random", 60, "--backends", "dalikd", "torchvision-io", data=())
+def test_random_images_need_no_data_set(measured):
+    record, _ = measured("--random", 60, "--backends", "dalikd", "torchvision-io", data=())
     assert [row["loader"] for row in record.rows] == ["dalikd", "torchvision-io"]
     assert record.stem.partition("-loader-")[2] == "random-32-cpu"
     assert record.page_cache == "no files."
 
 
-def test_a_sweep_prints_config_lines_and_keeps_one_pipeline_open(bench, monkeypatch):
-    monkeypatch.setattr(sweep, "cores", lambda: 1)
-    monkeypatch.setattr(sweep, "_PREFETCH", (1, 2))
-    monkeypatch.setattr("dalikd.tools.bench.loader.cores", lambda: 1)
+@pytest.mark.parametrize("threads", ["null", 1])
+def test_a_sweep_prints_config_lines_and_keeps_one_pipeline_open(measured, monkeypatch, threads):
+    monkeypatch.setattr(loader, "cores", lambda: 1)
+    monkeypatch.setattr(loader, "_PREFETCH", (1, 2))
     opened = []
 
     def open_side(*_):
-        assert all(side.closed for side in opened)
-        opened.append(_Side())
-        return opened[-1]
+        assert all(taken.closed for taken in opened)
+        opened.append(_Taken())
+        return opened[-1].side
 
-    monkeypatch.setattr(sweep, "open_side", open_side)
-    record, out = bench("--sweep", "true", "--data.threads", "null")
-    assert [(row["setting"], row["value"]) for row in record.rows] == [
-        ("threads", 1),
-        ("threads", 2),
-        ("prefetch", 1),
-        ("prefetch", 2),
-    ]
-    assert len(opened) == 4 * 6
-    assert "\ndata:\n  threads: " in out
-    assert "\n  prefetch: " in out
+    monkeypatch.setattr(loader, "open_side", open_side)
+    record, out = measured("--sweep", "true", "--data.threads", threads)
+    tried = [("prefetch", 1), ("prefetch", 2)]
+    tried = tried if threads == 1 else [("threads", 1), ("threads", 2), *tried]
+    assert [(row["setting"], row["value"]) for row in record.rows] == tried
+    assert len(opened) == len(tried) * 6
+    assert re.search(r"\ndata:\n  threads: \d\n  prefetch: ", out)
+    assert record.variant.endswith("-sweep-1-threads" if threads == 1 else "-sweep")
 
 
-def test_a_sweep_keeps_to_the_threads_that_are_given(bench, monkeypatch):
-    monkeypatch.setattr(sweep, "_PREFETCH", (1, 2))
-    record, out = bench("--sweep", "true")
-    assert [(row["setting"], row["value"]) for row in record.rows] == [("prefetch", 1), ("prefetch", 2)]
-    assert record.variant.endswith("-sweep-1-threads")
-    assert "\ndata:\n  threads: 1\n  prefetch: " in out
-
-
-def test_a_sweep_takes_the_smallest_that_is_good_enough():
-    assert sweep.choose({1: 50.0, 2: 98.5, 4: 100.0, 8: 90.0}) == 2
-    assert sweep.choose({1: 50.0, 2: 97.0, 4: 100.0}) == 4
-
-
-def test_a_sweep_covers_the_hardware_decoder_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(sweep, "cores", lambda: 16)
-    assert list(sweep._settings("dalikd")) == ["threads", "prefetch"]
-    settings = sweep._settings("dalikd-mixed")
+def test_a_sweep_takes_the_smallest_that_is_good_enough(monkeypatch):
+    assert loader.choose({1: 50.0, 2: 98.5, 4: 100.0, 8: 90.0}) == 2
+    assert loader.choose({1: 50.0, 2: 97.0, 4: 100.0}) == 4
+    monkeypatch.setattr(loader, "cores", lambda: 16)
+    assert list(loader._settings("dalikd")) == ["threads", "prefetch"]
+    settings = loader._settings("dalikd-mixed")
     assert settings["threads"] == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    assert settings["hw_decoder_load"][0] == 0.0
-    assert settings["hw_decoder_load"][-1] == 1.0
+    assert settings["hw_decoder_load"] == (0.0, 1.0)
 
 
-def test_startup_measures_scan_and_cache(bench, monkeypatch):
+def test_startup_measures_scan_and_cache(measured, monkeypatch):
     monkeypatch.setattr(startup, "_SETTLED_SECONDS", 2.1)
-    record, _ = bench("--startup", 500)
+    record, _ = measured("--startup", 500)
     assert [row["what"] for row in record.rows] == [
         "scan (first start)",
         "open from the cached list",
         "open and hash (for checkpoints)",
         "open, build, first batch of 20",
     ]
-    assert record.notes[0] == "The tree: 500 files in 500 class folders, hard links to 1 of the pictures."
+    assert record.notes[0] == "The tree: 500 files in 500 class folders, hard links to 1 of the images."
     assert record.notes[1].startswith("The cached list takes 0.")
 
 
-def test_a_tree_grows_from_links_to_copies(small_images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_tree_grows_from_links_or_copies(small_images, tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
     paths = sorted(small_images.glob("*/*.jpg"))[:3]
     monkeypatch.setattr(startup, "_MOST_LINKS", 4)
     monkeypatch.setattr(startup, "_CLASSES", 5)
     text = startup.grow_tree(paths, tmp_path / "tree", 10)
     files = sorted((tmp_path / "tree").glob("*/*"))
-    assert text == "The tree: 10 files in 5 class folders, hard links to 3 of the pictures."
+    assert (
+        text == f"The tree: 10 files in 5 class folders, {'hard links to' if links else 'copies of'} 3 of the images."
+    )
     assert [path.parent.name for path in files] == [f"class{number // 2:04d}" for number in range(10)]
     assert [path.read_bytes() for path in files] == [paths[number // 4].read_bytes() for number in range(10)]
-    assert len({path.stat().st_ino for path in files}) == 3
+    assert len({path.stat().st_ino for path in files}) == (3 if links else 10)
     assert all(path.stat().st_nlink == 1 for path in paths)
 
 
-def test_a_tree_grows_without_hard_links(small_images, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError
-
-    monkeypatch.setattr("os.link", refuse)
-    paths = sorted(small_images.glob("*/*.jpg"))[:1]
-    text = startup.grow_tree(paths, tmp_path / "tree", 4)
-    assert text.endswith("copies of 1 of the pictures.")
-    assert len({path.stat().st_ino for path in (tmp_path / "tree").glob("*/*")}) == 4
-
-
-def test_orders_are_measured_in_processes_of_their_own(bench):
-    record, _ = bench("--orders", 1000, 2000, data=())
+def test_orders_are_measured_in_processes_of_their_own(measured):
+    record, _ = measured("--orders", 1000, 2000, data=())
     assert [row["images"] for row in record.rows] == ["1,000", "2,000"]
     assert all(row["order of an epoch, s"]["low"] > 0 for row in record.rows)
-
-
-def test_memory_of_orders_is_that_of_two_arrays():
-    seconds, held, peak = feeding._order_cost(1 << 20, 2)
+    seconds, held, peak = startup.order_cost(1 << 20, 2)
     assert len(seconds) == 2
-    assert held > 8 << 20
-    assert peak >= held
+    assert peak >= held > 8 << 20  # two arrays
 
 
-class _Side:
-    """Counts what is asked of it."""
-
-    ahead = 3
-
-    def __init__(self):
-        self.taken, self.closed = 0, False
-
-    def next(self):
-        self.taken += 1
-        return ()
-
-    def close(self):
-        self.closed = True
-
-
-@pytest.mark.parametrize(("images", "taken"), [(20, 3 + 2), (21, 3 + 3), (1, 3 + 1)])
-def test_a_measurement_leaves_out_what_lay_ready(small_images, images, taken):
+@pytest.mark.parametrize(("wanted", "taken"), [(20, 3 + 2), (21, 3 + 3), (1, 3 + 1), (None, None)])
+def test_a_measurement_leaves_out_what_lay_ready_and_ends_in_time(small_images, wanted, taken):
     source = open_source("imagefolder", small_images, "train", split=".")
-    job = Job(source, View(32, "pad_crop"), "identity", 10, CPU)
-    side = _Side()
-    meter = Meter(side, job, Clock(5, 1.0, images))
-    assert meter() > 0
-    assert side.taken == taken
+    job, counted = Job(source, View(32, "pad_crop"), "identity", 10, torch.device("cpu")), _Taken()
+    meter = Meter(counted.side, job, 0.05, wanted)
+    rate = meter()
     assert len(meter.cpu) == 1
-
-
-def test_a_measurement_ends_after_its_time(small_images):
-    source = open_source("imagefolder", small_images, "train", split=".")
-    job = Job(source, View(32, "pad_crop"), "identity", 10, CPU)
-    side = _Side()
-    rate = Meter(side, job, Clock(5, 0.05))()
-    assert 0.5 * rate * 0.05 < 10 * (side.taken - 3) <= 1.5 * rate * 0.05
-
-
-def test_stores_are_named_after_what_a_source_is(small_images, tmp_path):
-    source = open_source("imagefolder", small_images, "train", split=".")
-    view = View(32, "pad_crop")
-    assert stores.own_store(source) == "files"
-    for store in stores.STORES:
-        found = stores.open_store(store, source, view, tmp_path)
-        assert stores.own_store(found) == store
-        assert len(found) == 300
-        assert (found.labels == source.labels).all()
-        assert bool(stores.stored_files(found)) == (store != "resident")
-        assert all(Path(path).is_file() for path in stores.stored_files(found))
+    if taken is not None:
+        assert counted.count == taken
+    else:
+        assert 0.5 * rate * 0.05 < 10 * (counted.count - 3) <= 1.5 * rate * 0.05
 
 
 @pytest.mark.parametrize(
@@ -269,32 +200,12 @@ def test_stores_are_named_after_what_a_source_is(small_images, tmp_path):
         (["--cache", "cold", "--batch_size", 200], "--cache cold needs more than"),
         (["--backends", "timm"], "nothing to measure: timm is left out where it has none of these: pad_crop."),
         (["--output", "/dev/null/x"], "--output"),
+        (["--data.root", "nowhere"], "nowhere"),
+        (["--data.root", "null", "--random", 600, "--sweep", "true"], "give --data.root"),
+        (["--data.root", "null", "--random", 600, "--startup", 600], "give --data.root"),
     ],
 )
-def test_mistakes_are_one_line(capsys, small_images, tmp_path, arguments, message):
+def test_mistakes_are_one_line(refused, small_images, tmp_path, arguments, message):
     data = ["--data.root", small_images, "--data.train_split", ".", "--data.image_size", 32, "--workers", 0]
-    error = _refused(capsys, "--output", tmp_path, *data, *arguments)
-    assert message in error
+    assert message in refused("loader", "--output", tmp_path, *data, *arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("mode", [("--sweep", "true"), ("--startup", 600)])
-def test_modes_that_need_files_say_so(capsys, tmp_path, mode):
-    assert "give --data.root" in _refused(capsys, "--random", 600, "--output", tmp_path, *mode)
-
-
-def test_a_missing_data_set_is_named(capsys, tmp_path):
-    error = _refused(capsys, "--data.root", tmp_path / "nowhere", "--output", tmp_path)
-    assert "nowhere" in error
-
-
-def test_the_plan_is_made_of_commands_that_parse(tmp_path, monkeypatch):
-    parsed = []
-    monkeypatch.setattr("dalikd.tools.bench.loader.run", parsed.append)
-    steps = plan(tmp_path)
-    assert all(isinstance(step, Planned) for step in steps)
-    for step in steps:
-        main([*step.arguments, "--output", str(tmp_path)])
-    assert [type(options) for options in parsed] == [LoaderOptions] * len(steps)
-    assert [step for step in steps if "dalikd-mixed" in step.arguments and not step.gpus] == []
-    assert json.dumps([step.arguments for step in steps]).count(str(tmp_path)) >= 5

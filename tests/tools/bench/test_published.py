@@ -1,33 +1,26 @@
-import json
 from dataclasses import asdict
-from functools import partial
-from itertools import pairwise
+from itertools import pairwise, repeat
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.losses import KD
 from dalikd.kd.teacher import Teacher
-from dalikd.tools.bench import published as bench
-from dalikd.tools.bench.habits import RUNGS, HabitLoop, Habits, HostMeters, Input, host_cutmix
+from dalikd.tools.bench import published
+from dalikd.tools.bench.common import open_training
+from dalikd.tools.bench.published import ABLATIONS, AblatedLoop, Ablation, Input, host_cutmix
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
-from dalikd.trainers.setup import open_training_data
 
 BATCH = 16
-NAMES = [*RUNGS, "dalikd distill's step"]
+NAMES = [*ABLATIONS, "dalikd distill's step"]
 SAME_LOSSES = NAMES[2:]  # those that mix by the draws of the batch
-
-
-def refuse(constant):
-    raise AssertionError(f"{constant} is no JSON")
 
 
 class CountWaits(TorchDispatchMode):
@@ -43,27 +36,26 @@ class CountWaits(TorchDispatchMode):
 
 
 @pytest.fixture
-def arguments(training, teacher, tmp_path):
+def arguments(training, teacher):
     training = training[: training.index("--epochs")]
-    return [*map(str, [*training, *teacher]), "--metric", "false", "--output", str(tmp_path / "out")]
+    return [*map(str, [*training, *teacher]), "--metric", "false"]
 
 
 @pytest.fixture
-def ladder(arguments):
-    """Every rung, with the loader they share."""
+def variants_and_loader(arguments):
+    """Every variant, with the loader they share."""
     options, _ = parse("bench published", arguments)
     accelerator = start("cpu", "fp32")
-    data = open_training_data(options, accelerator)
-    nets = bench._build_nets(options, data, accelerator.device)
-    yield bench.open_ladder(options, data, nets, accelerator), data.loader
-    data.loader.close()
+    opened = open_training(options, accelerator)
+    yield published.open_variants(options, opened, accelerator), opened.loader
+    opened.loader.close()
 
 
-def test_each_rung_gives_up_one_habit():
-    rungs = [asdict(habits) for habits in RUNGS.values()]
-    assert all(rungs[0].values())
-    assert not any(rungs[-1].values())
-    for lower, upper in pairwise(rungs):
+def test_each_variant_changes_one_thing():
+    variants = [asdict(ablation) for ablation in ABLATIONS.values()]
+    assert all(variants[0].values())
+    assert not any(variants[-1].values())
+    for lower, upper in pairwise(variants):
         changed = [name for name in lower if lower[name] != upper[name]]
         assert len(changed) == 1
         assert not upper[changed[0]]
@@ -72,17 +64,17 @@ def test_each_rung_gives_up_one_habit():
 # ----------------------------------------------------------------------------------------------- the loop
 
 
-def test_every_rung_asks_the_teacher_about_as_many_images_as_it_should(ladder):
-    rungs, _ = ladder
+def test_every_variant_asks_the_teacher_about_as_many_images_as_it_should(variants_and_loader):
+    variants, _ = variants_and_loader
     thrice, twice = [BATCH, 2 * BATCH, BATCH], [BATCH, 2 * BATCH]
     expected = [thrice, thrice, thrice, twice, *[[3 * BATCH]] * 5]
-    assert list(rungs) == NAMES
-    assert [bench._count_teacher(rung) for rung in rungs.values()] == expected
+    assert list(variants) == NAMES
+    assert [published.count_teacher(variant) for variant in variants.values()] == expected
 
 
-def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
-    rungs, loader = ladder
-    losses = {name: _losses(rungs[name], loader) for name in SAME_LOSSES}
+def test_the_variants_that_mix_alike_have_the_same_losses(variants_and_loader):
+    variants, loader = variants_and_loader
+    losses = {name: _losses(variants[name], loader) for name in SAME_LOSSES}
     reference = losses.pop("dalikd distill's step")
     assert reference[0] > 0
     assert len(set(reference)) == 5  # they train
@@ -90,12 +82,12 @@ def test_the_rungs_that_mix_alike_have_the_same_losses(ladder):
         assert values == pytest.approx(reference, abs=1e-4), name
 
 
-def _losses(rung, loader):
+def _losses(variant, loader):
     loader.seek(0)
     losses = []
     for _ in range(5):
-        terms = rung.step()
-        loop = getattr(rung.step, "__self__", None)
+        terms = variant.step()
+        loop = getattr(variant.step, "__self__", None)
         if isinstance(loop, Loop):
             terms = loop.meter.means()
             loop.meter.reset()
@@ -103,22 +95,22 @@ def _losses(rung, loader):
     return losses
 
 
-def test_the_lower_two_rungs_train(ladder):
-    rungs, _ = ladder
+def test_the_lower_two_variants_train(variants_and_loader):
+    variants, _ = variants_and_loader
     for name in NAMES[:2]:
-        net = rungs[name].step.__self__._student
+        net = variants[name].step.__self__.student
         before = [parameter.clone() for parameter in net.parameters()]
-        rungs[name].step()
+        variants[name].step()
         assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)), name
 
 
-def test_only_the_lower_two_rungs_wait_for_the_device(ladder):
-    rungs, _ = ladder
+def test_only_the_lower_two_variants_wait_for_the_device(variants_and_loader):
+    variants, _ = variants_and_loader
     waits = {}
-    for name, rung in rungs.items():
-        rung.step()
+    for name, variant in variants.items():
+        variant.step()
         with CountWaits() as mode:
-            rung.step()
+            variant.step()
         waits[name] = mode.count
     # four terms of the loss, and at least one look at each of two orders
     assert [count >= 6 for count in waits.values()] == [True] * 2 + [False] * 7
@@ -135,8 +127,15 @@ def test_the_published_step_has_the_losses_of_an_independent_computation():
     augmenter: Any = SimpleNamespace(runs=2)
     loss = KD(ce_weight=0.1, kd_weight=0.9, temperature=4.0)
     trained = torch.nn.Sequential(torch.nn.Flatten(), student)
-    loop = HabitLoop(
-        Habits(), lambda: Input(images, labels), trained, frozen, loss, partial(SGD, lr=0.5), augmenter, seed=7
+    loop = AblatedLoop(
+        Ablation(),
+        repeat(Input(images, labels)),
+        trained,
+        frozen,
+        loss,
+        SGD(trained.parameters(), 0.5),
+        augmenter,
+        seed=7,
     )
     weight, bias = student.weight.detach().clone(), student.bias.detach().clone()
     torch.manual_seed(11)
@@ -193,40 +192,32 @@ def test_cutmix_on_the_host_tells_what_it_mixed():
         assert ((mixed.images == images) | (mixed.images == images[mixed.partner])).all()
 
 
-def test_the_hosts_meters_add_up():
-    meters = HostMeters()
+def test_the_hosts_sums_add_up():
+    unused: Any = None
+    loop = AblatedLoop(Ablation(), unused, torch.nn.Identity(), unused, unused, unused, unused)
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])
     for term in (1.0, 2.0):
-        meters.add({"loss": torch.tensor(term)}, logits, torch.tensor([0, 4, 5, 5]))
-    assert meters.count == 8
-    assert meters.sums["loss"] == 4 * 1.0 + 4 * 2.0
-    assert meters.sums["top1"] == 2 * 2
-    assert meters.sums["top5"] == 2 * 3
+        loop._count({"loss": torch.tensor(term)}, logits, torch.tensor([0, 4, 5, 5]))
+    assert loop.sums == {"loss": 4 * 1.0 + 4 * 2.0, "top1": 2 * 2, "top5": 2 * 3}
 
 
 # ------------------------------------------------------------------------------------------- the benchmark
 
 
 def test_the_ceiling_is_that_of_the_operations(arguments):
-    costs = bench.Costs(teacher=10, student=5)
+    costs = published.Costs(teacher=10, student=5)
     assert costs.of_step(4) == 50
     assert costs.reuse_ceiling == 50 / 40
     options, _ = parse("bench published", arguments)
-    data = open_training_data(options, start("cpu", "fp32"))
-    counted = bench._costs(bench._build_nets(options, data, torch.device("cpu")), 32, torch.device("cpu"))
+    counted = published.costs(open_training(options, start("cpu", "fp32")), 32)
     convolution, linear = 2 * 8 * (3 * 3 * 3) * 15 * 15, 2 * 8 * 3
     assert counted.teacher == convolution + linear
     assert counted.student == 2 * convolution + 3 * linear  # pixels need no gradient
 
 
-def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "settle", lambda: None)
-    bench.main([*arguments, "--steps", "1", "--metric", "true"])
-    (path,) = (tmp_path / "out").glob("*.json")
-    assert path.with_suffix(".md").is_file()
-    assert path.with_suffix(".png").is_file()
-    record = json.loads(path.read_text(), parse_constant=refuse)
-    rows = record["rows"]
+def test_the_run_writes_all_variants(arguments, bench):
+    record, _ = bench("published", *arguments, "--steps", 1, "--metric", "true")
+    rows = record.rows
     assert [row["loop"] for row in rows] == [*NAMES, "T. stddev streamed too"]
     assert [row["teacher images an original"] for row in rows] == [4, 4, 4, *[3] * 7]
     assert [row["teacher calls a step"] for row in rows] == [3, 3, 3, 2, *[1] * 6]
@@ -237,29 +228,19 @@ def test_the_run_writes_the_ladder(arguments, tmp_path, monkeypatch):
             assert row["to the published"]["values"] == _by_round(rates[number], rates[0])
             assert row["to the rung before"]["values"] == _by_round(rates[number], rates[number - 1])
     assert rows[0]["to the published"] is rows[0]["to the rung before"] is None
-    assert "(4 T + 2 S) / (3 T + 2 S)" in record["notes"][1]
+    assert "(4 T + 2 S) / (3 T + 2 S)" in record.notes[0]
 
 
 def _by_round(ours, theirs):
     return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
-def test_batch_norms_that_stay_make_no_rung(arguments):
+def test_batch_norms_that_stay_make_no_variant(arguments):
     options, _ = parse("bench published", [*arguments, "--teacher.fold_bn", "false", "--compile", "default"])
     accelerator = start("cpu", "fp32")
-    data = open_training_data(options, accelerator)
-    rungs = bench.open_ladder(options, data, bench._build_nets(options, data, accelerator.device), accelerator)
-    assert list(rungs) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
-    assert [rung.compiled for rung in rungs.values()] == [False] * 8 + [True]
-
-
-def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
-    path = tmp_path / "run.yaml"
-    content = {"model": "small", "augmentation": "cutmix", "output": "runs/x", "distill": {"batch_size": 128}}
-    path.write_text(yaml.safe_dump(content))
-    options, _ = parse("bench published", ["--config", str(path), "--steps", "3"])
-    assert (options.augmentation, options.batch_size, options.steps) == ("cutmixpick_teacher", 128, 3)
-    assert str(options.folder) == "runs/bench"
+    variants = published.open_variants(options, open_training(options, accelerator), accelerator)
+    assert list(variants) == [name for name in NAMES if name != "batch norms folded"] + ["compiled, default"]
+    assert [variant.compiled for variant in variants.values()] == [False] * 8 + [True]
 
 
 @pytest.mark.parametrize(
@@ -274,14 +255,5 @@ def test_a_config_of_distill_is_taken_with_the_one_augmentation(tmp_path):
         (["--augmentation", "cutmix"], "augmentation"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main([*arguments, *more])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_the_plan_is_made_of_options_that_exist(tmp_path):
-    for planned in bench.plan(tmp_path):
-        options, _ = parse("bench published", planned.arguments)
-        assert options.data.root == str(tmp_path)
+def test_mistakes_are_told_in_one_line(arguments, more, message, refused):
+    assert message in refused("published", *arguments, *more)

@@ -11,7 +11,7 @@ from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.sources import Source
 from dalikd.pipelines.windows import WindowViews
 from dalikd.tools.bench import sides
-from dalikd.tools.bench.sides import BACKENDS, Job, _Decode, cannot, open_side, runnable
+from dalikd.tools.bench.sides import BACKENDS, Job, cannot, open_side, runnable
 from dalikd.trainers.augmentation import AUGMENTATIONS
 
 CPU = torch.device("cpu")
@@ -47,9 +47,9 @@ def _job(source, **changes):
 def _take(name, job, count=2):
     side = open_side(name, job)
     try:
-        return [side.next() for _ in range(count)]
+        return [next(side.batches) for _ in range(count)]
     finally:
-        side.close()
+        side.batches.close()
 
 
 def _expected(source):
@@ -59,8 +59,11 @@ def _expected(source):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_every_side_ends_in_the_same_normalised_batch(plain, name):
-    for batch in _take(name, _job(plain)):
-        (images,) = batch
+    """Whether files or arrays are read, and after the last image."""
+    arrays = dataclasses.replace(plain, files=None, arrays=np.full((12, 24, 24, 3), COLOR, np.uint8))
+    crop = View(24, "pad_crop", padding=2, border="reflect")
+    jobs = [_job(plain, images=12, workers=0), *([_job(arrays, view=crop)] if name != "timm" else [])]
+    for (images,) in (batch for job in jobs for batch in _take(name, job, 4)):
         assert images.dtype == torch.float32
         assert torch.allclose(images, _expected(plain), atol=1e-5)
 
@@ -108,10 +111,7 @@ def test_decode_decodes_the_windows_that_dalikd_resizes(photos, monkeypatch):
     )
     job = _job(open_source("imagefolder", photos, "train", split="."))
     _take("dalikd", job, 3)
-    side = open_side("decode", job)
-    assert isinstance(side, _Decode)
-    decoded = [_pixels(side._graph.run()[0]) for _ in range(3)]
-    side.close()
+    decoded = [_pixels(batch[0]) for batch in _take("decode", job, 3)]
     assert len({pixels.shape for batch in decoded for pixels in batch}) > 6
     for ours, theirs in zip(decoded, taken, strict=True):
         assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -130,36 +130,22 @@ def test_pixels_of_another_type_are_converted_on_the_device(plain):
             asked.append((*arguments, *more))
             return super().to(*arguments, **more)
 
-    side = sides._DataLoader(_job(plain, dtype=torch.bfloat16), [(torch.zeros(4, 3).as_subclass(Spy), 0)])
-    (images,) = side.next()
+    (images,) = next(sides._on_device(_job(plain, dtype=torch.bfloat16), [(torch.zeros(4, 3).as_subclass(Spy), 0)]))
     assert images.dtype == torch.bfloat16
     assert asked == [(CPU, "non_blocking"), (torch.bfloat16,)]
-
-
-def test_arrays_are_read_by_all_but_timm(plain):
-    arrays = np.full((12, 24, 24, 3), COLOR, np.uint8)
-    source = dataclasses.replace(plain, files=None, arrays=arrays)
-    job = _job(source, view=View(24, "pad_crop", padding=2, border="reflect"))
-    for name in ("dalikd", "torchvision-pil", "torchvision-io"):
-        (images,) = _take(name, job, 1)[0]
-        assert torch.allclose(images, _expected(plain), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["torchvision-io", "timm"])
 def test_workers_go_when_a_side_is_closed(plain, name):
     before = set(psutil.Process().children())
     side = open_side(name, _job(plain, workers=2))
-    side.next()
+    next(side.batches)
     assert side.ahead == 5
     started = [child for child in psutil.Process().children() if child not in before]
     workers = [child for child in started if "tracker" not in " ".join(child.cmdline())]  # that of semaphores stays
     assert len(workers) == 2
-    side.close()
+    side.batches.close()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
-
-
-def test_a_side_goes_on_after_its_last_image(plain):
-    assert len(_take("torchvision-io", _job(plain, workers=0, images=12), 7)) == 7
 
 
 def test_the_other_loaders_meet_every_picture_once_in_an_epoch(tmp_path):

@@ -1,35 +1,18 @@
-import json
-from pathlib import Path
-
 import pytest
 import yaml
 
-from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.data import training_view
-from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.sampler import Sampler
+from dalikd.tools.bench import common
 from dalikd.tools.bench import teacher as bench
 from dalikd.tools.cli import parse
-from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter
+from dalikd.trainers.augmentation import AUGMENTATIONS
 from dalikd.trainers.launch import start
-from dalikd.trainers.measure import build_scorer
-from dalikd.trainers.models import build_model
 
 PASS = [16] * 6 + [3]  # originals in the batches of a pass over 99
 
 
-def refuse(constant):
-    raise AssertionError(f"{constant} is no JSON")
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(bench, "settle", lambda: None)
-
-
 @pytest.fixture
-def arguments(options, tmp_path):
-    own = ["--batch_size", 16, "--mix.group", 8, "--teacher.name", "small", "--output", tmp_path / "out"]
+def arguments(options):
+    own = ["--batch_size", 16, "--mix.group", 8, "--teacher.name", "small"]
     return [str(word) for word in (*options, *own)]
 
 
@@ -39,17 +22,12 @@ def compare(arguments):
     loaders = []
 
     def make(name):
-        options, _ = parse("bench teacher", arguments)
-        accelerator = start("cpu", "fp32")
-        source = bench.open_images(options)
-        augmenter = Augmenter(name, options, source, training_view(options.data, source), seed=0)
-        sampler = Sampler(len(source), 16, drop_last=False, group=8)
-        loaders.append(Loader(source, sampler, augmenter.draw_spec, threads=1))
-        teacher, sizes = Teacher(build_model("small", source)), []
-        student = build_scorer(options, source, [augmenter])
-        comparison = bench.Comparison(augmenter, loaders[0], teacher, accelerator, options, student)
-        teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-        return comparison, loaders[0], sizes
+        options, _ = parse("bench teacher", [*arguments, "--augmentation", name])
+        opened, sizes = common.open_measuring(options, start("cpu", "fp32")), []
+        comparison = bench.Comparison(opened.augmenters[0], opened)
+        loaders.append(comparison.loader)
+        opened.teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        return comparison, comparison.loader, sizes
 
     yield make
     for loader in loaders:
@@ -60,7 +38,7 @@ def compare(arguments):
 def test_every_side_asks_the_teacher_the_same_number_of_times_about_as_many_images(compare, name):
     comparison, _, sizes = compare(name)
     asked = {"identity": 1, "cutmixpick_teacher": 3}.get(name, 2)
-    for side, measure in comparison.timers().items():
+    for side, measure in comparison.sides().items():
         sizes.clear()
         assert measure() > 0, side
         asked_for = sizes[name == "manifold_mixup" and side == "measure" :]  # two images show that it can be mixed
@@ -71,24 +49,20 @@ def test_only_the_teacher_alone_does_without_the_loader(compare):
     comparison, loader, _ = compare("cutmix")
     assert loader.position == 0
     moved = {}
-    for side, measure in comparison.timers().items():
+    for side, measure in comparison.sides().items():
         before = loader.position
         measure()
         moved[side] = loader.position - before
     assert moved == {"measure": 7, "loaded teacher": 7, "teacher alone": 0}
 
 
-def test_the_run_writes_a_row_for_each_augmentation(arguments, tmp_path, capsys):
+def test_the_run_writes_a_row_for_each_augmentation(arguments, bench):
     names = ["identity", "cutmixpick_teacher", "cutmixpick_student"]
-    bench.main([*arguments, "--augmentation", *names, "--images", "40"])
-    (path,) = (tmp_path / "out").glob("*.json")
-    assert path.with_suffix(".md").is_file()
-    assert path.with_suffix(".png").is_file()
-    record = json.loads(path.read_text(), parse_constant=refuse)
-    assert [row["augmentation"] for row in record["rows"]] == names
-    assert [row["teacher images an original"] for row in record["rows"]] == [1, 3, 2]
-    assert "one pass over 40 originals" in record["notes"][0]
-    for row in record["rows"]:
+    record, out = bench("teacher", *arguments, "--augmentation", *names, "--images", 40)
+    assert [row["augmentation"] for row in record.rows] == names
+    assert [row["teacher images an original"] for row in record.rows] == [1, 3, 2]
+    assert "one pass over 40 originals" in record.notes[0]
+    for row in record.rows:
         measured, alone = row["measure, originals/s"]["values"], row["teacher alone, originals/s"]["values"]
         assert len(measured) == 5
         assert min(measured + alone + row["loaded teacher, originals/s"]["values"]) > 0
@@ -97,7 +71,7 @@ def test_the_run_writes_a_row_for_each_augmentation(arguments, tmp_path, capsys)
         assert row["measure, teacher images/s"]["median"] == pytest.approx(
             row["teacher images an original"] * row["measure, originals/s"]["median"]
         )
-    assert "| cutmixpick_student |" in capsys.readouterr().out
+    assert "| cutmixpick_student |" in out
 
 
 def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tmp_path):
@@ -112,7 +86,7 @@ def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tm
     path.write_text(yaml.safe_dump(content))
     options, config = parse("bench teacher", ["--config", str(path), "--rounds", "6"])
     assert (options.augmentation, options.window, options.images, options.rounds) == (["flip", "mixup"], 320, 50, 6)
-    assert (options.epochs, options.json, options.folder) == (1, None, Path("runs/bench"))
+    assert (options.epochs, options.json, options.output) == (1, None, None)
     assert "epochs" not in config
     chosen, _ = parse("bench teacher", ["--config", str(path), "--augmentation", "identity", "cutout"])
     assert chosen.augmentation == ["identity", "cutout"]
@@ -129,16 +103,32 @@ def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tm
         (["--teacher.name", "smal"], "smal"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, more, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main([*arguments, *more])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error.splitlines()[-1]
+def test_mistakes_are_told_in_one_line(arguments, more, message, refused):
+    for name in ("teacher", "passes"):
+        assert message in refused(name, *arguments, *more)
 
 
-def test_the_plan_is_made_of_options_that_exist(tmp_path):
-    for planned in bench.plan(tmp_path):
-        options, _ = parse("bench teacher", planned.arguments)
-        assert options.augmentation == ["published"]
-        assert options.data.root == str(tmp_path)
+def test_one_pass_and_a_pass_each_see_the_same_images(arguments, bench, monkeypatch):
+    measured = []
+    original = common.measure_branches
+
+    def noted(branches, *rest):
+        report = original(branches, *rest)
+        measured.append([result["augmentation"] for result in report["results"]])
+        assert all(result["images"] == 40 for result in report["results"])
+        return report
+
+    monkeypatch.setattr(common, "measure_branches", noted)
+    names = ["identity", "flip", "cutmix", "cutmixpick_teacher"]
+    record, _ = bench("passes", *arguments, "--augmentation", *names, "--images", 40)
+    assert record.stem.endswith("-passes-small-32-fp32-cpu")
+    (row,) = record.rows
+    assert row["augmentations"] == "4"
+    # originals, flip, and two runs of cutmix; alone: 1, 2, 2 and 3
+    assert row["one pass, teacher images an original"] == 4
+    assert row["a pass each, teacher images an original"] == 8
+    assert row["a pass each / one pass, seconds"]["median"] > 0
+    assert measured.count(names) == 6  # a warm-up and five rounds
+    assert measured.count(["flip"]) == 6
+    assert len(measured) == 6 * 5
+    assert record.notes == [f"A round goes once over 40 originals on either side: {', '.join(names)}."]

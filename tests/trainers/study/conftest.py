@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dalikd.trainers.study.options import StudyOptions, read_pairs
+from dalikd.trainers.study.options import StudyOptions
 from dalikd.trainers.study.plan import Axes, Cell, plan
+from dalikd.trainers.study.ready import read_pairs
 from dalikd.trainers.study.results import collect
 
 PAIRS = read_pairs(

@@ -1,6 +1,7 @@
 import pytest
 
-from dalikd.trainers.study.options import StudyOptions, chosen_pairs, read_pairs
+from dalikd.trainers.study.options import StudyOptions
+from dalikd.trainers.study.ready import chosen_pairs, read_pairs
 
 
 def _read(*pairs):

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from dalikd.trainers.study.options import StudyOptions, read_pairs
+from dalikd.trainers.study.options import StudyOptions
 from dalikd.trainers.study.plan import Axes, deal, plan
+from dalikd.trainers.study.ready import read_pairs
 
 FOLDER = Path("out")
 AXES = Axes({"flip": False, "cutmixpick_student": True}, (7, 8), (1.0, 2.5))

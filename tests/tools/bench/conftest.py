@@ -1,0 +1,52 @@
+"""Calls of benchmarks, with a record of as few rounds as a test can do with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dalikd.tools.bench import loader, main, published, record, teacher
+from dalikd.tools.bench.record import Record, load
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes need no rest where nothing is concluded."""
+    for module in (loader, published, teacher):
+        monkeypatch.setattr(module, "settle", lambda: None)
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "LEAST_ROUNDS", 2)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Record, str]]:
+    """Calls `dalikd bench …`; returns its record, whose JSON is strict, and what it printed."""
+
+    def call(*words: object) -> tuple[Record, str]:
+        capsys.readouterr()
+        main([*map(str, words), "--output", str(tmp_path / "x.json")])
+        found = load(tmp_path / "x.json")
+        assert found is not None
+        assert "NaN" not in (tmp_path / "x.json").read_text()
+        return found, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls a benchmark that ends with one line, and returns it."""
+
+    def call(*words: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"dalikd bench {words[0]}: error: ")
+        return error
+
+    return call
