@@ -4,19 +4,18 @@ import ctypes
 import gc
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
-from dalikd.pipelines.doctor import Decoder
 from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, BatchPlan, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
@@ -136,6 +135,16 @@ class DeviceTransfer:
         return fixed[: shape[0]]
 
 
+class Decoder(Protocol):
+    """What is used here of a `doctor.Decoder`, which decodes images one by one, and JPEG 2000 in another process."""
+
+    at_once: int
+
+    def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a backend works with.
@@ -146,6 +155,7 @@ class Context:
         spec: views and draws.
         device: where pixels are wanted.
         transfer: brings tensors to the device.
+        decoder: `doctor.Decoder`, for images that DALI alone cannot be trusted with.
         replaced: row that cannot be decoded -> row used in its place; the loader adds to it.
     """
 
@@ -154,6 +164,7 @@ class Context:
     spec: DrawSpec
     device: torch.device
     transfer: DeviceTransfer
+    decoder: Callable[..., Decoder]
     replaced: dict[int, int] = field(default_factory=dict)
 
 
@@ -207,7 +218,9 @@ class GatherBackend(Backend):
 
     def __init__(self, context: Context, resident: Resident) -> None:
         super().__init__(context)
-        self._views = ResidentViews(resident, context.spec.view, context.spec.views)
+        view, side = context.spec.view, resident.pixels.shape[1:]
+        assert side == (view.size, view.size), side
+        self._views = ResidentViews(resident, view.padding, view.border, len(context.spec.views))
 
     def fetch(self, position: int) -> Output:
         """The pixels of a microbatch."""
@@ -225,7 +238,7 @@ class DaliBackend(Backend):
     """A DALI pipeline fed by the sampler, built when first needed."""
 
     def __init__(self, context: Context, options: DaliOptions) -> None:
-        from dalikd.pipelines.graphs import input_names
+        from dalikd.pipelines.graphs import build_graph, input_names
 
         super().__init__(context)
         source, self._options = context.source, options
@@ -234,7 +247,7 @@ class DaliBackend(Backend):
         self._views: tuple[ViewRun, ...] = context.spec.views
         self._windows: WindowViews | None = None
         if self._view.crop == "random_resized_crop" and context.device.type == "cpu":
-            self._windows = WindowViews(context.spec, context.sampler.microbatch, options.threads)
+            self._windows = WindowViews(context.spec, context.sampler.microbatch, options.threads, build_graph)
             self._view, self._views = replace(self._view, crop="window"), ()
         self._names = input_names(self._view, self._views)[1:]
         self._sides: np.ndarray | None = None  # height and width of each row, 0 where not known: int32 [N, 2]
@@ -272,7 +285,7 @@ class DaliBackend(Backend):
                 raise
             outputs = None
         if outputs is None:
-            self._judge = Decoder(self._options.threads, device, self._options.decoding)
+            self._judge = self._context.decoder(self._options.threads, device, self._options.decoding)
             self.restart()
             return self.fetch(position)
         if self._reader != "arrays":
@@ -394,7 +407,8 @@ class DaliBackend(Backend):
                 raise UnfitError from error
             if refusal(encoded) is not None:
                 raise UnfitError
-            if ends is not None and lacks_end(encoded) and isinstance(Decoder(1).decode([encoded])[0], str):
+            cut_off = ends is not None and lacks_end(encoded)
+            if cut_off and isinstance(self._context.decoder(1).decode([encoded])[0], str):
                 raise UnfitError
             if not self._mend_cmyk and second[slot] == _JPEG and shape[slot, 2] == 4 and lacks_app14(encoded):
                 self._mend_cmyk = True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from dalikd.pipelines.draws import Stream, crop_windows, derangements, erasing_boxes, uniforms
+from dalikd.pipelines.draws import Microbatch, Stream, crop_windows, derangements, erasing_boxes, uniforms
 from dalikd.pipelines.policies import (
     BINS,
     POLICIES,
@@ -32,7 +32,6 @@ __all__ = [
     "BatchPlan",
     "DrawSpec",
     "Draws",
-    "Microbatch",
     "MixDraws",
     "MixRun",
     "Schedule",
@@ -182,22 +181,6 @@ class Draws:
 
     views: dict[str, np.ndarray]
     mix: tuple[MixDraws, ...]
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """One process's share of a step.
-
-    `rows` has at least one row: where a short last batch leaves this process nothing, it holds a filler and
-    `valid` is 0. Only the first `valid` rows count.
-    """
-
-    index: int  # of this process, counted from the start of training
-    epoch: int
-    start: int  # position of the first row in the epoch's order
-    rows: np.ndarray  # int64 [max(valid, 1)]
-    valid: int
-    total: int  # rows that count over all processes of this microbatch
 
 
 @dataclass(frozen=True)

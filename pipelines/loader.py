@@ -20,7 +20,7 @@ from dalikd.pipelines.backends import (
     UnfitError,
     can_gather,
 )
-from dalikd.pipelines.doctor import find_bad_files, printable
+from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, MixDraws, View
 from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
@@ -94,7 +94,7 @@ class Loader:
         self._transfer = DeviceTransfer(self.device, buffers)
         self._threads = threads or _default_threads()
         self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
-        context = Context(source, sampler, spec, self.device, self._transfer, self.replaced)
+        context = Context(source, sampler, spec, self.device, self._transfer, Decoder, self.replaced)
         self._backend = _backend(context, DaliOptions(self._threads, prefetch, self._decoding), resident)
 
     def __len__(self) -> int:

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dalikd.pipelines.draw_spec import Microbatch
-from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.draws import Microbatch, permutation
 
 __all__ = ["Sampler"]
 

@@ -26,8 +26,8 @@ from torchvision.transforms import functional as transforms
 
 from dalikd.pipelines import graphs
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.draw_spec import DrawSpec, Microbatch, View, ViewRun
-from dalikd.pipelines.draws import place_windows
+from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
+from dalikd.pipelines.draws import Microbatch, place_windows
 from dalikd.pipelines.graphs import build_graph, input_names
 from dalikd.pipelines.hardware import Decoding
 from dalikd.pipelines.policies import POLICIES, RANDOM_OPERATIONS, operation_names, policy_table

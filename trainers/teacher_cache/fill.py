@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from dalikd.kd.teacher import Teacher, TeacherPass
 from dalikd.pipelines.data import FilePath
-from dalikd.pipelines.draw_spec import Batch, Microbatch
-from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.draw_spec import Batch
+from dalikd.pipelines.draws import Microbatch, permutation
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
