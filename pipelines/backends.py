@@ -83,17 +83,15 @@ class DeviceTransfer:
         device: where tensors go.
         buffers: 0: every tensor owns its memory. n: n sets of fixed buffers are used in turn, so that nothing is
             allocated in a step; a batch then holds until n - 1 further batches have been taken.
+
+    Attributes:
+        turn: number of the batch; count it up where a new one begins.
     """
 
     def __init__(self, device: torch.device, buffers: int = 0) -> None:
         self._device = device
         self._slots: list[dict[str, Tensor]] = [{} for _ in range(buffers)]
-        self._turn = 0
-
-    def advance(self) -> None:
-        """Take the next set of buffers: a new batch begins."""
-        if self._slots:
-            self._turn = (self._turn + 1) % len(self._slots)
+        self.turn = 0
 
     def arrays(self, arrays: Mapping[Hashable, np.ndarray], place: str = "arrays") -> dict[Any, Tensor]:
         """Send arrays together.
@@ -128,7 +126,7 @@ class DeviceTransfer:
         """Memory for a tensor: new, or the first rows of a fixed buffer."""
         if not self._slots:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        slot = self._slots[self._turn]
+        slot = self._slots[self.turn % len(self._slots)]
         fixed = slot.get(name)
         if fixed is None or len(fixed) < shape[0] or fixed.shape[1:] != shape[1:]:
             fixed = slot[name] = torch.empty(shape, dtype=dtype, device=self._device)

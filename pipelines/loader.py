@@ -113,7 +113,7 @@ class Loader:
             BadFileError: an image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
         """
         started = time.perf_counter()
-        self._transfer.advance()
+        self._transfer.turn += 1
         while True:
             try:
                 plan, images, augmented = self._backend.fetch(self.position)

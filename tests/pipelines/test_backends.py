@@ -350,7 +350,7 @@ def test_buffers_are_used_in_turn(buffers):
     transfer = DeviceTransfer(CPU, buffers)
     held, places = [], []
     for number in range(2 * buffers):
-        transfer.advance()
+        transfer.turn += 1
         images = transfer.pixels("images", torch.full((4, 2), number))
         labels = transfer.arrays({"labels": np.full(4, number)})["labels"]
         held.append((images, labels))
