@@ -15,9 +15,8 @@ from dalikd.kd.mixing import Mixed, cutmix, cutout, masking, mixup, patchmix, ra
 from dalikd.kd.picking import CRITERIA, PICK_TEMPERATURE, Criterion, criterion_by_name
 from dalikd.kd.teacher import Branch
 from dalikd.pipelines.datasets.info import cutout_side
-from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, DrawSpec, MixDraws, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import MOST_RUNS, AugmentedView, Batch, DrawSpec, MixDraws, MixRun, View, ViewRun
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 
 __all__ = [
     "AUGMENTATIONS",

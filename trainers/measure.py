@@ -20,11 +20,10 @@ from dalikd.kd.normalize import Normalized
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import StudentPart, Teacher, TeacherPass, entropies
 from dalikd.pipelines.data import FilePath, as_used
-from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.draw_spec import Batch, View
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches, augmentation_names
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files

@@ -17,8 +17,7 @@ from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
-from dalikd.pipelines.draw_spec import MixDraws
-from dalikd.pipelines.transfer import Batch
+from dalikd.pipelines.draw_spec import Batch, MixDraws
 from dalikd.trainers.augmentation import Branches
 from dalikd.trainers.launch import CompileMode, check_compiler
 

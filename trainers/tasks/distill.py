@@ -17,9 +17,9 @@ from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.normalize import Normalized
 from dalikd.kd.teacher import Teacher, TeacherPass, entropies
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, Branches
 from dalikd.trainers.launch import CompileMode
 from dalikd.trainers.models import TeacherConfig, describe_teacher

@@ -12,10 +12,9 @@ from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.teacher import BranchOutputs, TeacherPass
-from dalikd.pipelines.draw_spec import BatchPlan
+from dalikd.pipelines.draw_spec import Batch, BatchPlan
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.models import TeacherConfig, build_teacher
 from dalikd.trainers.options import AugmentingOptions
