@@ -69,7 +69,7 @@ _MEASURING = {
 class MeasureOptions(AugmentingOptions):
     """Measure how good augmentations are for distillation, by the teacher alone (T. stddev; lower is better).
 
-    All of them are measured in one pass over the data: pictures are decoded once, and the teacher sees the originals
+    All of them are measured in one pass over the data: images are decoded once, and the teacher sees the originals
     and whatever augmentations have in common once.
 
     Args:

@@ -369,7 +369,7 @@ def _checked_picks(picks: np.ndarray, batch: int, group: int, runs: int) -> np.n
 
 def _check_options(options: CacheOptions, accelerator: Accelerator) -> None:
     if options.output is None and options.verify is None:
-        raise ValueError("no folder given: say with --output where the teacher cache goes")
+        raise ValueError("no folder given: name one for the teacher cache with --output")
     if options.teacher.cache is not None:
         raise ValueError("--teacher.cache is read by dalikd distill: name the folder of a new cache with --output")
     if options.precision == "fp64":

@@ -37,7 +37,7 @@ class CachedTeacher:
 
     def attach(self, plan: BatchPlan) -> dict[str, np.ndarray]:
         """What the cache holds of a microbatch: goes along with the batch."""
-        rows = plan.micro.rows  # as drawn: a picture that stands in for a bad one has the place of that one
+        rows = plan.micro.rows  # as drawn: an image that stands in for a bad one has the place of that one
         arrays = self.cache.read(plan.micro.epoch, rows)
         if "picks" in arrays:
             arrays["picks"] = from_group_picks(arrays["picks"], len(rows), self._augmenter.group)
