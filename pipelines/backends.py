@@ -4,25 +4,24 @@ import ctypes
 import gc
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
-from dalikd.pipelines.doctor import Decoder
 from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, BatchPlan, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
 from dalikd.pipelines.resident import Resident, ResidentViews
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import DeviceTransfer
 from dalikd.pipelines.windows import WindowViews
 
 __all__ = [
@@ -30,16 +29,21 @@ __all__ = [
     "Context",
     "DaliBackend",
     "DaliOptions",
+    "DeviceTransfer",
     "GatherBackend",
     "Output",
     "ShardBackend",
     "UnfitError",
     "can_gather",
+    "pack",
+    "unpack",
 ]
 
 _READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: by DALI, and one planned
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
 _END = (0xFF, 0xD9)  # of a JPEG
+_ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
+Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
 
 
 class UnfitError(RuntimeError):
@@ -69,6 +73,76 @@ class DaliOptions:
     decoding: Decoding = PLAIN
 
 
+class DeviceTransfer:
+    """Brings arrays and pixels to the device, without waiting for it.
+
+    On a GPU the arrays of a batch travel as one: packed into a pinned buffer and sent by one asynchronous copy. On the
+    CPU nothing is copied unless there are buffers.
+
+    Args:
+        device: where tensors go.
+        buffers: 0: every tensor owns its memory. n: n sets of fixed buffers are used in turn, so that nothing is
+            allocated in a step; a batch then holds until n - 1 further batches have been taken.
+
+    Attributes:
+        turn: number of the batch; count it up where a new one begins.
+    """
+
+    def __init__(self, device: torch.device, buffers: int = 0) -> None:
+        self._device = device
+        self._slots: list[dict[str, Tensor]] = [{} for _ in range(buffers)]
+        self.turn = 0
+
+    def arrays(self, arrays: Mapping[Hashable, np.ndarray], place: str = "arrays") -> dict[Any, Tensor]:
+        """Send arrays together.
+
+        Args:
+            arrays: by any keys, of any types and shapes.
+            place: name of the buffer; each is used once a batch.
+        """
+        if not arrays:
+            return {}
+        if self._device.type == "cpu" and not self._slots:
+            return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        packed, layout = pack(arrays, pin=self._device.type == "cuda")
+        buffer = self._buffer(place, packed.shape, packed.dtype)
+        # the pinned buffer goes back to torch's pool, which keeps it until the copy is done
+        return unpack(buffer.copy_(packed, non_blocking=True), layout)
+
+    def pixels(self, name: str, output: Any) -> Tensor:
+        """Take pixels, uint8 [B, ...], out of DALI's buffer, which goes back to its pool in stream order.
+
+        On a GPU by DALI's own copy: what it gives by DLPack it frees in a thread that waits for the whole device.
+        """
+        if self._device.type == "cuda":
+            buffer = self._buffer(name, torch.Size(output.shape()), torch.uint8)
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+            output.copy_to_external(ctypes.c_void_p(buffer.data_ptr()), stream, non_blocking=True)
+            return buffer
+        tensor = torch.from_dlpack(output)
+        return self._buffer(name, tensor.shape, tensor.dtype).copy_(tensor) if self._slots else tensor
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor: new, or the first rows of a fixed buffer."""
+        if not self._slots:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        slot = self._slots[self.turn % len(self._slots)]
+        fixed = slot.get(name)
+        if fixed is None or len(fixed) < shape[0] or fixed.shape[1:] != shape[1:]:
+            fixed = slot[name] = torch.empty(shape, dtype=dtype, device=self._device)
+        return fixed[: shape[0]]
+
+
+class Decoder(Protocol):
+    """What is used here of a `doctor.Decoder`, which decodes images one by one, and JPEG 2000 in another process."""
+
+    at_once: int
+
+    def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a backend works with.
@@ -79,6 +153,7 @@ class Context:
         spec: views and draws.
         device: where pixels are wanted.
         transfer: brings tensors to the device.
+        decoder: `doctor.Decoder`, for images that DALI alone cannot be trusted with.
         replaced: row that cannot be decoded -> row used in its place; the loader adds to it.
     """
 
@@ -87,6 +162,7 @@ class Context:
     spec: DrawSpec
     device: torch.device
     transfer: DeviceTransfer
+    decoder: Callable[..., Decoder]
     replaced: dict[int, int] = field(default_factory=dict)
 
 
@@ -108,8 +184,8 @@ class Backend(ABC):
         return BatchPlan(micro, rows, context.spec.draw(micro))
 
     @abstractmethod
-    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
-        """All that Python does for a plan: the inputs of its views."""
+    def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
+        """All that Python does for microbatch number `position`: its plan, and the inputs of its views."""
 
     @abstractmethod
     def fetch(self, position: int) -> Output:
@@ -140,25 +216,27 @@ class GatherBackend(Backend):
 
     def __init__(self, context: Context, resident: Resident) -> None:
         super().__init__(context)
-        self._views = ResidentViews(resident, context.spec.view, context.spec.views)
+        view, side = context.spec.view, resident.pixels.shape[1:]
+        assert side == (view.size, view.size), side
+        self._views = ResidentViews(resident, view.padding, view.border, len(context.spec.views))
 
     def fetch(self, position: int) -> Output:
         """The pixels of a microbatch."""
-        plan = self.plan(position)
-        rows, draws = self.feed(plan)
+        plan, (rows, draws) = self.feed(position)
         return Output(plan, *self._views(rows, draws))
 
-    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
-        """A plan as tensors on the device."""
+    def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
+        """The plan of a microbatch, and its rows and draws as tensors on the device."""
+        plan = self.plan(position)
         sent = self._context.transfer.arrays({"rows": plan.rows, **plan.draws.views}, "views")
-        return sent.pop("rows"), sent
+        return plan, (sent.pop("rows"), sent)
 
 
 class DaliBackend(Backend):
     """A DALI pipeline fed by the sampler, built when first needed."""
 
     def __init__(self, context: Context, options: DaliOptions) -> None:
-        from dalikd.pipelines.graphs import input_names
+        from dalikd.pipelines.graphs import build_graph, input_names
 
         super().__init__(context)
         source, self._options = context.source, options
@@ -167,7 +245,7 @@ class DaliBackend(Backend):
         self._views: tuple[ViewRun, ...] = context.spec.views
         self._windows: WindowViews | None = None
         if self._view.crop == "random_resized_crop" and context.device.type == "cpu":
-            self._windows = WindowViews(context.spec, context.sampler.microbatch, options.threads)
+            self._windows = WindowViews(context.spec, context.sampler.microbatch, options.threads, build_graph)
             self._view, self._views = replace(self._view, crop="window"), ()
         self._names = input_names(self._view, self._views)[1:]
         self._sides: np.ndarray | None = None  # height and width of each row, 0 where not known: int32 [N, 2]
@@ -205,7 +283,7 @@ class DaliBackend(Backend):
                 raise
             outputs = None
         if outputs is None:
-            self._judge = Decoder(self._options.threads, device, self._options.decoding)
+            self._judge = self._context.decoder(self._options.threads, device, self._options.decoding)
             self.restart()
             return self.fetch(position)
         if self._reader != "arrays":
@@ -239,15 +317,24 @@ class DaliBackend(Backend):
         if with_trim is not None:
             with_trim(0)
 
-    def feed(self, plan: BatchPlan) -> tuple[Any, ...]:
-        """A plan as the graph's inputs."""
+    def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
+        """The plan of a microbatch, and the graph's inputs."""
+        plan, source = self.plan(position), self._context.source
         trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
-        images, draws = self._encoded(plan), plan.draws.views
+        draws = plan.draws.views
+        if source.files is not None:  # paths as one array, zeros after the shorter ones: an array each takes DALI long
+            files = source.files
+            starts, lengths = files.offsets[plan.rows], files.offsets[plan.rows + 1] - files.offsets[plan.rows]
+            places = np.arange(lengths.max())
+            letters = files.buffer[np.minimum(starts[:, None] + places, len(files.buffer) - 1)]
+            images = np.where(places < lengths[:, None], letters, np.uint8(0))
+        else:
+            images = source.arrays[plan.rows] if source.arrays is not None else self._contents(plan)
         if self._sides is not None:
             sides = np.maximum(self._sides[plan.rows], 1)
             start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
             draws = {**draws, "start": start, "shape": shape}
-        return (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
+        return plan, (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
     def _holds_jpeg2000(self, position: int) -> bool:
         """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
@@ -281,9 +368,9 @@ class DaliBackend(Backend):
         except OSError:
             return b""
 
-    def _encoded(self, plan: BatchPlan) -> np.ndarray | list[np.ndarray]:
-        source = self._context.source
-        return source.files.padded(plan.rows) if source.files is not None else source.arrays[plan.rows]  # type: ignore[index]
+    def _contents(self, plan: BatchPlan) -> list[np.ndarray]:
+        """The encoded images of a batch that lie neither in files nor in memory: for backends that read them."""
+        raise NotImplementedError
 
     def _look(self, plan: BatchPlan, second: np.ndarray, shape: np.ndarray, ends: np.ndarray | None = None) -> bool:
         """Compare the sides that windows were placed by. Look at images, once each, that are neither PNG nor JPEG of
@@ -318,7 +405,8 @@ class DaliBackend(Backend):
                 raise UnfitError from error
             if refusal(encoded) is not None:
                 raise UnfitError
-            if ends is not None and lacks_end(encoded) and isinstance(Decoder(1).decode([encoded])[0], str):
+            cut_off = ends is not None and lacks_end(encoded)
+            if cut_off and isinstance(self._context.decoder(1).decode([encoded])[0], str):
                 raise UnfitError
             if not self._mend_cmyk and second[slot] == _JPEG and shape[slot, 2] == 4 and lacks_app14(encoded):
                 self._mend_cmyk = True
@@ -351,14 +439,10 @@ class DaliBackend(Backend):
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
         position = self._first + info.iteration
-        plan, inputs = self._prepare(position) if self._ahead is None else self._ahead.result()
-        self._ahead = self._planner.submit(self._prepare, position + 1)
+        plan, inputs = self.feed(position) if self._ahead is None else self._ahead.result()
+        self._ahead = self._planner.submit(self.feed, position + 1)
         self._plans.append(plan)
         return inputs
-
-    def _prepare(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
-        plan = self.plan(position)
-        return plan, self.feed(plan)
 
 
 class ShardBackend(DaliBackend):
@@ -408,7 +492,7 @@ class ShardBackend(DaliBackend):
         read, row = self._read[plan.micro.index], int(plan.rows[slot])
         return read.contents[slot].tobytes() if row == read.ids[slot] else self._shards.read(row)
 
-    def _encoded(self, plan: BatchPlan) -> list[np.ndarray]:
+    def _contents(self, plan: BatchPlan) -> list[np.ndarray]:
         read = self._read[plan.micro.index]
         contents = read.contents
         if not np.array_equal(plan.rows, read.ids):
@@ -425,3 +509,33 @@ class ShardBackend(DaliBackend):
 
 def _part(content: np.ndarray, offset: int, count: int) -> bytes:
     return content[offset : offset + count].tobytes()
+
+
+# ------------------------------------------------------------------------- arrays that travel as one
+
+
+def pack(arrays: Mapping[Hashable, np.ndarray], pin: bool = False) -> tuple[Tensor, Layout]:
+    """Put arrays one after the other into one buffer.
+
+    Returns:
+        uint8 [bytes], in pinned memory where asked for, and where each array lies in it.
+    """
+    layout, size = {}, 0
+    sources: dict[Hashable, Any] = {}
+    for name, array in arrays.items():
+        source = torch.from_numpy(np.ascontiguousarray(array))
+        layout[name], sources[name] = (size, tuple(source.shape), source.dtype), source
+        size += -(-source.nbytes // _ALIGNMENT) * _ALIGNMENT
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    for name, target in unpack(packed, layout).items():
+        target.copy_(sources[name])
+    return packed, layout
+
+
+def unpack(packed: Tensor, layout: Layout) -> dict[Any, Tensor]:
+    """The arrays of a packed buffer, as views."""
+    views = {}
+    for name, (start, shape, dtype) in layout.items():
+        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        views[name] = packed[start : start + count].view(dtype).reshape(shape)
+    return views

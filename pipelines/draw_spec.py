@@ -1,17 +1,17 @@
-"""What is drawn for a batch: the draws of its views and of its mixing, as arrays.
+"""What a batch holds, and what is drawn for it: the draws of its views and of its mixing, as arrays.
 
 A *view* turns a stored image into uint8 pixels of a fixed side. Training sees the base view; each per-image
 augmentation adds an augmented view on top of it. Batch-level mixing (mixup, cutmix, cutout) happens later, on the
 device, from the draws made here. A batch may have any number of both: none of them changes what another one draws.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from dalikd.pipelines.draws import Stream, crop_windows, derangements, erasing_boxes, uniforms
+from dalikd.pipelines.draws import Microbatch, Stream, crop_windows, derangements, erasing_boxes, uniforms
 from dalikd.pipelines.policies import (
     BINS,
     POLICIES,
@@ -21,13 +21,14 @@ from dalikd.pipelines.policies import (
     trivial_augment_draws,
 )
 
-if TYPE_CHECKING:
-    from dalikd.pipelines.sampler import Microbatch
+if TYPE_CHECKING:  # the process that decodes JPEG 2000 images imports this, and no torch
+    from torch import Tensor
 
 __all__ = [
     "AUGMENTED_VIEWS_IN_DALI",
     "MOST_RUNS",
     "AugmentedView",
+    "Batch",
     "BatchPlan",
     "DrawSpec",
     "Draws",
@@ -46,6 +47,7 @@ Schedule = tuple[tuple[float, float], ...]  # (epoch, value), ascending from epo
 AUGMENTED_VIEWS_IN_DALI: frozenset[str] = POLICIES
 
 MOST_RUNS = 240  # streams set aside for each use
+_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))  # what is rounded to float32 stays there: floor(n x) is below n
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,6 @@ class MixRun:
         _check_bounds(self)
         _check_box(self.box_probability, self.box_scale, self.box_ratio)
 
-    @property
-    def streams(self) -> dict[int, int]:
-        """Where its numbers come from, and how many an image takes."""
-        optional = {Stream.CELLS: self.cells, Stream.BOX: 23 * self.box, Stream.LAYER: int(self.layers > 0)}
-        used = {Stream.MIX: 3, **{stream: count for stream, count in optional.items() if count}}
-        return {stream + self.run: count for stream, count in used.items()}
-
     def bounds(self, epoch: float) -> tuple[float, float]:
         """The least and the largest lam of an epoch: floor and ceiling."""
         return _value_at(self.floor, epoch, 0.0), _value_at(self.ceiling, epoch, 1.0)
@@ -192,9 +187,45 @@ class Draws:
 class BatchPlan:
     """What a microbatch holds: its place and rows as drawn, its rows after replacing quarantined ones, its draws."""
 
-    micro: "Microbatch"
+    micro: Microbatch
     rows: np.ndarray
     draws: Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's microbatch, on the device.
+
+    Attributes:
+        images: uint8 [B, S, S, 3], the base view.
+        augmented: uint8 [B, S, S, 3] for each augmented view, in the order of `DrawSpec.views`.
+        labels: int64 [B].
+        ids: rows of the data set, int64 [B].
+        mix: draws of each mixing run, in the order of `DrawSpec.mixes`.
+        total: rows of this microbatch over all processes.
+        extras: what the loader was told to attach, each [B, ...].
+    """
+
+    images: "Tensor"
+    augmented: "tuple[Tensor, ...]"
+    labels: "Tensor"
+    ids: "Tensor"
+    mix: tuple[MixDraws, ...]
+    total: int
+    extras: "dict[str, Tensor]" = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pixels(self) -> "Tensor":
+        """The images as [B, 3, S, S], in channels_last memory, without a copy."""
+        return self.images.permute(0, 3, 1, 2)
+
+    @property
+    def augmented_pixels(self) -> "tuple[Tensor, ...]":
+        """The augmented views as [B, 3, S, S], in channels_last memory, without a copy."""
+        return tuple(view.permute(0, 3, 1, 2) for view in self.augmented)
 
 
 @dataclass(frozen=True)
@@ -222,7 +253,7 @@ class DrawSpec:
         """Whether a microbatch must hold whole mix groups."""
         return self.mode == "per_batch" or any(run.partner != "none" for run in self.mixes)
 
-    def draw(self, micro: "Microbatch") -> Draws:
+    def draw(self, micro: Microbatch) -> Draws:
         """Draw everything for one microbatch: a function of (seed, epoch, row, group) alone."""
         groups = (micro.start + np.arange(len(micro.rows))) // self.mix_group
         of_view = {"pad_crop": 3, "random_resized_crop": 23, "window": 23}.get(self.view.crop, 0)
@@ -235,7 +266,14 @@ class DrawSpec:
             numbers |= uniforms(self.seed, micro.epoch, micro.rows, own)
         else:
             numbers = uniforms(self.seed, micro.epoch, micro.rows, {**own, **streams})
-        views = self._base_draws(numbers[Stream.BASE_VIEW]) if own else {}
+        views: dict[str, np.ndarray] = {}
+        if own:
+            base = numbers[Stream.BASE_VIEW]
+            if self.view.crop == "pad_crop":
+                views["crop"] = np.floor(base[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
+            else:
+                views["tries"], views["offsets"] = crop_windows(base[:, :22], self.view.scale, self.view.ratio)
+            views["flip"] = (base[:, of_view - 1] < 0.5).astype(np.int32)
         for index, run in enumerate(self.views):
             drawn = self._augmented_draws(run, numbers)
             views |= {f"{name}{index}": array for name, array in drawn.items()}
@@ -248,17 +286,18 @@ class DrawSpec:
     def _streams(self) -> dict[int, int]:
         """Numbers an image takes from each stream; where several take from one, as many as the greediest."""
         wanted = [run.stream for run in self.views]
-        wanted += [item for run in self.mixes for item in run.streams.items()]
+        for run in self.mixes:
+            taken = {
+                Stream.MIX: 3,
+                Stream.CELLS: run.cells,
+                Stream.BOX: 23 * run.box,
+                Stream.LAYER: int(run.layers > 0),
+            }
+            wanted += [(stream + run.run, count) for stream, count in taken.items() if count]
         counts: dict[int, int] = {}
         for stream, count in wanted:
             counts[stream] = max(count, counts.get(stream, 0))
         return counts
-
-    def _base_draws(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        if self.view.crop == "pad_crop":
-            return {"crop": self._crop(numbers), "flip": _flip(numbers)}
-        tries, offsets = crop_windows(numbers[:, :22], self.view.scale, self.view.ratio)
-        return {"tries": tries, "offsets": offsets, "flip": _flip(numbers[:, 20:])}
 
     def _augmented_draws(self, run: ViewRun, numbers: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
         stream, count = run.stream
@@ -269,11 +308,10 @@ class DrawSpec:
             return rand_augment_draws(own, run.magnitude)
         if run.kind == "trivialaugment":
             return trivial_augment_draws(own)
-        crop = {"augmented_crop": self._crop(own)} if run.kind == "crop_flip" else {}
-        return {**crop, "augmented_flip": _flip(own)}
-
-    def _crop(self, numbers: np.ndarray) -> np.ndarray:
-        return np.floor(numbers[:, :2] * (2 * self.view.padding + 1)).astype(np.int32)
+        flip = {"augmented_flip": (own[:, 2] < 0.5).astype(np.int32)}
+        if run.kind == "flip":
+            return flip
+        return {"augmented_crop": np.floor(own[:, :2] * (2 * self.view.padding + 1)).astype(np.int32), **flip}
 
     def _partners(self, epoch: int, groups: np.ndarray, partner: Partner, run: int) -> np.ndarray:
         rows = np.arange(len(groups))
@@ -292,42 +330,29 @@ class DrawSpec:
         return np.concatenate(pieces)
 
     def _mix(self, run: MixRun, epoch: int, numbers: dict[int, np.ndarray], partner: np.ndarray) -> MixDraws:
-        own = {stream - run.run: numbers[stream][:, :count] for stream, count in run.streams.items()}
-        erased = (self.view.size, run.box_probability, run.box_scale, run.box_ratio)
-        return MixDraws(
-            partner,
-            _lam(run, epoch, own[Stream.MIX][:, 0]).astype(np.float32),
-            _below_one(own[Stream.MIX][:, 1:3]),
-            _below_one(own[Stream.CELLS]) if run.cells else None,
-            erasing_boxes(own[Stream.BOX], *erased) if run.box else None,
-            np.floor(own[Stream.LAYER][:, 0] * run.layers).astype(np.int32) if run.layers else None,
-        )
+        mixed = numbers[Stream.MIX + run.run]
+        lam, center = mixed[:, 0], np.minimum(mixed[:, 1:3].astype(np.float32), _BELOW_ONE)
+        if run.alpha != 1.0:
+            from scipy.special import betaincinv
 
-
-def _lam(run: MixRun, epoch: int, numbers: np.ndarray) -> np.ndarray:
-    lam = numbers
-    if run.alpha != 1.0:
-        from scipy.special import betaincinv
-
-        lam = betaincinv(run.alpha, run.alpha, lam)
-    if not run.floor and not run.ceiling:
-        return lam
-    low, high = run.bounds(epoch)
-    return low + (high - low) * lam
+            lam = betaincinv(run.alpha, run.alpha, lam)
+        if run.floor or run.ceiling:
+            low, high = run.bounds(epoch)
+            lam = low + (high - low) * lam
+        cells = box = layer = None
+        if run.cells:
+            cells = np.minimum(numbers[Stream.CELLS + run.run][:, : run.cells].astype(np.float32), _BELOW_ONE)
+        if run.box:
+            erased = (self.view.size, run.box_probability, run.box_scale, run.box_ratio)
+            box = erasing_boxes(numbers[Stream.BOX + run.run], *erased)
+        if run.layers:
+            layer = np.floor(numbers[Stream.LAYER + run.run][:, 0] * run.layers).astype(np.int32)
+        return MixDraws(partner, lam.astype(np.float32), center, cells, box, layer)
 
 
 def _value_at(schedule: Schedule, epoch: float, usual: float) -> float:
     """The value of the last entry that is not after the epoch."""
     return next((value for start, value in reversed(schedule) if start <= epoch), usual)
-
-
-def _flip(numbers: np.ndarray) -> np.ndarray:
-    return (numbers[:, 2] < 0.5).astype(np.int32)
-
-
-def _below_one(numbers: np.ndarray) -> np.ndarray:
-    """Round to float32 without reaching 1, so that floor(n x) stays below n."""
-    return np.minimum(numbers.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
 
 def _check_run(run: int) -> None:

@@ -6,11 +6,13 @@ call draws for a whole batch, and no draw depends on a sample's slot, on the ran
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 __all__ = [
+    "Microbatch",
     "Stream",
     "crop_windows",
     "derangements",
@@ -44,6 +46,22 @@ class Stream(IntEnum):
     CELLS = 1536  # + run
     BOX = 1792  # + run
     LAYER = 2048  # + run
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One process's share of a step.
+
+    `rows` has at least one row: where a short last batch leaves this process nothing, it holds a filler and
+    `valid` is 0. Only the first `valid` rows count.
+    """
+
+    index: int  # of this process, counted from the start of training
+    epoch: int
+    start: int  # position of the first row in the epoch's order
+    rows: np.ndarray  # int64 [max(valid, 1)]
+    valid: int
+    total: int  # rows that count over all processes of this microbatch
 
 
 def philox(counter: Sequence[np.ndarray | np.integer], seed: int) -> np.ndarray:

@@ -14,18 +14,17 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
-
-    from dalikd.pipelines.sources import Source
 
 __all__ = [
     "LACK",
     "PLAIN",
     "Decode",
     "Decoding",
+    "Images",
     "check_libraries",
     "dali_words",
     "decoding_on",
@@ -68,8 +67,15 @@ class Decoding(NamedTuple):
 PLAIN = Decoding()
 
 
+class Images(Protocol):
+    """What is asked of a `Source` here: whether its images are decoded, and in memory."""
+
+    @property
+    def arrays(self) -> Any: ...
+
+
 def decoding_on(
-    source: "Source", device: "torch.device", decode: Decode = "auto", hw_decoder_load: float | None = None
+    source: Images, device: "torch.device", decode: Decode = "auto", hw_decoder_load: float | None = None
 ) -> Decoding:
     """How a source's images are decoded on a device: as asked for, as far as that goes. What does not go is said, once.
 

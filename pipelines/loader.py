@@ -14,18 +14,18 @@ from dalikd.pipelines.backends import (
     Context,
     DaliBackend,
     DaliOptions,
+    DeviceTransfer,
     GatherBackend,
     ShardBackend,
     UnfitError,
     can_gather,
 )
-from dalikd.pipelines.doctor import find_bad_files, printable
-from dalikd.pipelines.draw_spec import BatchPlan, DrawSpec, MixDraws, View
+from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
+from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, MixDraws, View
 from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
-from dalikd.pipelines.transfer import Batch, DeviceTransfer
 
 __all__ = ["BadFileError", "Loader", "can_be_resident", "decode_source"]
 
@@ -94,7 +94,7 @@ class Loader:
         self._transfer = DeviceTransfer(self.device, buffers)
         self._threads = threads or _default_threads()
         self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
-        context = Context(source, sampler, spec, self.device, self._transfer, self.replaced)
+        context = Context(source, sampler, spec, self.device, self._transfer, Decoder, self.replaced)
         self._backend = _backend(context, DaliOptions(self._threads, prefetch, self._decoding), resident)
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class Loader:
             BadFileError: an image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
         """
         started = time.perf_counter()
-        self._transfer.advance()
+        self._transfer.turn += 1
         while True:
             try:
                 plan, images, augmented = self._backend.fetch(self.position)
@@ -223,8 +223,8 @@ class Loader:
         self._backend.close()
 
     def feed(self, index: int) -> tuple[Any, ...]:
-        """All that Python does for microbatch number `index`: its plan, as inputs of the views. For benchmarks."""
-        return self._backend.feed(self._backend.plan(index))
+        """All that Python does for microbatch number `index`: the inputs of its views. For benchmarks."""
+        return self._backend.feed(index)[1]
 
     def _identity(self) -> dict[str, Any]:
         sampler = self.sampler

@@ -1,6 +1,5 @@
 """Data sets held in memory: crops and flips as one gather on the device, equal bit for bit to the DALI graph's."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -8,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from dalikd.pipelines.draw_spec import View, ViewRun
 
 __all__ = ["Resident", "ResidentViews", "check_fits", "crop_and_flip"]
 
@@ -81,15 +78,15 @@ class ResidentViews:
     """Makes the views of images that lie decoded on the device.
 
     Args:
-        resident: images whose side is `view.size`.
-        view: pad_crop or center_crop.
-        views: flips and crops of it.
+        resident: images of the view's side.
+        padding: pixels on each side, where draws crop.
+        border: what it holds: "zero" or "reflect".
+        count: how many augmented views there are, each a flip, or a crop and a flip.
     """
 
-    def __init__(self, resident: Resident, view: View, views: Sequence[ViewRun] = ()) -> None:
-        assert resident.pixels.shape[1:] == (view.size, view.size), resident.pixels.shape
+    def __init__(self, resident: Resident, padding: int = 0, border: str = "zero", count: int = 0) -> None:
         self._pixels = resident.pixels
-        self._view, self._count = view, len(views)
+        self._padding, self._border, self._count = padding, border, count
 
     def __call__(self, rows: Tensor, draws: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather a batch.
@@ -110,10 +107,10 @@ class ResidentViews:
         return _unpack(pixels), tuple(map(_unpack, moved))
 
     def _move(self, pixels: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor) -> Tensor:
-        padding = 0 if crop is None else self._view.padding
+        padding = 0 if crop is None else self._padding
         if crop is None:
             crop = torch.zeros(len(rows), 2, dtype=torch.int32, device=pixels.device)
-        return _crop_and_flip(pixels, rows, crop, flip, padding, self._view.border)
+        return _crop_and_flip(pixels, rows, crop, flip, padding, self._border)
 
 
 def crop_and_flip(images: Tensor, rows: Tensor, crop: Tensor, flip: Tensor, padding: int, border: str) -> Tensor:

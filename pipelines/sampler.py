@@ -6,32 +6,15 @@ training is one number: the microbatches that this process has consumed.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.draws import Microbatch, permutation
 
-__all__ = ["Microbatch", "Sampler"]
-
+__all__ = ["Sampler"]
 
 _NO_ROWS = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """One process's share of a step.
-
-    `rows` has at least one row: where a short last batch leaves this process nothing, it holds a filler and
-    `valid` is 0. Only the first `valid` rows count.
-    """
-
-    index: int  # of this process, counted from the start of training
-    epoch: int
-    start: int  # position of the first row in the epoch's order
-    rows: np.ndarray  # int64 [max(valid, 1)]
-    valid: int
-    total: int  # rows that count over all processes of this microbatch
 
 
 class Sampler:
@@ -73,13 +56,9 @@ class Sampler:
         self.drop_last, self.repeat = drop_last, repeat
         self.microbatch = batch_size // (world * accumulation)
         self.steps_per_epoch = size // batch_size if drop_last else -(-size // batch_size)
+        self.microbatches_per_epoch = self.steps_per_epoch * accumulation  # of this process
         self._orders: dict[int, Future[np.ndarray]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dalikd-order")
-
-    @property
-    def microbatches_per_epoch(self) -> int:
-        """Microbatches of this process in an epoch."""
-        return self.steps_per_epoch * self.accumulation
 
     @property
     def reads_shares(self) -> bool:
@@ -91,7 +70,8 @@ class Sampler:
         """The row at each position of an epoch, int64 [size]; the next epoch's is prepared in a thread."""
         if not self.shuffle:
             epoch = 0
-        wanted = (epoch, self._folded(epoch + 1)) if self.shuffle else (0,)
+        following = epoch + 1 if self.repeat is None else (epoch + 1) % self.repeat
+        wanted = (epoch, following) if self.shuffle else (0,)
         known = self._orders  # replaced whole: two threads may be here
         self._orders = orders = {
             number: known.get(number) or self._thread.submit(self._make_order, number) for number in wanted
@@ -114,10 +94,7 @@ class Sampler:
         stop = min(start + self.microbatch, self.size)
         valid = max(stop - start, 0)
         total = max(min(first + self.world * self.microbatch, self.size) - first, 0)
-        return Microbatch(index, self._folded(epoch), start, _NO_ROWS, valid, total)
-
-    def _folded(self, epoch: int) -> int:
-        return epoch if self.repeat is None else epoch % self.repeat
+        return Microbatch(index, epoch if self.repeat is None else epoch % self.repeat, start, _NO_ROWS, valid, total)
 
     def _make_order(self, epoch: int) -> np.ndarray:
         return permutation(self.seed, epoch, self.size) if self.shuffle else np.arange(self.size)

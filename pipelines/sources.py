@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dalikd.pipelines.datasets.classes import check_equal_classes, stratified_rows
+from dalikd.pipelines.datasets.classes import check_equal_classes, shorten, stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
+from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.shards.read import ShardSet
 
-__all__ = ["Source", "check_same_classes", "why_fingerprints_differ"]
+__all__ = ["Source", "check_count", "check_same_classes", "why_fingerprints_differ"]
 
 _WITHOUT_SIZES, _WITH_SIZES = 16, 20  # hex digits of a fingerprint: its length says what it holds
 
@@ -139,3 +140,28 @@ def check_same_classes(train: Source, val: Source) -> None:
         ValueError: the class lists differ; names the first differences.
     """
     check_equal_classes(train.name, (train.split, train.classes), (val.split, val.classes))
+
+
+def check_count(source: Source, split: str, *, part: bool = False) -> Finding:
+    """Compare how many classes and images a split has with what is published.
+
+    Args:
+        source: the split, not limited.
+        split: what it is called in the table; "train+extra" is both together.
+        part: classes were left out.
+    """
+    info, counts = DATASET_INFO[source.name], np.bincount(source.labels, minlength=len(source.classes))
+    wrong = []
+    if not part and info.classes not in (None, len(counts)):
+        wrong.append(f"{info.classes:,} classes are published")
+    published = sum(info.images.get(name, 0) for name in split.split("+")) or len(source)
+    if not part and published != len(source):
+        wrong.append(f"{published:,} images are published")
+    if split in info.a_class:
+        fewest, most = info.a_class[split]
+        pairs = zip(source.classes, counts, strict=True)
+        outside = [f"{name} {count}" for name, count in pairs if not fewest <= count <= most]
+        usual = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        wrong += [f"a class has {usual} images, but {shorten(outside)}"] if outside else []
+    found = f"{len(counts):,} classes, {len(source):,} images"
+    return Finding(f"{source.name} {source.split}", "different" if wrong else "whole", "; ".join([found, *wrong]))

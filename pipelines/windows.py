@@ -4,7 +4,7 @@ DALI's resize takes longer than its decoder there. torch's vectorised resize of 
 treats borders as Pillow does (docs/log.md has the numbers). On a GPU DALI does it all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,15 +25,16 @@ class WindowViews:
         spec: a view of random_resized_crop, and the augmented views.
         batch_size: the largest batch.
         threads: that resize.
+        build_graph: `graphs.build_graph`, for augmented views that only DALI can make.
     """
 
-    def __init__(self, spec: DrawSpec, batch_size: int, threads: int) -> None:
+    def __init__(self, spec: DrawSpec, batch_size: int, threads: int, build_graph: Callable[..., Any]) -> None:
         assert spec.view.crop == "random_resized_crop"
         self._view, self._views = spec.view, spec.views
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dalikd-resize")
         self._threads = threads
         in_dali = {index: run for index, run in enumerate(spec.views) if run.kind in AUGMENTED_VIEWS_IN_DALI}
-        self._policies = _Policies(spec.view, in_dali, batch_size, threads) if in_dali else None
+        self._policies = _Policies(spec.view, in_dali, batch_size, threads, build_graph) if in_dali else None
 
     def __call__(self, windows: Any, draws: Mapping[str, np.ndarray]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Resize, flip, augment.
@@ -105,22 +106,28 @@ class _Policies:
         views: the policies, by their number among the augmented views.
         batch_size: the largest batch.
         threads: DALI's.
+        build_graph: makes the pipeline.
     """
 
-    def __init__(self, view: View, views: Mapping[int, ViewRun], batch_size: int, threads: int) -> None:
+    def __init__(
+        self,
+        view: View,
+        views: Mapping[int, ViewRun],
+        batch_size: int,
+        threads: int,
+        build_graph: Callable[..., Any],
+    ) -> None:
         self._whole, self._views = View(view.size, "whole"), views
-        self._batch_size, self._threads = batch_size, threads
+        self._batch_size, self._threads, self._build_graph = batch_size, threads, build_graph
         self._inputs: tuple[Any, ...] = ()
         self._graph: Any = None
 
     def __call__(self, images: Tensor, draws: Mapping[str, np.ndarray]) -> dict[int, Tensor]:
         """Augmented images, uint8 [B, S, S, 3] each, by the number of the view."""
-        from dalikd.pipelines.graphs import build_graph
-
         names = [f"{name}{index}" for index in self._views for name in ("operation", "magnitude", "sign")]
         self._inputs = (images.numpy(), *(np.ascontiguousarray(draws[name]) for name in names))
         if self._graph is None:
-            self._graph = build_graph(
+            self._graph = self._build_graph(
                 lambda _: self._inputs,
                 self._whole,
                 tuple(self._views.values()),

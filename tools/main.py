@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "the whole job on handwritten digits, in minutes: start here",
-    "prepare": "write a data set into webdataset tars or TFRecords, which are read in one sweep",
+    "prepare": "write a data set into webdataset tars or TFRecords, which are read sequentially",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",

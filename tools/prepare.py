@@ -7,12 +7,12 @@ from typing import Literal
 
 from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
 from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, published_set
-from dalikd.pipelines.datasets.info import DATASET_INFO, Finding, check_count
+from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.datasets.spec import Role
 from dalikd.pipelines.shards.layout import MANIFEST
 from dalikd.pipelines.shards.read import ShardSet
 from dalikd.pipelines.shards.write import WriteOptions, check_decodable, check_target, write_shards
-from dalikd.pipelines.sources import Source
+from dalikd.pipelines.sources import Source, check_count
 from dalikd.tools.cli import run_function
 
 

@@ -23,8 +23,8 @@ from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
-from dalikd.trainers.study.plan import Cell
-from dalikd.trainers.study.ready import COMMANDS, Reading, Study, check_machine, make_ready
+from dalikd.trainers.study.plan import Cell, Reading, Study
+from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready
 from dalikd.trainers.study.report import print_plan, write_report
 from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells
@@ -165,7 +165,7 @@ def _check_images(study: Study) -> None:
     """This machine has the images that the runs which are done have had."""
     done = {cell.name: read_result(study.folder, cell) for cell in study.every}
     if any(done.values()):
-        read = enumerate(study.opened.described(), start=1)
+        read = enumerate(study.images, start=1)
         here = {f"data {number} of this machine ({data['data']['root']})": data for number, data in read}
         check_images({**done, **here})
 

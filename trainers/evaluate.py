@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.doctor import printable
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import BadFileError, Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.options import RunOptions
 from dalikd.trainers.progress import progress
 

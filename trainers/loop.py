@@ -195,7 +195,7 @@ class Loop:
             the content of results.json.
 
         Raises:
-            BadFileError: a picture cannot be decoded; the state is saved.
+            BadFileError: an image cannot be decoded; the state is saved.
             Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
             MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A
                 step that was under way is done again, and running statistics and metrics have seen a part of it twice.

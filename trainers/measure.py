@@ -20,11 +20,10 @@ from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import StudentPart, Teacher, TeacherPass, entropies
 from dalikd.pipelines.data import FilePath, as_used
-from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.draw_spec import Batch, View
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import replaced_files
@@ -70,7 +69,7 @@ _MEASURING = {
 class MeasureOptions(AugmentingOptions):
     """Measure how good augmentations are for distillation, by the teacher alone (T. stddev; lower is better).
 
-    All of them are measured in one pass over the data: pictures are decoded once, and the teacher sees the originals
+    All of them are measured in one pass over the data: images are decoded once, and the teacher sees the originals
     and whatever augmentations have in common once.
 
     Args:

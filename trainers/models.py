@@ -27,7 +27,7 @@ _SET_HERE = {  # options of nets that follow from others, and how
     "num_classes": "it follows from the data's classes",
     "in_chans": "images have three channels",
     "features_only": "losses on features take them from the whole net",
-    "pretrained": 'say "pretrained" in place of the weights file',
+    "pretrained": 'give "pretrained" in place of the weights file',
     "checkpoint_path": "name the weights file as weights",
 }
 

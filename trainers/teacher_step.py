@@ -16,8 +16,7 @@ from dalikd.kd.manifold import hidden_mixing, mixed_forward
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import pick_count
 from dalikd.kd.teacher import Branch, BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
-from dalikd.pipelines.draw_spec import MixDraws
-from dalikd.pipelines.transfer import Batch
+from dalikd.pipelines.draw_spec import Batch, MixDraws
 from dalikd.trainers.augmentation import Augmenter, joint_draws
 from dalikd.trainers.launch import CompileMode, check_compiler
 

@@ -106,16 +106,6 @@ class FileList:
         buffer = self.buffer
         return [buffer[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
-    def padded(self, rows: np.ndarray) -> np.ndarray:
-        """Paths as one array for `fn.io.file.read`, uint8 [n, longest], zeros after the shorter ones; rows in 0..N-1.
-
-        An array a path would cost DALI's input ten times as long.
-        """
-        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        places = np.arange(lengths.max())
-        letters = self.buffer[np.minimum(starts[:, None] + places, len(self.buffer) - 1)]
-        return np.where(places < lengths[:, None], letters, np.uint8(0))
-
     def take(self, rows: Sequence[int] | np.ndarray) -> "FileList":
         """The files of `rows`, in that order, in a buffer of their own."""
         rows = np.asarray(rows, np.int64)

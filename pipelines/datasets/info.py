@@ -7,16 +7,9 @@ in `data.py`, the AutoAugment policy in `policies.py`.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
-
-from dalikd.pipelines.datasets.classes import shorten
-
-if TYPE_CHECKING:
-    from dalikd.pipelines.sources import Source
-
-__all__ = ["DATASET_INFO", "DatasetInfo", "Finding", "Statistics", "check_count", "cutout_side", "default_statistics"]
+__all__ = ["DATASET_INFO", "DatasetInfo", "Finding", "Statistics", "cutout_side", "default_statistics"]
 
 Color = tuple[float, float, float]
 
@@ -90,31 +83,6 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.place}: {self.state}{f' ({self.detail})' if self.detail else ''}"
-
-
-def check_count(source: "Source", split: str, *, part: bool = False) -> Finding:
-    """Compare how many classes and images a split has with what is published.
-
-    Args:
-        source: the split, not limited.
-        split: what it is called in the table; "train+extra" is both together.
-        part: classes were left out.
-    """
-    info, counts = DATASET_INFO[source.name], np.bincount(source.labels, minlength=len(source.classes))
-    wrong = []
-    if not part and info.classes not in (None, len(counts)):
-        wrong.append(f"{info.classes:,} classes are published")
-    published = sum(info.images.get(name, 0) for name in split.split("+")) or len(source)
-    if not part and published != len(source):
-        wrong.append(f"{published:,} images are published")
-    if split in info.a_class:
-        fewest, most = info.a_class[split]
-        pairs = zip(source.classes, counts, strict=True)
-        outside = [f"{name} {count}" for name, count in pairs if not fewest <= count <= most]
-        usual = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        wrong += [f"a class has {usual} images, but {shorten(outside)}"] if outside else []
-    found = f"{len(counts):,} classes, {len(source):,} images"
-    return Finding(f"{source.name} {source.split}", "different" if wrong else "whole", "; ".join([found, *wrong]))
 
 
 # Not the data's own, but what ImageNet models have been trained with ever since.

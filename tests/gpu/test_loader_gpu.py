@@ -13,11 +13,10 @@ from torch import Tensor
 
 from dalikd.pipelines.backends import can_gather
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import Batch, DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import Loader, decode_source
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 
 pytestmark = pytest.mark.gpu
 

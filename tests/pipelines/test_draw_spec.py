@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from dalikd.pipelines.draw_spec import AugmentedView, Draws, DrawSpec, MixRun, View, ViewRun
-from dalikd.pipelines.draws import Stream, erasing_boxes, uniforms
+from dalikd.pipelines.draws import Microbatch, Stream, erasing_boxes, uniforms
 from dalikd.pipelines.policies import auto_augment_draws, rand_augment_draws, trivial_augment_draws
-from dalikd.pipelines.sampler import Microbatch, Sampler
+from dalikd.pipelines.sampler import Sampler
 
 CIFAR_VIEW = View(32, "pad_crop")
 PHOTO_VIEW = View(224, "random_resized_crop")

@@ -27,11 +27,10 @@ from torchvision.transforms import functional as transforms
 from dalikd.pipelines import graphs
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View, ViewRun
-from dalikd.pipelines.draws import place_windows
+from dalikd.pipelines.draws import Microbatch, place_windows
 from dalikd.pipelines.graphs import build_graph, input_names
 from dalikd.pipelines.hardware import Decoding
 from dalikd.pipelines.policies import POLICIES, RANDOM_OPERATIONS, operation_names, policy_table
-from dalikd.pipelines.sampler import Microbatch
 from dalikd.pipelines.sources import Source
 
 CROPS = ("random_resized_crop", "pad_crop", "center_crop")

@@ -13,7 +13,6 @@ from nvidia.dali import backend
 from dalikd.pipelines import hardware
 from dalikd.pipelines.doctor import decode_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, decoding_on, driver_version, package_versions
-from dalikd.pipelines.sources import Source
 
 CUDA = torch.device("cuda", 0)
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
@@ -21,8 +20,8 @@ FAILS = "import sys; sys.exit('first words\\nnvImageCodec failure 8')"
 
 
 @pytest.fixture
-def source() -> Source:
-    return SimpleNamespace(arrays=None)  # type: ignore[return-value]
+def source() -> SimpleNamespace:
+    return SimpleNamespace(arrays=None)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +91,7 @@ def test_the_cpu_and_images_in_memory_need_no_gpu(monkeypatch, source):
     monkeypatch.setattr(hardware, "check_libraries", lambda: pytest.fail("a GPU was asked"))
     assert decoding_on(source, torch.device("cpu"), "whole", 1) == PLAIN
     in_memory = SimpleNamespace(arrays=np.zeros(1))
-    assert decoding_on(in_memory, CUDA) == PLAIN  # type: ignore[arg-type]
+    assert decoding_on(in_memory, CUDA) == PLAIN
 
 
 def test_the_probe_decodes_windows():

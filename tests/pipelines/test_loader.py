@@ -19,11 +19,10 @@ from PIL import Image
 
 from dalikd.pipelines.backends import DaliBackend, GatherBackend
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.draw_spec import DrawSpec, MixRun, View, ViewRun
+from dalikd.pipelines.draw_spec import Batch, DrawSpec, MixRun, View, ViewRun
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 
 MIXES = (MixRun("derangement", alpha=0.5), MixRun("derangement", 1, alpha=0.5))
 TRAINING = DrawSpec(View(32, "pad_crop"), 7, (ViewRun("crop_flip"),), MIXES, mix_group=8)
@@ -596,11 +595,11 @@ def test_the_python_side_costs_at_most_20_microseconds_a_sample(source, crop):
     loader = _loader(source, spec, 256)
     backend = loader._backend
     assert isinstance(backend, DaliBackend)
-    backend._prepare(0)  # orders are made
+    backend.feed(0)  # orders are made
     times = []
     for position in range(30):
         started = time.thread_time()
-        backend._prepare(position)  # in a thread of its own, as a rule
+        backend.feed(position)  # in a thread of its own, as a rule
         times.append(time.thread_time() - started)
     cost = float(np.median(times)) / 256 * 1e6
     print(f"{crop}: {cost:.1f} us a sample")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.backends import Context, DaliBackend, DaliOptions, GatherBackend, can_gather
+from dalikd.pipelines.backends import Context, DaliBackend, DaliOptions, DeviceTransfer, GatherBackend, can_gather
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.draw_spec import AugmentedView, DrawSpec, View, ViewRun
+from dalikd.pipelines.doctor import Decoder
+from dalikd.pipelines.draw_spec import AugmentedView, Batch, DrawSpec, View, ViewRun
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.resident import Resident, ResidentViews, crop_and_flip
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch, DeviceTransfer
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def _batches(source: Source, spec: DrawSpec, backend: type[DaliBackend] | type[G
     loader = Loader(source, Sampler(len(source), 50, seed=4), spec, threads=1)
     if backend is DaliBackend:
         cpu = torch.device("cpu")
-        context = Context(source, loader.sampler, spec, cpu, DeviceTransfer(cpu))
+        context = Context(source, loader.sampler, spec, cpu, DeviceTransfer(cpu), Decoder)
         loader._backend = DaliBackend(context, DaliOptions(1))
     assert type(loader._backend) is backend
     batches = [loader.next() for _ in range(3)]
@@ -93,7 +93,7 @@ def test_crop_and_flip_is_padding_cutting_and_mirroring(border, mode):
 def test_views_own_their_pixels():
     """Writing into a batch leaves the data set as it was."""
     arrays = np.full((4, 8, 8, 3), 7, np.uint8)
-    views = ResidentViews(Resident.from_arrays(arrays, torch.device("cpu")), View(8, "center_crop", resize=8))
+    views = ResidentViews(Resident.from_arrays(arrays, torch.device("cpu")))
     images, augmented = views(torch.tensor([1, 2]), {})
     assert augmented == ()
     images.zero_()

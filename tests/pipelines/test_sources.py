@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalikd.pipelines import sources
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.datasets.classes import stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
-from dalikd.pipelines.datasets.info import default_statistics
-from dalikd.pipelines.sources import Source, check_same_classes, why_fingerprints_differ
+from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
+from dalikd.pipelines.sources import Source, check_count, check_same_classes, why_fingerprints_differ
 
 
 @pytest.fixture(autouse=True)
@@ -269,3 +270,70 @@ class TestCheckSameClasses:
     def test_another_order(self) -> None:
         with pytest.raises(ValueError, match="label 1 is b and c"):
             self.check(("a", "b", "c"), ("a", "c", "b"))
+
+
+# ---------------------------------------------------------------------------------------- what is published
+
+
+def published_source(name: str, counts: list[int]) -> Source:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return Source(
+        name=name,
+        split="folder",
+        classes=tuple(f"n{label}" for label in range(len(counts))),
+        labels=labels,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        image_size=1,
+        arrays=np.zeros((len(labels), 1, 1, 3), np.uint8),
+    )
+
+
+def check(name: str, split: str, counts: list[int], **options: bool) -> tuple[str, str]:
+    finding = check_count(published_source(name, counts), split, **options)
+    assert finding.place == f"{name} folder"
+    return finding.state, finding.detail
+
+
+def test_tinyimagenet() -> None:
+    assert check("tinyimagenet", "train", [500] * 200) == ("whole", "200 classes, 100,000 images")
+    assert check("tinyimagenet", "val", [50] * 200) == ("whole", "200 classes, 10,000 images")
+    assert check("tinyimagenet", "val", [50] * 3 + [49] + [50] * 196) == (
+        "different",
+        "200 classes, 9,999 images; 10,000 images are published; a class has 50 images, but n3 49",
+    )
+    assert check("tinyimagenet", "train", [500] * 199) == (
+        "different",
+        "199 classes, 99,500 images; 200 classes are published; 100,000 images are published",
+    )
+
+
+def test_imagenet_by_the_size_of_its_classes() -> None:
+    state, detail = check("imagenet", "train", [1300, 731, 1301, 732])
+    assert state == "different"
+    assert "; 1,000 classes are published; 1,281,167 images are published; " in detail
+    assert detail.endswith("a class has 732 to 1300 images, but n1 731, n2 1301")
+    assert check("imagenet", "val", [50] * 1000)[0] == "whole"
+
+
+def test_some_classes_are_counted_class_by_class() -> None:
+    assert check("imagenet100", "train", [1300, 732]) == ("whole", "2 classes, 2,032 images")
+    assert check("imagenet100", "val", [50] * 99 + [51])[1].endswith("a class has 50 images, but n99 51")
+    assert check("tinyimagenet", "train", [500, 500], part=True)[0] == "whole"
+    assert check("tinyimagenet", "train", [500, 499], part=True)[0] == "different"
+
+
+def test_data_sets_of_files() -> None:
+    assert check("stl10", "test", [800] * 10)[0] == "whole"
+    assert check("svhn", "extra", [531_121, *[1] * 9])[1].endswith("; 531,131 images are published")
+    assert check("svhn", "train+extra", [1] * 10)[1].endswith("; 604,388 images are published")
+
+
+def test_one_s_own_images() -> None:
+    assert check("imagefolder", "train", [3, 1]) == ("whole", "2 classes, 4 images")
+
+
+def test_a_class_without_an_image_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "DATASET_INFO", {"digits": replace(DATASET_INFO["digits"], a_class={"train": (1, 9)})})
+    source = replace(published_source("digits", [1, 1]), classes=("a", "b", *"cdefghij"))
+    assert check_count(source, "train").detail.endswith("but c 0, d 0, e 0, f 0, g 0 and 3 more")

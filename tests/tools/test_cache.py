@@ -96,7 +96,7 @@ def test_verifying_takes_the_options_of_the_cache(tmp_path):
     ("arguments", "message"),
     [
         (["--output", "new", "--augmentation", "cutmixpick_student"], "its teacher outputs cannot be cached"),
-        ([], "no folder given: say with --output where the teacher cache goes"),
+        ([], "no folder given: name one for the teacher cache with --output"),
         (["--output", "new", "--teacher.cache", "old"], "--teacher.cache is read by dalikd distill"),
         (["--output", "new", "--data.name", "svnh"], "data.name"),
         (["--verify", "nothing"], "--verify nothing: there is no teacher cache (nothing/config.yaml is missing)"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
+from dalikd.pipelines import sources
 from dalikd.pipelines.data import DataConfig, open_sources
-from dalikd.pipelines.datasets import info
 from dalikd.pipelines.datasets.info import DATASET_INFO
 from dalikd.tools import prepare
 
@@ -186,7 +186,7 @@ def small_stl10(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(datasets.STL10, f"{split}_list", listed)
     monkeypatch.setattr(datasets.STL10, "download", download)
     facts = {"stl10": replace(DATASET_INFO["stl10"], images={"train": 10, "test": 10})}
-    monkeypatch.setattr(info, "DATASET_INFO", facts)
+    monkeypatch.setattr(sources, "DATASET_INFO", facts)
     return list(content)
 
 

@@ -215,7 +215,7 @@ def test_other_images_than_those_of_the_runs_that_are_done_are_refused(content, 
     words = ["--config", str(path), "--output", str(folder)]
     ready = make_ready(read_study(words))
     keep_config(folder, ready.reading.config)
-    (seen,) = ready.opened.described()
+    (seen,) = ready.images
     result = {**seen, "fingerprint": {**seen["fingerprint"], "val": "other"}, "finished": True}
     write_json(folder / "students/resnet8/x1/seed0/results.json", result)
     with pytest.raises(SystemExit):

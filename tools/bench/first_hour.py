@@ -1,6 +1,6 @@
 """`dalikd bench first-hour`: what a new GPU machine is asked first, within nine minutes.
 
-    dalikd bench first-hour                        on pictures drawn for it
+    dalikd bench first-hour                        on images drawn for it
     dalikd bench first-hour --root PHOTOS          class folders of photos, 512 or more
     dalikd bench first-hour --device cpu           the same on tiny sizes: only to see that it runs
 

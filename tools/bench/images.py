@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_map_only
 
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS
-from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.draw_spec import Batch, DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter, MixOptions
 
 __all__ = ["STORES", "cached", "describe", "draw_images", "open_store", "own_store", "repeat_images", "stored_files"]

@@ -15,8 +15,8 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.tools.bench.images import each_tensor
 from dalikd.tools.bench.machine import synchronize
 from dalikd.trainers.loop import Loop

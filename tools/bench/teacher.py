@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.tools.bench.common import Measuring, TeacherOptions, open_measuring
 from dalikd.tools.bench.images import describe
 from dalikd.tools.bench.machine import settle

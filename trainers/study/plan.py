@@ -1,13 +1,30 @@
 """A study as cells: plain calls of train, evaluate, measure and distill, each with a place for its result."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from dalikd.trainers.study.options import Net, Pair
+from dalikd.trainers.study.options import Net, Pair, StudyOptions
 
-__all__ = ["Axes", "Cell", "alone_name", "deal", "distill_name", "measure_name", "plan", "teacher_name"]
+__all__ = [
+    "ONE_CALL",
+    "Axes",
+    "Cell",
+    "Reading",
+    "Study",
+    "Work",
+    "alone_name",
+    "deal",
+    "distill_name",
+    "measure_name",
+    "plan",
+    "teacher_name",
+]
+
+
+#: options of the study that do not change what comes out
+ONE_CALL = ("pair", "shard", "dry_run", "report", "poll_seconds", "output")
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,88 @@ class Cell:
         place = {"output" if self.is_run else "json": str(folder / self.name)}
         saved = {"checkpoint": str(folder / self.checkpoint)} if self.command == "measure" else {}
         return {**place, **saved, **self.settings}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images that go through nets.
+
+    Attributes:
+        trained: forward and backward through the net that is trained.
+        asked: through the teacher.
+        scored: through a student that ranks candidates.
+        evaluated: through the net that is evaluated.
+        flops: of all of these, floating-point operations.
+    """
+
+    trained: int = 0
+    asked: int = 0
+    scored: int = 0
+    evaluated: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: Self) -> "Work":
+        """Both."""
+        names = ("trained", "asked", "scored", "evaluated", "flops")
+        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+class Reading(NamedTuple):
+    """A study as it was asked for.
+
+    Attributes:
+        options: its own, with each augmentation by its name.
+        shared: what all its cells share, of each command: what is not as it would be without a word, as plain values.
+        read: gives the options of a command for a cell, and the same as plain values: what all cells share, under
+            some options by their dotted names.
+        reread: gives the config of a study, in its present form, from the file that keeps it.
+        trains_teachers: whether it says how a teacher without weights is trained.
+    """
+
+    options: StudyOptions
+    shared: dict[str, dict[str, Any]]
+    read: Callable[[str, Mapping[str, Any]], tuple[Any, dict[str, Any]]]
+    reread: Callable[[Path], dict[str, Any]]
+    trains_teachers: bool
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What makes it this study and no other: a config file that every command of a cell reads."""
+        own = {name: value for name, value in asdict(self.options).items() if name not in ONE_CALL}
+        return {**self.shared, "study": own}
+
+
+class Study(NamedTuple):
+    """A study that can be run.
+
+    Attributes:
+        reading: what it was made of.
+        pairs: all of them.
+        axes: what they are tried with.
+        folder: where it is written.
+        cells: those of this call's pairs.
+        every: those of all pairs.
+        work: what each cell computes.
+        shards: the shard of each cell of this call.
+        kinds: options of cells, one of each kind.
+        images: what results say of the data that it reads.
+    """
+
+    reading: Reading
+    pairs: list[Pair]
+    axes: Axes
+    folder: Path
+    cells: list[Cell]
+    every: list[Cell]
+    work: dict[str, Work]
+    shards: dict[str, int]
+    kinds: list[Any]
+    images: list[dict[str, Any]]
+
+    @property
+    def kept(self) -> Path:
+        """The file that keeps its config."""
+        return self.folder / "config.yaml"
 
 
 def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0, *, stops_early: bool = False) -> list[Cell]:

@@ -3,11 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,8 +23,8 @@ from dalikd.trainers.measure import MeasureOptions, check_measuring
 from dalikd.trainers.models import TeacherConfig, build_model, build_teacher, check_pretrained
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.study.options import Net, Pair, StudyOptions
-from dalikd.trainers.study.plan import Axes, Cell, deal, plan
-from dalikd.trainers.study.work import Sizes, Work, work
+from dalikd.trainers.study.plan import Axes, Cell, Reading, Study, Work, deal, plan
+from dalikd.trainers.study.work import Sizes, work
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
@@ -32,10 +32,7 @@ from dalikd.trainers.trial import try_step
 
 __all__ = [
     "COMMANDS",
-    "ONE_CALL",
     "Opened",
-    "Reading",
-    "Study",
     "check_cell",
     "check_machine",
     "check_teacher",
@@ -61,34 +58,7 @@ _GIVEN_TEACHER = _names(TeacherConfig) - {"name", "weights", "args", "cache"}
 
 #: the commands that cells are calls of
 COMMANDS = ("train", "evaluate", "measure", "distill")
-#: options of the study that do not change what comes out
-ONE_CALL = ("pair", "shard", "dry_run", "report", "poll_seconds", "output")
 _VARIED = ("seed", "epoch_factor", "augmentation")  # what cells of one kind differ in, and where they lie
-
-
-class Reading(NamedTuple):
-    """A study as it was asked for.
-
-    Attributes:
-        options: its own, with each augmentation by its name.
-        shared: what all its cells share, of each command: what is not as it would be without a word, as plain values.
-        read: gives the options of a command for a cell, and the same as plain values: what all cells share, under
-            some options by their dotted names.
-        reread: gives the config of a study, in its present form, from the file that keeps it.
-        trains_teachers: whether it says how a teacher without weights is trained.
-    """
-
-    options: StudyOptions
-    shared: dict[str, dict[str, Any]]
-    read: Callable[[str, Mapping[str, Any]], tuple[Any, dict[str, Any]]]
-    reread: Callable[[Path], dict[str, Any]]
-    trains_teachers: bool
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What makes it this study and no other: a config file that every command of a cell reads."""
-        own = {name: value for name, value in asdict(self.options).items() if name not in ONE_CALL}
-        return {**self.shared, "study": own}
 
 
 class _AnyMachine:
@@ -141,39 +111,6 @@ class Opened:
             self._checked.add(text)
 
 
-class Study(NamedTuple):
-    """A study that can be run.
-
-    Attributes:
-        reading: what it was made of.
-        pairs: all of them.
-        axes: what they are tried with.
-        folder: where it is written.
-        cells: those of this call's pairs.
-        every: those of all pairs.
-        work: what each cell computes.
-        shards: the shard of each cell of this call.
-        kinds: options of cells, one of each kind.
-        opened: the data.
-    """
-
-    reading: Reading
-    pairs: list[Pair]
-    axes: Axes
-    folder: Path
-    cells: list[Cell]
-    every: list[Cell]
-    work: dict[str, Work]
-    shards: dict[str, int]
-    kinds: list[Any]
-    opened: Opened
-
-    @property
-    def kept(self) -> Path:
-        """The file that keeps its config."""
-        return self.folder / "config.yaml"
-
-
 def make_ready(reading: Reading) -> Study:
     """Plan a study and check all of it.
 
@@ -192,7 +129,9 @@ def make_ready(reading: Reading) -> Study:
     _check_teachers(pairs, every, kinds, opened, download=not (options.dry_run or options.report))
     cells = plan(chosen, axes, folder, trained.ema, stops_early=stops_early)
     shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1])
-    return Study(reading, pairs, axes, folder, cells, every, costs, shards, list(kinds.known.values()), opened)
+    return Study(
+        reading, pairs, axes, folder, cells, every, costs, shards, list(kinds.known.values()), opened.described()
+    )
 
 
 def _check_teachers(pairs: list[Pair], cells: list[Cell], kinds: "_Kinds", opened: Opened, *, download: bool) -> None:

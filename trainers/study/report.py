@@ -5,12 +5,10 @@ from typing import Any, BinaryIO
 
 from dalikd.kd.correlation import Coefficient, Correlation, draw
 from dalikd.pipelines.files import write_atomically
-from dalikd.trainers.study.plan import Cell
-from dalikd.trainers.study.ready import Study
+from dalikd.trainers.study.plan import Cell, Study, Work
 from dalikd.trainers.study.results import collect, points_of
 from dalikd.trainers.study.state import is_done
 from dalikd.trainers.study.tables import csv_table, markdown
-from dalikd.trainers.study.work import Work
 from dalikd.trainers.tracking import write_json
 
 __all__ = ["print_plan", "write_report"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,11 +11,12 @@ from dalikd.kd.backbones import create_model
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.measure import MeasureOptions
+from dalikd.trainers.study.plan import Work
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.trial import ask
 
-__all__ = ["Sizes", "Work", "forward_flops", "work"]
+__all__ = ["Sizes", "forward_flops", "work"]
 
 _BACKWARD = 2.0  # a backward pass costs about two forward passes
 
@@ -28,30 +29,6 @@ class Sizes:
     val_images: int
     classes: int
     side: int  # of an image, in pixels
-
-
-@dataclass(frozen=True)
-class Work:
-    """Images that go through nets.
-
-    Attributes:
-        trained: forward and backward through the net that is trained.
-        asked: through the teacher.
-        scored: through a student that ranks candidates.
-        evaluated: through the net that is evaluated.
-        flops: of all of these, floating-point operations.
-    """
-
-    trained: int = 0
-    asked: int = 0
-    scored: int = 0
-    evaluated: int = 0
-    flops: float = 0.0
-
-    def __add__(self, other: Self) -> "Work":
-        """Both."""
-        names = ("trained", "asked", "scored", "evaluated", "flops")
-        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Work:

@@ -16,8 +16,8 @@ from torch.optim import SGD, Optimizer
 
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import accuracy_sums
 from dalikd.trainers.launch import model_type

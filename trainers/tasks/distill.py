@@ -16,9 +16,9 @@ from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, St
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.teacher import Teacher, TeacherPass, entropies
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import CompileMode
 from dalikd.trainers.models import TeacherConfig, describe_teacher

@@ -9,7 +9,7 @@ from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
-from dalikd.pipelines.transfer import Batch
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.options import NumberRange, check_numbers
 from dalikd.trainers.setup import Setup

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from dalikd.kd.teacher import Teacher, TeacherPass
 from dalikd.pipelines.data import FilePath
-from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.draw_spec import Batch
+from dalikd.pipelines.draws import Microbatch, permutation
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
-from dalikd.pipelines.sampler import Microbatch, Sampler
-from dalikd.pipelines.transfer import Batch
+from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig
@@ -284,7 +284,7 @@ class _SomeBatches(Sampler):
         super().__init__(size, microbatch, seed, drop_last=False, repeat=epochs)
         self._every = Sampler(size, microbatch, seed, drop_last=False, repeat=epochs)
         count = self._every.steps_per_epoch
-        self.steps_per_epoch = max(1, round(share * count))
+        self.steps_per_epoch = self.microbatches_per_epoch = max(1, round(share * count))
         chosen = [np.sort(permutation(seed, epoch, count)[: self.steps_per_epoch]) for epoch in range(epochs)]
         self._indices = np.concatenate([epoch * count + picked for epoch, picked in enumerate(chosen)])
 
@@ -369,7 +369,7 @@ def _checked_picks(picks: np.ndarray, batch: int, group: int, runs: int) -> np.n
 
 def _check_options(options: CacheOptions, accelerator: Accelerator) -> None:
     if options.output is None and options.verify is None:
-        raise ValueError("no folder given: say with --output where the teacher cache goes")
+        raise ValueError("no folder given: name one for the teacher cache with --output")
     if options.teacher.cache is not None:
         raise ValueError("--teacher.cache is read by dalikd distill: name the folder of a new cache with --output")
     if options.precision == "fp64":

@@ -12,10 +12,9 @@ from dalikd.kd.backbones.layers import NetOutput
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.teacher import BranchOutputs, TeacherPass
-from dalikd.pipelines.draw_spec import BatchPlan
+from dalikd.pipelines.draw_spec import Batch, BatchPlan
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.sources import Source
-from dalikd.pipelines.transfer import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.models import TeacherConfig, build_teacher
 from dalikd.trainers.options import AugmentingOptions
@@ -39,7 +38,7 @@ class CachedTeacher:
 
     def attach(self, plan: BatchPlan) -> dict[str, np.ndarray]:
         """What the cache holds of a microbatch: goes along with the batch."""
-        rows = plan.micro.rows  # as drawn: a picture that stands in for a bad one has the place of that one
+        rows = plan.micro.rows  # as drawn: an image that stands in for a bad one has the place of that one
         arrays = self.cache.read(plan.micro.epoch, rows)
         if "picks" in arrays:
             arrays["picks"] = from_group_picks(arrays["picks"], len(rows), self._group)

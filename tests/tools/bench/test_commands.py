@@ -10,7 +10,8 @@ import torch
 from dalikd.tools.bench import commands, main
 from dalikd.tools.bench.commands import BENCHMARKS, planned, run_all
 from dalikd.tools.bench.record import check_names
-from dalikd.tools.cli import OPTIONS, parse, run_function
+from dalikd.tools.cli import parse, run_function
+from dalikd.tools.layers import OPTIONS
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from dalikd.trainers.augmentation import Augmenter, MixOptions
 from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.models import TeacherConfig
-from dalikd.trainers.study.work import Sizes, Work, forward_flops, work
+from dalikd.trainers.study.plan import Work
+from dalikd.trainers.study.work import Sizes, forward_flops, work
 from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.tasks.supervised import TrainOptions
 

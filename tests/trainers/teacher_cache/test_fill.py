@@ -443,7 +443,7 @@ def test_a_cache_is_verified_with_its_own_options(fill, verify, weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output": None}, "no folder given: say with --output"),
+        ({"output": None}, "no folder given: name one"),
         ({"teacher": TeacherConfig(cache="x")}, "--teacher.cache is read by dalikd distill"),
         ({"teacher": TeacherConfig()}, "no teacher given: name its architecture with --teacher.name"),
         ({"precision": "fp64"}, "--precision fp64: a teacher cache holds float32 at most"),
