@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dalikd.tools.bench.commands import BENCHMARKS
 from dalikd.tools.cli import parse
 from dalikd.tools.layers import OPTIONS, options_class
 from dalikd.tools.main import COMMANDS
@@ -96,7 +97,10 @@ def test_the_two_commands_are_there_and_are_those_of_ci() -> None:
 
 @pytest.mark.parametrize(("command", "arguments"), _commands(), ids=lambda part: part if isinstance(part, str) else "")
 def test_command_lines_parse(command: str, arguments: list[str], workplace: Path) -> None:
+    if command.startswith("bench "):
+        assert command.removeprefix("bench ") in BENCHMARKS
     if command not in OPTIONS:
+        command = command.split(" ")[0]
         assert find_spec(f"dalikd.tools.{command.replace(' ', '.').replace('-', '_')}") is not None
         return
     for option in {"--resume", "--verify"} & set(arguments):  # a config in this folder is read

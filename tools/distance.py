@@ -157,6 +157,17 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     return sorted(sorted(knot) for knot in knots if len(knot) > 1)
 
 
+def climbs(graph: Mapping[str, set[str]]) -> list[str]:
+    """Imports that go up: pipelines and kd know neither each other nor what stands on them, trainers no command line."""
+    above = {"pipelines": ("kd", "trainers", "tools"), "kd": ("pipelines", "trainers", "tools"), "trainers": ("tools",)}
+    return [
+        f"{file} imports {other}"
+        for file, others in graph.items()
+        for other in sorted(others)
+        if other.partition("/")[0] in above.get(file.partition("/")[0], ())
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 
@@ -166,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="the functions by file, and the chain")
     listed = parser.parse_args(argv).list
     graph = imports()
-    knots = circles(graph)
+    knots, upward = circles(graph), climbs(graph)
     chain = [] if knots else longest_chain(graph)
     passed = walk_step()
     found = Distance(sum(map(len, passed.values())), len(passed), len(chain))
@@ -176,9 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(" -> ".join(chain))
     print(f"one step passes {found.functions} functions (at most {LIMITS.functions}) in {found.files} files", end=" ")
     print(f"(at most {LIMITS.files}); the longest chain of imports has {found.chain} files (at most {LIMITS.chain})")
-    for knot in knots:
-        print(f"a circle of imports: {', '.join(knot)}")
-    return int(bool(knots) or any(number > limit for number, limit in zip(found, LIMITS, strict=True)))
+    print(
+        "\n".join([*(f"a circle of imports: {', '.join(knot)}" for knot in knots), *upward]),
+        end="\n" * bool(knots or upward),
+    )
+    return int(bool(knots or upward) or any(number > limit for number, limit in zip(found, LIMITS, strict=True)))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
+from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.sources import open_source
 from dalikd.tools.bench import main
 from dalikd.tools.bench.record import load
 from dalikd.tools.bench.sides import BACKENDS, Job, open_side

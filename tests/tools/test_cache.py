@@ -88,7 +88,7 @@ def test_top_k_is_judged_by_probabilities(command, caching, tmp_path):
 def test_verifying_takes_the_options_of_the_cache(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"mix_group": 32, "seed": 9, "output": "elsewhere"}))
     options, plain = parse("cache", ["--verify", str(tmp_path), "--seed", "4"])
-    assert (options.mix_group, options.seed, options.verify, options.output) == (32, 4, str(tmp_path), str(tmp_path))
+    assert (options.mix.group, options.seed, options.verify, options.output) == (32, 4, str(tmp_path), str(tmp_path))
     assert "verify" not in plain
 
 

@@ -13,7 +13,7 @@ __all__ = ["Net", "Pair", "StudyOptions"]
 
 @dataclass
 class StudyOptions:
-    """Does T. stddev predict how well students do? Train, measure and distil pairs with every augmentation, and compare.
+    """Does T. stddev predict how well students do? Train, measure and distil pairs of nets with every augmentation.
 
     What is missing is trained: teachers without weights, and every student on labels alone. Called again it goes on
     where it stopped. Any option of train, measure, distill and evaluate may be given too, for all of them or for one,
