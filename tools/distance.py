@@ -158,7 +158,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def climbs(graph: Mapping[str, set[str]]) -> list[str]:
-    """Imports that go up: pipelines and kd know neither each other nor what stands on them, trainers no command line."""
+    """Imports that go up: pipelines and kd know nothing of each other and of trainers, and these nothing of tools."""
     above = {"pipelines": ("kd", "trainers", "tools"), "kd": ("pipelines", "trainers", "tools"), "trainers": ("tools",)}
     return [
         f"{file} imports {other}"
