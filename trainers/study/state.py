@@ -96,6 +96,7 @@ def keep_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], d
     check_config(folder, config, reread)
     path = folder / _CONFIG
     if path.exists():
+        check_config(folder, config, reread)  # another may have written it since
         return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{_CONFIG}.{uuid4().hex}"  # shards of several machines may have one process number
