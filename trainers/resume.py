@@ -18,7 +18,7 @@ _FREE = (
 )
 #: those that change how it goes on, not what it is
 _SAID = (
-    *("epochs", "epoch_factor", "schedule", "optimizer", "clip", "eval_every", "precision", "sync_bn"),
+    *("epochs", "epoch_factor", "schedule", "optimizer", "clip_grad_norm", "eval_every", "precision", "sync_bn"),
     *("metric", "entropy_log_every"),
 )
 

@@ -68,7 +68,8 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[str, Any]:
     """Six accumulated steps of distillation at float64, without batch statistics."""
     options = DistillOptions(
-        batch_size=32, mix=MixOptions(group=8), epochs=2, accumulation=2, augmentation=augmentation, clip_grad_norm=1.0, ema=0.5,
+        batch_size=32, mix=MixOptions(group=8), epochs=2, accumulation=2, augmentation=augmentation,
+        clip_grad_norm=1.0, ema=0.5,
         optimizer=partial(SGD, lr=0.1, momentum=0.9),
     )  # fmt: skip
     student, teacher = helpers.net(0, norm=False).double(), helpers.net(1).double()
