@@ -1,4 +1,4 @@
-"""Does T. stddev foretell the student? Correlation of the two over augmentations, and the scatter plot of it.
+"""Does T. stddev predict the student? Correlation of the two over augmentations, and the scatter plot of it.
 
 Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", NeurIPS 2022, arXiv 2012.02909.
 """

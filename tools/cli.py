@@ -46,17 +46,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "mix": (),
     "training": (
-        *(
-            "epochs",
-            "epoch_factor",
-            "batch_size",
-            "accumulation",
-            "optimizer",
-            "clip_grad_norm",
-            "no_decay_norms",
-            "ema",
-        ),
-        *("sync_bn", "seed"),
+        *("epochs", "epoch_factor", "batch_size", "accumulation", "optimizer"),
+        *("clip_grad_norm", "no_decay_norms", "ema", "sync_bn", "seed"),
     ),
     "schedule": (),
 }

@@ -1,4 +1,4 @@
-"""`dalikd correlate`: does T. stddev foretell the students' test loss?"""
+"""`dalikd correlate`: does T. stddev predict the students' test loss?"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`dalikd study`: does T. stddev foretell the students? Everything that the answer needs, from one config."""
+"""`dalikd study`: does T. stddev predict the students? Everything that the answer needs, from one config."""
 
 import json
 import shlex

@@ -301,10 +301,6 @@ class Loop:
         self.save()
         self.folder.results(self._results(finished=False))
 
-    def _note_replaced(self) -> None:
-        """Every process must come here: what one of them has replaced, the main process writes down."""
-        self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
-
     def _share_buffers(self, nets: Iterable[nn.Module]) -> None:
         """Take the main process's running statistics, as every training forward does, so that all evaluate one net."""
         if self.accelerator.num_processes > 1:
@@ -336,7 +332,8 @@ class Loop:
         meters are shared: all of them call this, and the main process writes."""
         self.meter.share(self.accelerator)
         self.epoch_meter.share(self.accelerator)
-        self._note_replaced()
+        # every process must come here: what one of them has replaced, the main process writes down
+        self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
         if self.accelerator.is_main_process:
             self._write()
 

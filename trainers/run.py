@@ -32,10 +32,11 @@ def run(options: TrainingOptions, accelerator: Accelerator, command: str, config
         ValueError, OSError: the options, the data, the nets or the folder are not as they should be.
     """
     options.check_machine(accelerator)
+    folder = _free_folder(options, accelerator, command)
     setup = open_run(options, accelerator)
+    setup.sampler(accumulation=options.accumulation)  # the batch size fits: found before nets are opened
     task = options.build(setup)
     loader, val_loader = task.loader(setup, options.accumulation), setup.val_loader()
-    folder = _free_folder(options, accelerator, command)
     data = {
         **as_used(options.data, setup.source, accelerator.device),
         "train_images": len(setup.source),

@@ -116,13 +116,11 @@ def versions(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
         **package_versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -47,7 +47,9 @@ def write_report(study: Study) -> dict[str, Any]:
     """
     results = collect(study.pairs, study.axes, study.every, study.folder, study.reading.config)
     drawn = [group for group in results["groups"] if group["correlation"] is not None]
-    plots = {id(group): f"plots/{_plot_name(group)}" for group in drawn}
+    plots = {
+        id(group): f"plots/{group['teacher']}_{group['student']}-x{group['epoch_factor']:g}.png" for group in drawn
+    }
     for group in drawn:
         write_atomically(study.folder / plots[id(group)], lambda file, group=group: _draw(group, file))
     by_number = {number: plots[id(group)] for number, group in enumerate(results["groups"]) if id(group) in plots}
@@ -79,10 +81,6 @@ def _total(study: Study, name: str, cells: Iterable[Cell]) -> str:
     total = sum(works, Work())
     images = (total.trained, total.asked, total.scored, total.evaluated)
     return _line([name, str(len(works)), *(f"{count:,}" for count in images), f"{total.flops / 1e15:,.3g}"])
-
-
-def _plot_name(group: dict[str, Any]) -> str:
-    return f"{group['teacher']}_{group['student']}-x{group['epoch_factor']:g}.png"
 
 
 def _draw(group: dict[str, Any], file: BinaryIO) -> None:

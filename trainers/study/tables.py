@@ -103,7 +103,7 @@ def _separations(measurements: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _correlations(results: dict[str, Any]) -> str:
-    lines = ["## Does T. stddev foretell the student?", ""]
+    lines = ["## Does T. stddev predict the student?", ""]
     lines += [
         "Correlation of T. stddev with the students' test loss (last epoch) over the augmentations, p in brackets."
     ]

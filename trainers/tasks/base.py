@@ -132,9 +132,8 @@ class TrainingOptions(AugmentingOptions, ABC):
         Raises:
             ValueError: the optimizer cannot work with its numbers, or the device not with an option.
         """
-        for name, value in getattr(
-            self.optimizer, "keywords", {}
-        ).items():  # those of a class; a function keeps its own
+        keywords = getattr(self.optimizer, "keywords", {})  # those of a class; a function keeps its own
+        for name, value in keywords.items():
             numbers = [one for one in (value if isinstance(value, tuple | list) else [value]) if isinstance(one, float)]
             if not all(map(math.isfinite, numbers)) or (name == "lr" and numbers and numbers[0] <= 0):
                 wanted = "a number above 0" if name == "lr" else "finite numbers"

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.draws import Microbatch, permutation
 from dalikd.pipelines.files import write_atomically
-from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
@@ -318,19 +316,14 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     sampler = _SomeBatches(layout.rows, microbatch, options.seed, layout.epochs, options.share)
     loader, ask = work.setup.loader(work.augmenter.draw_spec, sampler), work.teacher_step()
     total = layout.epochs * len(loader)
-    for index, batch in enumerate(progress(accelerator, "verify", _first(loader, total), total=total)):
-        micro = sampler[index]
+    for index in progress(accelerator, "verify", range(total)):
+        batch, micro = loader.next(), sampler[index]
         rows = micro.rows[: micro.valid]
         cached = {name: torch.from_numpy(array) for name, array in cache.read(micro.epoch, rows).items()}
         _compare(found, work, cache.layout, ask(batch), batch, cached)
         found.rows += len(rows)
     loader.close()
     return found
-
-
-def _first(loader: Loader, count: int) -> Iterator[Batch]:
-    for _ in range(count):
-        yield loader.next()
 
 
 def _compare(
