@@ -14,7 +14,7 @@ def tiny(monkeypatch, tmp_path):
     """The demo's own config with small nets, one epoch and few images."""
     config = yaml.safe_load(Path(configs.__file__).with_name("demo.yaml").read_text("utf-8"))
     config["data"] |= {"val_limit": 30, "threads": 1}
-    config |= {"model": "small", "mix_group": 32, "batch_size": 32}
+    config |= {"model": "small", "mix": {"group": 32}, "batch_size": 32}
     config["teacher"]["name"] = config["train"]["model"] = "small"
     for command in ("train", "measure", "distill"):
         config[command]["epochs"] = 1

@@ -27,7 +27,7 @@ def config(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"name": "imagefolder", "root": str(tree), "image_size": 32, "threads": 1, "limit": 48, "val_limit": 9},
         "device": "cpu",
         "batch_size": 16,
-        "mix_group": 8,
+        "mix": {"group": 8},
         "epochs": 2,
         "train": {"checkpoint_every": 2},
         "measure": {"window": 24, "epochs": 1},
