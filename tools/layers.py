@@ -12,7 +12,7 @@ import yaml
 
 from dalikd.tools.classes import CLASSES, whole
 from dalikd.tools.signature import check_words, check_yaml, element, expand_path, option_types
-from dalikd.trainers.renamed import RENAMED, take_old_names
+from dalikd.trainers.renamed import RENAMED, take_old_names, told
 
 __all__ = [
     "OPTIONS",
@@ -335,7 +335,7 @@ def _checked(place: str, content: dict[str, Any], written: Any, form: Grammar, *
         own = form if section == form.command and not form.line else None
         types = _possible([own or grammar(section)]) if section else _shared(options, form)
         for old, new in take_old_names(options, types).items():
-            if not old_names or " " in new:
+            if not old_names or (new == RENAMED[old] and " " in new):
                 raise ValueError(f"{place}: {_renamed(prefix, old)}")
         known = _heads(types)
         for key in options:
@@ -348,8 +348,10 @@ def _checked(place: str, content: dict[str, Any], written: Any, form: Grammar, *
 
 
 def _renamed(prefix: str, old: str) -> str:
-    new = RENAMED[old]
-    return f"{prefix}{old}: {new}" if " " in new else f"{prefix}{old} is now {prefix}{new}"
+    new = told(old)
+    if new == RENAMED[old] and " " in new:
+        return f"{prefix}{old}: {new}"
+    return f"{prefix}{old} is now {prefix}{new.replace(', ', f', {prefix}').replace(' and ', f' and {prefix}')}"
 
 
 def _close(key: str, known: Collection[str]) -> str:

@@ -51,11 +51,17 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
     """
     refused, said = [], []
     before, now = renamed(saved.get("options", {})), own["options"]
-    # an option that a version did not have yet is not compared; nested ones that were not given are None
+    # an option that a version did not have yet is not compared; nested ones that were not given are None, and what a
+    # class could not do yet was off
     groups = {name.partition(".")[0] for name in before} & {name.partition(".")[0] for name in now}
     for name in sorted(before.keys() | now.keys()):
         was, value = before.get(name), now.get(name)
-        if was == value or name.partition(".")[0] not in groups or _is_in(name, _FREE):
+        if (
+            was == value
+            or (name not in before and not value)
+            or name.partition(".")[0] not in groups
+            or _is_in(name, _FREE)
+        ):
             continue
         change = f"--{name.replace('.init_args.', '.')} was {was}, now it is {value}"
         if name == "command":

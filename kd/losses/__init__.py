@@ -2,23 +2,31 @@
 
 from dalikd.kd.losses.base import (
     DistillationLoss,
+    FeatureLoss,
+    LogitLoss,
     LossContext,
     MixedOutputs,
+    Schedule,
     StepOutputs,
     WeightedSum,
     cross_entropy,
     mixed_cross_entropy,
+    standardize_logits,
 )
 from dalikd.kd.losses.kd import KD, kd_loss
 
 __all__ = [
     "KD",
     "DistillationLoss",
+    "FeatureLoss",
+    "LogitLoss",
     "LossContext",
     "MixedOutputs",
+    "Schedule",
     "StepOutputs",
     "WeightedSum",
     "cross_entropy",
     "kd_loss",
     "mixed_cross_entropy",
+    "standardize_logits",
 ]

@@ -1,26 +1,81 @@
-"""What every distillation loss shares: its interface, and the cross-entropy against one label and against two."""
+"""What distillation losses share: their interface, the two forms that most of them have, weights over time, and the
+cross-entropy against one label and against two."""
 
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, Normalized
+from dalikd.kd.connectors import shape_of
 
 __all__ = [
     "DistillationLoss",
+    "FeatureLoss",
+    "LogitLoss",
     "LossContext",
     "MixedOutputs",
+    "Schedule",
     "StepOutputs",
+    "Weight",
     "WeightedSum",
+    "check_weight",
     "cross_entropy",
     "full_precision",
     "mixed_cross_entropy",
+    "standardize_logits",
+    "weight_at",
 ]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A weight over time: straight lines between points, level before the first and after the last.
+
+    Args:
+        epochs: when, in epochs done, in order. Two at the same epoch make a step.
+        values: the weight then, 0 or more; one for each epoch.
+    """
+
+    epochs: list[float]
+    values: list[float]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for points that make no line."""
+        if len(self.epochs) != len(self.values) or not self.epochs:
+            raise ValueError(f"{len(self.epochs)} epochs have {len(self.values)} values: give one for each")
+        if not all(0 <= a <= b < math.inf for a, b in pairwise([0.0, *self.epochs])):
+            raise ValueError(f"epochs are {self.epochs}: give numbers of 0 or more in ascending order")
+        if not all(0 <= value < math.inf for value in self.values):
+            raise ValueError(f"values are {self.values}: give numbers of 0 or more")
+
+
+Weight = float | Schedule
+
+
+def check_weight(name: str, weight: Weight) -> None:
+    """Raises ValueError for a weight that is neither a number of 0 or more nor a schedule of such."""
+    if not isinstance(weight, Schedule) and not 0 <= weight < math.inf:
+        raise ValueError(f"{name} is {weight}: give 0 or more")
+
+
+def weight_at(weight: Weight, epoch: Tensor) -> float | Tensor:
+    """A weight after so many epochs, a float32 scalar on its device; a number stays one. No host sync."""
+    if not isinstance(weight, Schedule):
+        return weight
+    value = torch.full_like(epoch, weight.values[0])
+    points = zip(weight.epochs, weight.values, strict=True)
+    for (start, before), (end, after) in pairwise(points):
+        share = ((epoch - start) / (end - start)).clamp(0, 1) if end > start else (epoch >= end).to(epoch.dtype)
+        value = value + (after - before) * share
+    return value
 
 
 class MixedOutputs(NamedTuple):
@@ -64,14 +119,19 @@ class LossContext(NamedTuple):
         teacher: the same.
         classes: of both nets.
         images: rows of the training set; ids are below.
+        labels: of these rows, int64 [images], on the CPU, where they are asked for.
         teacher_classifier: the teacher's last layer, where it is asked for: pooled features -> logits.
+        student_classifier: the student's. It is trained as a part of the student: keep it out of the loss's own parts
+            (in a tuple, say).
     """
 
     student: NetOutput
     teacher: NetOutput
     classes: int
     images: int
+    labels: Tensor | None = None
     teacher_classifier: nn.Module | None = None
+    student_classifier: nn.Module | None = None
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -82,8 +142,10 @@ class DistillationLoss(nn.Module, ABC):
     are not exported with it.
 
     Attributes:
-        needs: what it compares beside logits: "features"; "preactivations" and "teacher_classifier", which bring the
-            features along.
+        needs: what it takes beside logits and labels, and what is refused where it cannot be had: "features";
+            "preactivations", "teacher_classifier" and "student_classifier", which bring the features along; "heads", of
+            the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented image for each
+            original.
         local_buffers: names of buffers that processes do not share (memory banks): the loss keeps them equal itself.
     """
 
@@ -98,6 +160,10 @@ class DistillationLoss(nn.Module, ABC):
             ValueError: the nets do not go together; names both shapes.
         """
 
+    def complete(self, student: Normalized) -> Normalized:
+        """The net that is trained, evaluated and saved, where that is more than the student. Called after `build`."""
+        return student
+
     @abstractmethod
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Compute the objective of one batch.
@@ -107,21 +173,200 @@ class DistillationLoss(nn.Module, ABC):
         """
 
 
+class LogitLoss(DistillationLoss):
+    """Labels, and logits that are compared, on original and on augmented images.
+
+    With augmented images x' beside the originals x, as Wang et al. (NeurIPS 2022, arXiv 2012.02909, eq. 5):
+    `ce_weight * CE(x) + kd_weight * (kd_share * D(x) + ce_mix_share * CE(x') + kd_mix_share * D(x'))`. D is what a
+    subclass compares by; where that is by a label, x' has two of them, and D(x') is the mean of both by their shares.
+
+    Args:
+        ce_weight: Weight of the cross-entropy of the original images, 0 or more; a number, or a schedule over epochs.
+        kd_weight: Weight of everything else; likewise.
+        label_smoothing: Share of each label spread evenly over the classes, in [0, 1); for the cross-entropies only.
+        kd_share: Share of the comparison on original images in kd_weight, 0 or more.
+        ce_mix_share: Share of the cross-entropy on augmented images.
+        kd_mix_share: Share of the comparison on augmented images.
+        standardize: Compare logits whose mean over the classes is 0 and whose standard deviation is 1 (Sun et al., CVPR
+            2024, arXiv 2403.01427).
+    """
+
+    def __init__(
+        self,
+        ce_weight: Weight = 1.0,
+        kd_weight: Weight = 1.0,
+        label_smoothing: float = 0.0,
+        kd_share: float = 1.0,
+        ce_mix_share: float = 0.0,
+        kd_mix_share: float = 1.0,
+        standardize: bool = False,
+    ) -> None:
+        super().__init__()
+        shares = {"kd": kd_share, "ce_mix": ce_mix_share, "kd_mix": kd_mix_share}
+        for name, weight in [("ce_weight", ce_weight), ("kd_weight", kd_weight)]:
+            check_weight(name, weight)
+        for name, share in shares.items():
+            if not 0 <= share < math.inf:
+                raise ValueError(f"{name}_share is {share}: give 0 or more")
+        _check_smoothing(label_smoothing)
+        self.ce_weight, self.kd_weight, self.shares = ce_weight, kd_weight, shares
+        self.label_smoothing, self.standardize = label_smoothing, standardize
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor, epoch: Tensor) -> Tensor:
+        """How far apart the nets' logits are.
+
+        Args:
+            student: [B, C], standardised where that is asked for.
+            teacher: the same.
+            labels: int64 [B]; for augmented images first those of one image, then those of the other.
+            epoch: epochs done.
+
+        Returns:
+            a scalar, the mean over the batch; or [B], where it depends on the labels.
+        """
+
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return "loss", "ce", "kd"; with augmented images also "kd_mix", and "ce_mix" where its share is not 0."""
+        student, teacher, mixed, epoch = outputs.student.logits, outputs.teacher.logits, outputs.mixed, outputs.epoch
+        smoothing = self.label_smoothing
+        terms = {
+            "ce": cross_entropy(student, outputs.labels, smoothing),
+            "kd": self.compare(*self._compared(student, teacher), outputs.labels, epoch).mean(),
+        }
+        if mixed is not None:
+            if self.shares["ce_mix"] != 0:
+                terms["ce_mix"] = mixed_cross_entropy(
+                    mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, smoothing
+                )
+            compared = self._compared(mixed.student_logits, mixed.teacher_logits)
+            own = self.compare(*compared, mixed.labels, epoch)
+            if own.dim():
+                lam = mixed.lam.to(own.dtype)
+                own = (lam * own + (1 - lam) * self.compare(*compared, mixed.partner_labels, epoch)).mean()
+            terms["kd_mix"] = own
+        ce_weight, kd_weight = weight_at(self.ce_weight, epoch), weight_at(self.kd_weight, epoch)
+        weights = {"ce": ce_weight, **{name: kd_weight * share for name, share in self.shares.items()}}
+        return {"loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(), **terms}
+
+    def _compared(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return (standardize_logits(student), standardize_logits(teacher)) if self.standardize else (student, teacher)
+
+
+class FeatureLoss(DistillationLoss):
+    """Labels, and features that are compared on the original images: `ce_weight * CE(x) + weight * D(x)`.
+
+    Args:
+        weight: Of the comparison, 0 or more; a number, or a schedule over epochs.
+        ce_weight: Of the cross-entropy; likewise. In a sum of losses one part alone may have it.
+        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
+        student_features: Which of the student's features are compared, as numbers: 0 is the stem's, then one for each
+            stage, -1 the pooled; default: those of the method.
+        teacher_features: The same of the teacher, as many.
+
+    Attributes:
+        places: the features of the method, where none are named.
+        counted: the student's features are compared with the teacher's one by one: as many of each.
+    """
+
+    needs = frozenset({"features"})
+    places: ClassVar[slice] = slice(1, -1)
+    counted: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        ce_weight: Weight = 1.0,
+        label_smoothing: float = 0.0,
+        student_features: list[int] | None = None,
+        teacher_features: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("ce_weight", ce_weight)):
+            check_weight(name, value)
+        _check_smoothing(label_smoothing)
+        self.weight, self.ce_weight, self.label_smoothing = weight, ce_weight, label_smoothing
+        self.student_features, self.teacher_features = student_features, teacher_features
+
+    def build(self, context: LossContext) -> None:
+        """Check the features that are compared, and make what depends on their shapes (`connect`)."""
+        features = self.choose(context.student, context.teacher)
+        if self.counted and len(features[0]) != len(features[1]):
+            raise ValueError(
+                f"{type(self).__name__} compares as many features of the student as of the teacher, and the student's "
+                f"are {_shapes(features[0])}, the teacher's {_shapes(features[1])}: name those that belong together "
+                "with --loss.student_features and --loss.teacher_features, or take SemCKD, which weighs all pairs"
+            )
+        self.connect(*features, context)
+
+    def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:
+        """Make what depends on the shapes of the features that are compared.
+
+        Raises:
+            ValueError: they cannot be compared; names both shapes, and the method or connector that could.
+        """
+
+    @abstractmethod
+    def compare(self, student: Sequence[Tensor], teacher: Sequence[Tensor], outputs: StepOutputs) -> Tensor:
+        """How far apart the features are: a scalar, the sum over the pairs."""
+
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return "loss", "ce", and the comparison by the name of the class in small letters."""
+        ce = cross_entropy(outputs.student.logits, outputs.labels, self.label_smoothing)
+        term = self.compare(*self.choose(outputs.student, outputs.teacher), outputs)
+        total = weight_at(self.ce_weight, outputs.epoch) * ce + weight_at(self.weight, outputs.epoch) * term
+        return {"loss": total, "ce": ce, type(self).__name__.lower(): term}
+
+    def choose(self, student: NetOutput, teacher: NetOutput) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The features that are compared.
+
+        Raises:
+            ValueError: a net has no such feature.
+        """
+        return (
+            self._chosen(self._given(student), self.student_features, "student"),
+            self._chosen(self._given(teacher), self.teacher_features, "teacher"),
+        )
+
+    def _given(self, outputs: NetOutput) -> Sequence[Tensor]:
+        """What features are chosen from: with "preactivations", those in the places of the stages."""
+        if "preactivations" not in self.needs:
+            return outputs.features
+        return (outputs.features[0], *outputs.preactivations, outputs.features[-1])
+
+    def _chosen(self, features: Sequence[Tensor], numbers: list[int] | None, which: str) -> Sequence[Tensor]:
+        if numbers is None:
+            return features[self.places]
+        if not all(-len(features) <= number < len(features) for number in numbers):
+            raise ValueError(
+                f"--loss.{which}_features {numbers}: the {which} gives {len(features)} features, {_shapes(features)}; "
+                f"give numbers from 0 to {len(features) - 1}"
+            )
+        return [features[number] for number in numbers]
+
+
 class WeightedSum(DistillationLoss):
     """Several losses, each times its weight. Its terms keep their names; where two have one name they are numbered.
 
     Args:
-        losses: The parts.
-        weights: One for each, 0 or more; default: 1 for all.
+        losses: The parts. One alone may count the cross-entropy of the labels: the others have a ce_weight of 0.
+        weights: One for each, 0 or more, a number or a schedule over epochs; default: 1 for all.
     """
 
-    def __init__(self, losses: list[DistillationLoss], weights: list[float] | None = None) -> None:
+    def __init__(self, losses: list[DistillationLoss], weights: list[Weight] | None = None) -> None:
         super().__init__()
-        self.weights = [1.0] * len(losses) if weights is None else weights
+        self.weights: list[Weight] = [1.0] * len(losses) if weights is None else weights
         if len(losses) != len(self.weights) or not losses:
             raise ValueError(f"{len(losses)} losses have {len(self.weights)} weights: give one for each, and a loss")
-        if not all(0 <= weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights are {self.weights}: give numbers of 0 or more")
+        for number, weight in enumerate(self.weights):
+            check_weight(f"weights[{number}]", weight)
+        counting = [type(loss).__name__ for loss in losses if getattr(loss, "ce_weight", 0.0) != 0]
+        if len(counting) > 1:
+            raise ValueError(
+                f"{' and '.join(counting)} each count the cross-entropy of the labels: give all but one of them "
+                "ce_weight: 0"
+            )
+        self.ce_weight = float(bool(counting))
         self.losses = nn.ModuleList(losses)
 
     @property
@@ -144,12 +389,18 @@ class WeightedSum(DistillationLoss):
         for loss in self._parts():
             loss.build(context)
 
+    def complete(self, student: Normalized) -> Normalized:
+        """The student, completed by each part in turn."""
+        for loss in self._parts():
+            student = loss.complete(student)
+        return student
+
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return "loss", then the terms of all parts; a part's own "loss" where it has no other term."""
         total, terms = torch.zeros((), device=outputs.labels.device), {}
         for loss, weight in zip(self.losses, self.weights, strict=True):
             found = loss(outputs)
-            total = total + weight * found["loss"]
+            total = total + weight_at(weight, outputs.epoch) * found["loss"]
             own = {name: term for name, term in found.items() if name != "loss"} or {
                 type(loss).__name__.lower(): found["loss"]
             }
@@ -188,3 +439,23 @@ def mixed_cross_entropy(
     partner = functional.cross_entropy(logits, partner_labels, label_smoothing=label_smoothing, reduction="none")
     lam = lam.to(logits.dtype)
     return (lam * own + (1 - lam) * partner).mean()
+
+
+def standardize_logits(logits: Tensor) -> Tensor:
+    """Logits [B, C] less their mean over the classes, over their standard deviation (unbiased) plus 1e-7.
+
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427, eq. 10. Invariant to
+    shift and scale; float32, float64 stays.
+    """
+    logits = full_precision(logits)
+    return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}: give a number in [0, 1)")
+
+
+def _shapes(features: Sequence[Tensor]) -> str:
+    """For messages: the shapes of one image's features."""
+    return ", ".join(map(shape_of, features)) or "none"

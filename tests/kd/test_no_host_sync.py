@@ -46,7 +46,7 @@ def make_steps(device: str) -> dict[str, Callable[[], Any]]:
     probabilities = ProbabilityCovariance(10, group=24, device=device)
     cross_entropy = CrossEntropyCovariance(size=100, group=24, device=device)
     entropies = EntropyLog(every=1)
-    loss = KD(lw_mix=(1.0, 0.5, 1.0), label_smoothing=0.1)
+    loss = KD(ce_mix_share=0.5, label_smoothing=0.1)
     student = logits[0].requires_grad_()
     epoch = torch.zeros((), device=device)
     step = StepOutputs(NetOutput(student), NetOutput(logits[1]), labels, labels, epoch, mixed)

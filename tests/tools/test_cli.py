@@ -152,7 +152,7 @@ def test_the_default_optimizer_and_loss_are_those_of_the_options(make_parameter)
     assert type(ours) is type(theirs) is SGD
     assert ours.defaults == theirs.defaults
     assert type(options.loss) is KD
-    assert options.loss.weights == KD().weights
+    assert (options.loss.kd_weight, options.loss.shares) == (0.9, KD().shares)
     assert plain["optimizer"]["class_path"] == "torch.optim.SGD"
 
 
@@ -191,13 +191,13 @@ def test_nested_values_and_lists_are_read():
                 "--data.limit",
                 "50",
             ),
-            *("--loss.temperature", "2", "--loss.lw_mix", "[1, 0, 0]", "--model_args.dropout", "0.1"),
+            *("--loss.temperature", "2", "--loss.kd_mix_share", "0", "--model_args.dropout", "0.1"),
         ],
     )
     assert (options.teacher.name, options.teacher.args) == ("vgg13", {"x": 1})
     assert options.schedule.milestones == [3.0, 5.0]
     assert options.data.limit == 50
-    assert (options.loss.temperature, options.loss.weights["kd_mix"]) == (2.0, 0.0)
+    assert (options.loss.temperature, options.loss.shares["kd_mix"]) == (2.0, 0.0)
     assert options.model_args == {"dropout": 0.1}
 
 
@@ -207,7 +207,6 @@ LISTS = [
     (["--schedule.milestones", "30"], "--schedule.milestones '[30]'"),
     (["--mean", "0.5,", "0.5,", "0.5"], "--mean '[0.5, 0.5, 0.5]'"),
     (["--teacher.std", "0.2", "0.2", "0.2"], "--teacher.std '[0.2, 0.2, 0.2]'"),
-    (["--loss.lw_mix", "1", "0", "0.5", "--seed", "1"], "--loss.lw_mix '[1, 0, 0.5]'"),
     (["--optimizer", "AdamW", "--optimizer.betas", "0.9", "0.99"], "--optimizer.betas '[0.9, 0.99]'"),
 ]
 
@@ -387,7 +386,7 @@ YAML_WORDS = [
     ),
     ("schedule:\n  milestones: 30, 60", "milestones: [30, 60]"),
     ("mean: 0.5", "1.yaml: mean is 0.5: a list is written in brackets, mean: [0.5]"),
-    ("loss: {init_args: {lw_mix: 1, 0, 0.5}}", "loss.init_args.lw_mix is 1, 0, 0.5: .*, lw_mix: [1, 0, 0.5]"),
+    ("optimizer: {init_args: {betas: 0.9, 0.99}}", "init_args.betas is 0.9, 0.99: .*, betas: [0.9, 0.99]"),
 ]
 
 

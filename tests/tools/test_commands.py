@@ -46,7 +46,7 @@ def test_train_then_evaluate_gives_the_same_figures(command, training, options, 
 
 def test_distill_streams_the_metric(command, training, teacher, weights, tmp_path):
     run = tmp_path / "run"
-    arguments = ["--augmentation", "cutmixpick_teacher", "--mix.mode", "per_batch", "--loss.lw_mix", "[1, 0.5, 1]"]
+    arguments = ["--augmentation", "cutmixpick_teacher", "--mix.mode", "per_batch", "--loss.ce_mix_share", "0.5"]
     arguments += ["--entropy_log_every", "20"]
     ended = command("distill", *training, *teacher, *arguments, "--epochs", 8, "--output", run)
     assert (ended.code, ended.err) == (0, "")

@@ -143,7 +143,7 @@ def test_no_model(refused, tree, data_options):
         (["--loss.temperature", 0], ["--loss: temperature is 0", "above 0"]),
         (["--loss.ce_weight", ".nan"], ["--loss: ce_weight is nan: give 0 or more"]),
         (["--loss.temprature", 1], ["temprature"]),
-        (["--loss.lw_mix", "[1, 2]"], ["lw_mix"]),
+        (["--loss.kd_share", "-1"], ["kd_share is -1.0: give 0 or more"]),
         (["--teacher.name", "resnte8"], ["teacher resnte8", "did you mean resnet8"]),
         (["--teacher.weights", "nowhere.pt"], ["nowhere.pt"]),
     ],

@@ -191,7 +191,7 @@ def test_candidates_mixed_inside_are_scored_group_by_group_too():
 @pytest.mark.parametrize("augmentation", ["cutmixpick_teacher", "cutmixpick_student"])
 def test_a_group_may_keep_another_number_of_picks(make_loop, distill_options, augmentation, n_pick):
     """More or fewer augmented images than originals: labels, loss, metric and step go along."""
-    loss = KD(lw_mix=(1.0, 1.0, 1.0))
+    loss = KD(ce_mix_share=1.0)
     mix = MixOptions(group=8, n_pick=n_pick)
     loop = make_loop(options=distill_options(augmentation=augmentation, loss=loss, mix=mix))
     batch = loop.loader.next()
@@ -267,7 +267,7 @@ def _expected(student, loss, fed):
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_terms_are_those_of_the_loss(make_net, make_task, joint):
     """Both ways agree where no batch statistics are involved."""
-    student, loss, fed = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0)), _task_inputs()
+    student, loss, fed = make_net(norm=False), KD(ce_mix_share=0.5, kd_mix_share=2.0), _task_inputs()
     terms, expected = make_task(student, loss, joint)(fed), _expected(student, loss, fed)
     assert list(terms) == [*expected, "top1"]
     for name, value in expected.items():
@@ -277,7 +277,7 @@ def test_the_terms_are_those_of_the_loss(make_net, make_task, joint):
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("count", [5, 40])
 def test_there_may_be_another_number_of_augmented_images(make_net, make_task, joint, count):
-    student, loss, fed = make_net(norm=False), KD(lw_mix=(1.0, 0.5, 2.0)), _task_inputs()
+    student, loss, fed = make_net(norm=False), KD(ce_mix_share=0.5, kd_mix_share=2.0), _task_inputs()
     rows = torch.arange(count) * 3 % 16
     fed = DistillationInputs(*fed[:5], *(part[rows] for part in fed[5:10]))
     terms = make_task(student, loss, joint)(fed)

@@ -2,20 +2,24 @@ from dalikd.trainers import renamed as module
 from dalikd.trainers.renamed import new_name, take_old_names
 from dalikd.trainers.resume import check_same_run, identity
 
-TABLE = {"mode": "mix.mode", "loss.temp": "loss.temperature", "gone": "give --a or --b"}
+TABLE = {
+    **{"mode": "mix.mode", "loss.temp": "loss.temperature", "gone": "give --a or --b"},
+    "loss.pair": ("loss.first", "loss.second"),
+}
 
 
 def test_no_new_name_is_an_old_one():
-    assert not set(module.RENAMED) & set(module.RENAMED.values())
+    new = {name for value in module.RENAMED.values() for name in ([value] if isinstance(value, str) else value)}
+    assert not set(module.RENAMED) & new
 
 
 def test_old_names_give_way_to_new_ones(monkeypatch):
     monkeypatch.setattr(module, "RENAMED", TABLE)
-    content = {"mode": 1, "mix": {"alpha": 2}, "loss": {"init_args": {"temp": 3, "x": 4}}, "gone": 5}
-    assert take_old_names(content, {"mix.mode"}) == TABLE
+    content = {"mode": 1, "mix": {"alpha": 2}, "loss": {"init_args": {"temp": 3, "x": 4, "pair": [5, 6]}}, "gone": 5}
+    assert take_old_names(content, {"mix.mode"}) == TABLE | {"loss.pair": "loss.first and loss.second"}
     assert content == {
         "mix": {"alpha": 2, "mode": 1},
-        "loss": {"init_args": {"temperature": 3, "x": 4}},
+        "loss": {"init_args": {"temperature": 3, "x": 4, "first": 5, "second": 6}},
         "gone": 5,
     }
     assert take_old_names({"mode": 1, "loss": None}, {"mode"}) == {}
@@ -26,6 +30,8 @@ def test_a_run_is_the_same_by_the_new_names(tmp_path, monkeypatch):
     assert [new_name(name) for name in ("mode", "seed", "loss.init_args.temp")] == [
         *("mix.mode", "seed", "loss.init_args.temperature"),
     ]
-    old = identity("distill", {"mode": "a", "loss": {"init_args": {"temp": 3}}}, {})
-    new = identity("distill", {"mix": {"mode": "a"}, "loss": {"init_args": {"temperature": 3}}}, {})
+    old = identity("distill", {"mode": "a", "loss": {"init_args": {"temp": 3, "pair": [1, 2]}}}, {})
+    new = identity(
+        "distill", {"mix": {"mode": "a"}, "loss": {"init_args": {"temperature": 3, "first": 1, "second": 2}}}, {}
+    )
     assert check_same_run(old, new, tmp_path) == []

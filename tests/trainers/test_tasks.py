@@ -214,7 +214,7 @@ def test_what_a_loss_needs_and_cannot_have_is_named(make_loop, distill_options):
     task = make_loop("plain", options=distill_options(), student=_resnet(0), teacher=_resnet(1)).task
     task.loss, task.teacher = _Hint(), SimpleNamespace()  # as a cache is no teacher
     with pytest.raises(ValueError, match=r"_Hint needs the teacher's preactivations, teacher_classifier, and a cache"):
-        task._build_loss(3, 12, 96)
+        task._build_loss(3, 12, [0] * 96)
 
 
 # ------------------------------------------------------------------------------------------------ other ways

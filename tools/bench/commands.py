@@ -55,7 +55,7 @@ step DATA VAL --data.image_size 224 --teacher.name timm:resnet18 --model timm:re
     --device cpu --steps 4 --warmup 2
 1 step DATA VAL --data.image_size 224 LARGE PICKS GPU --compile off
 1 step DATA VAL --data.image_size 224 LARGE PICKS GPU --compile max-autotune-no-cudagraphs
-1 step DATA VAL --data.image_size 224 LARGE --loss.lw_mix '[1, 0, 0]' GPU --compile max-autotune-no-cudagraphs
+1 step DATA VAL --data.image_size 224 LARGE --loss.kd_mix_share 0 GPU --compile max-autotune-no-cudagraphs
 1 step DATA VAL --data.image_size 32 WIDE PICKS
 1 step DATA VAL --data.image_size 64 WIDE PICKS
 host DATA

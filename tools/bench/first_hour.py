@@ -152,7 +152,7 @@ def items(root: Path, output: Path, device: str) -> dict[str, _Item]:
         **tests(110, "tests", str(_TESTS), "--ignore", compiled),
         **bench(60, f"sweep-{little}", f"loader DATA BATCH --sweep true --data.threads {little}", note=0),
         **bench(60, f"sweep-{much}", f"loader DATA BATCH --sweep true --data.threads {much}", note=0),
-        **bench(80, "step-identity", "step NETS --loss.lw_mix '[1, 0, 0]' STEPS", note=0),
+        **bench(80, "step-identity", "step NETS --loss.kd_mix_share 0 STEPS", note=0),
         **bench(80, "step-cutmixpick", f"step NETS {_PICKS} STEPS", note=0),
         **tests(60, "recording", "--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * 20, dali=True),
         **tests(60, "compile", "-k", "reduce-overhead", compiled),

@@ -1,10 +1,11 @@
 """Distillation: the student learns from labels and from what the teacher gives for originals and augmented images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class DistillOptions(TrainingOptions):
             entropy_log=EntropyLog(self.entropy_log_every) if self.entropy_log_every else None,
             compile_mode=self.compile,
             side=setup.view.size,
-            images=len(setup.source),
+            labels=setup.source.labels,
         )
         task.header, task.contents = header, {"the_teacher's_weights_or_normalisation": digest}
         task.title = f"{self.augmentation}, {self.model}"
@@ -120,6 +121,10 @@ class DistillOptions(TrainingOptions):
 def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str:
     """What a teacher's outputs depend on in the teacher; the same whether it is asked or read from a cache."""
     return " ".join([str(weights), *(f"{value:.6g}" for value in (*mean, *std))])
+
+
+#: what a loss may need that brings the features of both nets along
+FEATURE_NEEDS = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier", "heads"})
 
 
 class DistillationInputs(NamedTuple):
@@ -154,7 +159,7 @@ class Distillation(Task):
         entropy_log: where the entropies of this process's images go, by the net that picks.
         compile_mode: of the teacher's pass; the task is the loop's to compile.
         side: of the images in pixels, and
-        images: how many are trained on, for a loss that is built from the nets.
+        labels: of all that are trained on, for a loss that is built from the nets.
 
     Raises:
         ValueError: the loss needs what there is not.
@@ -174,19 +179,22 @@ class Distillation(Task):
         entropy_log: EntropyLog | None = None,
         compile_mode: CompileMode = "off",
         side: int = 32,
-        images: int = 0,
+        labels: Sequence[int] | np.ndarray = (),
     ) -> None:
         super().__init__()
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
-        self._build_loss(num_classes, side, images)
+        self._build_loss(num_classes, side, labels)
+        self.student = student = loss.complete(student)
         self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
         self._pass: Callable[[Batch], TeacherPass]
         if isinstance(teacher, CachedTeacher):
             self._pass = teacher
         else:
-            self._pass = TeacherStep(teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs)
+            self._pass = TeacherStep(
+                teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs & FEATURE_NEEDS
+            )
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.entropy_log, self._batches = entropy_log, 0
         self.title = augmenter.name  # of its plots
@@ -251,11 +259,11 @@ class Distillation(Task):
 
     def forward(self, inputs: DistillationInputs) -> dict[str, Tensor]:
         """Named terms: the loss's, and the accuracy on the originals."""
-        pixels, augmented, joint, needs = inputs.pixels, inputs.augmented, self.joint_forward, self.loss.needs
-        wanted = {"features": bool(needs), "preactivations": "preactivations" in needs}
+        pixels, augmented, joint = inputs.pixels, inputs.augmented, self.joint_forward
+        wanted = {"features": self._features, "preactivations": "preactivations" in self.loss.needs}
         if inputs.hidden is not None and augmented is not None:
             student, mixed_logits = mixed_forward(
-                self.student, pixels, augmented, inputs.hidden, joint=joint, features=bool(needs)
+                self.student, pixels, augmented, inputs.hidden, joint=joint, features=self._features
             )
         elif augmented is not None and joint:
             both = self.student.outputs(torch.cat((pixels, augmented)), **wanted)
@@ -292,35 +300,48 @@ class Distillation(Task):
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
 
-    def _build_loss(self, num_classes: int, side: int, images: int) -> None:
-        """Show the loss what both nets give, if it wants to see it."""
+    def _build_loss(self, num_classes: int, side: int, labels: Sequence[int] | np.ndarray) -> None:
+        """Refuse what the loss cannot have, and show it what both nets give, if it wants to see it."""
         loss, teacher = self.loss, self.teacher
-        if not loss.needs and type(loss).build is DistillationLoss.build:
-            return
-        if loss.needs and not isinstance(teacher, Teacher):
+        name, needs = f"--loss {type(loss).__name__}", loss.needs
+        self._features = bool(needs & FEATURE_NEEDS)
+        if "augmented" in needs and not self.augmenter.parts:
             raise ValueError(
-                f"--loss {type(loss).__name__} needs the teacher's {', '.join(sorted(loss.needs))}, and a cache holds "
-                "its logits alone: distil without --teacher.cache"
+                f"{name} compares two views of each image: give the second with --augmentation, such as randaugment"
             )
-        before, modes = "preactivations" in loss.needs, {part: part.training for part in self.student.modules()}
+        if "augmented" in needs and self.augmenter.criterion is not None:
+            raise ValueError(
+                f"{name} needs one augmented image for each original, and {self.augmenter.name} picks some of them: "
+                "take an augmentation that does not pick"
+            )
+        if not needs and type(loss).build is DistillationLoss.build:
+            return
+        if self._features and not isinstance(teacher, Teacher):
+            raise ValueError(
+                f"{name} needs the teacher's {', '.join(sorted(needs & FEATURE_NEEDS))}, and a cache holds its logits "
+                "alone: distil without --teacher.cache"
+            )
+        before, modes = "preactivations" in needs, {part: part.training for part in self.student.modules()}
         if before and self.augmenter.mixes_hidden:
             raise ValueError(
-                f"--loss {type(loss).__name__} compares what comes before the stages' last ReLU, where "
-                f"{self.augmenter.name} does not mix: take another augmentation or loss"
+                f"{name} compares what comes before the stages' last ReLU, where {self.augmenter.name} does not mix: "
+                "take another augmentation or loss"
             )
 
         def black(net: nn.Module) -> Tensor:
             return torch.zeros(2, 3, side, side, device=next(net.parameters()).device)
 
         with torch.no_grad():
-            student = self.student.eval().outputs(black(self.student), features=bool(loss.needs), preactivations=before)
+            student = self.student.eval().outputs(black(self.student), features=self._features, preactivations=before)
             given, classifier = NetOutput(torch.zeros(2, num_classes)), None
-            if isinstance(teacher, Teacher) and loss.needs:
+            if isinstance(teacher, Teacher) and self._features:
                 given = teacher.outputs(black(teacher.model), preactivations=before)
-                classifier = _classifier(teacher.model) if "teacher_classifier" in loss.needs else None
+                classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
         for part, training in modes.items():
             part.training = training
-        loss.build(LossContext(student, given, num_classes, images, classifier))
+        own = _classifier(self.student) if "student_classifier" in needs else None
+        rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
+        loss.build(LossContext(student, given, num_classes, len(labels), rows, classifier, own))
         loss.to(next(self.student.parameters()).dtype)
 
 
@@ -328,7 +349,5 @@ def _classifier(model: nn.Module) -> nn.Module:
     net = model.model if isinstance(model, Normalized) else model
     found = net.get_classifier() if hasattr(net, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(found, nn.Module):
-        raise ValueError(
-            f"{type(net).__name__} names no classifier, which the loss needs: take another teacher or loss"
-        )
+        raise ValueError(f"{type(net).__name__} names no classifier, which the loss needs: take another net or loss")
     return found

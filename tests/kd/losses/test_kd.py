@@ -1,6 +1,7 @@
 """kd_loss against published values; KD's terms, weights and configuration."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonargparse
@@ -14,12 +15,14 @@ from dalikd.kd.losses import (
     KD,
     DistillationLoss,
     MixedOutputs,
+    Schedule,
     StepOutputs,
     WeightedSum,
     cross_entropy,
     kd_loss,
     mixed_cross_entropy,
 )
+from dalikd.kd.losses.base import weight_at
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "kd_loss.json").read_text())
 
@@ -80,7 +83,9 @@ def test_kd_loss_of_half_logits_is_computed_in_float32():
 
 
 def test_without_mixed_images(batch: StepOutputs):
-    terms = KD(ce_weight=0.3, kd_weight=0.6, temperature=2.0, lw_mix=(0.5, 1.0, 1.0))(batch._replace(mixed=None))
+    terms = KD(ce_weight=0.3, kd_weight=0.6, temperature=2.0, kd_share=0.5, ce_mix_share=1.0)(
+        batch._replace(mixed=None)
+    )
     ce, kd = cross_entropy(batch.student.logits, batch.labels), kd_loss(batch.student.logits, batch.teacher.logits, 2.0)
     assert list(terms) == ["loss", "ce", "kd"]
     assert [terms["ce"].item(), terms["kd"].item()] == [ce.item(), kd.item()]
@@ -88,7 +93,7 @@ def test_without_mixed_images(batch: StepOutputs):
 
 
 def test_with_mixed_images(batch: StepOutputs):
-    terms = KD(label_smoothing=0.1, lw_mix=(0.5, 2.0, 0.7))(batch)
+    terms = KD(label_smoothing=0.1, kd_share=0.5, ce_mix_share=2.0, kd_mix_share=0.7)(batch)
     mixed = batch.mixed
     ce = cross_entropy(batch.student.logits, batch.labels, 0.1)
     kd = kd_loss(batch.student.logits, batch.teacher.logits, 4.0)
@@ -119,10 +124,10 @@ def test_the_loss_trains_the_student_on_both_kinds_of_images(batch: StepOutputs)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lw_mix": (1.0, 1.0)}, "lw_mix"),
-        ({"lw_mix": (1.0, 0.0, 1.0, 0.0)}, "lw_mix"),
-        ({"lw_mix": (1.0, -0.1, 1.0)}, "lw_mix"),
-        ({"lw_mix": (1.0, float("nan"), 1.0)}, "lw_mix"),
+        ({"kd_share": -0.1}, "kd_share is -0.1: give 0 or more"),
+        ({"ce_mix_share": float("nan")}, "ce_mix_share is nan"),
+        ({"kd_mix_share": float("inf")}, "kd_mix_share is inf"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
         ({"ce_weight": -0.1}, "ce_weight is -0.1: give 0 or more"),
         ({"ce_weight": float("nan")}, "ce_weight is nan"),
         ({"kd_weight": -1.0}, "kd_weight is -1.0"),
@@ -146,18 +151,18 @@ def instantiate(parser: jsonargparse.ArgumentParser, config: jsonargparse.Namesp
 def test_the_signature_is_read_by_jsonargparse():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(KD, "loss")
-    config = parser.parse_args(["--loss.lw_mix=[1, 0.5, 2]", "--loss.temperature=2"])
+    config = parser.parse_args(["--loss.ce_mix_share=0.5", "--loss.kd_mix_share=2", "--loss.temperature=2"])
     loss = instantiate(parser, config).loss
     assert isinstance(loss, KD)
     assert loss.temperature == 2.0
-    assert loss.weights == pytest.approx({"ce": 0.1, "kd": 0.9, "ce_mix": 0.45, "kd_mix": 1.8})
+    assert loss.shares == {"kd": 1.0, "ce_mix": 0.5, "kd_mix": 2.0}
     help_text = " ".join(parser.format_help().split())
     for phrase in (
         "Weight of the cross-entropy",
         "Weight of everything",
         "Divides the",
         "Share of each",
-        "Inner weights",
+        "Share of the KL",
     ):
         assert phrase in help_text
 
@@ -175,13 +180,13 @@ def test_the_base_class_is_abstract():
 
 
 def test_a_weighted_sum_keeps_the_terms_of_its_parts(batch: StepOutputs):
-    parts = [KD(temperature=2.0), KD(ce_weight=1.0, kd_weight=0.0)]
+    parts = [KD(temperature=2.0), KD(ce_weight=0.0, kd_weight=0.5)]
     one, other = (part(batch) for part in parts)
     terms = WeightedSum([*parts], [0.5, 2.0])(batch)
     assert list(terms) == ["loss", "ce", "kd", "kd_mix", "ce1", "kd1", "kd_mix1"]
     assert terms["loss"].item() == pytest.approx((0.5 * one["loss"] + 2 * other["loss"]).item(), rel=1e-12)
     assert (terms["kd"], terms["kd1"]) == (one["kd"], other["kd"])
-    nested = WeightedSum([WeightedSum([*parts]), KD()])(batch)
+    nested = WeightedSum([WeightedSum([*parts]), KD(ce_weight=0.0)])(batch)
     assert [name for name in nested if name.startswith("ce")] == ["ce", "ce1", "ce2"]
     assert WeightedSum([*parts])(batch)["loss"].item() == pytest.approx((one["loss"] + other["loss"]).item(), rel=1e-12)
 
@@ -190,8 +195,8 @@ def test_a_weighted_sum_is_chosen_on_the_command_line():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DistillationLoss, "loss")
     words = '{"class_path": "dalikd.kd.losses.WeightedSum", "init_args": {"weights": [1, 3], "losses": [%s, %s]}}'
-    part = '{"class_path": "dalikd.kd.losses.KD", "init_args": {"temperature": %d}}'
-    loss = instantiate(parser, parser.parse_args([f"--loss={words % (part % 2, part % 5)}"])).loss
+    part = '{"class_path": "dalikd.kd.losses.KD", "init_args": {"temperature": %d, "ce_weight": %d}}'
+    loss = instantiate(parser, parser.parse_args([f"--loss={words % (part % (2, 1), part % (5, 0))}"])).loss
     assert isinstance(loss, WeightedSum)
     assert [part.temperature for part in loss.losses] == [2.0, 5.0]
     assert loss.weights == [1.0, 3.0]
@@ -200,5 +205,44 @@ def test_a_weighted_sum_is_chosen_on_the_command_line():
 def test_bad_weights_are_named():
     with pytest.raises(ValueError, match="2 losses have 1 weights"):
         WeightedSum([KD(), KD()], [1.0])
-    with pytest.raises(ValueError, match="weights are"):
+    with pytest.raises(ValueError, match=re.escape("weights[0] is -1.0")):
         WeightedSum([KD()], [-1.0])
+    with pytest.raises(ValueError, match=r"KD and KD each count the cross-entropy of the labels: .* ce_weight: 0"):
+        WeightedSum([KD(), KD()])
+
+
+def test_weights_change_over_the_epochs(batch: StepOutputs):
+    schedule = Schedule([1, 3, 3, 5], [0, 1, 0.5, 0.5])
+    values = [float(weight_at(schedule, torch.tensor(epoch))) for epoch in (0.0, 1.0, 2.0, 2.75, 3.0, 4.0, 9.0)]
+    assert values == [0.0, 0.0, 0.5, 0.875, 0.5, 0.5, 0.5]
+    warm, at_2 = KD(kd_weight=schedule), batch._replace(epoch=torch.tensor(2.0))
+    assert warm(at_2)["loss"].item() == pytest.approx(KD(kd_weight=0.5)(batch)["loss"].item(), rel=1e-6)
+    total = WeightedSum([KD()], [schedule])(at_2)["loss"].item()
+    assert total == pytest.approx(0.5 * KD()(batch)["loss"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [(([0], []), "1 epochs have 0 values"), (([3, 1], [0, 1]), "ascending"), (([0], [-1]), r"values are \[-1\]")],
+)
+def test_bad_schedules_are_named(points: tuple, message: str):
+    with pytest.raises(ValueError, match=message):
+        Schedule(*points)
+
+
+def test_a_schedule_is_given_on_the_command_line():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DistillationLoss, "loss")
+    words = ["--loss=dalikd.kd.losses.KD", '--loss.kd_weight={"epochs": [0, 20], "values": [0, 1]}']
+    assert instantiate(parser, parser.parse_args(words)).loss.kd_weight == Schedule([0, 20], [0, 1])
+
+
+def test_two_temperatures_and_standardised_logits(batch: StepOutputs):
+    student, teacher = batch.student.logits, batch.teacher.logits
+    one, other = (torch.log_softmax(logits / at, 1) for logits, at in ((student, 2.0), (teacher, 3.0)))
+    expected = 4 * (other.exp() * (other - one)).sum(1).mean()
+    assert kd_loss(student, teacher, 2.0, 3.0).item() == pytest.approx(expected.item(), rel=1e-12)
+    found = KD(temperature=2.0, standardize=True)(batch)["kd"]
+    scaled = batch._replace(teacher=NetOutput(5 * teacher - 3))
+    assert KD(temperature=2.0, standardize=True)(scaled)["kd"].item() == pytest.approx(found.item(), rel=1e-6)
+    assert found.item() != pytest.approx(KD(temperature=2.0)(batch)["kd"].item(), rel=0.1)

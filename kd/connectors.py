@@ -1,0 +1,73 @@
+"""What brings the features of one net to the shapes of another's. All of it is trained with the student, and never a
+part of it."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["ConvRegressor", "check_maps", "pool_alike", "shape_of"]
+
+
+class ConvRegressor(nn.Module):
+    """A convolution that maps features [n, C, H, W] to the channels and the size of a target's, then batch
+    normalisation and a ReLU (Romero et al., "FitNets", ICLR 2015, arXiv 1412.6550; keys of Tian et al., ICLR 2020).
+
+    Halves a map twice as large as the target's, doubles one half as large, and keeps or crops any other with a
+    convolution without padding.
+
+    Args:
+        source: features of two or more images as they come, [n, C, H, W].
+        target: as they shall be, [n, D, P, Q].
+        relu: whether it ends in a ReLU.
+
+    Raises:
+        ValueError: the source is smaller than the target, and not half of it.
+    """
+
+    def __init__(self, source: Tensor, target: Tensor, *, relu: bool = True) -> None:
+        super().__init__()
+        check_maps("a convolutional regressor", source, target)
+        _, channels, height, width = source.shape
+        _, wanted, rows, columns = target.shape
+        if height == 2 * rows:
+            self.conv: nn.Module = nn.Conv2d(channels, wanted, 3, stride=2, padding=1)
+        elif 2 * height == rows:
+            self.conv = nn.ConvTranspose2d(channels, wanted, 4, stride=2, padding=1)
+        elif height >= rows and width >= columns:
+            self.conv = nn.Conv2d(channels, wanted, (1 + height - rows, 1 + width - columns))
+        else:
+            raise ValueError(
+                f"no convolution brings the student's features {shape_of(source)} to the teacher's {shape_of(target)}: "
+                "compare other features with --loss.student_features and --loss.teacher_features"
+            )
+        self.bn = nn.BatchNorm2d(wanted)
+        self.relu = relu
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, D, P, Q] of [n, C, H, W]."""
+        found = self.bn(self.conv(features))
+        return functional.relu(found) if self.relu else found
+
+
+def pool_alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [n, C, H, W] and [n, D, P, Q] at the size of the smaller: the larger is average-pooled."""
+    side = min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3])
+    pooled = [
+        features if tuple(features.shape[2:]) == side else functional.adaptive_avg_pool2d(features, side)
+        for features in (one, other)
+    ]
+    return pooled[0], pooled[1]
+
+
+def check_maps(what: str, *features: Tensor) -> None:
+    """Raises ValueError where features are no maps [n, C, H, W]: those of a stage are, the pooled are not."""
+    for feature in features:
+        if feature.dim() != 4:
+            raise ValueError(
+                f"{what} needs maps of channels x height x width, and is given {shape_of(feature)}: name the features "
+                "of stages with --loss.student_features and --loss.teacher_features"
+            )
+
+
+def shape_of(feature: Tensor) -> str:
+    """For messages: the shape of one image's features."""
+    return "x".join(map(str, feature.shape[1:]))
