@@ -56,17 +56,20 @@ def read_study(argv: Sequence[str], *, old_names: bool = False) -> Reading:
     if any(word in ("-h", "--help") or word.startswith("--print_config") for word in argv):
         build_parser("study").parse_args(["--help"])
     names, form = grammar("study").names, _form()
-    own, shared, pairs = [], [], []
+    own, shared, kept = [], [], {"pairs": [], "methods": {}}
     for place, content in read_layers(argv, form, old_names=old_names):
         study = {name: content.pop(name) for name in names & content.keys()} | content.pop("study", {})
-        if "pairs" in study:  # the parser would make objects of the classes in them
-            pairs = _pairs(study.pop("pairs"), place, form, old_names=old_names)
+        # the parser would make objects of the classes in them
+        if "pairs" in study:
+            kept["pairs"] = _pairs(study.pop("pairs"), place, form, old_names=old_names)
+        if "methods" in study:
+            kept["methods"] = _methods(study.pop("methods"), place)
         own.append(Layer(place, {"study": study}))
         shared.append(Layer(place, content))
         _check_shared(shared[-1])
     options, _ = resolve("study", own)
     return Reading(
-        replace(options, pairs=pairs, augmentation=augmentation_names(options.augmentation)),
+        replace(options, **kept, augmentation=augmentation_names(options.augmentation)),
         {command: _beyond(resolve(command, shared)[1], resolve(command, [])[1]) for command in COMMANDS},
         lambda command, settings: resolve(command, [*shared, Layer("", nested(settings))]),
         lambda path: read_study(["--config", str(path)], old_names=True).config,
@@ -97,6 +100,14 @@ def _pairs(given: Any, place: str, form: Grammar, *, old_names: bool) -> list[di
                         raise ValueError(f"{place}: pairs[{index}].{role}.{old} is now {new}")
                 expand_paths(net, form.types, place=f"{place}: pairs[{index}].{role}.")
     return pairs
+
+
+def _methods(given: Any, place: str) -> dict[str, Any]:
+    """What stands under `methods`; its options are checked with those of the cells."""
+    methods = yaml.safe_load(given) if isinstance(given, str) else given
+    if not isinstance(methods, dict):
+        raise ValueError(f"{place}: methods is {methods!r}: give {{NAME: {{loss: CLASS}}}}")
+    return methods
 
 
 def _check_shared(layer: Layer) -> None:

@@ -308,3 +308,40 @@ def test_a_plan_names_each_run_its_command_and_the_work(config, call, tmp_path):
     assert "| evaluate | 1 | 0 | 0 | 0 | 30 |" in totals["| evaluate"]
     assert {"| all", "| shard 1/2", "| shard 2/2"} <= totals.keys()
     assert "0 of 20 runs are done." in ended.out
+
+
+def test_methods_are_compared(call, config, weights, tmp_path):
+    """By several losses, on the same images in the same order; their table is ordered by accuracy."""
+    folder, kd = tmp_path / "out", "dalikd.kd.losses.KD"
+    methods = {"kd": {"loss": {"class_path": kd}}, "ce": {"loss": {"class_path": kd, "init_args": {"kd_weight": 0.0}}}}
+    pairs = [{"teacher": {"name": "small", "label": "given", "weights": str(weights)}, "student": "small"}]
+    own = {"pairs": pairs, "augmentation": ["flip"], "seeds": [3], "methods": methods, "stddev": False}
+    content = {**{key: config[key] for key in ("data", "device", "batch_size", "epochs", "mix")}, "study": own}
+    ended = call(content, "--output", folder)
+    assert (ended.code, ended.err) == (0, "")
+    results = json.loads((folder / "results.json").read_text())
+    assert [group["method"] for group in results["groups"]] == ["ce", "kd"]
+    assert results["measured"] == {}
+    runs = [folder / f"distill/given_small/x1/flip/{name}/seed3" for name in methods]
+    read = [yaml.safe_load((run / "config.yaml").read_text())["loss"]["init_args"]["kd_weight"] for run in runs]
+    assert read == [0.9, 0.0]
+    text = (folder / "table.md").read_text()
+    assert "## Methods: given → small" in text
+    assert "| kd | flip |" in text
+    assert "T. stddev" not in text
+    assert call(content, "--output", folder).out.count("| kd | flip |") == 1
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"a b": {}}, "methods: 'a b': {}: give names of letters and digits"),
+        ({"kd": {"seed": 3}}, "methods.kd.seed cannot be set here; a method takes options of distill"),
+        ({"kd": {"loss": {"class_path": "dalikd.kd.losses.Nothing"}}}, "Nothing"),
+    ],
+)
+def test_bad_methods_are_named(call, config, tmp_path, methods, message):
+    ended = call({**config, "study": {**config["study"], "methods": methods}}, "--output", tmp_path / "out")
+    assert ended.code == 2
+    assert message in ended.err
+    assert not (tmp_path / "out").exists()

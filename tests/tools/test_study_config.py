@@ -194,6 +194,7 @@ def test_the_config_of_a_study_is_read_again_as_the_same(read, tmp_path):
     # as an earlier version wrote it: what was given, and no more
     old = {"data": {"root": "~/x"}, "epochs": 3, "train": {"optimizer": optimizer}, "measure": {"window": 64}}
     own = {"pairs": PAIRS, "augmentation": ["published"], "seeds": [0, 1, 2], "epoch_factor": [1.0]}
+    own |= {"methods": {}, "stddev": True}
     old |= {"mix_group": 8}
     pairs = [{"teacher": "vgg13", "student": {"name": "vgg8", "clip": 1}}]
     _write(path, {**old, "study": {**own, "pairs": pairs}})

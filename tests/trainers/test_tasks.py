@@ -7,6 +7,7 @@ from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from dalikd.tools.train import main as train
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.tasks.base import Task
+from dalikd.trainers.tasks.distill import build_loss
 from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.tracking import RunFolder
 
@@ -212,9 +214,9 @@ def test_what_a_loss_needs_and_cannot_have_is_named(make_loop, distill_options):
     with pytest.raises(ValueError, match="SmallNet gives no features before their last ReLU: take another net"):
         make_loop(options=distill_options(loss=_Hint()))
     task = make_loop("plain", options=distill_options(), student=_resnet(0), teacher=_resnet(1)).task
-    task.loss, task.teacher = _Hint(), SimpleNamespace()  # as a cache is no teacher
+    cache: Any = SimpleNamespace()
     with pytest.raises(ValueError, match=r"_Hint needs the teacher's preactivations, teacher_classifier, and a cache"):
-        task._build_loss(3, 12, [0] * 96)
+        build_loss(_Hint(), task.student, cache, task.augmenter, 3, 12, [0] * 96)
 
 
 # ------------------------------------------------------------------------------------------------ other ways

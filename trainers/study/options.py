@@ -13,7 +13,8 @@ __all__ = ["Net", "Pair", "StudyOptions"]
 
 @dataclass
 class StudyOptions:
-    """Does T. stddev predict how well students do? Train, measure and distil pairs of nets with every augmentation.
+    """Does T. stddev predict how well students do, and which method distils best? Train, measure and distil pairs of
+    nets with every augmentation and method.
 
     What is missing is trained: teachers without weights, and every student on labels alone. Called again it goes on
     where it stopped. Any option of train, measure, distill and evaluate may be given too, for all of them or for one,
@@ -24,6 +25,9 @@ class StudyOptions:
             alone; a teacher may have weights (a file, or "pretrained"), otherwise it is trained. Equal names with
             different settings need a label each.
         augmentation: names as for measure.
+        methods: ways to distil by their names, each with options of distill, as {at: {loss: AT}}; default: the one that
+            the study's own options say.
+        stddev: measure T. stddev; false: compare the students alone.
         seeds: of the students; teacher and measure use --seed.
         epoch_factor: how much longer students are trained than --epochs says, one or several factors.
         pair: only these pairs now, as TEACHER/STUDENT.
@@ -36,6 +40,8 @@ class StudyOptions:
 
     pairs: list[dict[str, Any]] = field(default_factory=list)
     augmentation: list[str] = field(default_factory=lambda: ["published"])
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stddev: bool = True
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     epoch_factor: list[float] = field(default_factory=lambda: [1.0])
     pair: list[str] = field(default_factory=list)
@@ -56,6 +62,11 @@ class StudyOptions:
         for factor in self.epoch_factor:
             if not (math.isfinite(factor) and factor > 0):
                 raise ValueError(f"epoch_factor: {factor:g} must be above 0")
+        for name, settings in self.methods.items():
+            if not re.fullmatch(r"[\w.+-]+", name) or not isinstance(settings, dict):
+                raise ValueError(
+                    f"methods: {name!r}: {settings!r}: give names of letters and digits, each with options of distill"
+                )
         if not (math.isfinite(self.poll_seconds) and self.poll_seconds > 0):
             raise ValueError(f"--poll_seconds {self.poll_seconds:g}: give seconds above 0")
         self.share()

@@ -1,7 +1,7 @@
 """A study as cells: plain calls of train, evaluate, measure and distill, each with a place for its result."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -35,11 +35,15 @@ class Axes:
         augmentations: their names, and of each whether a student scores its candidates.
         seeds: of the students; the student that scores candidates has the first.
         factors: of the students' epochs; the student that scores candidates has the first.
+        methods: their names, and of each the options of distill, by their dotted names.
+        stddev: whether T. stddev is measured.
     """
 
     augmentations: dict[str, bool]
     seeds: tuple[int, ...]
     factors: tuple[float, ...]
+    methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    stddev: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,12 +179,14 @@ def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0, *, s
     cells = [_teacher(pair.teacher) for pair in pairs]
     runs = [(factor, seed) for factor in axes.factors for seed in axes.seeds]
     cells += [_alone(pair.student, *run) for run in runs for pair in pairs]
-    cells += [_measure(pair, axes, folder, ema, scored) for pair in pairs for scored in (False, True)]
+    if axes.stddev:
+        cells += [_measure(pair, axes, folder, ema, scored) for pair in pairs for scored in (False, True)]
     cells += [
-        _distill(pair, factor, name, seed, folder, ema)
+        _distill(pair, factor, name, seed, folder, ema, method, settings)
         for factor, seed in runs
         for pair in pairs
         for name in axes.augmentations
+        for method, settings in axes.methods.items()
     ]
     cells = [cell for cell in cells if cell.settings.get("augmentation") != []]
     cells = [_without_stop(cell) if stops_early else cell for cell in cells]
@@ -217,9 +223,9 @@ def measure_name(pair: Pair, scored: bool) -> str:
     return f"measure/{pair.label if scored else pair.teacher.label}.json"
 
 
-def distill_name(pair: Pair, factor: float, augmentation: str, seed: int) -> str:
+def distill_name(pair: Pair, factor: float, augmentation: str, seed: int, method: str = "") -> str:
     """Where a distilled student lies."""
-    return f"distill/{pair.label}/x{factor:g}/{augmentation}/seed{seed}"
+    return f"distill/{pair.label}/x{factor:g}/{augmentation}/{f'{method}/' if method else ''}seed{seed}"
 
 
 def _teacher(net: Net) -> Cell:
@@ -250,11 +256,20 @@ def _without_stop(cell: Cell) -> Cell:
     return replace(cell, settings={**cell.settings, "stop_confidence": None})
 
 
-def _distill(pair: Pair, factor: float, augmentation: str, seed: int, folder: Path, ema: float) -> Cell:
+def _distill(
+    pair: Pair,
+    factor: float,
+    augmentation: str,
+    seed: int,
+    folder: Path,
+    ema: float,
+    method: str,
+    of_it: dict[str, Any],
+) -> Cell:
     asked, needs = _asked(pair.teacher, folder, ema)
-    settings = {**_model(pair.student), **asked, **pair.student.settings}
+    settings = {**_model(pair.student), **asked, **pair.student.settings, **of_it}
     settings |= {"augmentation": augmentation, "epoch_factor": factor, "seed": seed}
-    return Cell(distill_name(pair, factor, augmentation, seed), "distill", settings, needs)
+    return Cell(distill_name(pair, factor, augmentation, seed, method), "distill", settings, needs)
 
 
 def _model(net: Net) -> dict[str, Any]:

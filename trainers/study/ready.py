@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.layers import Normalized
+from dalikd.kd.losses import DistillationLoss
+from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_sources, training_view
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -26,7 +30,7 @@ from dalikd.trainers.study.options import Net, Pair, StudyOptions
 from dalikd.trainers.study.plan import Axes, Cell, Reading, Study, Work, deal, plan
 from dalikd.trainers.study.work import Sizes, work
 from dalikd.trainers.tasks.base import TrainingOptions
-from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.distill import DistillOptions, build_loss
 from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
 from dalikd.trainers.trial import try_step
 
@@ -54,6 +58,7 @@ def _names(options: type) -> set[str]:
 
 _TRAINED_TEACHER = _names(TrainOptions) - _SET_BY_THE_STUDY
 _STUDENT = _names(DistillOptions) - _SET_BY_THE_STUDY
+_METHOD = _STUDENT - {"data"}
 _GIVEN_TEACHER = _names(TeacherConfig) - {"name", "weights", "args", "cache"}
 
 #: the commands that cells are calls of
@@ -146,7 +151,10 @@ def _check_teachers(pairs: list[Pair], cells: list[Cell], kinds: "_Kinds", opene
 def _axes(options: StudyOptions, measured: MeasureOptions, opened: Opened) -> Axes:
     augmenters = [opened.augmenter(name, measured) for name in options.augmentation]
     scored = {made.name: made.criterion is not None and made.criterion.needs_student for made in augmenters}
-    return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor))
+    methods = {name: dict(_dotted(settings)) for name, settings in options.methods.items()} or {"": {}}
+    for name, settings in methods.items():
+        _check_settings(f"methods.{name}", settings, _METHOD)
+    return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor), methods, options.stddev)
 
 
 class _Kinds:
@@ -248,6 +256,8 @@ def _check_settings(place: str, settings: dict[str, Any], allowed: set[str]) -> 
 
 
 def _known(allowed: set[str]) -> str:
+    if allowed is _METHOD:
+        return "a method takes options of distill for the student, such as loss; nets, augmentations and seeds are axes"
     if allowed is _GIVEN_TEACHER:
         return f"a teacher with weights is not trained, and takes name, weights, args, label, {', '.join(allowed)}"
     return "a net takes name, args, label and options of training, such as optimizer.lr"
@@ -349,6 +359,8 @@ def _check_options(options: Any, opened: Opened) -> list[Augmenter]:
     _check_batches(options, opened.sizes(options))
     parts = ("model", "model_args", "mean", "std", "reinit", "freeze_student", "compile")
     key = [type(options).__name__, names, asdict(options.data), *(getattr(options, part, None) for part in parts)]
+    if isinstance(options, DistillOptions):
+        key += [type(options.loss).__name__, sorted(options.loss.needs), str(vars(options.loss)), options.teacher.name]
     opened.once(key, lambda: _check_nets(options, opened, augmenters))
     return augmenters
 
@@ -368,6 +380,21 @@ def _check_nets(options: TrainingOptions | MeasureOptions, opened: Opened, augme
         for name, args in nets if hidden else []:
             if name is not None:
                 hidden[0].check_nets(options.compile, (name, create_model(name, len(source.classes), **args)))
+    if isinstance(options, DistillOptions) and options.model is not None and options.teacher.name is not None:
+        _check_loss(options, options.model, options.teacher.name, source, augmenters[0])
+
+
+def _check_loss(options: DistillOptions, model: str, teacher: str, source: Source, augmenter: Augmenter) -> None:
+    """The nets give what the loss needs, and go together in it."""
+    built = deepcopy(options.loss)
+    if not built.needs and type(built).build is DistillationLoss.build:
+        return
+    student, asked = (
+        Normalized(create_model(name, len(source.classes), **args), (0.5,) * 3, (0.5,) * 3)
+        for name, args in ((model, options.model_args), (teacher, options.teacher.args))
+    )
+    side = training_view(options.data, source).size
+    build_loss(built, student, Teacher(asked), augmenter, len(source.classes), side, source.labels)
 
 
 def _check_batches(options: TrainingOptions | MeasureOptions, sizes: Sizes) -> None:

@@ -48,12 +48,17 @@ def write_report(study: Study) -> dict[str, Any]:
     results = collect(study.pairs, study.axes, study.every, study.folder, study.reading.config)
     drawn = [group for group in results["groups"] if group["correlation"] is not None]
     plots = {
-        id(group): f"plots/{group['teacher']}_{group['student']}-x{group['epoch_factor']:g}.png" for group in drawn
+        id(group): f"plots/{group['teacher']}_{group['student']}-"
+        + "-".join([f"x{group['epoch_factor']:g}", *filter(None, [group["method"]])])
+        + ".png"
+        for group in drawn
     }
     for group in drawn:
         write_atomically(study.folder / plots[id(group)], lambda file, group=group: _draw(group, file))
     by_number = {number: plots[id(group)] for number, group in enumerate(results["groups"]) if id(group) in plots}
-    text = markdown(results, f"T. stddev and students: {study.folder.name}", by_number)
+    text = markdown(
+        results, f"{'T. stddev and students' if study.axes.stddev else 'Students'}: {study.folder.name}", by_number
+    )
     write_atomically(study.folder / "table.md", text.encode())
     write_atomically(study.folder / "table.csv", csv_table(results).encode())
     write_json(study.folder / "results.json", results)
@@ -87,5 +92,6 @@ def _draw(group: dict[str, Any], file: BinaryIO) -> None:
     points, spreads = points_of(group)
     found = Correlation(*(Coefficient(*value) for value in group["correlation"].values()))
     unit = "epoch" if group["epochs"] == 1 else "epochs"
-    title = f"{group['teacher']} → {group['student']}, {group['epochs']:g} {unit}"
+    named = ", ".join([f"{group['epochs']:g} {unit}", *filter(None, [group["method"]])])
+    title = f"{group['teacher']} → {group['student']}, {named}"
     draw(points, found, title, spreads).savefig(file, format="png", dpi=160)

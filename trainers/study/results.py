@@ -39,8 +39,8 @@ def collect(
         config: of the study, kept in the results.
 
     Returns:
-        the content of results.json: "groups" (a pair at a length of training each), "complete", "missing" and what
-        they depend on. Two studies that did the same differ in "runs_on" alone.
+        the content of results.json: "groups" (a pair at a length of training by a method each), "complete", "missing"
+        and what they depend on. Two studies that did the same differ in "runs_on" alone.
 
     Raises:
         ValueError: a result cannot be read, or results are of other images than others.
@@ -51,7 +51,12 @@ def collect(
         "complete": all(result is not None for result in done.values()),
         "missing": [name for name, result in done.items() if result is None],
         "measured": _measured(done),
-        "groups": [_group(pair, factor, axes, done) for pair in pairs for factor in axes.factors],
+        "groups": [
+            _group(pair, factor, method, axes, done)
+            for pair in pairs
+            for factor in axes.factors
+            for method in axes.methods
+        ],
         "last_and_best": "last: the last epoch; best: the epoch with the highest top1 on the validation split itself",
         "fingerprints": {split: _distinct(_fingerprints(done, split)) for split in ("train", "val")},
         "config": config,
@@ -95,13 +100,14 @@ def points_of(group: dict[str, Any]) -> tuple[list[Point], list[Spread]]:
     return points, [Spread(row["t_stderr"], loss["std"]) for row, loss in zip(rows, losses, strict=True)]
 
 
-def _group(pair: Pair, factor: float, axes: Axes, done: _Results) -> dict[str, Any]:
-    rows = [_row(pair, factor, name, axes, done) for name in axes.augmentations]
+def _group(pair: Pair, factor: float, method: str, axes: Axes, done: _Results) -> dict[str, Any]:
+    rows = [_row(pair, factor, name, method, axes, done) for name in axes.augmentations]
     alone = _over_seeds({seed: done[alone_name(pair.student, factor, seed)] for seed in axes.seeds})
     group = {
         "teacher": pair.teacher.label,
         "student": pair.student.label,
         "epoch_factor": factor,
+        "method": method,
         "epochs": next((row["epochs"] for row in [*rows, alone] if row["epochs"] is not None), None),
         "teacher_alone": _teacher(done[teacher_name(pair.teacher)]),
         "student_alone": alone,
@@ -110,11 +116,11 @@ def _group(pair: Pair, factor: float, axes: Axes, done: _Results) -> dict[str, A
     return group | _correlated(group)
 
 
-def _row(pair: Pair, factor: float, name: str, axes: Axes, done: _Results) -> dict[str, Any]:
-    measured = done[measure_name(pair, axes.augmentations[name])]
+def _row(pair: Pair, factor: float, name: str, method: str, axes: Axes, done: _Results) -> dict[str, Any]:
+    measured = done[measure_name(pair, axes.augmentations[name])] if axes.stddev else None
     by_name = {result["augmentation"]: result for result in measured["results"]} if measured else {}
     figures = by_name.get(name, dict.fromkeys(_MEASURED))
-    runs = {seed: done[distill_name(pair, factor, name, seed)] for seed in axes.seeds}
+    runs = {seed: done[distill_name(pair, factor, name, seed, method)] for seed in axes.seeds}
     return {"augmentation": name, **{f"t_{key}": figures[key] for key in _MEASURED}, **_over_seeds(runs)}
 
 

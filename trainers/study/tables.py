@@ -20,8 +20,13 @@ def markdown(results: dict[str, Any], title: str, plots: dict[int, str]) -> str:
         title: of the page.
         plots: the scatter plot's path for some groups, by their number.
     """
-    parts = [f"# {title}", *_gaps(results), _explanation(results), _correlations(results)]
-    for number, group in enumerate(results["groups"]):
+    study = results["config"]["study"]
+    parts = [f"# {title}", *_gaps(results), _explanation(results)]
+    if study["stddev"]:
+        parts.append(_correlations(results))
+    if study["methods"]:
+        parts += _methods(results["groups"])
+    for number, group in enumerate(results["groups"] if study["stddev"] or not study["methods"] else []):
         parts += [f"## {_name(group)}", _group_table(group)]
         if number in plots:
             parts.append(f"![T. stddev and student test loss of {_name(group)}]({plots[number]})")
@@ -31,13 +36,24 @@ def markdown(results: dict[str, Any], title: str, plots: dict[int, str]) -> str:
 def csv_table(results: dict[str, Any]) -> str:
     """One line for each teacher, student alone and augmentation of each group."""
     statistics = [f"{name}_{when}" for when in ("last", "best") for name in _FIGURES]
-    columns = ["teacher", "student", "epoch_factor", "epochs", "row", "t_stddev", "t_stderr", "t_windows", "t_entropy"]
+    columns = [
+        "teacher",
+        "student",
+        "epoch_factor",
+        "method",
+        "epochs",
+        "row",
+        "t_stddev",
+        "t_stderr",
+        "t_windows",
+        "t_entropy",
+    ]
     columns += ["seeds", *(f"{name}_{kind}" for name in statistics for kind in ("mean", "std"))]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for group in results["groups"]:
-        common = {key: group[key] for key in ("teacher", "student", "epoch_factor", "epochs")}
+        common = {key: group[key] for key in ("teacher", "student", "epoch_factor", "method", "epochs")}
         for row in _csv_rows(group):
             writer.writerow({**common, **{key: value for key, value in row.items() if value is not None}})
     return text.getvalue()
@@ -76,7 +92,10 @@ def _explanation(results: dict[str, Any]) -> str:
         f"Students: {spread} {seeds}, on all validation images. `last` is the last epoch. `best` is the epoch with the "
         "highest top1 on these images themselves, which flatters it: compare by `last`."
     )
-    lines.append("Bars in the plots: the standard error of T. stddev across, the spread over the seeds up and down.")
+    if study["stddev"]:
+        lines.append(
+            "Bars in the plots: the standard error of T. stddev across, the spread over the seeds up and down."
+        )
     return "\n".join(lines)
 
 
@@ -116,9 +135,26 @@ def _correlations(results: dict[str, Any]) -> str:
             else [group["no_correlation"], "", ""]
         )
         points = sum(row["t_stddev"] is not None and row["last"] is not None for row in group["augmentations"])
-        pair = f"{group['teacher']} / {group['student']}"
+        pair = f"{group['teacher']} / {group['student']}" + (f", {group['method']}" if group["method"] else "")
         lines.append(_line([pair, _epochs(group), str(points), *cells]))
     return "\n".join(lines)
+
+
+def _methods(groups: list[dict[str, Any]]) -> list[str]:
+    """A table of each pair at each length, the method with the highest top1 in the last epoch first."""
+    parts, heads = [], ["method", "augmentation", "loss, last", "top1 %, last", "loss, best", "top1 %, best", "runs"]
+    pairs = {(group["teacher"], group["student"], group["epoch_factor"]): group for group in groups}
+    for pair, first in pairs.items():
+        mine = [group for group in groups if (group["teacher"], group["student"], group["epoch_factor"]) == pair]
+        rows = [(group["method"], row) for group in mine for row in group["augmentations"]]
+        rows.sort(key=lambda found: -found[1]["last"]["top1"]["mean"] if found[1]["last"] else 0.0)
+        teacher = first["teacher_alone"]
+        figures = [f"{teacher['loss']:.4f}", f"{100 * teacher['top1']:.2f}"] if teacher else ["", ""]
+        lines = [_line(heads), "|:--|:--|" + "--:|" * (len(heads) - 2), _line(["*teacher*", "", *figures, "", "", ""])]
+        lines.append(_line(["*student alone*", "", *_student_cells(first["student_alone"])]))
+        lines += [_line([method, row["augmentation"], *_student_cells(row)]) for method, row in rows]
+        parts += [f"## Methods: {_name({**first, 'method': ''})}", "\n".join(lines)]
+    return parts
 
 
 def _group_table(group: dict[str, Any]) -> str:
@@ -149,7 +185,8 @@ def _student_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _name(group: dict[str, Any]) -> str:
-    return f"{group['teacher']} → {group['student']}, epochs: {_epochs(group)}"
+    method = f", {group['method']}" if group["method"] else ""
+    return f"{group['teacher']} → {group['student']}{method}, epochs: {_epochs(group)}"
 
 
 def _epochs(group: dict[str, Any]) -> str:

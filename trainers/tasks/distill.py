@@ -30,7 +30,7 @@ from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["DistillOptions", "Distillation", "DistillationInputs"]
+__all__ = ["DistillOptions", "Distillation", "DistillationInputs", "build_loss"]
 
 
 @dataclass
@@ -185,7 +185,8 @@ class Distillation(Task):
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
-        self._build_loss(num_classes, side, labels)
+        build_loss(loss, student, teacher, augmenter, num_classes, side, labels)
+        self._features = bool(loss.needs & FEATURE_NEEDS)
         self.student = student = loss.complete(student)
         self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
         self._pass: Callable[[Batch], TeacherPass]
@@ -300,49 +301,70 @@ class Distillation(Task):
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
 
-    def _build_loss(self, num_classes: int, side: int, labels: Sequence[int] | np.ndarray) -> None:
-        """Refuse what the loss cannot have, and show it what both nets give, if it wants to see it."""
-        loss, teacher = self.loss, self.teacher
-        name, needs = f"--loss {type(loss).__name__}", loss.needs
-        self._features = bool(needs & FEATURE_NEEDS)
-        if "augmented" in needs and not self.augmenter.parts:
-            raise ValueError(
-                f"{name} compares two views of each image: give the second with --augmentation, such as randaugment"
-            )
-        if "augmented" in needs and self.augmenter.criterion is not None:
-            raise ValueError(
-                f"{name} needs one augmented image for each original, and {self.augmenter.name} picks some of them: "
-                "take an augmentation that does not pick"
-            )
-        if not needs and type(loss).build is DistillationLoss.build:
-            return
-        if self._features and not isinstance(teacher, Teacher):
-            raise ValueError(
-                f"{name} needs the teacher's {', '.join(sorted(needs & FEATURE_NEEDS))}, and a cache holds its logits "
-                "alone: distil without --teacher.cache"
-            )
-        before, modes = "preactivations" in needs, {part: part.training for part in self.student.modules()}
-        if before and self.augmenter.mixes_hidden:
-            raise ValueError(
-                f"{name} compares what comes before the stages' last ReLU, where {self.augmenter.name} does not mix: "
-                "take another augmentation or loss"
-            )
 
-        def black(net: nn.Module) -> Tensor:
-            return torch.zeros(2, 3, side, side, device=next(net.parameters()).device)
+def build_loss(
+    loss: DistillationLoss,
+    student: Normalized,
+    teacher: Teacher | CachedTeacher,
+    augmenter: Augmenter,
+    num_classes: int,
+    side: int,
+    labels: Sequence[int] | np.ndarray,
+) -> None:
+    """Show a loss what both nets give, if it wants to see it.
 
-        with torch.no_grad():
-            student = self.student.eval().outputs(black(self.student), features=self._features, preactivations=before)
-            given, classifier = NetOutput(torch.zeros(2, num_classes)), None
-            if isinstance(teacher, Teacher) and self._features:
-                given = teacher.outputs(black(teacher.model), preactivations=before)
-                classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
-        for part, training in modes.items():
-            part.training = training
-        own = _classifier(self.student) if "student_classifier" in needs else None
-        rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
-        loss.build(LossContext(student, given, num_classes, len(labels), rows, classifier, own))
-        loss.to(next(self.student.parameters()).dtype)
+    Args:
+        loss: to be built.
+        student: takes pixels.
+        teacher: frozen; or what a cache holds of one.
+        augmenter: makes the augmented images.
+        num_classes: of both nets.
+        side: of the images in pixels.
+        labels: of all that are trained on.
+
+    Raises:
+        ValueError: the loss needs what there is not, or the nets do not go together.
+    """
+    name, needs = f"--loss {type(loss).__name__}", loss.needs
+    featured, before = bool(needs & FEATURE_NEEDS), "preactivations" in needs
+    if "augmented" in needs and not augmenter.parts:
+        raise ValueError(
+            f"{name} compares two views of each image: give the second with --augmentation, such as randaugment"
+        )
+    if "augmented" in needs and augmenter.criterion is not None:
+        raise ValueError(
+            f"{name} needs one augmented image for each original, and {augmenter.name} picks some of them: take an "
+            "augmentation that does not pick"
+        )
+    if not needs and type(loss).build is DistillationLoss.build:
+        return
+    if featured and not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"{name} needs the teacher's {', '.join(sorted(needs & FEATURE_NEEDS))}, and a cache holds its logits "
+            "alone: distil without --teacher.cache"
+        )
+    if before and augmenter.mixes_hidden:
+        raise ValueError(
+            f"{name} compares what comes before the stages' last ReLU, where {augmenter.name} does not mix: take "
+            "another augmentation or loss"
+        )
+
+    def black(net: nn.Module) -> Tensor:
+        return torch.zeros(2, 3, side, side, device=next(net.parameters()).device)
+
+    modes = {part: part.training for part in student.modules()}
+    with torch.no_grad():
+        own = student.eval().outputs(black(student), features=featured, preactivations=before)
+        given, classifier = NetOutput(torch.zeros(2, num_classes)), None
+        if isinstance(teacher, Teacher) and featured:
+            given = teacher.outputs(black(teacher.model), preactivations=before)
+            classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
+    for part, training in modes.items():
+        part.training = training
+    last = _classifier(student) if "student_classifier" in needs else None
+    rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
+    loss.build(LossContext(own, given, num_classes, len(labels), rows, classifier, last))
+    loss.to(next(student.parameters()).dtype)
 
 
 def _classifier(model: nn.Module) -> nn.Module:

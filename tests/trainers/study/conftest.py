@@ -16,7 +16,7 @@ PAIRS = read_pairs(
     StudyOptions(pairs=[{"teacher": {"name": "vgg13", "weights": "file.pt"}, "student": "vgg8"}]), trains_teachers=False
 )
 AXES = Axes({"flip": False, "mixup": False, "cutmix": False}, (0, 1), (2.0,))
-CONFIG = {"study": {"seeds": [0, 1]}}
+CONFIG = {"study": {"seeds": [0, 1], "methods": {}, "stddev": True}}
 STDDEV = {"flip": 0.03, "mixup": 0.02, "cutmix": 0.01}
 
 
