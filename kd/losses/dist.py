@@ -5,6 +5,7 @@ Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, ar
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,8 +44,9 @@ def dist_loss(
 
 
 def _correlation(student: Tensor, teacher: Tensor) -> Tensor:
-    """Pearson's, of each row."""
+    """Pearson's, of each row; of a row whose values are all alike it is 0, without a gradient."""
     one, other = (values - values.mean(1, keepdim=True) for values in (student, teacher))
+    one = torch.where(one.norm(dim=1, keepdim=True) > 1e-7, one, one.detach())  # else the gradient were of 1e8
     return (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1) + 1e-8)
 
 
