@@ -53,6 +53,8 @@ def _correlation(student: Tensor, teacher: Tensor) -> Tensor:
 class DIST(LogitLoss):
     """Distillation from a stronger teacher (Huang et al., NeurIPS 2022): `dist_loss` beside the cross-entropy.
 
+    The batch is that of each process.
+
     Args:
         kd_weight: Weight of everything but the cross-entropy.
         beta: Weight of the correlation over the classes, 0 or more.

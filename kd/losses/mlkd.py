@@ -85,7 +85,8 @@ def _gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
 class MLKD(TwoViewLoss):
     """Multi-level logit distillation (Jin et al., CVPR 2023): `mlkd_loss` beside the cross-entropy of both views.
 
-    The weak view is the original image, the strong one the augmented image: RandAugment in the paper's code.
+    The weak view is the original image, the strong one the augmented image: RandAugment in the paper's code. The batch
+    is that of each process.
 
     Args:
         ce_weight: Weight of the cross-entropy of each view, 0 or more, a number or a schedule over epochs; 0.5 on

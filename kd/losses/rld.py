@@ -64,7 +64,8 @@ class RLD(LogitLoss):
         alpha: Weight of the sample confidence, 0 or more.
         beta: Weight of the masked correlation; 8 for most pairs on CIFAR-100, 0.5 (ResNet-34 to 18) on ImageNet.
         temperature: Divides the logits of both nets; above 0; 1 on ImageNet.
-        confidence_temperature: Divides them for the sample confidence instead; default: temperature.
+        confidence_temperature: Divides them for the sample confidence instead; default: temperature, as in the
+            command that the paper's code shows (its configuration begins with 1).
         kwargs: The others of `LogitLoss`.
     """
 

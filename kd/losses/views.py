@@ -31,6 +31,8 @@ class Views(NamedTuple):
 class TwoViewLoss(DistillationLoss):
     """Labels on both views, and logits that are compared: `ce_weight * (CE(x) + CE(x')) + sum of weight * term`.
 
+    Meant for augmentations that keep the label. Of mixed images CE(x') has both labels, by their shares.
+
     Args:
         ce_weight: Weight of both cross-entropies, 0 or more; a number, or a schedule over epochs.
         weights: of the other terms, by their names; likewise.
