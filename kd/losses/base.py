@@ -26,6 +26,7 @@ __all__ = [
     "StepOutputs",
     "Weight",
     "WeightedSum",
+    "check_smoothing",
     "check_weight",
     "cross_entropy",
     "full_precision",
@@ -208,7 +209,7 @@ class LogitLoss(DistillationLoss):
         for name, share in shares.items():
             if not 0 <= share < math.inf:
                 raise ValueError(f"{name}_share is {share}: give 0 or more")
-        _check_smoothing(label_smoothing)
+        check_smoothing(label_smoothing)
         self.ce_weight, self.kd_weight, self.shares = ce_weight, kd_weight, shares
         self.label_smoothing, self.standardize = label_smoothing, standardize
 
@@ -284,7 +285,7 @@ class FeatureLoss(DistillationLoss):
         super().__init__()
         for name, value in (("weight", weight), ("ce_weight", ce_weight)):
             check_weight(name, value)
-        _check_smoothing(label_smoothing)
+        check_smoothing(label_smoothing)
         self.weight, self.ce_weight, self.label_smoothing = weight, ce_weight, label_smoothing
         self.student_features, self.teacher_features = student_features, teacher_features
 
@@ -451,7 +452,8 @@ def standardize_logits(logits: Tensor) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
 
 
-def _check_smoothing(label_smoothing: float) -> None:
+def check_smoothing(label_smoothing: float) -> None:
+    """Raises ValueError for a label smoothing outside [0, 1)."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}: give a number in [0, 1)")
 

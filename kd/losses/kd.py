@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dalikd.kd.losses.base import LogitLoss, Weight, full_precision
 
-__all__ = ["KD", "check_temperature", "kd_loss"]
+__all__ = ["KD", "check_temperature", "kd_loss", "kl_rows"]
 
 
 def kd_loss(
@@ -31,6 +31,11 @@ def kd_loss(
     student = functional.log_softmax(full_precision(student_logits) / temperature, dim=1)
     teacher = functional.log_softmax(full_precision(teacher_logits) / (teacher_temperature or temperature), dim=1)
     return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each row [B], both as log-probabilities [B, C]."""
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
