@@ -153,6 +153,11 @@ class DistillationLoss(nn.Module, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     local_buffers: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def uses_augmented(self) -> bool:
+        """Whether it learns anything of augmented images. Where it does not, none are made for it."""
+        return True
+
     def build(self, context: LossContext) -> None:
         """Make what depends on the nets' shapes: connectors, memories. Called once, before the optimizer is made; a
         loss belongs to one task.
@@ -187,7 +192,8 @@ class LogitLoss(DistillationLoss):
         label_smoothing: Share of each label spread evenly over the classes, in [0, 1); for the cross-entropies only.
         kd_share: Share of the comparison on original images in kd_weight, 0 or more.
         ce_mix_share: Share of the cross-entropy on augmented images.
-        kd_mix_share: Share of the comparison on augmented images.
+        kd_mix_share: Share of the comparison on augmented images; with --augmentation identity these are the originals
+            once more.
         standardize: Compare logits whose mean over the classes is 0 and whose standard deviation is 1 (Sun et al., CVPR
             2024, arXiv 2403.01427).
     """
@@ -199,7 +205,7 @@ class LogitLoss(DistillationLoss):
         label_smoothing: float = 0.0,
         kd_share: float = 1.0,
         ce_mix_share: float = 0.0,
-        kd_mix_share: float = 1.0,
+        kd_mix_share: float = 0.0,
         standardize: bool = False,
     ) -> None:
         super().__init__()
@@ -212,6 +218,11 @@ class LogitLoss(DistillationLoss):
         check_smoothing(label_smoothing)
         self.ce_weight, self.kd_weight, self.shares = ce_weight, kd_weight, shares
         self.label_smoothing, self.standardize = label_smoothing, standardize
+
+    @property
+    def uses_augmented(self) -> bool:
+        """Where it gives them a share."""
+        return self.shares["ce_mix"] != 0 or self.shares["kd_mix"] != 0
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor, epoch: Tensor) -> Tensor:
@@ -228,7 +239,7 @@ class LogitLoss(DistillationLoss):
         """
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
-        """Return "loss", "ce", "kd"; with augmented images also "kd_mix", and "ce_mix" where its share is not 0."""
+        """Return "loss", "ce", "kd"; with augmented images also "ce_mix" and "kd_mix", where their shares are not 0."""
         student, teacher, mixed, epoch = outputs.student.logits, outputs.teacher.logits, outputs.mixed, outputs.epoch
         smoothing = self.label_smoothing
         terms = {
@@ -240,12 +251,13 @@ class LogitLoss(DistillationLoss):
                 terms["ce_mix"] = mixed_cross_entropy(
                     mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, smoothing
                 )
-            compared = self._compared(mixed.student_logits, mixed.teacher_logits)
-            own = self.compare(*compared, mixed.labels, epoch)
-            if own.dim():
-                lam = mixed.lam.to(own.dtype)
-                own = (lam * own + (1 - lam) * self.compare(*compared, mixed.partner_labels, epoch)).mean()
-            terms["kd_mix"] = own
+            if self.shares["kd_mix"] != 0:
+                compared = self._compared(mixed.student_logits, mixed.teacher_logits)
+                own = self.compare(*compared, mixed.labels, epoch)
+                if own.dim():
+                    lam = mixed.lam.to(own.dtype)
+                    own = (lam * own + (1 - lam) * self.compare(*compared, mixed.partner_labels, epoch)).mean()
+                terms["kd_mix"] = own
         ce_weight, kd_weight = weight_at(self.ce_weight, epoch), weight_at(self.kd_weight, epoch)
         weights = {"ce": ce_weight, **{name: kd_weight * share for name, share in self.shares.items()}}
         return {"loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(), **terms}
@@ -288,6 +300,11 @@ class FeatureLoss(DistillationLoss):
         check_smoothing(label_smoothing)
         self.weight, self.ce_weight, self.label_smoothing = weight, ce_weight, label_smoothing
         self.student_features, self.teacher_features = student_features, teacher_features
+
+    @property
+    def uses_augmented(self) -> bool:
+        """Features are those of the originals."""
+        return False
 
     def build(self, context: LossContext) -> None:
         """Check the features that are compared, and make what depends on their shapes (`connect`)."""
@@ -382,6 +399,11 @@ class WeightedSum(DistillationLoss):
             f"losses.{number}.{name}" for number, loss in enumerate(self._parts()) for name in loss.local_buffers
         )
 
+    @property
+    def uses_augmented(self) -> bool:
+        """Whether a part does."""
+        return any(loss.uses_augmented for loss in self._parts())
+
     def _parts(self) -> list[DistillationLoss]:
         return list(self.losses)  # pyright: ignore[reportReturnType]
 
@@ -449,7 +471,10 @@ def standardize_logits(logits: Tensor) -> Tensor:
     shift and scale; float32, float64 stays.
     """
     logits = full_precision(logits)
-    return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
+    spread = logits.std(1, keepdim=True)
+    flat = spread <= torch.finfo(logits.dtype).eps * logits.abs().amax(1, keepdim=True)
+    logits = torch.where(flat, logits.detach(), logits)  # 0 has no direction to grow in: its gradient would be 1e7
+    return (logits - logits.mean(1, keepdim=True)) / (1e-7 + torch.where(flat, 1, spread))
 
 
 def check_smoothing(label_smoothing: float) -> None:

@@ -60,7 +60,8 @@ class KD(LogitLoss):
         label_smoothing: Share of each label spread evenly over the classes, in [0, 1); for the cross-entropies only.
         kd_share: Share of the KL on original images in kd_weight, 0 or more.
         ce_mix_share: Share of the cross-entropy on augmented images.
-        kd_mix_share: Share of the KL on augmented images.
+        kd_mix_share: Share of the KL on augmented images. With --augmentation identity the originals come twice, as
+            published: 0 is plain distillation then.
         standardize: Compare standardised logits (Sun et al., CVPR 2024).
     """
 

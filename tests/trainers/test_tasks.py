@@ -17,7 +17,7 @@ from torch.nn import functional
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.checkpoints import load_weights
-from dalikd.kd.losses import KD, DistillationLoss, StepOutputs
+from dalikd.kd.losses import DKD, KD, MLKD, DistillationLoss, StepOutputs
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.distill import main as distill
 from dalikd.tools.train import main as train
@@ -217,6 +217,16 @@ def test_what_a_loss_needs_and_cannot_have_is_named(make_loop, distill_options):
     cache: Any = SimpleNamespace()
     with pytest.raises(ValueError, match=r"_Hint needs the teacher's preactivations, teacher_classifier, and a cache"):
         build_loss(_Hint(), task.student, cache, task.augmenter, 3, 12, [0] * 96)
+
+
+def test_augmented_images_that_a_loss_would_not_look_at_are_refused(make_loop, distill_options):
+    with pytest.raises(ValueError, match=r"DKD compares the original images alone, .* from what cutmix makes"):
+        make_loop(options=distill_options(loss=DKD(), augmentation="cutmix"))
+    make_loop("both", options=distill_options(loss=DKD(kd_mix_share=1.0), augmentation="cutmix"))
+    with pytest.raises(ValueError, match="MLKD compares two views of each image: give the second with --augmentation"):
+        make_loop("one", options=distill_options(loss=MLKD(), augmentation="identity"))
+    with pytest.raises(ValueError, match=r"needs one augmented image for each original, and cutmixpick_teacher picks"):
+        make_loop("picks", options=distill_options(loss=MLKD(), augmentation="cutmixpick_teacher"))
 
 
 # ------------------------------------------------------------------------------------------------ other ways

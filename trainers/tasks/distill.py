@@ -336,6 +336,11 @@ def build_loss(
             f"{name} needs one augmented image for each original, and {augmenter.name} picks some of them: take an "
             "augmentation that does not pick"
         )
+    if augmenter.parts and not loss.uses_augmented:
+        raise ValueError(
+            f"{name} compares the original images alone, and would learn nothing from what {augmenter.name} makes: "
+            "take --augmentation identity, a share for augmented images (--loss.kd_mix_share) or a sum with KD"
+        )
     if not needs and type(loss).build is DistillationLoss.build:
         return
     if featured and not isinstance(teacher, Teacher):
