@@ -19,8 +19,8 @@ __all__ = ["AB", "ab_loss"]
 def ab_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], margin: float = 1.0) -> Tensor:
     """How far the student's neurons are from being as active as the teacher's, and by the margin.
 
-    For each neuron max(0, margin - s)^2 where the teacher's is above 0, else max(0, margin + s)^2: the paper's loss that
-    can be differentiated. It is summed over neurons and meaned over images. The last layer counts 3/1000, each one
+    For each neuron max(0, margin - s)^2 where the teacher's is above 0, else max(0, margin + s)^2: the paper's loss
+    that can be differentiated. It is summed over neurons and meaned over images. The last layer counts 3/1000, each one
     before it half of the next one, as in the published code.
 
     Args:
@@ -42,10 +42,10 @@ def ab_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tenso
 class AB(FeatureLoss):
     """Activation boundaries: which neurons are active, not how much (AAAI 2019, arXiv 1811.03233).
 
-    In the first epochs the loss is `weight * AB(x)` over what comes before the last ReLU of all stages, afterwards it is
-    `ce_weight * CE(x)`; see `ab_loss`. Where shapes differ, a convolution with batch normalisation connects the
-    student's features (`ConvRegressor` without its ReLU). The first epochs are part of the run: give that many more, and
-    later milestones. In them the classifier has no gradient, but weight decay goes on. In a sum of losses give the
+    In the first epochs the loss is `weight * AB(x)` over what comes before the last ReLU of all stages, afterwards it
+    is `ce_weight * CE(x)`; see `ab_loss`. Where shapes differ, a convolution with batch normalisation connects the
+    student's features (`ConvRegressor` without its ReLU). The first epochs are part of the run: give that many more,
+    and later milestones. In them the classifier has no gradient, but weight decay goes on. In a sum of losses give the
     others a schedule that is 0 in the first epochs.
 
     Args:

@@ -23,8 +23,8 @@ __all__ = ["FT", "Paraphraser", "Translator", "ft_loss"]
 def ft_loss(student_factor: Tensor, teacher_factor: Tensor, p1: float = 2.0, p2: float = 1.0) -> Tensor:
     """Mean of |difference|^p2 of the factors' attention maps of power p1.
 
-    The paper compares the whole factors, of length 1. The mean of |factor|^p1 over the channels is how Tian et al. (ICLR
-    2020, arXiv 1910.10699) compare them.
+    The paper compares the whole factors, of length 1. The mean of |factor|^p1 over the channels is how Tian et al.
+    (ICLR 2020, arXiv 1910.10699) compare them.
 
     Args:
         student_factor: [n, C, H, W]. The larger of the two is average-pooled to the size of the smaller.
@@ -88,11 +88,11 @@ class FT(FeatureLoss):
     """Factor transfer: the student's translated features are the teacher's paraphrased ones (NeurIPS 2018, arXiv
     1802.04977).
 
-    In the first epochs the paraphraser learns to reconstruct the teacher's features, and the student learns nothing: the
-    loss is `reconstruction_weight * MSE`. Then the paraphraser stays as it was at the last step of them, and the loss is
-    `ce_weight * CE(x) + weight * FT(x)` of the last stage; see `ft_loss`. The first epochs are part of the run: give
-    that many more, and later milestones. In them weight decay goes on, of the student too. In a sum of losses give the
-    others a schedule that is 0 in the first epochs.
+    In the first epochs the paraphraser learns to reconstruct the teacher's features, and the student learns nothing:
+    the loss is `reconstruction_weight * MSE`. Then the paraphraser stays as it was at the last step of them, and the
+    loss is `ce_weight * CE(x) + weight * FT(x)` of the last stage; see `ft_loss`. The first epochs are part of the run:
+    give that many more, and later milestones. In them weight decay goes on, of the student too. In a sum of losses give
+    the others a schedule that is 0 in the first epochs.
 
     Args:
         weight: Of the factors' difference, 0 or more; a number, or a schedule over epochs.

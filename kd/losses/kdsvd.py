@@ -83,7 +83,7 @@ def _singular_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         rows = full_precision(features).flatten(2)  # [n, C, positions]
         wide = rows.shape[1] > rows.shape[2]
         products = rows.mT @ rows if wide else rows @ rows.mT
-        fixed = products.detach().nan_to_num()  # a diverged run is the loop's to name
+        fixed = products.detach().nan_to_num(posinf=0.0, neginf=0.0)  # a diverged run is the loop's to name
         values, basis = torch.linalg.eigh(fixed)  # ascending
         top, vectors = values[:, -count:].flip(1), basis[..., -count:].flip(2)
         least = _TOLERANCE * values[:, -1:]

@@ -18,8 +18,8 @@ __all__ = ["NST", "nst_loss"]
 def nst_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
     """Maximum mean discrepancy of the channels' activation maps, summed over the layers.
 
-    Each channel's map is a sample, of length 1. The kernel is the paper's polynomial one with d = 2 and c = 0, (x . y)^2;
-    it is meaned over channels and images.
+    Each channel's map is a sample, of length 1. The kernel of two samples is the square of their product: the paper's
+    polynomial one with d = 2 and c = 0. It is meaned over channels and images.
 
     Args:
         student_features: [n, C, H, W] each. The larger of two maps is average-pooled to the size of the smaller.
