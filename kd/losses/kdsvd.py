@@ -37,9 +37,9 @@ def kdsvd_loss(
 
     It differs from the published code in three ways. The sign of a singular vector is arbitrary, and the published loss
     changes with the teacher's: here the component of largest magnitude is positive. Vectors of a singular value of 0
-    are arbitrary, and count as 0. The gradient of a vector is infinite where its singular value equals another one (to
-    1e-6 of the largest, all squared): such parts of it are left out, so that it is finite for dead channels, and for
-    features that are all 0.
+    are arbitrary, and count as 0. The gradient of a vector is infinite where its singular value equals another one:
+    such parts of it are left out, so that it is finite for dead channels, and for features that are all 0. Squared
+    singular values are taken for 0 below 1e-6 of the largest, and for equal within it.
 
     On CUDA it waits for the device: torch's decomposition reads whether it converged.
 
@@ -74,10 +74,11 @@ def kdsvd_loss(
 
 
 def _singular_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors [n, C, count] and singular values [n, count], without gradient.
+    """The first right singular vectors [n, C, count], and their singular values [n, count], these without gradient.
 
-    By the eigenvectors of the smaller matrix of products. These are found without gradient; the gradient is that of
-    first-order perturbation, which is free of the division by zero between equal eigenvalues that torch's own has.
+    By the eigenvectors of the smaller matrix of products. These are found without gradient, and then moved to the first
+    order by a change of the matrix that is 0: unlike in torch's own gradient, nothing is divided by zero where
+    eigenvalues are equal.
     """
     with torch.autocast(features.device.type, enabled=False):
         rows = full_precision(features).flatten(2)  # [n, C, positions]
