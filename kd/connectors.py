@@ -1,10 +1,12 @@
 """What brings the features of one net to the shapes of another's. All of it is trained with the student, and never a
 part of it."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ConvRegressor", "check_maps", "pool_alike", "shape_of"]
+__all__ = ["ConvRegressor", "check_maps", "connect_stages", "connectors", "pool_alike", "shape_of"]
 
 
 class ConvRegressor(nn.Module):
@@ -46,6 +48,46 @@ class ConvRegressor(nn.Module):
         """[n, D, P, Q] of [n, C, H, W]."""
         found = self.bn(self.conv(features))
         return functional.relu(found) if self.relu else found
+
+
+def connectors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> nn.ModuleList:
+    """One for each pair of maps: a `ConvRegressor` without its ReLU where shapes differ, else the identity (Heo et al.,
+    AAAI 2019, arXiv 1811.03233).
+
+    Raises:
+        ValueError: no convolution brings one to the shape of the other.
+    """
+    return nn.ModuleList(
+        nn.Identity() if one.shape[1:] == other.shape[1:] else ConvRegressor(one, other, relu=False)
+        for one, other in zip(student, teacher, strict=True)
+    )
+
+
+def connect_stages(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor], connect: bool) -> nn.ModuleList:
+    """What brings each of two or more maps of the student to the channels of the teacher's, at its own size.
+
+    Args:
+        what: the method, for messages.
+        student: maps, shallow to deep.
+        teacher: as many.
+        connect: where channels differ, connect them; else they are refused.
+
+    Raises:
+        ValueError: features are no maps, or fewer than two; or channels differ, and are not to be connected.
+    """
+    check_maps(what, *student, *teacher)
+    if len(student) < 2:
+        raise ValueError(
+            f"{what} compares features that follow each other, and is given {len(student)}: name two or more"
+        )
+    for one, other in zip(student, teacher, strict=True):
+        if one.shape[1] != other.shape[1] and not connect:
+            raise ValueError(
+                f"{what} needs as many channels in both nets, and the student's {shape_of(one)} meets the teacher's "
+                f"{shape_of(other)}: give --loss.connect true, or take AT, which needs none of it"
+            )
+    wanted = [one.new_empty(2, other.shape[1], *one.shape[2:]) for one, other in zip(student, teacher, strict=True)]
+    return connectors(student, wanted)
 
 
 def pool_alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ __all__ = [
     "check_smoothing",
     "check_weight",
     "cross_entropy",
+    "first_alone",
     "full_precision",
     "mixed_cross_entropy",
     "standardize_logits",
@@ -77,6 +78,32 @@ def weight_at(weight: Weight, epoch: Tensor) -> float | Tensor:
         share = ((epoch - start) / (end - start)).clamp(0, 1) if end > start else (epoch >= end).to(epoch.dtype)
         value = value + (after - before) * share
     return value
+
+
+def first_alone(weight: Weight, ce_weight: Weight, first_epochs: float) -> tuple[Weight, Weight]:
+    """Weights of a comparison that is minimised alone in the first epochs, and of the cross-entropy, which is then.
+
+    Args:
+        weight: of the comparison; 0 after the first epochs.
+        ce_weight: of the cross-entropy; 0 in the first epochs.
+        first_epochs: 0 leaves both as they are.
+
+    Raises:
+        ValueError: epochs below 0, or a weight that changes by itself too.
+    """
+    if not 0 <= first_epochs < math.inf:
+        raise ValueError(f"first_epochs is {first_epochs}: give 0 or more")
+    if first_epochs == 0:
+        return weight, ce_weight
+    if isinstance(weight, Schedule) or isinstance(ce_weight, Schedule):
+        raise ValueError(
+            f"first_epochs is {first_epochs}, and a weight has a schedule: give first_epochs: 0, and both "
+            "weights schedules that have these epochs in them"
+        )
+    for name, value in (("weight", weight), ("ce_weight", ce_weight)):
+        check_weight(name, value)
+    steps = [first_epochs, first_epochs]
+    return Schedule(steps, [weight, 0.0]), Schedule(steps, [0.0, ce_weight]) if ce_weight else 0.0
 
 
 class MixedOutputs(NamedTuple):
