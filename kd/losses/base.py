@@ -336,6 +336,8 @@ class FeatureLoss(DistillationLoss):
     def build(self, context: LossContext) -> None:
         """Check the features that are compared, and make what depends on their shapes (`connect`)."""
         features = self.choose(context.student, context.teacher)
+        if not all(map(len, features)):
+            raise ValueError(f"{type(self).__name__} compares no features: name some of both nets, or leave them out")
         if self.counted and len(features[0]) != len(features[1]):
             raise ValueError(
                 f"{type(self).__name__} compares as many features of the student as of the teacher, and the student's "
