@@ -1,7 +1,7 @@
 """Correlation congruence, in the form of the protocol of contrastive distillation.
 
 Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, arXiv 1904.01802. The paper compares whole
-correlation matrices; the form here is that of Tian et al. (ICLR 2020, arXiv 1910.10699), whose results are quoted.
+correlation matrices; this form, of neighbours in the batch, is that of Tian et al. (ICLR 2020, arXiv 1910.10699).
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,8 @@ def crd_draws(seed: Tensor, step: Tensor, ids: Tensor, count: int) -> Tensor:
         int64 [B, count], from 0 to 2^63 - 1.
     """
     keys = _hash(_hash(_hash(seed) + step * _GOLDEN) + ids * _GOLDEN)
-    return _shift(_hash(keys[:, None] + torch.arange(1, count + 1, device=ids.device) * _GOLDEN), 1)
+    # bits, not a product: torch.compile (2.15) computes products of arange as it does indices, and loses high bits
+    return _shift(_hash(keys[:, None] ^ torch.arange(count, device=ids.device)), 1)
 
 
 def _hash(bits: Tensor) -> Tensor:
@@ -65,10 +66,11 @@ def crd_scores(embeddings: Tensor, memory: Tensor, rows: Tensor, temperature: fl
         temperature: above 0.
 
     Returns:
-        [B, K + 1], logarithms of what the paper calls the unnormalised critic.
+        [B, K + 1], the logarithms of the critic before its normalisation.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
-        return (memory.detach()[rows] @ embeddings[:, :, None]).squeeze(2) / temperature
+        chosen = memory.detach().index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        return (embeddings[:, None] @ chosen.mT).squeeze(1) / temperature
 
 
 def crd_loss(scores: Tensor, images: int) -> Tensor:
@@ -93,14 +95,14 @@ def crd_loss(scores: Tensor, images: int) -> Tensor:
 class CRD(FeatureLoss):
     """Contrastive representation distillation, on linear embeddings of the pooled features (Tian et al., ICLR 2020).
 
-    Both nets' embeddings of all images are remembered. The student's of an image is told from K others' by the
-    teacher's memory, and the teacher's by the student's memory: `crd_loss` of both, added. Two memories of images x
-    feat_dim numbers lie on each device and in the run's saved state: 1.3 GB for ImageNet. See `crd_scores` for what a
-    step holds.
+    A memory keeps the student's embedding of every training image, a second one the teacher's. The student's embedding
+    of an image is compared with the teacher's memory of it and of K other images, the negatives, and the teacher's with
+    the student's memory: the sum of `crd_loss` of both. The memories hold 2 * images * feat_dim numbers on each device
+    and in the run's saved state: 1.3 GB for ImageNet. `crd_scores` says what a step holds besides.
 
-    Every process remembers the embeddings of all: they are exchanged in training, where each must have as many images.
-    Where an image comes twice in a step, the first counts. Evaluation (`eval()`) writes nothing. Negatives are drawn
-    with replacement; those of a step are the same for every number of processes, and after a resume.
+    Each process keeps the embeddings of all: they are exchanged in training, for which all processes need batches of
+    one size. Of an image that comes twice in a step the first embedding counts. In eval mode nothing is written.
+    Negatives are drawn with replacement, and do not depend on the number of processes or on a resume.
 
     Args:
         weight: Of the comparison, 0 or more; a number, or a schedule over epochs.
@@ -122,8 +124,8 @@ class CRD(FeatureLoss):
     log_constants: Tensor  # of the student's and the teacher's scores, set by the first step
     steps: Tensor  # forward passes in training
     seed: Tensor  # of the draws: torch's when the loss was built, which is the run's
-    order: Tensor  # images by their classes; a class is a run of it, from
-    class_starts: Tensor  # on, of
+    order: Tensor  # of the images, by class: those of class c begin at class_starts[c]
+    class_starts: Tensor
     class_sizes: Tensor
 
     def __init__(
@@ -227,7 +229,8 @@ class CRD(FeatureLoss):
             for embeddings, memory in ((own, self.teacher_memory), (other, self.student_memory))
         ]
         with torch.no_grad():
-            means = torch.stack([found.logsumexp(1) for found in scores], 1) - math.log(rows.shape[1])  # logarithms
+            # logarithms of the mean critic of each image
+            means = torch.stack([found.logsumexp(1) for found in scores], 1) - math.log(rows.shape[1])
             told = torch.cat((own, other, means), 1)
             if self.training:
                 ids, told = _of_all(ids), _of_all(told)

@@ -42,7 +42,7 @@ def outputs(student: Tensor, teacher: Tensor, ids: Tensor) -> StepOutputs:
     return StepOutputs(NetOutput(logits, (student,)), NetOutput(logits, (teacher,)), ids % 4, ids, torch.zeros(()))
 
 
-def steps(count: int, size: int = 8, seed: int = 5) -> list[StepOutputs]:
+def steps(count: int, size: int = 8, seed: int = 6) -> list[StepOutputs]:
     """Batches in which some images come twice."""
     random = torch.Generator().manual_seed(seed)
 
@@ -147,7 +147,7 @@ def test_draws_are_a_hash_of_seed_step_id_and_place():
     found = crd_draws(torch.tensor(2**63 - 5), torch.tensor(123_456), torch.tensor(ids), 4)
     for row, number in zip(found.tolist(), ids, strict=True):
         key = _hash((_hash((_hash(2**63 - 5) + 123_456 * golden) & mask) + number * golden) & mask)
-        assert row == [_hash((key + k * golden) & mask) >> 1 for k in range(1, 5)]
+        assert row == [_hash(key ^ k) >> 1 for k in range(4)]
     # the published generator's first number from seed 0 is the hash of its increment
     assert _hash(golden) == 0xE220A8397B1DCDAF
 
@@ -289,12 +289,10 @@ def test_two_processes_remember_what_one_does(tmp_path: Path):
 @pytest.mark.slow
 def test_it_compiles_into_one_graph():
     loss, plain = build(), build()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "cache_size_limit", 8)
-        compiled = torch.compile(loss.forward, fullgraph=True)
-        for given in steps(3):
-            assert compiled(given)["loss"].item() == pytest.approx(plain(given)["loss"].item(), rel=1e-9)
-        torch.compiler.reset()
+    compiled = torch.compile(loss.forward, fullgraph=True)
+    for given in steps(3):
+        assert compiled(given)["loss"].item() == pytest.approx(plain(given)["loss"].item(), rel=1e-9)
+    torch.compiler.reset()
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(loss.state_dict()[key], value)
 
