@@ -292,10 +292,7 @@ def test_it_compiles_into_one_graph():
     compiled = torch.compile(loss.forward, fullgraph=True)
     for given in steps(3):
         found = []
-        for module, forward in (
-            (loss, compiled),
-            (plain, plain),
-        ):  # the memories are written before the gradient is taken
+        for module, forward in ((loss, compiled), (plain, plain)):  # memories are written before gradients are taken
             student = given.student.features[0].clone().requires_grad_()
             term = forward(outputs(student, given.teacher.features[0], given.ids))["loss"]
             found.append((term, *torch.autograd.grad(term, (student, *module.parameters()))))
