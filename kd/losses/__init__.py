@@ -15,6 +15,8 @@ from dalikd.kd.losses.base import (
     mixed_cross_entropy,
     standardize_logits,
 )
+from dalikd.kd.losses.cc import CC, cc_loss
+from dalikd.kd.losses.crd import CRD, crd_draws, crd_loss, crd_scores
 from dalikd.kd.losses.crld import CRLD, crld_loss
 from dalikd.kd.losses.ctkd import CTKD
 from dalikd.kd.losses.dist import DIST, dist_loss
@@ -24,17 +26,23 @@ from dalikd.kd.losses.fsp import FSP, fsp_loss
 from dalikd.kd.losses.ft import FT, ft_loss
 from dalikd.kd.losses.kd import KD, kd_loss
 from dalikd.kd.losses.kdsvd import KDSVD, kdsvd_loss
+from dalikd.kd.losses.logits import Logits, logits_loss
 from dalikd.kd.losses.mlkd import MLKD, mlkd_loss
 from dalikd.kd.losses.nkd import NKD, nkd_loss
 from dalikd.kd.losses.nst import NST, nst_loss
+from dalikd.kd.losses.pkt import PKT, pkt_loss
+from dalikd.kd.losses.rkd import RKD, rkd_loss
 from dalikd.kd.losses.rld import RLD, rld_loss
 from dalikd.kd.losses.sp import SP, sp_loss
 from dalikd.kd.losses.ttm import TTM, WTTM, ttm_loss, wttm_loss
+from dalikd.kd.losses.vid import VID, vid_loss
 from dalikd.kd.losses.views import TwoViewLoss, Views
 
 __all__ = [
     "AB",
     "AT",
+    "CC",
+    "CRD",
     "CRLD",
     "CTKD",
     "DIST",
@@ -46,14 +54,18 @@ __all__ = [
     "MLKD",
     "NKD",
     "NST",
+    "PKT",
+    "RKD",
     "RLD",
     "SP",
     "TTM",
+    "VID",
     "WTTM",
     "DistillationLoss",
     "FeatureLoss",
     "FitNet",
     "LogitLoss",
+    "Logits",
     "LossContext",
     "MixedOutputs",
     "Schedule",
@@ -63,6 +75,10 @@ __all__ = [
     "WeightedSum",
     "ab_loss",
     "at_loss",
+    "cc_loss",
+    "crd_draws",
+    "crd_loss",
+    "crd_scores",
     "crld_loss",
     "cross_entropy",
     "dist_loss",
@@ -72,13 +88,17 @@ __all__ = [
     "hint_loss",
     "kd_loss",
     "kdsvd_loss",
+    "logits_loss",
     "mixed_cross_entropy",
     "mlkd_loss",
     "nkd_loss",
     "nst_loss",
+    "pkt_loss",
+    "rkd_loss",
     "rld_loss",
     "sp_loss",
     "standardize_logits",
     "ttm_loss",
+    "vid_loss",
     "wttm_loss",
 ]

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.checkpoints import load_weights
-from dalikd.kd.losses import DKD, KD, MLKD, DistillationLoss, StepOutputs
+from dalikd.kd.losses import CRD, DKD, KD, MLKD, DistillationLoss, StepOutputs
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.distill import main as distill
 from dalikd.tools.train import main as train
@@ -189,6 +190,29 @@ def test_a_loss_is_built_from_the_nets_and_trained_along(make_loop, distill_opti
     assert not torch.equal(loop.task.loss.connector.weight, before)
     assert (loop.task.loss.memory != 0).any(dim=1).sum() == 32
     assert not any("connector" in key for key in loop.task.nets["student"].state_dict())
+
+
+def test_memories_are_saved_with_the_run_and_never_with_the_student(make_loop, distill_options):
+    def start(name: str) -> Loop:
+        options = distill_options(loss=CRD(nce_k=7, feat_dim=4), ema=0.5)
+        return make_loop(name, options=options, student=_resnet(0), teacher=_resnet(1))
+
+    straight, first = start("straight"), start("first")
+    assert first.task.local_buffers[:2] == ["loss.student_memory", "loss.teacher_memory"]
+    for _ in range(2):
+        straight.step()
+        first.step()
+    first.save()
+    resumed = start("first")
+    resumed.load()
+    assert not any("memory" in key for key in load_file(first.folder.path / "last" / "student.safetensors"))
+    for _ in range(2):
+        straight.step()
+        resumed.step()
+    assert resumed.task.loss.steps == 4
+    for key, value in resumed.task.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, straight.task.state_dict()[key], rtol=0, atol=1e-6, msg=key)
 
 
 def test_a_connector_has_the_type_of_the_student(make_loop, distill_options):
