@@ -123,6 +123,9 @@ class LossContext(NamedTuple):
         teacher_classifier: the teacher's last layer, where it is asked for: pooled features -> logits.
         student_classifier: the student's. It is trained as a part of the student: keep it out of the loss's own parts
             (in a tuple, say).
+        teacher_norms: the batch norms before the last ReLU of the teacher's stages, where they are asked for.
+        batch: images of a training batch on one process; 0 where nobody says it.
+        side: of the images, in pixels; likewise.
     """
 
     student: NetOutput
@@ -132,6 +135,9 @@ class LossContext(NamedTuple):
     labels: Tensor | None = None
     teacher_classifier: nn.Module | None = None
     student_classifier: nn.Module | None = None
+    teacher_norms: tuple[nn.BatchNorm2d, ...] = ()
+    batch: int = 0
+    side: int = 0
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -143,9 +149,9 @@ class DistillationLoss(nn.Module, ABC):
 
     Attributes:
         needs: what it takes beside logits and labels, and what is refused where it cannot be had: "features";
-            "preactivations", "teacher_classifier" and "student_classifier", which bring the features along; "heads", of
-            the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented image for each
-            original.
+            "preactivations", "teacher_classifier", "student_classifier" and "teacher_norms", which bring the features
+            along; "heads", of the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented
+            image for each original.
         local_buffers: names of buffers that processes do not share (memory banks): the loss keeps them equal itself.
     """
 

@@ -90,6 +90,7 @@ class DistillOptions(TrainingOptions):
             compile_mode=self.compile,
             side=setup.view.size,
             labels=setup.source.labels,
+            batch=setup.sampler(accumulation=self.accumulation).microbatch,
         )
         task.header, task.contents = header, {"the_teacher's_weights_or_normalisation": digest}
         task.title = f"{self.augmentation}, {self.model}"
@@ -124,7 +125,7 @@ def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str
 
 
 #: what a loss may need that brings the features of both nets along
-FEATURE_NEEDS = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier", "heads"})
+FEATURE_NEEDS = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier", "teacher_norms"})
 
 
 class DistillationInputs(NamedTuple):
@@ -158,8 +159,9 @@ class Distillation(Task):
         metric: whether to stream T. stddev.
         entropy_log: where the entropies of this process's images go, by the net that picks.
         compile_mode: of the teacher's pass; the task is the loop's to compile.
-        side: of the images in pixels, and
-        labels: of all that are trained on, for a loss that is built from the nets.
+        side: of the images in pixels,
+        labels: of all that are trained on, and
+        batch: images of a batch on this process, for a loss that is built from the nets.
 
     Raises:
         ValueError: the loss needs what there is not.
@@ -180,12 +182,13 @@ class Distillation(Task):
         compile_mode: CompileMode = "off",
         side: int = 32,
         labels: Sequence[int] | np.ndarray = (),
+        batch: int = 0,
     ) -> None:
         super().__init__()
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
-        self._build_loss(num_classes, side, labels)
+        self._build_loss(num_classes, side, labels, batch)
         self.student = student = loss.complete(student)
         self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
         self._pass: Callable[[Batch], TeacherPass]
@@ -300,11 +303,12 @@ class Distillation(Task):
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
 
-    def _build_loss(self, num_classes: int, side: int, labels: Sequence[int] | np.ndarray) -> None:
+    def _build_loss(self, num_classes: int, side: int, labels: Sequence[int] | np.ndarray, batch: int = 0) -> None:
         """Refuse what the loss cannot have, and show it what both nets give, if it wants to see it."""
         loss, teacher = self.loss, self.teacher
         name, needs = f"--loss {type(loss).__name__}", loss.needs
-        self._features = bool(needs & FEATURE_NEEDS)
+        of_teacher = needs & FEATURE_NEEDS
+        self._features = bool(of_teacher) or "heads" in needs  # of the student
         if "augmented" in needs and not self.augmenter.parts:
             raise ValueError(
                 f"{name} compares two views of each image: give the second with --augmentation, such as randaugment"
@@ -316,9 +320,9 @@ class Distillation(Task):
             )
         if not needs and type(loss).build is DistillationLoss.build:
             return
-        if self._features and not isinstance(teacher, Teacher):
+        if of_teacher and not isinstance(teacher, Teacher):
             raise ValueError(
-                f"{name} needs the teacher's {', '.join(sorted(needs & FEATURE_NEEDS))}, and a cache holds its logits "
+                f"{name} needs the teacher's {', '.join(sorted(of_teacher))}, and a cache holds its logits "
                 "alone: distil without --teacher.cache"
             )
         before, modes = "preactivations" in needs, {part: part.training for part in self.student.modules()}
@@ -333,15 +337,17 @@ class Distillation(Task):
 
         with torch.no_grad():
             student = self.student.eval().outputs(black(self.student), features=self._features, preactivations=before)
-            given, classifier = NetOutput(torch.zeros(2, num_classes)), None
-            if isinstance(teacher, Teacher) and self._features:
+            given, classifier, norms = NetOutput(torch.zeros(2, num_classes)), None, ()
+            if isinstance(teacher, Teacher) and of_teacher:
                 given = teacher.outputs(black(teacher.model), preactivations=before)
                 classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
+                norms = teacher.norms if "teacher_norms" in needs else ()
         for part, training in modes.items():
             part.training = training
         own = _classifier(self.student) if "student_classifier" in needs else None
         rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
-        loss.build(LossContext(student, given, num_classes, len(labels), rows, classifier, own))
+        context = LossContext(student, given, num_classes, len(labels), rows, classifier, own, norms, batch, side)
+        loss.build(context)
         loss.to(next(self.student.parameters()).dtype)
 
 
