@@ -65,14 +65,15 @@ class ReviewKD(FeatureLoss):
 
     def __init__(
         self,
-        weight: Weight = _WARM_UP,
+        weight: Weight | None = None,
         ce_weight: Weight = 1.0,
         label_smoothing: float = 0.0,
         student_features: list[int] | None = None,
         teacher_features: list[int] | None = None,
         teacher_preactivations: bool = True,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        warm = _WARM_UP if weight is None else weight
+        super().__init__(warm, ce_weight, label_smoothing, student_features, teacher_features)
         self.teacher_preactivations = teacher_preactivations
 
     @property

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import pytest
 import torch
@@ -40,6 +39,7 @@ from dalikd.kd.losses import (
     ofd_loss,
 )
 from dalikd.kd.losses.ofd import margins
+from dalikd.tools import cli
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "losses_modern.json").read_text())
 BATCH, CLASSES = 4, 5
@@ -615,16 +615,20 @@ def test_any_two_nets_go_together(loss: Any, student: str, teacher: str):
     assert terms["loss"].isfinite()
 
 
-def test_options_are_read_by_jsonargparse():
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DistillationLoss, "loss")
-    for name in ("ReviewKD", "OFD", "SRRL", "SimKD", "OFA", "SemCKD", "SRD", "CATKD", "DistillationToken"):
-        config = parser.parse_args([f"--loss=dalikd.kd.losses.{name}"])
-        build = getattr(parser, "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes")
-        assert type(build(config).loss).__name__ == name
-    words = ["--loss=dalikd.kd.losses.ReviewKD", '--loss.weight={"epochs": [0, 20], "values": [0, 5]}']
-    assert build(parser.parse_args(words)).loss.weight == Schedule([0, 20], [0, 5])
+@pytest.mark.parametrize(
+    "name", ["ReviewKD", "OFD", "SRRL", "SimKD", "OFA", "SemCKD", "SRD", "CATKD", "DistillationToken"]
+)
+def test_a_command_takes_it(name: str):
+    words = ["--model", "resnet8", "--teacher.name", "resnet14", "--loss", f"dalikd.kd.losses.{name}"]
+    options, plain = cli.parse("distill", [*words, "--loss.label_smoothing", "0.1"])
+    assert (type(options.loss).__name__, options.loss.label_smoothing) == (name, 0.1)
+    assert plain["loss"]["class_path"] == f"dalikd.kd.losses.{name}"
+
+
+def test_reviewkd_warms_up():
     assert ReviewKD().weight == Schedule([0, 20], [0, 1])
+    words = ["--loss", "dalikd.kd.losses.ReviewKD", "--loss.weight", '{"epochs": [0, 20], "values": [0, 5]}']
+    assert cli.parse("distill", words)[0].loss.weight == Schedule([0, 20], [0, 5])
 
 
 def test_the_token_counts_the_labels_in_a_sum():
