@@ -111,6 +111,10 @@ class StepOutputs(NamedTuple):
     mixed: MixedOutputs | None = None
 
 
+#: needs of a loss that is built for the shapes of the student's features
+_ON_FEATURES = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier"})
+
+
 class LossContext(NamedTuple):
     """What a loss is built from.
 
@@ -396,9 +400,21 @@ class WeightedSum(DistillationLoss):
             loss.build(context)
 
     def complete(self, student: Normalized) -> Normalized:
-        """The student, completed by each part in turn."""
+        """The student, completed by each part in turn.
+
+        Raises:
+            ValueError: one completes it, and another is built for the features that it had before.
+        """
         for loss in self._parts():
-            student = loss.complete(student)
+            before, student = student, loss.complete(student)
+            others = [
+                type(other).__name__ for other in self._parts() if other is not loss and other.needs & _ON_FEATURES
+            ]
+            if student is not before and others:
+                raise ValueError(
+                    f"{type(loss).__name__} changes the student's features, which {' and '.join(others)} would compare: "
+                    "sum it with losses on logits alone"
+                )
         return student
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:

@@ -67,7 +67,10 @@ def test_a_larger_map_of_the_student_is_pooled_to_the_teachers(make_loop, distil
         options=distill_options(loss=SimKD(reduction=4)), student=net("resnet8", 0), teacher=net("vgg8", 1)
     )
     assert loop.task.nets["student"].model._size == (1, 1)
-    loop.step()
+    fed = loop.task.prepare(loop.loader.next(), 0.0)
+    torch.compiler.reset()
+    compiled = torch.compile(loop.task.forward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(fed), loop.task(fed))
     given = loop.task.nets["student"].outputs(torch.zeros(2, 3, 12, 12), features=True)
     assert [tuple(feature.shape[1:]) for feature in given.features[-2:]] == [(512, 1, 1), (512,)]
 
@@ -78,6 +81,9 @@ def test_simkd_goes_with_losses_on_logits(make_loop, distill_options):
                      student=net("resnet8", 0), teacher=net("resnet14", 1))  # fmt: skip
     loop.step()
     assert isinstance(loop.task.nets["student"].model, ReusedClassifier)
+    loss = WeightedSum([SimKD(), OFD()])
+    with pytest.raises(ValueError, match="SimKD changes the student's features, which OFD would compare: sum it with"):
+        make_loop("other", options=distill_options(loss=loss), student=net("resnet8", 0), teacher=net("resnet14", 1))
 
 
 @pytest.mark.parametrize("student", ["resnet8", "ShuffleV2_0_3"])

@@ -433,7 +433,7 @@ def test_a_step_never_reads_from_the_device(name: str, no_sync: Callable[[], Any
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_never_waits_for_a_gpu(name: str, sync_is_an_error: Callable[[], None]):
     loss, outputs = made(name, dtype=torch.float32)
-    loss, classifiers = loss.cuda(), [classifier.cuda() for classifier in CLASSIFIERS.values()]
+    loss, classifiers = loss.cuda(), [classifier.float().cuda() for classifier in CLASSIFIERS.values()]
     moved = [leaves(net.map(Tensor.cuda)) for net in outputs[:2]]
     outputs = StepOutputs(*moved, *(values.cuda() for values in outputs[2:5]))  # pyright: ignore[reportArgumentType, reportCallIssue]
     loss(outputs)["loss"].backward()  # libraries are opened
