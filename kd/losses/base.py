@@ -405,15 +405,14 @@ class WeightedSum(DistillationLoss):
         Raises:
             ValueError: one completes it, and another is built for the features that it had before.
         """
+        on_features = [loss for loss in self._parts() if loss.needs & _ON_FEATURES]
         for loss in self._parts():
             before, student = student, loss.complete(student)
-            others = [
-                type(other).__name__ for other in self._parts() if other is not loss and other.needs & _ON_FEATURES
-            ]
+            others = " and ".join(type(other).__name__ for other in on_features if other is not loss)
             if student is not before and others:
                 raise ValueError(
-                    f"{type(loss).__name__} changes the student's features, which {' and '.join(others)} would compare: "
-                    "sum it with losses on logits alone"
+                    f"{type(loss).__name__} changes the student's features, which {others} would compare: sum it with "
+                    "losses on logits alone"
                 )
         return student
 

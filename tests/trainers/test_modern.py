@@ -1,6 +1,7 @@
 """Losses that need more than outputs, in the real task."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,5 +112,7 @@ def test_tokens_learn_from_a_teacher_whose_features_nobody_asks_for(make_loop, d
     assert not fed.teacher.features
     loop.task(fed)["loss"].backward()
     assert student.model.head_dist.weight.grad is not None
+    loop.task.teacher = SimpleNamespace()  # as a cache is no teacher
+    loop.task._build_loss(3, 12, [0] * 96)
     with pytest.raises(ValueError, match="DistillationToken needs a student with two heads of 3 classes"):
         make_loop("other", options=distill_options(loss=DistillationToken()), student=net("resnet8", 0))
