@@ -2,11 +2,23 @@
 part of it."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ConvRegressor", "check_maps", "connect_stages", "connectors", "pool_alike", "shape_of"]
+from dalikd.kd.backbones.layers import NetOutput
+
+__all__ = [
+    "ConvRegressor",
+    "check_classifier",
+    "check_maps",
+    "connect_stages",
+    "connectors",
+    "pool_alike",
+    "shape_of",
+]
 
 
 class ConvRegressor(nn.Module):
@@ -108,6 +120,44 @@ def check_maps(what: str, *features: Tensor) -> None:
                 f"{what} needs maps of channels x height x width, and is given {shape_of(feature)}: name the features "
                 "of stages with --loss.student_features and --loss.teacher_features"
             )
+
+
+@torch.no_grad()
+def check_classifier(what: str, net: str, given: NetOutput, classifier: nn.Module, *, of_map: bool = False) -> None:
+    """Check on what a net gives for two images that a classifier alone makes its logits of its pooled features.
+
+    Args:
+        what: needs that, for messages.
+        net: whose, for messages.
+        given: logits and features; half precision will do.
+        classifier: pooled features [n, D] -> logits [n, C].
+        of_map: the pooled features must also be the mean of the last map.
+
+    Raises:
+        ValueError: it is not so; names the features.
+    """
+    *_, last, pooled = (feature.double() for feature in given.features)
+    if of_map and (last.dim() != 4 or last.shape[1] != pooled.shape[1] or not _close(last.mean((2, 3)), pooled)):
+        raise ValueError(
+            f"{what} needs a {net} that averages its last map for its classifier, and this one makes "
+            f"{shape_of(pooled)} of {shape_of(last)} otherwise: take one such as resnet56, vgg13, ResNet50 or "
+            "timm:resnet34, or the loss SRRL"
+        )
+    try:
+        same = _close(deepcopy(classifier).double()(pooled), given.logits.double())
+    except RuntimeError:  # a convolution, say
+        same = False
+    if not same:
+        raise ValueError(
+            f"{what} needs a {net} whose classifier makes its logits of the pooled features, and "
+            f"{type(classifier).__name__} does not make {shape_of(given.logits)} of {shape_of(pooled)}: take one whose "
+            "last layer is linear, such as resnet56, or a loss on other features, such as ReviewKD"
+        )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Up to half precision."""
+    return one.shape == other.shape and bool(((one - other).abs().max() <= 0.05 * other.abs().max()).item())
 
 
 def shape_of(feature: Tensor) -> str:

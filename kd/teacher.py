@@ -43,6 +43,8 @@ class Teacher:
         digest: of the weights as they were loaded, where a run is to know them again.
 
     Attributes:
+        norms: batch norms before the last ReLU of its stages, as they were before they were folded; none where the net
+            does not name them.
         folded: how many batch norms were folded.
     """
 
@@ -57,7 +59,10 @@ class Teacher:
     ) -> None:
         self.digest = digest
         self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-        self.folded = fold_batch_norms(model.model if isinstance(model, Normalized) else model) if fold_bn else 0
+        net = model.model if isinstance(model, Normalized) else model
+        named = getattr(net, "norms_before_last_relu", None)
+        self.norms: tuple[nn.BatchNorm2d, ...] = () if named is None else tuple(named())
+        self.folded = fold_batch_norms(net) if fold_bn else 0
         self._device_type = torch.device(device).type
         self._autocast = autocast
         self._digest = ""  # of the weights in use, before they were cast

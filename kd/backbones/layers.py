@@ -165,6 +165,15 @@ class StagedNet(nn.Module):
         before = last.preactivation(features)
         return before, last.activate(before)
 
+    def norms_before_last_relu(self) -> list[nn.BatchNorm2d]:
+        """The batch norm that ends the last block of each stage whose output is a feature; a stage without one is left
+        out."""
+        blocks = [
+            stage if isinstance(stage, ReluBlock) else [stage, *stage.children()][-1] for stage in self.stage_modules()
+        ]
+        norms = [[part for part in block.children() if isinstance(part, nn.BatchNorm2d)] for block in blocks]
+        return [found[-1] for found in norms if found]
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
         hidden = self.stem(images)

@@ -72,6 +72,10 @@ class MobileNetV2(StagedNet):
         """The stages whose outputs are features: 1, 2, 4 and 6. They end in linear bottlenecks, without a ReLU."""
         return [self.blocks[number] for number in _STAGES_OF_FEATURES]
 
+    def norms_before_last_relu(self) -> list[nn.BatchNorm2d]:
+        """The last of each stage that gives a feature; no ReLU follows."""
+        return [stage[-1].conv[-1] for stage in self.stage_modules()]  # pyright: ignore[reportIndexIssue]
+
     def stem(self, images: Tensor) -> Tensor:
         """What comes before the first stage."""
         return self.conv1(images)

@@ -68,6 +68,9 @@ class _StageFeatures:
     def outputs(self: Any, images: Tensor) -> NetOutput:
         """Logits, timm's intermediates (NCHW, shallow to deep) and then the pooled [B, D].
 
+        A net with a head for a distillation token (DeiT, LeViT) gives the logits of the class token and those of the
+        distillation token as heads; its logits are the mean of both, as its forward gives them.
+
         Raises:
             ValueError: the model has no `forward_intermediates`.
         """
@@ -78,7 +81,14 @@ class _StageFeatures:
         # The head runs twice: applying the classifier to the pooled features would be wrong for heads with a norm
         # or several classifiers in between. In training mode dropout in the head therefore draws twice.
         pooled = self.forward_head(final, pre_logits=True)
-        return NetOutput(self.forward_head(final), (*intermediates, pooled))
+        features = (*intermediates, pooled)
+        if not (isinstance(getattr(self, "head_dist", None), nn.Module) and hasattr(self, "distilled_training")):
+            return NetOutput(self.forward_head(final), features)
+        states = self.training, self.distilled_training
+        self.training = self.distilled_training = True  # timm gives the heads apart only so; dropout has its own state
+        one, other = self.forward_head(final)
+        self.training, self.distilled_training = states
+        return NetOutput((one + other) / 2, features, heads=(one, other))
 
     def stage_modules(self: Any) -> list[nn.Module]:
         """Modules whose outputs are the features of the stages, shallow to deep; none if timm does not name them.

@@ -46,14 +46,17 @@ class WideResNet(StagedNet):
         """The last stage's sum, normalised, after ReLU, pooled to [B, D]."""
         return F.relu(self.bn1(features)).mean(dim=(2, 3))
 
+    def norms_before_last_relu(self) -> list[nn.BatchNorm2d]:
+        """Those that follow the stages."""
+        return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]  # pyright: ignore[reportReturnType]
+
     def around_last_relu(self, stage: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
         """A stage ends in a sum: what comes before a ReLU is the sum normalised by the norm that follows the stage.
 
         It is normalised here once more, by this process's batch in training, without a second update of running
         statistics.
         """
-        norms = (self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1)
-        norm, output = norms[self.stages.index(stage)], stage(features)
+        norm, output = self.norms_before_last_relu()[self.stages.index(stage)], stage(features)
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
         own = norm.training or norm.running_mean is None
         means = (None, None) if own else (norm.running_mean, norm.running_var)

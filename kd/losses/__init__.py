@@ -15,6 +15,7 @@ from dalikd.kd.losses.base import (
     mixed_cross_entropy,
     standardize_logits,
 )
+from dalikd.kd.losses.catkd import CATKD, class_attention
 from dalikd.kd.losses.cc import CC, cc_loss
 from dalikd.kd.losses.crd import CRD, crd_draws, crd_loss, crd_scores
 from dalikd.kd.losses.crld import CRLD, crld_loss
@@ -30,10 +31,18 @@ from dalikd.kd.losses.logits import Logits, logits_loss
 from dalikd.kd.losses.mlkd import MLKD, mlkd_loss
 from dalikd.kd.losses.nkd import NKD, nkd_loss
 from dalikd.kd.losses.nst import NST, nst_loss
+from dalikd.kd.losses.ofa import OFA, ofa_loss
+from dalikd.kd.losses.ofd import OFD, ofd_loss
 from dalikd.kd.losses.pkt import PKT, pkt_loss
+from dalikd.kd.losses.reviewkd import ReviewKD, hcl_loss
 from dalikd.kd.losses.rkd import RKD, rkd_loss
 from dalikd.kd.losses.rld import RLD, rld_loss
+from dalikd.kd.losses.semckd import SemCKD
+from dalikd.kd.losses.simkd import ReusedClassifier, SimKD, load_simkd
 from dalikd.kd.losses.sp import SP, sp_loss
+from dalikd.kd.losses.srd import SRD, log_sum_distance
+from dalikd.kd.losses.srrl import SRRL
+from dalikd.kd.losses.token import DistillationToken
 from dalikd.kd.losses.ttm import TTM, WTTM, ttm_loss, wttm_loss
 from dalikd.kd.losses.vid import VID, vid_loss
 from dalikd.kd.losses.views import TwoViewLoss, Views
@@ -41,6 +50,7 @@ from dalikd.kd.losses.views import TwoViewLoss, Views
 __all__ = [
     "AB",
     "AT",
+    "CATKD",
     "CC",
     "CRD",
     "CRLD",
@@ -54,21 +64,30 @@ __all__ = [
     "MLKD",
     "NKD",
     "NST",
+    "OFA",
+    "OFD",
     "PKT",
     "RKD",
     "RLD",
     "SP",
+    "SRD",
+    "SRRL",
     "TTM",
     "VID",
     "WTTM",
     "DistillationLoss",
+    "DistillationToken",
     "FeatureLoss",
     "FitNet",
     "LogitLoss",
     "Logits",
     "LossContext",
     "MixedOutputs",
+    "ReusedClassifier",
+    "ReviewKD",
     "Schedule",
+    "SemCKD",
+    "SimKD",
     "StepOutputs",
     "TwoViewLoss",
     "Views",
@@ -76,6 +95,7 @@ __all__ = [
     "ab_loss",
     "at_loss",
     "cc_loss",
+    "class_attention",
     "crd_draws",
     "crd_loss",
     "crd_scores",
@@ -85,14 +105,19 @@ __all__ = [
     "dkd_loss",
     "fsp_loss",
     "ft_loss",
+    "hcl_loss",
     "hint_loss",
     "kd_loss",
     "kdsvd_loss",
+    "load_simkd",
+    "log_sum_distance",
     "logits_loss",
     "mixed_cross_entropy",
     "mlkd_loss",
     "nkd_loss",
     "nst_loss",
+    "ofa_loss",
+    "ofd_loss",
     "pkt_loss",
     "rkd_loss",
     "rld_loss",

@@ -139,6 +139,10 @@ class StepOutputs(NamedTuple):
     mixed: MixedOutputs | None = None
 
 
+#: needs of a loss that is built for the shapes of the student's features
+_ON_FEATURES = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier"})
+
+
 class LossContext(NamedTuple):
     """What a loss is built from.
 
@@ -151,6 +155,9 @@ class LossContext(NamedTuple):
         teacher_classifier: the teacher's last layer, where it is asked for: pooled features -> logits.
         student_classifier: the student's. It is trained as a part of the student: keep it out of the loss's own parts
             (in a tuple, say).
+        teacher_norms: the batch norms before the last ReLU of the teacher's stages, where they are asked for.
+        batch: images of a training batch on one process; 0 where nobody says it.
+        side: of the images, in pixels; likewise.
     """
 
     student: NetOutput
@@ -160,6 +167,9 @@ class LossContext(NamedTuple):
     labels: Tensor | None = None
     teacher_classifier: nn.Module | None = None
     student_classifier: nn.Module | None = None
+    teacher_norms: tuple[nn.BatchNorm2d, ...] = ()
+    batch: int = 0
+    side: int = 0
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -171,9 +181,9 @@ class DistillationLoss(nn.Module, ABC):
 
     Attributes:
         needs: what it takes beside logits and labels, and what is refused where it cannot be had: "features";
-            "preactivations", "teacher_classifier" and "student_classifier", which bring the features along; "heads", of
-            the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented image for each
-            original.
+            "preactivations", "teacher_classifier", "student_classifier" and "teacher_norms", which bring the features
+            along; "heads", of the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented
+            image for each original.
         local_buffers: names of buffers that processes do not share (memory banks): the loss keeps them equal itself.
     """
 
@@ -442,9 +452,20 @@ class WeightedSum(DistillationLoss):
             loss.build(context)
 
     def complete(self, student: Normalized) -> Normalized:
-        """The student, completed by each part in turn."""
+        """The student, completed by each part in turn.
+
+        Raises:
+            ValueError: one completes it, and another is built for the features that it had before.
+        """
+        on_features = [loss for loss in self._parts() if loss.needs & _ON_FEATURES]
         for loss in self._parts():
-            student = loss.complete(student)
+            before, student = student, loss.complete(student)
+            others = " and ".join(type(other).__name__ for other in on_features if other is not loss)
+            if student is not before and others:
+                raise ValueError(
+                    f"{type(loss).__name__} changes the student's features, which {others} would compare: sum it with "
+                    "losses on logits alone"
+                )
         return student
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def loop(
         task: Any = Distillation(
             student, seen_by, options.loss, augmenter, accelerator, len(train.classes), metric=options.metric,
             joint_forward=options.joint_forward, compile_mode=options.compile, side=train.image_size,
-            labels=train.labels,
+            labels=train.labels, batch=sampler.microbatch,
         )  # fmt: skip
     else:
         task = Supervised(student, augmenter)

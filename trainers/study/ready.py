@@ -30,7 +30,7 @@ from dalikd.trainers.study.options import Net, Pair, StudyOptions
 from dalikd.trainers.study.plan import Axes, Cell, Reading, Study, Work, deal, plan
 from dalikd.trainers.study.work import Sizes, work
 from dalikd.trainers.tasks.base import TrainingOptions
-from dalikd.trainers.tasks.distill import DistillOptions, build_loss
+from dalikd.trainers.tasks.distill import DistillOptions, build_loss, check_views
 from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
 from dalikd.trainers.trial import try_step
 
@@ -385,16 +385,17 @@ def _check_nets(options: TrainingOptions | MeasureOptions, opened: Opened, augme
 
 
 def _check_loss(options: DistillOptions, model: str, teacher: str, source: Source, augmenter: Augmenter) -> None:
-    """The nets give what the loss needs, and go together in it."""
+    """The nets give what the loss needs, and go together in it; and it goes with the augmentation."""
     built = deepcopy(options.loss)
+    check_views(built, augmenter)
     if not built.needs and type(built).build is DistillationLoss.build:
         return
     student, asked = (
         Normalized(create_model(name, len(source.classes), **args), (0.5,) * 3, (0.5,) * 3)
         for name, args in ((model, options.model_args), (teacher, options.teacher.args))
     )
-    side = training_view(options.data, source).size
-    build_loss(built, student, Teacher(asked), augmenter, len(source.classes), side, source.labels)
+    side, batch = training_view(options.data, source).size, options.batch_size // options.accumulation
+    build_loss(built, student, Teacher(asked), augmenter, len(source.classes), side, source.labels, batch)
 
 
 def _check_batches(options: TrainingOptions | MeasureOptions, sizes: Sizes) -> None:

@@ -30,7 +30,7 @@ from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["DistillOptions", "Distillation", "DistillationInputs", "build_loss"]
+__all__ = ["DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views"]
 
 
 @dataclass
@@ -90,6 +90,7 @@ class DistillOptions(TrainingOptions):
             compile_mode=self.compile,
             side=setup.view.size,
             labels=setup.source.labels,
+            batch=setup.sampler(accumulation=self.accumulation).microbatch,
         )
         task.header, task.contents = header, {"the_teacher's_weights_or_normalisation": digest}
         task.title = f"{self.augmentation}, {self.model}"
@@ -124,7 +125,7 @@ def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str
 
 
 #: what a loss may need that brings the features of both nets along
-FEATURE_NEEDS = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier", "heads"})
+FEATURE_NEEDS = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier", "teacher_norms"})
 
 
 class DistillationInputs(NamedTuple):
@@ -158,8 +159,9 @@ class Distillation(Task):
         metric: whether to stream T. stddev.
         entropy_log: where the entropies of this process's images go, by the net that picks.
         compile_mode: of the teacher's pass; the task is the loop's to compile.
-        side: of the images in pixels, and
-        labels: of all that are trained on, for a loss that is built from the nets.
+        side: of the images in pixels,
+        labels: of all that are trained on, and
+        batch: images of a batch on this process, for a loss that is built from the nets.
 
     Raises:
         ValueError: the loss needs what there is not.
@@ -180,13 +182,14 @@ class Distillation(Task):
         compile_mode: CompileMode = "off",
         side: int = 32,
         labels: Sequence[int] | np.ndarray = (),
+        batch: int = 0,
     ) -> None:
         super().__init__()
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
-        build_loss(loss, student, teacher, augmenter, num_classes, side, labels)
-        self._features = bool(loss.needs & FEATURE_NEEDS)
+        build_loss(loss, student, teacher, augmenter, num_classes, side, labels, batch)
+        self._features = bool(loss.needs & FEATURE_NEEDS) or "heads" in loss.needs
         self.student = student = loss.complete(student)
         self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
         self._pass: Callable[[Batch], TeacherPass]
@@ -310,6 +313,7 @@ def build_loss(
     num_classes: int,
     side: int,
     labels: Sequence[int] | np.ndarray,
+    batch: int = 0,
 ) -> None:
     """Show a loss what both nets give, if it wants to see it.
 
@@ -321,12 +325,50 @@ def build_loss(
         num_classes: of both nets.
         side: of the images in pixels.
         labels: of all that are trained on.
+        batch: originals that a process gives at once; 0: not known.
 
     Raises:
         ValueError: the loss needs what there is not, or the nets do not go together.
     """
     name, needs = f"--loss {type(loss).__name__}", loss.needs
-    featured, before = bool(needs & FEATURE_NEEDS), "preactivations" in needs
+    of_teacher, before = needs & FEATURE_NEEDS, "preactivations" in needs
+    check_views(loss, augmenter)
+    if not needs and type(loss).build is DistillationLoss.build:
+        return
+    if of_teacher and not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"{name} needs the teacher's {', '.join(sorted(of_teacher))}, and a cache holds its logits alone: distil "
+            "without --teacher.cache"
+        )
+    if before and augmenter.mixes_hidden:
+        raise ValueError(
+            f"{name} compares what comes before the stages' last ReLU, where {augmenter.name} does not mix: take "
+            "another augmentation or loss"
+        )
+
+    def black(net: nn.Module) -> Tensor:
+        return torch.zeros(2, 3, side, side, device=next(net.parameters()).device)
+
+    modes = {part: part.training for part in student.modules()}
+    with torch.no_grad():
+        featured = bool(of_teacher) or "heads" in needs
+        own = student.eval().outputs(black(student), features=featured, preactivations=before)
+        given, classifier, norms = NetOutput(torch.zeros(2, num_classes)), None, ()
+        if isinstance(teacher, Teacher) and of_teacher:
+            given = teacher.outputs(black(teacher.model), preactivations=before)
+            classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
+            norms = teacher.norms if "teacher_norms" in needs else ()
+    for part, training in modes.items():
+        part.training = training
+    last = _classifier(student) if "student_classifier" in needs else None
+    rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
+    loss.build(LossContext(own, given, num_classes, len(labels), rows, classifier, last, norms, batch, side))
+    loss.to(next(student.parameters()).dtype)
+
+
+def check_views(loss: DistillationLoss, augmenter: Augmenter) -> None:
+    """Raises ValueError where a loss does not go with the augmented images that an augmentation makes."""
+    name, needs = f"--loss {type(loss).__name__}", loss.needs
     if "augmented" in needs and not augmenter.parts:
         raise ValueError(
             f"{name} compares two views of each image: give the second with --augmentation, such as randaugment"
@@ -341,35 +383,6 @@ def build_loss(
             f"{name} compares the original images alone, and would learn nothing from what {augmenter.name} makes: "
             "take --augmentation identity, a share for augmented images (--loss.kd_mix_share) or a sum with KD"
         )
-    if not needs and type(loss).build is DistillationLoss.build:
-        return
-    if featured and not isinstance(teacher, Teacher):
-        raise ValueError(
-            f"{name} needs the teacher's {', '.join(sorted(needs & FEATURE_NEEDS))}, and a cache holds its logits "
-            "alone: distil without --teacher.cache"
-        )
-    if before and augmenter.mixes_hidden:
-        raise ValueError(
-            f"{name} compares what comes before the stages' last ReLU, where {augmenter.name} does not mix: take "
-            "another augmentation or loss"
-        )
-
-    def black(net: nn.Module) -> Tensor:
-        return torch.zeros(2, 3, side, side, device=next(net.parameters()).device)
-
-    modes = {part: part.training for part in student.modules()}
-    with torch.no_grad():
-        own = student.eval().outputs(black(student), features=featured, preactivations=before)
-        given, classifier = NetOutput(torch.zeros(2, num_classes)), None
-        if isinstance(teacher, Teacher) and featured:
-            given = teacher.outputs(black(teacher.model), preactivations=before)
-            classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
-    for part, training in modes.items():
-        part.training = training
-    last = _classifier(student) if "student_classifier" in needs else None
-    rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
-    loss.build(LossContext(own, given, num_classes, len(labels), rows, classifier, last))
-    loss.to(next(student.parameters()).dtype)
 
 
 def _classifier(model: nn.Module) -> nn.Module:

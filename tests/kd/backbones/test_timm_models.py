@@ -58,6 +58,42 @@ def test_logits_are_timms_whatever_the_head(name):
     assert all(feature.ndim == 4 for feature in features[:-1])
 
 
+DISTILLED = {
+    "deit_tiny_distilled_patch16_224": {
+        "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.5,
+    },
+    "levit_128s": {"embed_dim": (16, 24), "key_dim": 8, "depth": (1, 1), "num_heads": (2, 3), "img_size": 64},
+    "pit_ti_distilled_224": {"img_size": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_net_with_a_distillation_token_gives_two_heads(name):
+    model = create_model(f"timm:{name}", 7, **DISTILLED[name]).eval()
+    with torch.no_grad():
+        model.head_dist.apply(lambda part: part.bias.normal_() if isinstance(part, nn.Linear) else None)
+        images = torch.randn(3, 3, DISTILLED[name]["img_size"], DISTILLED[name]["img_size"])
+        logits, features, _, heads = model.outputs(images)
+        assert torch.equal(logits, model(images))
+        assert [head.shape for head in heads] == [(3, 7), (3, 7)]
+        assert not torch.allclose(*heads)
+        assert torch.equal((heads[0] + heads[1]) / 2, logits)
+        assert (model.training, model.distilled_training, features[-1].dim()) == (False, False, 2)
+        model.apply(lambda part: setattr(part, "p", 0.0) if isinstance(part, nn.Dropout) else None)
+        model.train().set_distilled_training()
+        assert all(map(torch.equal, model.outputs(images).heads, model(images)))
+        assert (model.training, model.distilled_training) == (True, True)
+
+
+def test_two_heads_are_compiled_in_one_graph():
+    name = "deit_tiny_distilled_patch16_224"
+    model, images = create_model(f"timm:{name}", 7, **DISTILLED[name]).eval(), torch.randn(2, 3, 32, 32)
+    torch.compiler.reset()
+    found = torch.compile(model.outputs, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(found.heads, model.outputs(images).heads)
+    assert not model.training
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_whole_and_independent(duplicate, resnet18, images):
     twin = duplicate(resnet18)
