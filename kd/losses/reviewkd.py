@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dalikd.kd.backbones.layers import NetOutput
-from dalikd.kd.losses.base import FeatureLoss, LossContext, Schedule, StepOutputs, Weight, full_precision
+from dalikd.kd.losses.base import FeatureLoss, LossContext, StepOutputs, Weight, full_precision
+from dalikd.kd.losses.dkd import WARM_UP
 
 __all__ = ["ReviewKD", "hcl_loss"]
 
 _LEVELS = (4, 2, 1)  # sides of the pooled maps
 _WIDEST = 512  # channels of what is passed up
-_WARM_UP = Schedule([0, 20], [0, 1])
 
 
 def hcl_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
@@ -72,7 +72,7 @@ class ReviewKD(FeatureLoss):
         teacher_features: list[int] | None = None,
         teacher_preactivations: bool = True,
     ) -> None:
-        warm = _WARM_UP if weight is None else weight
+        warm = WARM_UP if weight is None else weight
         super().__init__(warm, ce_weight, label_smoothing, student_features, teacher_features)
         self.teacher_preactivations = teacher_preactivations
 

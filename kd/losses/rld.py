@@ -71,14 +71,14 @@ class RLD(LogitLoss):
 
     def __init__(
         self,
-        kd_weight: Weight = WARM_UP,
+        kd_weight: Weight | None = None,
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
         confidence_temperature: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(kd_weight=kd_weight, **kwargs)
+        super().__init__(kd_weight=WARM_UP if kd_weight is None else kd_weight, **kwargs)
         check_weight("alpha", alpha)
         check_weight("beta", beta)
         check_temperature(temperature)
