@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.known_weights import file_and_member
 from dalikd.pipelines.data import evaluation_view, open_sources, training_view
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
@@ -306,7 +307,7 @@ def check_teacher(place: str, options: DistillOptions, opened: Opened, *, traine
     assert teacher.name is not None
     assert teacher.weights is not None
     pretrained = teacher.weights == "pretrained"
-    if not (trained or pretrained or Path(teacher.weights).is_file()):
+    if not (trained or pretrained or file_and_member(teacher.weights)[0].is_file()):
         raise FileNotFoundError(f"{place}: there is no weights file {teacher.weights}")
     try:
         if pretrained:
