@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from inspect import isabstract, signature
+from inspect import Parameter, isabstract, signature
 from pathlib import Path
 from typing import Any
 
-from dalikd import configs
 from dalikd.kd import losses
 from dalikd.kd.losses import DistillationLoss, Schedule
 from dalikd.tools.cli import run_function
@@ -14,31 +13,34 @@ from dalikd.trainers.tracking import check_writable, write_json
 
 
 def methods(json: Path | None = None) -> list[dict[str, Any]]:
-    """List every distillation loss: its paper, what it takes beside logits and labels, its default weights, and the
-    configs that use it.
+    """List every distillation loss: default weights, what it takes beside logits and labels, configs, and its paper.
 
     Args:
         json: JSON file for the same, {"methods": [{"name", "paper", "needs", "weights", "configs"}, …]}.
     """
     if json is not None:
         check_writable("--json", json)
-    folder = Path(configs.__file__).parent
-    texts = {path: re.sub("#.*", "", path.read_text("utf-8")) for path in sorted(folder.rglob("*.yaml"))}
+    root = Path(__file__).parents[1]
+    paths = sorted((root / "configs").rglob("*.yaml"))
+    texts = {path.relative_to(root).as_posix(): re.sub("#.*", "", path.read_text("utf-8")) for path in paths}
     found: list[dict[str, Any]] = []
     print("| --loss | default weights | needs | configs | paper |\n|:--|:--|:--|:--|:--|")
-    for name in losses.__all__:
-        kind = getattr(losses, name)
-        if not isinstance(kind, type) or not issubclass(kind, DistillationLoss) or isabstract(kind):
+    kinds = {name: kind for name in losses.__all__ if isinstance(kind := getattr(losses, name), type)}
+    for name, kind in kinds.items():
+        if not issubclass(kind, DistillationLoss) or isabstract(kind):
             continue
-        needs = sorted(kind.needs) if isinstance(kind.needs, frozenset) else ["what its parts need"]
-        options = signature(kind).parameters
+        needs = sorted(kind.needs) if isinstance(kind.needs, frozenset) else ["that follows from its options"]
+        options: dict[str, Parameter] = {}
+        for one in kind.__mro__:
+            options = {**signature(one).parameters, **options}
+            if "**" not in str(signature(one)):  # else it takes what the class above it takes
+                break
         weights = {option: _plain(options[option].default) for option in options if option.endswith("weight")}
-        users = [path.relative_to(folder) for path, text in texts.items() if re.search(rf"\.losses\.{name}\b", text)]
-        files = [f"configs/{path.as_posix()}" for path in users]
+        files = [file for file, text in texts.items() if re.search(rf"\.losses\.{name}\b", text)]
         found.append({"name": name, "paper": kind.paper, "needs": needs, "weights": weights, "configs": files})
-        words = ", ".join(map("{} {}".format, weights, weights.values()))
-        folders = ", ".join(dict.fromkeys(file.rpartition("/")[0] for file in files))
-        print(f"| {name} | {words} | {', '.join(needs)} | {folders} | {kind.paper} |")
+        words = map("{} {}".format, weights, weights.values())
+        cells = map(", ".join, (words, needs, dict.fromkeys(file.rpartition("/")[0] for file in files)))
+        print(f"| {name} | {' | '.join(cells)} | {kind.paper} |")
     if json is not None:
         write_json(json, {"methods": found})
         print(f"written: {json}")

@@ -8,8 +8,8 @@ from dalikd.tools.methods import main
 class _Later(KD):
     """A method whose weight grows."""
 
-    def __init__(self, weight=Schedule([0, 20], [0.0, 1.5])):  # noqa: B008
-        super().__init__(kd_weight=weight)
+    def __init__(self, kd_weight=Schedule([0, 20], [0.0, 1.5]), **kwargs):  # noqa: B008
+        super().__init__(kd_weight=kd_weight, **kwargs)
 
 
 def test_every_loss_that_can_be_made_stands_in_the_table_with_its_paper(monkeypatch, tmp_path, capsys):
@@ -27,6 +27,6 @@ def test_every_loss_that_can_be_made_stands_in_the_table_with_its_paper(monkeypa
     assert found["KD"]["weights"] == {"ce_weight": 0.1, "kd_weight": 0.9}
     assert "configs/cifar100/kd/resnet56_resnet20.yaml" in found["KD"]["configs"]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "| _Later | weight 0@0 1.5@20 |  |  | Hinton et al., 2015, arXiv 1503.02531 |"
+    assert lines[-2] == "| _Later | ce_weight 0.1, kd_weight 0@0 1.5@20 |  |  | Hinton et al., 2015, arXiv 1503.02531 |"
     assert lines[-1] == f"written: {file}"
     assert len(lines) == 3 + len(found)
