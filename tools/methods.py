@@ -25,9 +25,8 @@ def methods(json: Path | None = None) -> list[dict[str, Any]]:
     texts = {path.relative_to(root).as_posix(): re.sub("#.*", "", path.read_text("utf-8")) for path in paths}
     found: list[dict[str, Any]] = []
     print("| --loss | default weights | needs | configs | paper |\n|:--|:--|:--|:--|:--|")
-    kinds = {name: kind for name in losses.__all__ if isinstance(kind := getattr(losses, name), type)}
-    for name, kind in kinds.items():
-        if not issubclass(kind, DistillationLoss) or isabstract(kind):
+    for name, kind in ((name, getattr(losses, name)) for name in losses.__all__):
+        if not isinstance(kind, type) or not issubclass(kind, DistillationLoss) or isabstract(kind):
             continue
         needs = sorted(kind.needs) if isinstance(kind.needs, frozenset) else ["that follows from its options"]
         options: dict[str, Parameter] = {}
