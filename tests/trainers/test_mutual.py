@@ -47,6 +47,12 @@ def test_each_net_learns_from_labels_and_from_the_mean_of_the_others(nets, input
         np.testing.assert_allclose(terms[name].item(), value, rtol=1e-9)
 
 
+def test_a_compiler_sees_one_graph(nets, inputs, make_loop):
+    task = Mutual(nets, make_loop().task.augmenter)
+    torch.testing.assert_close(torch.compile(task.forward, fullgraph=True, backend="eager")(inputs), task(inputs))
+    torch.compiler.reset()
+
+
 def test_a_net_is_not_moved_by_what_others_take_from_it(nets, inputs, make_loop):
     terms = Mutual(nets, make_loop().task.augmenter)(inputs)
     terms["kl0"].backward()
