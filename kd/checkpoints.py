@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import Normalisation
-from dalikd.kd.known_weights import check_sha256, identify, published_classes
+from dalikd.kd.known_weights import check_sha256, file_and_member, identify, open_weights, published_classes
 
 __all__ = [
     "ORIGIN_KEY",
@@ -41,7 +41,7 @@ class Origin(NamedTuple):
 
     normalisation: Normalisation | None = None  # of the images
     class_names: tuple[str, ...] | None = None  # index = logit
-    published: bool = False  # known by their content: folders of the same classes may have other names
+    published: bool = False  # known by their content or path: folders of the same classes may have other names
 
 
 def load_weights(
@@ -164,7 +164,8 @@ def _class_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 def read_origin(path: str | Path) -> Origin:
     """How a file's weights were trained, where that is known.
 
-    Published files that are known say it by their content, those that this project writes in their metadata.
+    Published files that are known say it by their content or their path, those that this project writes in their
+    metadata.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`.
@@ -188,7 +189,7 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str,
     The prefixes "module." and "_orig_mod." are removed where every key has them.
 
     Args:
-        path: the file.
+        path: the file; a torch file may be a member of a tar, FILE.tar:MEMBER.
         sha256: checksum that it must have, or its leading digits; it is read only if it has.
 
     Raises:
@@ -206,11 +207,13 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str,
 
 
 def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name the weights file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
+    path, (file, member) = Path(path), file_and_member(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: name the weights file in it")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no weights file {file}")
+    if member.endswith(".safetensors"):
+        raise ValueError(f"{path} is a safetensors file in a tar: unpack it, and name it alone")
     return path
 
 
@@ -243,12 +246,11 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read_torch_file(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # unpickling foreign bytes can raise anything, OSError for a truncated zip
-        raise ValueError(_why_unreadable(path, error)) from error
+    with open_weights(path) as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling foreign bytes can raise anything, OSError for a truncated zip
+            raise ValueError(_why_unreadable(path, error)) from error
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

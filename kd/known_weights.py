@@ -2,21 +2,40 @@
 
 A file is known by its content, whatever it is called. The list holds only what was verified: the checksum by a copy of
 the file or by the digits that its publisher put into its name, the net by its published code, the normalisation by the
-published training script or log. Other files work as well; what they need is said by hand.
+published training script or log. Files whose checksum nobody published are known by the folders that their publisher
+puts them in. Other files work as well; what they need is said by hand.
+
+A file may be a member of a tar, `FILE.tar:MEMBER`, which is read without unpacking it.
 """
 
 import hashlib
+import re
 import string
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import nn
 
 from dalikd.kd.backbones.layers import Normalisation
 
-__all__ = ["KNOWN", "KnownWeights", "check_sha256", "file_sha256", "identify", "published_classes", "weights_digest"]
+__all__ = [
+    "KNOWN",
+    "LAYOUTS",
+    "KnownWeights",
+    "check_sha256",
+    "file_and_member",
+    "file_sha256",
+    "identify",
+    "open_weights",
+    "published_classes",
+    "weights_digest",
+]
 
 _FEWEST_DIGITS = 8  # of a checksum, as in published file names
 
@@ -43,11 +62,12 @@ class KnownWeights:
 
     Args:
         file: its published name.
-        sha256: hexadecimal digits of its checksum: all 64, or the leading ones in its name.
+        sha256: hexadecimal digits of its checksum: all 64, or the leading ones in its name; empty: nobody published it,
+            and the file is known by its path.
         model: its net, as `create_model` names it.
         data: what it was trained on.
         normalisation: of the images it was trained on.
-        top1: published accuracy on the test images, in percent.
+        top1: published accuracy on the test images, in percent, where it is known.
         publisher: where it comes from.
     """
 
@@ -56,7 +76,7 @@ class KnownWeights:
     model: str
     data: str
     normalisation: Normalisation
-    top1: float
+    top1: float | None
     publisher: str
 
     def __str__(self) -> str:
@@ -103,6 +123,36 @@ KNOWN = (
 )
 
 
+class Layout(NamedTuple):
+    """Where a publisher puts files whose checksums are not known."""
+
+    path: re.Pattern[str]  # its end, with the net's name as "model"
+    data: str
+    normalisation: Normalisation
+    publisher: str
+
+
+_CRD_CIFAR100 = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_CRD_TEACHERS = "resnet56|resnet110|resnet32x4|wrn_40_2|vgg13|ResNet50"
+
+LAYOUTS = (
+    Layout(
+        re.compile(rf"(?<![^/])cifar_teachers/(?P<model>{_CRD_TEACHERS})_vanilla/ckpt_epoch_240\.pth$"),
+        *("CIFAR-100", _CRD_CIFAR100, "https://github.com/megvii-research/mdistiller"),
+    ),
+    Layout(
+        re.compile(rf"(?<![^/])(?P<model>{_CRD_TEACHERS})_vanilla/ckpt_epoch_240\.pth$"),
+        *("CIFAR-100", _CRD_CIFAR100, "https://github.com/HobbitLong/RepDistiller"),
+    ),
+    Layout(
+        re.compile(
+            r"(?<![^/])train_\w+_cifar_(?:tarch_\w+_)?arch_(?P<model>\w+)_dataset_cifar100_seed\d+/\w+\.pth\.tar$"
+        ),
+        *("CIFAR-100", _CRD_CIFAR100, "https://github.com/winycg/HSAKD"),
+    ),
+)
+
+
 def published_classes(data: str) -> tuple[str, ...] | None:
     """The classes of a published data set in the order of its labels: names, for ImageNet WordNet ids; None: not known.
 
@@ -118,7 +168,7 @@ def published_classes(data: str) -> tuple[str, ...] | None:
 
 
 def identify(path: str | Path) -> KnownWeights | None:
-    """The known file that a file is, by its content; None for any other.
+    """The known file that a file is, by its content, or else by the folders it lies in; None for any other.
 
     Raises:
         ValueError: it has the name of a known file and another content.
@@ -133,6 +183,10 @@ def identify(path: str | Path) -> KnownWeights | None:
                 f"{path} is a damaged download: its SHA-256 begins with {digest[:8]}, that of the published file with "
                 f"{known.sha256[:8]}; fetch it again from {known.publisher}, or rename it if it is a file of your own"
             )
+    place = path.absolute().as_posix().replace(".tar:", "/")  # a tar is named as the folder in it
+    for layout in LAYOUTS:
+        if found := layout.path.search(place):
+            return KnownWeights(found[0], "", found["model"], layout.data, layout.normalisation, None, layout.publisher)
     return None
 
 
@@ -156,15 +210,48 @@ def check_sha256(path: str | Path, sha256: str) -> None:
 
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file, 64 hexadecimal digits. A file that has not changed is read once."""
-    path = Path(path)
-    state = path.stat()
-    return _sha256(path.absolute(), state.st_size, state.st_mtime_ns, state.st_ino)
+    state = file_and_member(path)[0].stat()
+    return _sha256(Path(path).absolute(), state.st_size, state.st_mtime_ns, state.st_ino)
 
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, changed: int, inode: int) -> str:  # noqa: ARG001
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_weights(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def file_and_member(path: str | Path) -> tuple[Path, str]:
+    """The file on the disk, and which member of it is meant where it is a tar; empty: the file itself."""
+    tar, _, member = str(path).partition(".tar:")
+    return (Path(f"{tar}.tar"), member) if member and not Path(path).exists() else (Path(path), "")
+
+
+@contextmanager
+def open_weights(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file, or a member of a tar by its path in there or the end of it. Links in a tar are not followed.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the tar is damaged, or has no such file, or several; lists those that it has.
+    """
+    file, name = file_and_member(path)
+    if not name:
+        with file.open("rb") as opened:
+            yield opened
+        return
+    try:
+        archive = tarfile.open(file)  # noqa: SIM115
+        members = {member.name: member for member in archive if member.isreg()}
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is damaged or not a tar: {error}") from error
+    with archive:
+        found = [member for each, member in members.items() if each == name or each.endswith(f"/{name}")]
+        content = archive.extractfile(found[0]) if len(found) == 1 else None
+        if content is None:
+            raise ValueError(
+                f"{file} has {len(found) or 'no'} files {name}: give one of {', '.join(sorted(members)) or 'none'}"
+            )
+        yield content  # pyright: ignore[reportReturnType]
 
 
 def weights_digest(model: nn.Module) -> str:

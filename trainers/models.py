@@ -1,5 +1,7 @@
 """Nets for a data set: built by name, filled with weights, wrapped with their own normalisation."""
 
+import contextlib
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +17,9 @@ from dalikd.kd.checkpoints import Origin, class_order, load_weights, order_class
 from dalikd.kd.known_weights import file_sha256, identify, published_classes, weights_digest
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.datasets.file_list import cache_folder
 from dalikd.pipelines.draw_spec import View
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
 
@@ -38,7 +42,8 @@ class TeacherConfig:
 
     Args:
         name: its architecture, such as resnet56, wrn_40_2 or timm:resnet34.
-        weights: its weights file (.pt, .pth, .th, .safetensors), or "pretrained" for timm's own.
+        weights: its weights file (.pt, .pth, .th, .safetensors), also one in a tar, as FILE.tar:MEMBER; or "pretrained"
+            for timm's own.
         args: options of the architecture.
         sha256: checksum that the weights file must have, or its leading digits (at least 8).
         mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
@@ -107,6 +112,7 @@ def build_model(
         origin = read_origin(file)
         foreign = trained and not origin.published and set(origin.class_names or ()) - set(source.classes)
         load_weights(model, file, sha256=sha256, class_names=None if foreign else source.classes)
+        _remember(file, chosen=sha256 is not None)
         if foreign:
             warnings.warn(f"{file} is for other classes than the data: its last layer has to learn anew", stacklevel=2)
     elif weights == _PRETRAINED and classes == _IMAGENET_CLASSES:
@@ -116,6 +122,31 @@ def build_model(
             model.load_state_dict(order_classes(model.state_dict(), model, order, f"{name}, pretrained,"))
     mean, std = given or origin.normalisation or input_statistics(model) or (source.mean, source.std)
     return Normalized(model, mean, std)
+
+
+def _remember(file: str, *, chosen: bool) -> None:
+    """Show and keep the checksum of a file that is known by its path alone, and warn of another content there later.
+
+    Args:
+        file: the weights file.
+        chosen: whether its checksum was given: then it is the one to keep.
+    """
+    known = identify(file)
+    if known is None or known.sha256 or os.environ.get("RANK", "0") != "0":
+        return
+    kept, digest = cache_folder() / "weights" / f"{known.file}.sha256", file_sha256(file)
+    before = kept.read_text("utf-8").strip() if kept.is_file() else None
+    if before is None or (chosen and before != digest):
+        print(f"dalikd: by its path {file} is {known}; its SHA-256 is {digest}, kept in {kept}", flush=True)
+        with contextlib.suppress(OSError):  # a cache that cannot be written keeps nothing
+            write_atomically(kept, f"{digest}\n".encode())
+    elif before != digest:
+        warnings.warn(
+            f"{file} is not what was loaded under this published name before: its SHA-256 is {digest}, that was "
+            f"{before}. Fetch it again from {known.publisher}; or, if this is the one that you want, give "
+            f"--teacher.sha256 {digest[:16]} once, or remove {kept}",
+            stacklevel=3,
+        )
 
 
 def build_teacher(config: TeacherConfig, source: Source, view: View | None = None) -> Normalized:

@@ -180,6 +180,7 @@ class DistillationLoss(nn.Module, ABC):
     are not exported with it.
 
     Attributes:
+        paper: where it was published: authors, where, arXiv number.
         needs: what it takes beside logits and labels, and what is refused where it cannot be had: "features";
             "preactivations", "teacher_classifier", "student_classifier" and "teacher_norms", which bring the features
             along; "heads", of the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented
@@ -187,6 +188,7 @@ class DistillationLoss(nn.Module, ABC):
         local_buffers: names of buffers that processes do not share (memory banks): the loss keeps them equal itself.
     """
 
+    paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     local_buffers: ClassVar[tuple[str, ...]] = ()
 
@@ -409,6 +411,8 @@ class WeightedSum(DistillationLoss):
         losses: The parts. One alone may count the cross-entropy of the labels: the others have a ce_weight of 0.
         weights: One for each, 0 or more, a number or a schedule over epochs; default: 1 for all.
     """
+
+    paper = "those of its parts"
 
     def __init__(self, losses: list[DistillationLoss], weights: list[Weight] | None = None) -> None:
         super().__init__()

@@ -65,6 +65,8 @@ class KD(LogitLoss):
         standardize: Compare standardised logits (Sun et al., CVPR 2024).
     """
 
+    paper = "Hinton et al., 2015, arXiv 1503.02531"
+
     def __init__(
         self,
         ce_weight: Weight = 0.1,

@@ -2,6 +2,7 @@ import argparse
 import collections
 import hashlib
 import re
+import tarfile
 
 import pytest
 import torch
@@ -65,6 +66,22 @@ def test_every_layout_is_read(layout, zipped, source, tmp_path):
     load_weights(model, str(path))
     assert_same(model, source)
     assert read_state_dict(path).keys() == source.state_dict().keys()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_in_a_tar_is_read(zipped, source, tmp_path):
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "w.safetensors").touch()
+    with tarfile.open(tmp_path / "teachers.tar", "w") as archive:
+        for name in ("w.pth", "w.safetensors"):
+            archive.add(tmp_path / name, f"teachers/{name}")
+    model = make_model()
+    load_weights(model, tmp_path / "teachers.tar:w.pth")
+    assert_same(model, source)
+    with pytest.raises(ValueError, match=r"teachers\.tar:w\.safetensors is a safetensors file in a tar: unpack it"):
+        read_state_dict(tmp_path / "teachers.tar:w.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*absent\.tar$"):
+        read_state_dict(tmp_path / "absent.tar:w.pth")
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -1,5 +1,7 @@
 import hashlib
+import io
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,16 @@ import torchvision
 from dalikd.kd import known_weights
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.layers import Normalisation
-from dalikd.kd.known_weights import KNOWN, KnownWeights, check_sha256, file_sha256, identify, published_classes
+from dalikd.kd.known_weights import (
+    KNOWN,
+    LAYOUTS,
+    KnownWeights,
+    check_sha256,
+    file_sha256,
+    identify,
+    open_weights,
+    published_classes,
+)
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -67,6 +78,86 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
     assert file_sha256(path) == hashlib.sha256(CONTENT[::-1]).hexdigest()
 
 
+# -------------------------------------------------------------------------------------- folders and tars of publishers
+
+
+@pytest.fixture
+def tar(tmp_path):
+    """With two files, one of them under two names, and a link out of it."""
+    path = tmp_path / "cifar_teachers.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth", "./vgg13_vanilla/ckpt_epoch_240.pth"):
+            member = tarfile.TarInfo(name)
+            member.size = len(CONTENT)
+            archive.addfile(member, io.BytesIO(CONTENT))
+        link = tarfile.TarInfo("link.pth")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return path
+
+
+@pytest.mark.parametrize(
+    "member", ["cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth", "vgg13_vanilla/ckpt_epoch_240.pth"]
+)
+def test_a_file_in_a_tar_is_read_without_unpacking_it(tar, member):
+    assert file_sha256(f"{tar}:{member}") == DIGEST
+    with open_weights(f"{tar}:{member}") as file:
+        assert file.read() == CONTENT
+    assert list(tar.parent.iterdir()) == [tar]
+
+
+@pytest.mark.parametrize(("member", "count"), [("link.pth", "no"), ("teacher.pth", "no"), ("ckpt_epoch_240.pth", "2")])
+def test_what_a_tar_has_is_listed_where_a_name_is_wrong(tar, member, count):
+    listed = r"\./vgg13_vanilla/ckpt_epoch_240\.pth, cifar_teachers/resnet56_vanilla/ckpt_epoch_240\.pth$"
+    with pytest.raises(ValueError, match=rf"cifar_teachers\.tar has {count} files {member}: give one of {listed}"):
+        file_sha256(f"{tar}:{member}")
+
+
+def test_a_damaged_tar_is_named(tmp_path):
+    (tmp_path / "t.tar").write_bytes(b"no tar")
+    with pytest.raises(ValueError, match=r"t\.tar is damaged or not a tar: "):
+        file_sha256(tmp_path / "t.tar:net.pth")
+    (tmp_path / "t.tar:net.pth").write_bytes(CONTENT)  # a file that is called so
+    assert file_sha256(tmp_path / "t.tar:net.pth") == DIGEST
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "publisher"),
+    [
+        ("cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth", "resnet56", "mdistiller"),
+        ("models/ResNet50_vanilla/ckpt_epoch_240.pth", "ResNet50", "RepDistiller"),
+        ("train_teacher_cifar_arch_wrn_40_2_aux_dataset_cifar100_seed0/wrn_40_2_aux.pth.tar", "wrn_40_2_aux", "HSAKD"),
+        (
+            "train_student_cifar_tarch_wrn_40_2_aux_arch_resnet8x4_aux_dataset_cifar100_seed3/x_best.pth.tar",
+            *("resnet8x4_aux", "HSAKD"),
+        ),
+        ("mine_vanilla/ckpt_epoch_240.pth", None, None),
+        ("myresnet56_vanilla/ckpt_epoch_240.pth", None, None),
+        ("resnet56_vanilla/ckpt_epoch_40.pth", None, None),
+    ],
+)
+def test_a_file_without_a_published_checksum_is_known_by_its_folders(path, model, publisher, tmp_path, monkeypatch):
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_bytes(CONTENT)
+    monkeypatch.chdir(file.parent)
+    found = identify(file.name)
+    assert found == identify(file)
+    if model is None:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.model, found.sha256, found.top1, found.data) == (model, "", None, "CIFAR-100")
+    assert found.publisher.endswith(f"/{publisher}")
+    assert found.normalisation == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+def test_a_tar_is_as_the_folder_in_it(tar):
+    found = identify(f"{tar}:vgg13_vanilla/ckpt_epoch_240.pth")
+    assert found is not None
+    assert (found.model, found.publisher) == ("vgg13", "https://github.com/megvii-research/mdistiller")
+
+
 # ------------------------------------------------------------------------------------------------------- the list
 
 
@@ -97,15 +188,21 @@ def test_entries_of_torchvision_are_what_torchvision_says_of_them(entry):
     assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in ours.items()}
 
 
-def test_the_documented_list_is_this_one():
+def test_the_documented_lists_are_these():
     text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text("utf-8")
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
-    found = [(file, model, data, top1, mean, std) for file, model, data, top1, mean, std in rows[2:]]
-    assert found == [
+    rows = [tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in text.splitlines() if "|" in line]
+    layouts, files = ([row for row in rows if len(row) == width and row[1][:1] not in "-:"][1:] for width in (5, 6))
+    assert files == [
         (entry.file, entry.model, entry.data, f"{entry.top1:.2f}", *(_listed(part) for part in entry.normalisation))
         for entry in KNOWN
     ]
     assert all(f"- {entry.publisher}: " in text for entry in KNOWN)
+    assert [row[2:] for row in layouts] == [
+        (layout.data, *(_listed(part) for part in layout.normalisation)) for layout in LAYOUTS
+    ]
+    for (path, publisher, *_), layout in zip(layouts, LAYOUTS, strict=True):
+        assert publisher == layout.publisher
+        assert layout.path.search(path.replace("MODEL", "resnet56").replace("N", "0"))
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -1,13 +1,18 @@
 """Every recipe parses for the commands it is for, names nets that exist, and says what it is."""
 
 import re
+import shlex
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dalikd import configs
 from dalikd.kd.backbones import create_model
+from dalikd.kd.losses import LogitLoss
 from dalikd.tools.cli import parse
 from dalikd.tools.study import read_study
 from dalikd.trainers.augmentation import PUBLISHED, augmentation_names
@@ -17,6 +22,7 @@ from dalikd.trainers.study.ready import chosen_pairs, read_pairs
 FOLDER = Path(configs.__file__).parent
 STUDIES = sorted(path for path in FOLDER.rglob("*.yaml") if path.stem.endswith("study"))
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in STUDIES)
+_CRD = {"epochs": 240, "batch_size": 64, "schedule.milestones": [150, 180, 210], "schedule.gamma": 0.1}
 
 
 def _name(path: Path) -> str:
@@ -26,7 +32,7 @@ def _name(path: Path) -> str:
 def _commands(path: Path) -> list[tuple[str, list[str]]]:
     """Command and arguments of each command line in the header, of `dalikd` itself or of a launcher."""
     pattern = re.compile(r"^#   (?:dalikd |.*-m dalikd\.tools\.)(\w+) +(.*)$", re.MULTILINE)
-    return [(command, arguments.split()) for command, arguments in pattern.findall(path.read_text("utf-8"))]
+    return [(command, shlex.split(arguments)) for command, arguments in pattern.findall(path.read_text("utf-8"))]
 
 
 def test_there_are_recipes():
@@ -34,32 +40,53 @@ def test_there_are_recipes():
     assert len(STUDIES) > 3
 
 
+@cache
+def _parsed(command: str, path: Path) -> tuple[Any, dict[str, Any]]:
+    return parse(command, ["--config", str(path)])
+
+
+DISTILLING = [path for path in RECIPES if "distill" in [command for command, _ in _commands(path)]]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_a_recipe_parses_for_every_command(path):
-    parsed = {
-        command: parse(command, ["--config", str(path)])[0] for command in ("train", "distill", "measure", "evaluate")
-    }
-    trained, distilled, measured = parsed["train"], parsed["distill"], parsed["measure"]
-    assert distilled.teacher == measured.teacher
-    if distilled.teacher.weights != "pretrained":
-        assert trained.model == distilled.teacher.name  # train makes the teacher
-    assert augmentation_names([trained.augmentation, distilled.augmentation, *measured.augmentation])
-    assert trained.data.name == distilled.data.name == measured.data.name
-    for options in (trained, distilled):
+    commands = ("train", "distill", "measure", "evaluate") if path in DISTILLING else ("train", "evaluate")
+    parsed = {command: _parsed(command, path)[0] for command in commands}
+    nets, names = [parsed["train"].model], [parsed["train"].augmentation]
+    if path in DISTILLING:
+        distilled, measured = parsed["distill"], parsed["measure"]
+        assert distilled.teacher == measured.teacher
+        assert parsed["train"].data.name == distilled.data.name == measured.data.name
+        nets += [distilled.model, distilled.teacher.name]
+        names += [distilled.augmentation, *measured.augmentation]
+    assert augmentation_names(names)
+    for options in (parsed[command] for command in ("train", "distill") if command in parsed):
         parameter = torch.nn.Parameter(torch.zeros(1))
         assert options.optimizer([parameter]).param_groups[0]["lr"] > 0
     with torch.device("meta"):
-        for name in (distilled.model, distilled.teacher.name):
+        for name in nets:
             create_model(name, 10)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=_name)
+@pytest.mark.parametrize("path", DISTILLING, ids=_name)
 def test_the_teacher_is_where_training_puts_it(path):
-    trained, distilled = (parse(command, ["--config", str(path)])[0] for command in ("train", "distill"))
+    trained, distilled = (_parsed(command, path)[0] for command in ("train", "distill"))
     if distilled.teacher.weights == "pretrained":
         return
+    assert trained.model == distilled.teacher.name
     folder = trained.output or f"runs/train-{trained.data.name}-{trained.model}"
     assert distilled.teacher.weights == f"{folder}/last/student.safetensors"
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+@pytest.mark.parametrize("path", [path for path in DISTILLING if "cifar100" in path.parts], ids=_name)
+def test_the_recipes_of_cifar100_have_one_protocol(path, command):
+    """Whether a recipe spells it out or leaves it to the defaults."""
+    options, plain = _parsed(command, path)
+    assert {name: attrgetter(name)(options) for name in _CRD} == _CRD
+    rate = 0.01 if options.model in ("MobileNetV2", "ShuffleV1", "ShuffleV2") else 0.05
+    expected = {"lr": rate, "momentum": 0.9, "weight_decay": 0.0005}
+    assert plain["optimizer"]["init_args"].items() >= expected.items()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
@@ -69,7 +96,7 @@ def test_a_recipe_says_what_it_is_for(path):
     assert text.startswith("# For: dalikd ")
     assert "Hardware:" in text
     commands = _commands(path)
-    assert "distill" in [command for command, _ in commands]
+    assert commands
     assert all(f"configs/{_name(path)}" in arguments for _, arguments in commands)
 
 
@@ -79,6 +106,10 @@ def test_the_commands_in_the_header_parse(path, monkeypatch):
     for command, arguments in _commands(path):
         options, _ = parse(command, arguments)
         assert options.teacher.name if command != "train" else options.model
+        if command == "distill" and options.augmentation == "identity":
+            # the comparison on augmented images would be that on the originals, over again
+            losses = getattr(options.loss, "losses", [options.loss])
+            assert all(loss.shares["kd_mix"] == 0 for loss in losses if isinstance(loss, LogitLoss))
 
 
 # ------------------------------------------------------------------------------------------------------- studies

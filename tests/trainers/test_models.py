@@ -1,3 +1,4 @@
+import re
 import warnings
 from dataclasses import replace
 
@@ -271,6 +272,65 @@ def test_reinitialising_depends_on_the_seed_alone():
 
     assert torch.equal(state(0, 5), state(1, 5))
     assert not torch.equal(state(0, 5), state(0, 6))
+
+
+# ------------------------------------------------------------------------------ files that are known by their path
+
+
+def _published_layout(path, key, seed):
+    """A checkpoint as publishers write it, and its digest; its tensors take no room."""
+    with torch.device("meta"):
+        state = create_model("resnet56", 100).state_dict()
+    tensors = {name: torch.full((), seed, dtype=value.dtype).expand(value.shape) for name, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({key: tensors, "epoch": 240, "accuracy": torch.tensor(72.3), "optimizer": {"state": {}}}, path)
+    return file_sha256(path)
+
+
+def test_a_checksum_is_shown_at_first_sight_and_another_content_told_of(make_source, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DALIKD_CACHE", str(tmp_path / "cache"))
+    path, source = tmp_path / "cifar_teachers" / "resnet56_vanilla" / "ckpt_epoch_240.pth", make_source(classes=100)
+    kept = tmp_path / "cache" / "weights" / "cifar_teachers" / "resnet56_vanilla" / "ckpt_epoch_240.pth.sha256"
+    first = _published_layout(path, "model", 1)
+    config = TeacherConfig("resnet56", str(path))
+    monkeypatch.setenv("RANK", "1")
+    build_teacher(config, source)
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
+    mean, std = _statistics(teacher := build_teacher(config, source))
+    assert (mean, std) == (pytest.approx([0.5071, 0.4867, 0.4408]), pytest.approx([0.2675, 0.2565, 0.2761]))
+    assert capsys.readouterr().out == (
+        f"dalikd: by its path {path} is resnet56, trained on CIFAR-100 (https://github.com/megvii-research/"
+        f"mdistiller); its SHA-256 is {first}, kept in {kept}\n"
+    )
+    assert describe_teacher(config, teacher)["known_as"].startswith("resnet56, trained on CIFAR-100")
+    build_teacher(config, source)
+    assert capsys.readouterr().out == ""
+
+    second = _published_layout(path, "model", 2)
+    message = (
+        f"before: its SHA-256 is {second}, that was {first}. Fetch it again from https://github.com/megvii-research"
+    )
+    for _ in range(2):  # until something is done about it
+        with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+            build_teacher(config, source)
+    assert str(caught[0].message).endswith(f"give --teacher.sha256 {second[:16]} once, or remove {kept}")
+    build_teacher(replace(config, sha256=second[:16]), source)
+    assert second in capsys.readouterr().out
+    build_teacher(config, source)
+    assert (capsys.readouterr().out, kept.read_text()) == ("", f"{second}\n")
+
+
+def test_hsakds_checkpoints_and_wrong_nets_say_what_they_are(make_source, monkeypatch, tmp_path):
+    monkeypatch.setenv("DALIKD_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "train_teacher_cifar_arch_resnet56_dataset_cifar100_seed0" / "resnet56.pth.tar"
+    _published_layout(path, "net", 1)
+    mean, _ = _statistics(build_teacher(TeacherConfig("resnet56", str(path)), make_source(classes=100)))
+    assert mean == pytest.approx([0.5071, 0.4867, 0.4408])
+    with pytest.raises(
+        ValueError, match=r"the file is resnet56, trained on CIFAR-100 \(https://github.com/winycg/HSAKD"
+    ):
+        build_teacher(TeacherConfig("resnet20", str(path)), make_source(classes=100))
 
 
 # ------------------------------------------------------------------------- how pretrained weights want to see

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -30,15 +30,10 @@ from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.tracking import RunFolder
 
 OUTSIDE = """
-from dataclasses import dataclass, replace
-
-import torch
-from torch import nn
 from torch.nn import functional
 
-from dalikd.kd.losses import DistillationLoss, cross_entropy, kd_loss
-from dalikd.trainers.tasks.base import Task, TrainingOptions
-from dalikd.trainers.tasks.supervised import SupervisedInputs
+from dalikd.kd.losses import DistillationLoss, cross_entropy
+from dalikd.trainers.tasks.mutual import Mutual, MutualOptions
 
 
 class Attention(DistillationLoss):
@@ -66,25 +61,9 @@ class Attention(DistillationLoss):
         ce = cross_entropy(outputs.student.logits, outputs.labels)
         return {"loss": ce + self.weight * at, "ce": ce, "at": at}
 
-class Mutual(Task):
-    \"\"\"Two nets that teach each other (Zhang et al., CVPR 2018).\"\"\"
 
-    def __init__(self, *nets) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(nets)
-
-    @property
-    def nets(self):
-        return {f"net{number}": net for number, net in enumerate(self.members)}
-
-    def prepare(self, batch, _epoch):
-        return SupervisedInputs(batch.pixels, batch.labels)
-
-    def forward(self, inputs):
-        one, other = (net(inputs.pixels) for net in self.members)
-        terms = {f"ce{i}": functional.cross_entropy(logits, inputs.labels) for i, logits in enumerate((one, other))}
-        terms |= {"kl0": kd_loss(one, other.detach(), 3.0), "kl1": kd_loss(other, one.detach(), 3.0)}
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+class Asked(Mutual):
+    \"\"\"Nets that teach each other, with a state beside their weights.\"\"\"
 
     def get_extra_state(self):
         return {"asked": 7}
@@ -93,21 +72,12 @@ class Mutual(Task):
         self.read = state["asked"]
 
 
-@dataclass
-class MutualOptions(TrainingOptions):
-    \"\"\"Train two nets that teach each other.
-
-    Args:
-        peer: architecture of the second net.
-    \"\"\"
-
-    peer: str = "resnet8"
+class AskedOptions(MutualOptions):
+    \"\"\"Train nets that teach each other.\"\"\"
 
     def build(self, setup):
-        nets = self.build_student(setup), replace(self, model=self.peer, seed=self.seed + 1).build_student(setup)
-        task = Mutual(*nets)
-        task.augmenter = setup.augmenter(self.augmentation)
-        return task
+        task = super().build(setup)
+        return Asked([*task.nets.values()], task.augmenter)
 """
 
 
@@ -117,11 +87,6 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "outside_of_dalikd.Attention"
     sys.modules.pop("outside_of_dalikd", None)
-
-
-@pytest.fixture
-def mutual(outside: str) -> Callable[..., Task]:
-    return import_module(outside.partition(".")[0]).Mutual
 
 
 def _resnet(seed: int, classes: int = 3) -> Normalized:
@@ -261,18 +226,10 @@ def _loop_of(task: Task, like: Loop, folder: Path, **options) -> Loop:
     return Loop(task, like.loader, like.val_loader, options, like.accelerator, RunFolder(folder, True), {})
 
 
-def test_mutual_training_comes_from_a_file_of_the_users(outside, tree, tmp_path):
+def test_a_way_to_train_comes_from_a_file_of_the_users(outside, tree, tmp_path):
     """By the class path of its options, whose fields are options; no file of the package knows of it."""
-    words = [
-        "--task",
-        outside.replace("Attention", "MutualOptions"),
-        "--peer",
-        "resnet14",
-        "--model",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    words = ["--task", outside.replace("Attention", "AskedOptions"), "--peers", "[resnet14]", "--model", "resnet8"]
+    words += ["--epochs", "2"]
     words += ["--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"]
     folder = tmp_path / "run"
     train([*words, "--batch_size", "72", "--mix.group", "8", "--ema", "0.5", "--output", str(folder)])
@@ -287,8 +244,9 @@ def test_mutual_training_comes_from_a_file_of_the_users(outside, tree, tmp_path)
     assert (folder / "last" / "net0.safetensors").read_bytes() != first
 
 
-def test_several_nets_are_averaged_evaluated_saved_and_resumed(mutual, make_loop, make_net, tmp_path):
-    loop = _loop_of(mutual(make_net(0), make_net(1)), make_loop(), tmp_path / "mutual")
+def test_several_nets_are_averaged_evaluated_saved_and_resumed(outside, make_loop, make_net, tmp_path):
+    asked, like = import_module(outside.partition(".")[0]).Asked, make_loop()
+    loop = _loop_of(asked((make_net(0), make_net(1)), like.task.augmenter), like, tmp_path / "mutual")
     loop.folder.start({}, None)
     results = loop.run()
     files = ["net0-ema.safetensors", "net0.safetensors", "net1-ema.safetensors", "net1.safetensors"]
@@ -298,7 +256,7 @@ def test_several_nets_are_averaged_evaluated_saved_and_resumed(mutual, make_loop
     assert results["evaluated"] == "net0-ema.safetensors"
     assert {"ce0", "ce1", "kl0", "kl1"} < results["last"]["train"].keys()
 
-    again = _loop_of(mutual(make_net(2), make_net(3)), make_loop(), tmp_path / "mutual", epochs=3)
+    again = _loop_of(asked((make_net(2), make_net(3)), like.task.augmenter), make_loop(), tmp_path / "mutual", epochs=3)
     again.load()
     assert again.task.read == 7
     for name, net in again.task.nets.items():

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.layers import Normalized
+from dalikd.kd.known_weights import file_and_member
 from dalikd.kd.losses import DistillationLoss
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_sources, training_view
@@ -316,7 +317,7 @@ def check_teacher(place: str, options: DistillOptions, opened: Opened, *, traine
     assert teacher.name is not None
     assert teacher.weights is not None
     pretrained = teacher.weights == "pretrained"
-    if not (trained or pretrained or Path(teacher.weights).is_file()):
+    if not (trained or pretrained or file_and_member(teacher.weights)[0].is_file()):
         raise FileNotFoundError(f"{place}: there is no weights file {teacher.weights}")
     try:
         if pretrained:

@@ -89,14 +89,19 @@ class Supervised(Task):
         )
 
     def forward(self, inputs: SupervisedInputs) -> dict[str, Tensor]:
-        """Named terms. Where hidden states are mixed, a forward over the originals goes before: it gives theirs."""
-        pixels, labels, partner_labels, lam, originals, hidden = inputs
-        if hidden is None or originals is None:
-            logits = self.student(pixels)
-        else:
-            logits = mixed_forward(self.student, originals, pixels, hidden, joint=False)[1]
-        if partner_labels is None or lam is None:
-            loss = cross_entropy(logits, labels, self.label_smoothing)
-        else:
-            loss = mixed_cross_entropy(logits, labels, partner_labels, lam, self.label_smoothing)
-        return {"loss": loss, "top1": (logits.argmax(1) == labels).float().mean()}
+        """Named terms."""
+        logits = self.logits(self.student, inputs)
+        return {"loss": self.label_loss(logits, inputs), "top1": (logits.argmax(1) == inputs.labels).float().mean()}
+
+    def logits(self, net: Normalized, inputs: SupervisedInputs) -> Tensor:
+        """A net's logits [B, C]. Where hidden states are mixed, a forward over the originals goes before: it gives
+        theirs."""
+        if inputs.hidden is None or inputs.originals is None:
+            return net(inputs.pixels)
+        return mixed_forward(net, inputs.originals, inputs.pixels, inputs.hidden, joint=False)[1]
+
+    def label_loss(self, logits: Tensor, inputs: SupervisedInputs) -> Tensor:
+        """Cross-entropy of the labels; of both by their shares, where images are mixed."""
+        if inputs.partner_labels is None or inputs.lam is None:
+            return cross_entropy(logits, inputs.labels, self.label_smoothing)
+        return mixed_cross_entropy(logits, inputs.labels, inputs.partner_labels, inputs.lam, self.label_smoothing)
