@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalikd.kd import losses
-from dalikd.kd.losses import DistillationLoss, Schedule
+from dalikd.kd.losses import DistillationLoss, Schedule, WeightedSum
 from dalikd.tools.cli import run_function
 from dalikd.trainers.tracking import check_writable, write_json
 
@@ -28,13 +28,18 @@ def methods(json: Path | None = None) -> list[dict[str, Any]]:
     for name, kind in ((name, getattr(losses, name)) for name in losses.__all__):
         if not isinstance(kind, type) or not issubclass(kind, DistillationLoss) or isabstract(kind):
             continue
-        needs = sorted(kind.needs) if isinstance(kind.needs, frozenset) else ["that follows from its options"]
+        made: Any = None if kind is WeightedSum else kind()
+        needs = ["what its parts need"] if made is None else sorted(made.needs)
         options: dict[str, Parameter] = {}
         for one in kind.__mro__:
             options = {**signature(one).parameters, **options}
             if "**" not in str(signature(one)):  # else it takes what the class above it takes
                 break
-        weights = {option: _plain(options[option].default) for option in options if option.endswith("weight")}
+        weights = {
+            option: _plain(getattr(made, option, options[option].default))
+            for option in options
+            if option.endswith("weight")
+        }
         files = [file for file, text in texts.items() if re.search(rf"\.losses\.{name}\b", text)]
         found.append({"name": name, "paper": kind.paper, "needs": needs, "weights": weights, "configs": files})
         words = map("{} {}".format, weights, weights.values())

@@ -58,6 +58,7 @@ class AB(FeatureLoss):
         first_epochs: Epochs of the boundaries alone; 0: both parts are minimised all the time.
     """
 
+    paper = "Heo et al., AAAI 2019, arXiv 1811.03233"
     needs = frozenset({"preactivations"})
 
     def __init__(

@@ -68,6 +68,8 @@ class AT(FeatureLoss):
         p: Power of the attention maps, 1 or more.
     """
 
+    paper = "Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928"
+
     def __init__(
         self,
         weight: Weight = 1000.0,

@@ -49,6 +49,7 @@ class CATKD(FeatureLoss):
         normalize: Compare maps of length 1.
     """
 
+    paper = "Guo et al., CVPR 2023, arXiv 2304.12777"
     needs = frozenset({"teacher_classifier", "student_classifier"})
     places = slice(-2, -1)
 

@@ -39,6 +39,7 @@ class CC(FeatureLoss):
         feat_dim: Dimensions of the embeddings.
     """
 
+    paper = "Peng et al., ICCV 2019, arXiv 1904.01802"
     places = slice(-1, None)
 
     def __init__(self, weight: Weight = 0.02, feat_dim: int = 128, **others: Any) -> None:

@@ -113,6 +113,7 @@ class CRD(FeatureLoss):
         negatives: exact: images of other classes, which needs the labels of all; relaxed: any other images.
     """
 
+    paper = "Tian et al., ICLR 2020, arXiv 1910.10699"
     places = slice(-1, None)
     # all of them are the same everywhere, and the images' order alone is large
     local_buffers: ClassVar[tuple[str, ...]] = (

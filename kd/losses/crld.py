@@ -70,6 +70,8 @@ class CRLD(TwoViewLoss):
         standardize: Compare standardised logits (Sun et al., CVPR 2024).
     """
 
+    paper = "Zhang et al., ACM MM 2024, arXiv 2412.16493"
+
     def __init__(
         self,
         ce_weight: Weight = 1.0,

@@ -32,6 +32,8 @@ class CTKD(LogitLoss):
         kwargs: The others of `LogitLoss`.
     """
 
+    paper = "Li et al., AAAI 2023, arXiv 2211.16231"
+
     def __init__(
         self,
         ce_weight: Weight = 0.1,

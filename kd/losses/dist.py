@@ -63,6 +63,8 @@ class DIST(LogitLoss):
         kwargs: The others of `LogitLoss`.
     """
 
+    paper = "Huang et al., NeurIPS 2022, arXiv 2205.10536"
+
     def __init__(
         self,
         kd_weight: Weight = 2.0,

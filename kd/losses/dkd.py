@@ -95,6 +95,8 @@ class DKD(LogitLoss):
         kwargs: The others of `LogitLoss`.
     """
 
+    paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
+
     def __init__(
         self,
         kd_weight: Weight | None = None,

@@ -39,6 +39,7 @@ class FitNet(FeatureLoss):
         teacher_features: The same of the teacher, as many.
     """
 
+    paper = "Romero et al., ICLR 2015, arXiv 1412.6550"
     places = slice(2, 3)
 
     def __init__(

@@ -58,6 +58,7 @@ class FSP(FeatureLoss):
             differ; not in the paper.
     """
 
+    paper = "Yim et al., CVPR 2017"
     places = slice(0, -1)
 
     def __init__(

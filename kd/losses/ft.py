@@ -108,6 +108,7 @@ class FT(FeatureLoss):
             al. have 0.01 for the paraphraser and 0.05 for the rest.
     """
 
+    paper = "Kim et al., NeurIPS 2018, arXiv 1802.04977"
     places = slice(-2, -1)
 
     def __init__(

@@ -116,6 +116,8 @@ class KDSVD(FeatureLoss):
             differ; not in the paper.
     """
 
+    paper = "Lee et al., ECCV 2018, arXiv 1807.06819"
+
     def __init__(
         self,
         weight: Weight = 1.0,

@@ -38,6 +38,8 @@ class Logits(LogitLoss):
         standardize: Compare standardised logits (Sun et al., CVPR 2024).
     """
 
+    paper = "Ba and Caruana, NeurIPS 2014, arXiv 1312.6184"
+
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor, epoch: Tensor) -> Tensor:  # noqa: ARG002
         """`logits_loss`."""
         return logits_loss(student, teacher)

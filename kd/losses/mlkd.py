@@ -98,6 +98,8 @@ class MLKD(TwoViewLoss):
         standardize: Compare standardised logits (Sun et al., CVPR 2024), at the instance level alone.
     """
 
+    paper = "Jin et al., CVPR 2023"
+
     def __init__(
         self,
         ce_weight: Weight = 0.1,

@@ -63,6 +63,8 @@ class NKD(LogitLoss):
         kwargs: The others of `LogitLoss`.
     """
 
+    paper = "Yang et al., ICCV 2023, arXiv 2303.13005"
+
     def __init__(self, kd_weight: Weight = 1.0, gamma: float = 1.5, temperature: float = 1.0, **kwargs: Any) -> None:
         super().__init__(kd_weight=kd_weight, **kwargs)
         check_weight("gamma", gamma)

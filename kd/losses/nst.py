@@ -54,6 +54,8 @@ class NST(FeatureLoss):
         teacher_features: The same of the teacher, as many.
     """
 
+    paper = "Huang and Wang, 2017, arXiv 1707.01219"
+
     def __init__(
         self,
         weight: Weight = 50.0,

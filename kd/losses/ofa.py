@@ -60,6 +60,7 @@ class OFA(FeatureLoss):
         temperature: Divides the logits of both nets; above 0.
     """
 
+    paper = "Hao et al., NeurIPS 2023, arXiv 2310.19444"
     counted = False
 
     def __init__(

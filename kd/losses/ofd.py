@@ -65,6 +65,7 @@ class OFD(FeatureLoss):
         teacher_features: The same of the teacher, as many.
     """
 
+    paper = "Heo et al., ICCV 2019, arXiv 1904.01866"
     needs = frozenset({"preactivations", "teacher_norms"})
 
     def __init__(

@@ -50,6 +50,7 @@ class PKT(FeatureLoss):
         weight: Of the comparison, 0 or more; a number, or a schedule over epochs.
     """
 
+    paper = "Passalis and Tefas, ECCV 2018, arXiv 1803.10837"
     places = slice(-1, None)
 
     def __init__(self, weight: Weight = 30000.0, **others: Any) -> None:

@@ -61,6 +61,7 @@ class ReviewKD(FeatureLoss):
             false where a net does not give that, as those of timm.
     """
 
+    paper = "Chen et al., CVPR 2021, arXiv 2104.09044"
     places = slice(1, None)
 
     def __init__(

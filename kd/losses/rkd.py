@@ -70,6 +70,7 @@ class RKD(FeatureLoss):
             size to the third power, for each net.
     """
 
+    paper = "Park et al., CVPR 2019, arXiv 1904.05068"
     places = slice(-1, None)
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0, **others: Any) -> None:

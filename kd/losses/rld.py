@@ -69,6 +69,8 @@ class RLD(LogitLoss):
         kwargs: The others of `LogitLoss`.
     """
 
+    paper = "Sun et al., ICCV 2025, arXiv 2408.07703"
+
     def __init__(
         self,
         kd_weight: Weight | None = None,

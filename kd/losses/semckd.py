@@ -36,6 +36,7 @@ class SemCKD(FeatureLoss):
         temperature: Divides the products of queries and keys before the softmax; above 0.
     """
 
+    paper = "Chen et al., AAAI 2021, arXiv 2012.03236"
     counted = False
 
     def __init__(

@@ -81,6 +81,7 @@ class SimKD(FeatureLoss):
             published.
     """
 
+    paper = "Chen et al., CVPR 2022, arXiv 2203.14001"
     needs = frozenset({"teacher_classifier"})
     places = slice(-2, -1)
 

@@ -52,6 +52,7 @@ class SP(FeatureLoss):
         teacher_features: The same of the teacher, as many.
     """
 
+    paper = "Tung and Mori, ICCV 2019, arXiv 1907.09682"
     places = slice(-2, -1)
 
     def __init__(

@@ -44,6 +44,7 @@ class SRD(FeatureLoss):
         alpha: Power of the differences, 1 or more: how much more large ones count.
     """
 
+    paper = "Miles and Mikolajczyk, AAAI 2024, arXiv 2303.11098"
     places = slice(-1, None)
 
     def __init__(

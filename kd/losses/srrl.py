@@ -25,6 +25,7 @@ class SRRL(FeatureLoss):
         logit_weight: Of the logits within both; likewise.
     """
 
+    paper = "Yang et al., ICLR 2021"
     needs = frozenset({"teacher_classifier"})
     places = slice(-1, None)
 

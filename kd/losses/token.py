@@ -30,6 +30,7 @@ class DistillationToken(DistillationLoss):
             token alone.
     """
 
+    paper = "Touvron et al., ICML 2021, arXiv 2012.12877"
     needs = frozenset({"heads"})
 
     def __init__(

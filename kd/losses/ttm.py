@@ -48,6 +48,8 @@ class TTM(LogitLoss):
         kwargs: The others of `LogitLoss`.
     """
 
+    paper = "Zheng and Yang, ICLR 2024, arXiv 2402.11148"
+
     def __init__(self, kd_weight: Weight = 45.0, gamma: float = 0.1, **kwargs: Any) -> None:
         super().__init__(kd_weight=kd_weight, **kwargs)
         check_temperature(gamma, "gamma")
@@ -67,6 +69,8 @@ class WTTM(TTM):
         gamma: The power that the teacher's probabilities are raised to, above 0.
         kwargs: The others of `LogitLoss`.
     """
+
+    paper = "Zheng and Yang, ICLR 2024, arXiv 2402.11148"
 
     def __init__(self, kd_weight: Weight = 4.0, gamma: float = 0.2, **kwargs: Any) -> None:
         super().__init__(kd_weight, gamma, **kwargs)

@@ -43,6 +43,8 @@ class VID(FeatureLoss):
         init_variance: Of each channel before training, above 1e-5.
     """
 
+    paper = "Ahn et al., CVPR 2019, arXiv 1904.05835"
+
     def __init__(self, init_variance: float = 5.0, **others: Any) -> None:
         super().__init__(**others)
         if not _EPS < init_variance < math.inf:
