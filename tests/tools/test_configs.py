@@ -1,8 +1,11 @@
 """Every recipe parses for the commands it is for, names nets that exist, and says what it is."""
 
+import math
 import re
 import shlex
+from dataclasses import replace
 from functools import cache
+from inspect import isabstract
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,18 @@ import pytest
 import torch
 
 from dalikd import configs
+from dalikd.kd import losses
 from dalikd.kd.backbones import create_model
-from dalikd.kd.losses import LogitLoss
+from dalikd.kd.losses import DistillationLoss, LogitLoss
 from dalikd.tools.cli import parse
 from dalikd.tools.study import read_study
 from dalikd.trainers.augmentation import PUBLISHED, augmentation_names
+from dalikd.trainers.launch import start
+from dalikd.trainers.loop import Loop
+from dalikd.trainers.setup import open_run
 from dalikd.trainers.study.plan import Axes, plan
 from dalikd.trainers.study.ready import chosen_pairs, read_pairs
+from dalikd.trainers.tracking import RunFolder
 
 FOLDER = Path(configs.__file__).parent
 STUDIES = sorted(path for path in FOLDER.rglob("*.yaml") if path.stem.endswith("study"))
@@ -110,6 +118,49 @@ def test_the_commands_in_the_header_parse(path, monkeypatch):
             # the comparison on augmented images would be that on the originals, over again
             losses = getattr(options.loss, "losses", [options.loss])
             assert all(loss.shares["kd_mix"] == 0 for loss in losses if isinstance(loss, LogitLoss))
+
+
+METHODS = [
+    name
+    for name in losses.__all__
+    if isinstance(kind := getattr(losses, name), type) and issubclass(kind, DistillationLoss) and not isabstract(kind)
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_of_each_method_trains_two_steps(method, tree, tmp_path):
+    """The first one that names it, on few and small images; of large nets smaller ones."""
+    text = rf"class_path: dalikd\.kd\.losses\.{method}\b"
+    path = min(
+        (path for path in DISTILLING if re.search(text, path.read_text())), key=lambda path: "imagenet" in path.parts
+    )
+    words = ["--data.name", "imagefolder", "--data.root", str(tree), "--data.threads", "1", "--data.val_limit", "3"]
+    words += ["--device", "cpu", "--precision", "fp32", "--batch_size", "8", "--mix.group", "8", "--compile", "off"]
+    options, _ = parse("distill", ["--config", str(path), *words])
+    large = options.teacher.name.startswith("timm:")
+    name, side, args = ("timm:resnet18", 64, {"img_size": 64}) if large else (options.teacher.name, 32, {})
+    torch.manual_seed(0)
+    teacher = create_model(name, 3).train()
+    for norm in teacher.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0  # what it sees once is what it has been trained with
+    teacher(torch.randn(8, 3, side, side))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    asked = replace(options.teacher, name=name, weights=str(tmp_path / "teacher.pt"))
+    options = replace(options, teacher=asked, data=replace(options.data, image_size=side), model_args=args)
+    setup = open_run(options, start("cpu", "fp32"))
+    task = options.build(setup)
+    loader = task.loader(setup)
+    loop = Loop(task, loader, loader, options, setup.accelerator, RunFolder(tmp_path, writes=False), {})
+    loop.model.train()
+    before = [values.clone() for values in task.nets["student"].parameters()]
+    for _ in range(2):
+        loop.step()
+    loader.close()
+    terms = loop.meter.means()
+    assert all(map(math.isfinite, terms.values())), terms
+    assert len(terms) > 2
+    assert any((old != new).any() for old, new in zip(before, task.nets["student"].parameters(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- studies
