@@ -15,7 +15,6 @@ __all__ = [
     "StagedNet",
     "initialise_convolutions",
     "leave_initialised",
-    "pooling",
     "projection",
     "shuffle_channels",
 ]
@@ -150,23 +149,19 @@ def leave_initialised(model: nn.Module) -> None:
     """Everything keeps torch's default."""
 
 
-def pooling() -> nn.Module:
-    """[B, C, H, W] -> [B, C], the mean."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 class StagedNet(nn.Module):
     """A net of a stem, stages one after the other, a tail that pools, and a linear classifier.
 
-    A subclass names its stages and its classifier as the published state_dict does, and gives a `stem`, a `tail` or
-    `around_last_relu` of its own where it differs.
+    A subclass names its stages and its classifier as the published state_dict does, makes them by `make_stage`, and
+    gives a `stem`, a `tail` or `around_last_relu` of its own where it differs; `branch` where auxiliary heads have
+    a tail too.
     """
 
     conv1: nn.Module
     bn1: nn.Module
     _stages: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3")
     _classifier: ClassVar[str] = "linear"
-    _initialise_head: ClassVar[Callable[[nn.Module], None]] = staticmethod(_initialise_head)
+    _initialise_head: Callable[[nn.Module], None] = staticmethod(_initialise_head)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -186,7 +181,7 @@ class StagedNet(nn.Module):
 
         Args:
             number: of it, from 0.
-            again: it follows the last stage, whose channels and resolution it keeps.
+            again: it follows the last stage, and takes what that gives; the resolution stays.
         """
         raise NotImplementedError
 
@@ -204,7 +199,8 @@ class StagedNet(nn.Module):
         Args:
             stages: fresh ones, with which it begins.
         """
-        return {"block_extractor": nn.Sequential(*stages), "pool": pooling()}
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return {"block_extractor": nn.Sequential(*stages), "pool": pool}
 
     def branches(self, classes: int) -> list[dict[str, nn.Module]]:
         """Fresh modules of auxiliary heads, one a branch point, shallow to deep; each is run in order.

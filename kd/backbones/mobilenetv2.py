@@ -123,7 +123,7 @@ class MobileNetV2OfHSAKD(MobileNetV2):
 
     def __init__(self, num_classes: int, width: float = 0.5) -> None:
         super().__init__(num_classes, width)
-        (self.classifier,) = self.classifier
+        self.classifier: nn.Module = self.classifier[0]  # pyright: ignore[reportIndexIssue]
 
 
 class _InvertedResidual(nn.Module):

@@ -70,7 +70,7 @@ def stage_of(block: Any, number: int, blocks: int, again: bool) -> nn.Sequential
         block: its class.
         number: of the stage, from 0.
         blocks: how many.
-        again: it follows the last stage, whose channels and resolution it keeps.
+        again: it follows the last stage, and takes what that gives; the resolution stays.
     """
     channels, out_channels = 64 << number, (64 << number) * block.expansion
     in_channels = out_channels if again else out_channels // 2 if number else 64

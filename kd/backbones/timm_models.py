@@ -30,7 +30,7 @@ def create_timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
     _check_name(name, bool(kwargs.get("pretrained")))
     try:
-        model = timm.create_model(name, num_classes=num_classes, **kwargs)
+        model: Any = timm.create_model(name, num_classes=num_classes, **kwargs)
     except (RuntimeError, TypeError) as error:  # timm's own for an unknown tag, Python's for an unknown option
         reason = str(error).partition("\n")[0]
         raise ValueError(f"timm cannot build {name} with the options {sorted(kwargs)}: {reason}") from error
@@ -153,7 +153,7 @@ class _StageFeatures:
 
 
 class _Rest(nn.Module):
-    """A timm model from behind one of its stages to the pooled [B, D].
+    """A timm model from behind one of its stages, whose features are [B, C, H, W], to the pooled [B, D].
 
     Args:
         net: without classifier; what comes before is taken out of it.
@@ -169,8 +169,10 @@ class _Rest(nn.Module):
                 setattr(net, name, nn.Identity())
             parent, net = net, net.get_submodule(part)
         setattr(parent, part, nn.Identity())
+        self._channels_at_the_end = getattr(self.net, "output_fmt", "") == "NHWC"
 
     def forward(self, features: Tensor) -> Tensor:
+        features = features.permute(0, 2, 3, 1) if self._channels_at_the_end else features
         return self.net.forward_head(self.net.forward_features(features), pre_logits=True)
 
 

@@ -37,7 +37,7 @@ class WideResNet(StagedNet):
         self.fc = nn.Linear(widths[-1], num_classes)
         _initialise(self)
 
-    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+    def make_stage(self, number: int, again: bool = False) -> "_Stage":
         """A fresh stage, to be initialised."""
         channels = self._widths[number + 1]
         in_channels, stride = (channels if again else self._widths[number]), 1 if again or number == 0 else 2

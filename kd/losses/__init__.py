@@ -13,6 +13,7 @@ from dalikd.kd.losses.base import (
     mixed_cross_entropy,
     standardize_logits,
 )
+from dalikd.kd.losses.hsakd import hsakd_mutual_loss, hsakd_student_loss, hsakd_teacher_loss
 from dalikd.kd.losses.kd import KD, kd_loss
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "StepOutputs",
     "WeightedSum",
     "cross_entropy",
+    "hsakd_mutual_loss",
+    "hsakd_student_loss",
+    "hsakd_teacher_loss",
     "kd_loss",
     "mixed_cross_entropy",
     "standardize_logits",
