@@ -78,9 +78,9 @@ class Normalized(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [B, C] of pixels [B, 3, H, W], uint8 or float, 0..255."""
-        return self.logits(self.normalize(pixels))
+        return self.logits_of(self.normalize(pixels))
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits_of(self, images: Tensor) -> Tensor:
         """Logits [B, C] of normalised images; a net with auxiliary heads computes none of them."""
         return getattr(self.model, "logits", self.model)(images)
 

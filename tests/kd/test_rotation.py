@@ -42,9 +42,3 @@ def test_a_classs_score_is_the_sum_of_its_four_joint_logits(dtype, expected):
     assert scores.tolist() == [[6, 22, 38], [54, 70, 86]]
     with pytest.raises(ValueError, match="logits of 10 joint classes: give 4 for each class"):
         class_logits(torch.zeros(2, 10))
-
-
-def test_a_compiler_sees_one_graph():
-    found = torch._dynamo.explain(rotations)(torch.zeros(2, 3, 4, 4))
-    torch.compiler.reset()
-    assert (found.graph_count, found.graph_break_count) == (1, 0)
