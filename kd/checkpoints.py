@@ -13,13 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.known_weights import check_sha256, file_and_member, identify, open_weights, published_classes
+from dalikd.kd.rotation import TURNS
 
 __all__ = [
     "ORIGIN_KEY",
     "Origin",
+    "backbone_weights",
     "class_order",
+    "load_backbone",
     "load_weights",
     "order_classes",
     "read_origin",
@@ -32,6 +36,7 @@ _FORMER_KEY = "normalisation"  # the same without class names
 
 # where trainers keep the state_dict, in the order in which they are looked for: averaged weights last
 _CONTAINERS = ("model", "net", "state_dict", "weight", "model_state_dict", "state_dict_ema", "model_ema")
+_BACKBONE, _HEADS = "backbone.", "auxiliary_classifier."  # of nets with auxiliary heads
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _SHOWN_KEYS = 4
 
@@ -54,7 +59,8 @@ def load_weights(
 ) -> None:
     """Loads the weights of a file into a model; the model is untouched if they do not fit.
 
-    Batch norms' `num_batches_tracked` may be absent, as in files older than torch 0.4.1.
+    Batch norms' `num_batches_tracked` may be absent, as in files older than torch 0.4.1. Of a net with auxiliary heads
+    a net without takes the backbone.
 
     Args:
         model: a net whose keys the file uses, possibly with the prefixes that `read_state_dict` removes.
@@ -72,15 +78,54 @@ def load_weights(
     weights = read_state_dict(path, sha256=sha256)
     order = None if class_names is None else class_order(read_origin(path), class_names, str(path))
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if not _has_heads(expected):
+        weights = backbone_weights(weights)
     try:
         _check_keys(weights, expected, path, strict)
-        _check_shapes(weights, expected, path, _last_linear_layer(model))
+        _check_shapes(weights, expected, path, _last_layers(model))
     except ValueError as error:
-        known = identify(path)
+        known = identify(path) or _known_by_keys(weights, model)
         raise ValueError(f"{error}; the file is {known}" if known else str(error)) from None
     if order is not None:
         weights = order_classes(weights, model, order, str(path))
     model.load_state_dict(weights, strict=False)
+
+
+def load_backbone(net: AuxiliaryNet, path: str | Path, *, freeze: bool = True, **options: Any) -> None:
+    """Loads the weights of a net without auxiliary heads into the backbone of one with them.
+
+    Args:
+        net: its heads stay as they are.
+        path: as for `load_weights`; a file of a net with heads gives its backbone.
+        freeze: train nothing of the backbone: it keeps its weights and, in a task, its running statistics too.
+        **options: of `load_weights`.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, ValueError: as `load_weights`.
+    """
+    load_weights(net.backbone, path, **options)
+    if freeze:
+        net.backbone.requires_grad_(False).eval()
+
+
+def backbone_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain net's state_dict of that of an `AuxiliaryNet`, without its heads; any other as it is."""
+    if not _has_heads(weights):
+        return weights
+    return {key.removeprefix(_BACKBONE): value for key, value in weights.items() if key.startswith(_BACKBONE)}
+
+
+def _has_heads(weights: dict[str, Tensor]) -> bool:
+    return any(key.startswith(_HEADS) for key in weights)
+
+
+def _known_by_keys(weights: dict[str, Tensor], model: nn.Module) -> str | None:
+    """What weights of other keys than the model's are, where that can be told."""
+    net = getattr(model, "backbone", model)
+    if net is not model and not _has_heads(weights):
+        return "of a net without auxiliary heads: load_backbone takes it as the backbone of one with them"
+    telltales: dict[str, str] = getattr(net, "telltale_keys", {})
+    return next((what for key, what in telltales.items() if not {key, _BACKBONE + key}.isdisjoint(weights)), None)
 
 
 def class_order(origin: Origin, class_names: Sequence[str], what: str) -> list[int] | None:
@@ -121,21 +166,19 @@ def order_classes(weights: dict[str, Tensor], model: nn.Module, order: Sequence[
 
     Args:
         weights: a state_dict of the model.
-        model: timm names its last layers, other nets have one, their last linear layer.
+        model: timm names its last layers, other nets have one, their last linear layer; each auxiliary head has one
+            more, of several joint classes for each class.
         order: for each label of the data its logit, as `class_order` gives it.
         what: the weights, for messages.
 
     Raises:
         ValueError: the last layer is not found, or is neither linear nor a convolution.
     """
-    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    layers = [found] if isinstance(found, nn.Module) else list(found or ())
-    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    if not layers and (last := _last_linear_layer(model)) is not None:
-        names = [last]
+    names = _last_layers(model)
     last_layers = [model.get_submodule(name) for name in names]
     if not names or not all(
-        isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == len(order) for layer in last_layers
+        isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) in (len(order), TURNS * len(order))
+        for layer in last_layers
     ):
         raise ValueError(
             f"{what} has its classes in another order than the data, and the last layer of this model is not known: "
@@ -143,7 +186,11 @@ def order_classes(weights: dict[str, Tensor], model: nn.Module, order: Sequence[
         )
     warnings.warn(f"{what} has the data's classes in another order: its last layer is put into theirs", stacklevel=2)
     keys = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
-    return {key: value[list(order)] if key in keys else value for key, value in weights.items()}
+    rows = torch.tensor(order)
+    return {
+        key: value.unflatten(0, (len(order), -1))[rows].flatten(0, 1) if key in keys else value
+        for key, value in weights.items()
+    }
 
 
 def _class_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -305,7 +352,7 @@ def _check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
 
 
 def _check_shapes(
-    weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path, last_layer: str | None
+    weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path, last_layers: list[str]
 ) -> None:
     shapes = {
         key: (list(weights[key].shape), list(value.shape))
@@ -314,16 +361,23 @@ def _check_shapes(
     }
     if not shapes:
         return
-    classes = shapes.get(f"{last_layer}.weight")
-    if classes and shapes.keys() <= {f"{last_layer}.weight", f"{last_layer}.bias"} and classes[0][1:] == classes[1][1:]:
+    keys = {f"{name}.{part}" for name in last_layers for part in ("weight", "bias")}
+    classes = shapes.get(f"{last_layers[0]}.weight") if last_layers else None
+    if classes and shapes.keys() <= keys and all(theirs[1:] == ours[1:] for theirs, ours in shapes.values()):
         raise ValueError(f"{path}: the weights have {classes[0][0]} classes, the model {classes[1][0]}")
     differences = _listed(f"{key} {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items())
     raise ValueError(f"{path} has other shapes than this model, check the model's name and options: {differences}")
 
 
-def _last_linear_layer(model: nn.Module) -> str | None:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
+def _last_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that give logits; those of auxiliary heads come last."""
+    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    layers = [found] if isinstance(found, nn.Module) else list(found or ())
+    layers = [part for layer in layers for part in (layer if isinstance(layer, nn.Sequential) else [layer])]
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    heads = [name for name in linear if name.startswith(_HEADS) and name.count(".") == 1]
+    return (names or linear[-1:]) + heads
 
 
 def _listed(keys: Iterable[str]) -> str:

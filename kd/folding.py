@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
+
 __all__ = ["fold_batch_norms"]
 
 _Pair = tuple[str, str]  # module paths of a convolution and of the batch norm behind it
@@ -36,6 +38,8 @@ def fold_batch_norms(model: nn.Module) -> int:
     """
     if not any(_foldable_norm(module) for module in model.modules()):
         return 0
+    if isinstance(model, AuxiliaryNet):  # net and heads meet in stages' outputs alone
+        return fold_batch_norms(model.backbone) + fold_batch_norms(model.auxiliary_classifier)
     try:
         graphs = [graph for entry in _ENTRIES if hasattr(model, entry) for graph in _graphs(model, entry)]
     except Exception as error:  # a trace runs the net's own code on stand-ins, which may fail in any way

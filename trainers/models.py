@@ -246,7 +246,7 @@ def check_pretrained(name: str, classes: int) -> None:
         raise ValueError(f'{name} has no pretrained weights to download: give a file, or a model named "timm:..."')
     import timm
 
-    config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    config = timm.get_pretrained_cfg(name.removeprefix("timm:").removesuffix("_aux"))
     if config is not None and config.num_classes != classes:
         raise ValueError(
             f"{name}'s pretrained weights have {config.num_classes} classes, the data set has {classes}: "

@@ -266,7 +266,7 @@ def score_groups_at_once(student: Normalized, candidates: Tensor, batch: int, gr
         group: originals in a mix group.
     """
     pools = student.normalize(candidates).unflatten(0, (-1, batch // group, group)).transpose(0, 1)
-    logits = torch.vmap(lambda pool: student.model(pool), randomness="different")(pools.flatten(1, 2))
+    logits = torch.vmap(lambda pool: student.logits_of(pool), randomness="different")(pools.flatten(1, 2))
     return logits.unflatten(1, (-1, group)).transpose(0, 1).flatten(0, 2)
 
 

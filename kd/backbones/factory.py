@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from dalikd.kd.backbones.mobilenetv2 import MobileNetV2
-from dalikd.kd.backbones.resnet import ResNet
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
+from dalikd.kd.backbones.mobilenetv2 import MobileNetV2, MobileNetV2OfHSAKD
+from dalikd.kd.backbones.resnet import BasicBlock, ResNet
 from dalikd.kd.backbones.resnet_bottleneck import BottleneckResNet
+from dalikd.kd.backbones.resnet_imagenet import ImageNetBottleneck, ImageNetResNet
 from dalikd.kd.backbones.resnet_option_a import OptionAResNet
 from dalikd.kd.backbones.shufflenet_v1 import ShuffleNetV1
 from dalikd.kd.backbones.shufflenet_v2 import ShuffleNetV2
@@ -21,6 +23,7 @@ from dalikd.kd.backbones.wrn import WideResNet
 __all__ = ["create_model"]
 
 _TIMM_PREFIX = "timm:"
+_AUXILIARY_SUFFIX = "_aux"
 _NARROW = (16, 16, 32, 64)
 _TIMES_4 = (32, 64, 128, 256)
 
@@ -48,8 +51,14 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
     "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "vgg8_bn": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg13_bn": partial(VGG, (2, 2, 2, 2, 2)),
     "ResNet50": partial(BottleneckResNet, (3, 4, 6, 3)),
+    "resnet18_imagenet": partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34_imagenet": partial(ImageNetResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50_imagenet": partial(ImageNetResNet, ImageNetBottleneck, (3, 4, 6, 3)),
     "MobileNetV2": MobileNetV2,
+    "mobilenetV2": MobileNetV2OfHSAKD,
     "MobileNetV2_0_25": partial(MobileNetV2, width=0.25),
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": ShuffleNetV2,
@@ -66,18 +75,28 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     stages' last ReLU. `model.stage_modules()` lists the modules that give those of the stages, the
     stem left out. The keys of the state_dict are the published ones.
 
+    "NAME_aux" is the net NAME with auxiliary heads, an `AuxiliaryNet`, as HSAKD trains it: `model(images)` is a
+    NetOutput then. Its mobilenetV2 is another net than MobileNetV2.
+
     Args:
         name: a net for small images, such as "resnet20", "wrn_40_2", "vgg13", "resnet20_option_a", "ResNet50",
-            "MobileNetV2" or "ShuffleV2", or any timm model as "timm:NAME".
+            "MobileNetV2" or "ShuffleV2", for large ones "resnet18_imagenet", or any timm model as "timm:NAME"; each
+            also with "_aux" behind, where its stages are known.
         num_classes: length of the logits.
         **kwargs: options of the net, such as `dropout` of the wide ones, `width` of MobileNetV2 and `size` of
-            ShuffleV2; of `timm.create_model` for a timm model. Nothing is downloaded unless they say `pretrained=True`.
+            ShuffleV2; `detach_heads` of those with auxiliary heads; of `timm.create_model` for a timm model. Nothing is
+            downloaded unless they say `pretrained=True`.
 
     Raises:
-        ValueError: the name is unknown, the net has no such option, or `num_classes` is not positive.
+        ValueError: the name is unknown, the net has no such option or no stages to put heads behind, or `num_classes`
+            is not positive.
     """
     if num_classes < 1:
         raise ValueError(f"{name}: num_classes must be at least 1, not {num_classes}")
+    if name.endswith(_AUXILIARY_SUFFIX):
+        detach_heads = kwargs.pop("detach_heads", True)
+        backbone = create_model(name.removesuffix(_AUXILIARY_SUFFIX), num_classes, **kwargs)
+        return AuxiliaryNet(backbone, num_classes, detach_heads=detach_heads)
     if name.startswith(_TIMM_PREFIX):
         return create_timm_model(name.removeprefix(_TIMM_PREFIX), num_classes, **kwargs)
     if name not in _BUILDERS:
@@ -87,8 +106,9 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def _unknown_name(name: str) -> str:
-    by_spelling = {known.lower(): known for known in _BUILDERS}
-    close = [by_spelling[spelling] for spelling in get_close_matches(name.lower().replace("-", "_"), by_spelling, n=4)]
+    spellings = list(dict.fromkeys(map(str.lower, _BUILDERS)))
+    close = get_close_matches(name.lower().replace("-", "_"), spellings, n=4)
+    close = [known for spelling in close for known in _BUILDERS if known.lower() == spelling]
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(_BUILDERS)}."
     return f'unknown model "{name}": {hint} timm models are named "timm:NAME", such as "timm:resnet34"'
 

@@ -14,6 +14,7 @@ __all__ = [
     "ReluBlock",
     "StagedNet",
     "initialise_convolutions",
+    "leave_initialised",
     "projection",
     "shuffle_channels",
 ]
@@ -77,21 +78,30 @@ class Normalized(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [B, C] of pixels [B, 3, H, W], uint8 or float, 0..255."""
-        return self.model(self.normalize(pixels))
+        return self.logits_of(self.normalize(pixels))
 
-    def outputs(self, pixels: Tensor, *, features: bool = False, preactivations: bool = False) -> NetOutput:
+    def logits_of(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of normalised images; a net with auxiliary heads computes none of them."""
+        return getattr(self.model, "logits", self.model)(images)
+
+    def outputs(
+        self, pixels: Tensor, *, features: bool = False, preactivations: bool = False, heads: bool = False
+    ) -> NetOutput:
         """Logits of pixels [B, 3, H, W], and features of the stages where they are asked for.
 
         Args:
             pixels: uint8 or float, 0..255.
-            features: of the stages.
+            features: of the stages; auxiliary heads come with them, where the net has any.
             preactivations: before the stages' last ReLU; they come with the features.
+            heads: of a net that has them; they come with the features.
 
         Raises:
             ValueError: the net does not give them.
         """
-        if not features and not preactivations:
+        if not (features or preactivations or heads):
             return NetOutput(self(pixels))
+        if heads and not hasattr(self.model, "auxiliary_classifier"):
+            raise ValueError(f"{type(self.model).__name__} has no auxiliary heads: take the net NAME_aux")
         given = getattr(self.model, "preactivations" if preactivations else "outputs", None)
         if given is None:
             kind = "features before their last ReLU" if preactivations else "stage features"
@@ -122,17 +132,36 @@ class ReluBlock(nn.Module):
         return self.activate(self.preactivation(features))
 
 
+def initialise_convolutions(model: nn.Module) -> None:
+    """Kaiming-normal by fan_out (He et al., ICCV 2015); everything else keeps torch's default."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _initialise_head(model: nn.Module) -> None:
+    initialise_convolutions(model)
+    if isinstance(model, nn.Linear):
+        nn.init.zeros_(model.bias)
+
+
+def leave_initialised(model: nn.Module) -> None:
+    """Everything keeps torch's default."""
+
+
 class StagedNet(nn.Module):
     """A net of a stem, stages one after the other, a tail that pools, and a linear classifier.
 
-    A subclass names its stages and its classifier as the published state_dict does, and gives a `stem`, a `tail` or
-    `around_last_relu` of its own where it differs.
+    A subclass names its stages and its classifier as the published state_dict does, makes them by `make_stage`, and
+    gives a `stem`, a `tail` or `around_last_relu` of its own where it differs; `branch` where auxiliary heads have
+    a tail too.
     """
 
     conv1: nn.Module
     bn1: nn.Module
     _stages: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3")
     _classifier: ClassVar[str] = "linear"
+    _initialise_head: Callable[[nn.Module], None] = staticmethod(_initialise_head)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -146,6 +175,52 @@ class StagedNet(nn.Module):
     def stage_modules(self) -> list[nn.Module]:
         """The stages whose outputs are features, shallow to deep."""
         return self.stages
+
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh stage, to be initialised.
+
+        Args:
+            number: of it, from 0.
+            again: it follows the last stage, and takes what that gives; the resolution stays.
+        """
+        raise NotImplementedError
+
+    def branch_points(self) -> tuple[int, ...]:
+        """Numbers of the stages behind which auxiliary heads branch off; -1 is the stem."""
+        return tuple(range(len(self.stages)))
+
+    def branch_features(self, found: NetOutput) -> tuple[Tensor, ...]:
+        """What auxiliary heads take, of what `outputs` gives."""
+        return found.features[1:-1]
+
+    def branch(self, stages: list[nn.Module]) -> dict[str, nn.Module]:
+        """An auxiliary head up to the pooled [B, D]: a module after the other, by the names that published ones have.
+
+        Args:
+            stages: fresh ones, with which it begins.
+        """
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return {"block_extractor": nn.Sequential(*stages), "pool": pool}
+
+    def branches(self, classes: int) -> list[dict[str, nn.Module]]:
+        """Fresh modules of auxiliary heads, one a branch point, shallow to deep; each is run in order.
+
+        A head is all that the net does behind its branch point over again. Nothing comes behind the last point: its
+        head repeats what comes behind the point before, with channels and resolution kept.
+
+        Args:
+            classes: of each head.
+        """
+        points, heads = self.branch_points(), []
+        width = [layer for layer in self.get_classifier().modules() if isinstance(layer, nn.Linear)][-1].in_features
+        for point in points:
+            again = point == points[-1]
+            first = 1 + (points[-2] if again else point)
+            stages = [self.make_stage(number, again and number == first) for number in range(first, points[-1] + 1)]
+            heads.append({**self.branch(stages), "fc": nn.Linear(width, classes)})
+            for module in heads[-1].values():
+                self._initialise_head(module)
+        return heads
 
     def stem(self, images: Tensor) -> Tensor:
         """What comes before the first stage."""
@@ -212,13 +287,6 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
         nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
         nn.BatchNorm2d(out_channels),
     )
-
-
-def initialise_convolutions(model: nn.Module) -> None:
-    """Kaiming-normal by fan_out (He et al., ICCV 2015); everything else keeps torch's default."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def shuffle_channels(features: Tensor, groups: int) -> Tensor:

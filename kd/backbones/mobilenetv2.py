@@ -5,13 +5,13 @@ less striding: of the paper's five halvings of the resolution the stem and three
 "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import StagedNet
 
-__all__ = ["MobileNetV2"]
+__all__ = ["MobileNetV2", "MobileNetV2OfHSAKD"]
 
 
 class _Stage(NamedTuple):
@@ -47,21 +47,43 @@ class MobileNetV2(StagedNet):
     """
 
     _classifier = "classifier"
+    _initialise_head = staticmethod(lambda head: _initialise(head))
+    _stem_stride: ClassVar[int] = 2
+    telltale_keys: ClassVar[dict[str, str]] = {
+        "classifier.weight": "of mobilenetV2, HSAKD's own, whose stem keeps the resolution: name that net"
+    }
 
     def __init__(self, num_classes: int, width: float = 0.5) -> None:
         super().__init__()
         if not width * _STAGES[0].channels >= 1:
             raise ValueError(f"MobileNetV2: width {width} leaves no channels; give at least {1 / _STAGES[0].channels}")
-        channels = int(_STEM_CHANNELS * width)
-        self.conv1 = nn.Sequential(nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False), *_norm_relu(channels))
-        self.blocks = nn.ModuleList()
-        for stage in _STAGES:
-            self.blocks.append(_stage(channels, int(stage.channels * width), stage))
-            channels = int(stage.channels * width)
-        last = int(_LAST_CHANNELS * max(width, 1))
-        self.conv2 = nn.Sequential(nn.Conv2d(channels, last, 1, bias=False), *_norm_relu(last))
-        self.classifier = nn.Sequential(nn.Linear(last, num_classes))
+        self._widths = [int(channels * width) for channels in (_STEM_CHANNELS, *(stage.channels for stage in _STAGES))]
+        self._last = int(_LAST_CHANNELS * max(width, 1))
+        stem, stride = self._widths[0], self._stem_stride
+        self.conv1 = nn.Sequential(nn.Conv2d(3, stem, 3, stride=stride, padding=1, bias=False), *_norm_relu(stem))
+        self.blocks = nn.ModuleList(map(self.make_stage, range(len(_STAGES))))
+        self.conv2 = self._last_convolution()
+        self.classifier = nn.Sequential(nn.Linear(self._last, num_classes))
         _initialise(self)
+
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh stage, to be initialised."""
+        stage, channels = _STAGES[number], self._widths[number + 1]
+        in_channels, stride = (self._widths[-1], 1) if again else (self._widths[number], stage.stride)
+        rest = (_InvertedResidual(channels, channels, 1, stage.expansion) for _ in range(stage.blocks - 1))
+        return nn.Sequential(_InvertedResidual(in_channels, channels, stride, stage.expansion), *rest)
+
+    def branch_points(self) -> tuple[int, ...]:
+        """The stages whose outputs are features."""
+        return _STAGES_OF_FEATURES
+
+    def branch(self, stages: list[nn.Module]) -> dict[str, nn.Module]:
+        """An auxiliary head up to the pooled [B, D], which comes from one more convolution too."""
+        extractor, pool = super().branch(stages).values()
+        return {"block_extractor": extractor, "conv2_": self._last_convolution(), "pool": pool}
+
+    def _last_convolution(self) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(self._widths[-1], self._last, 1, bias=False), *_norm_relu(self._last))
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -85,6 +107,29 @@ class MobileNetV2(StagedNet):
         return self.conv2(features).mean(dim=(2, 3))
 
 
+class MobileNetV2OfHSAKD(MobileNetV2):
+    """The MobileNetV2 of Yang et al., "Hierarchical Self-supervised Augmented Knowledge Distillation", IJCAI 2021,
+    arXiv:2107.13715: the stem keeps the resolution, and the classifier has another name. Weights of one do not fit the
+    other.
+
+    Args:
+        num_classes: length of the logits.
+        width: multiplies all channels but those before the classifier, which only grow.
+
+    Raises:
+        ValueError: the width leaves a layer without channels.
+    """
+
+    _stem_stride = 1
+    telltale_keys: ClassVar[dict[str, str]] = {
+        "classifier.0.weight": "of MobileNetV2, whose stem halves the resolution: name that net"
+    }
+
+    def __init__(self, num_classes: int, width: float = 0.5) -> None:
+        super().__init__(num_classes, width)
+        self.classifier: nn.Module = self.classifier[0]  # pyright: ignore[reportIndexIssue]
+
+
 class _InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -105,11 +150,6 @@ class _InvertedResidual(nn.Module):
 
 def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
     return nn.BatchNorm2d(channels), nn.ReLU()
-
-
-def _stage(in_channels: int, channels: int, stage: _Stage) -> nn.Sequential:
-    rest = (_InvertedResidual(channels, channels, 1, stage.expansion) for _ in range(stage.blocks - 1))
-    return nn.Sequential(_InvertedResidual(in_channels, channels, stage.stride, stage.expansion), *rest)
 
 
 def _initialise(model: nn.Module) -> None:

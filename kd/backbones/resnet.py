@@ -6,12 +6,14 @@ The "x4" nets have four times the channels in every stage and twice in the stem
 (Tian et al., "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699).
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalikd.kd.backbones.layers import ReluBlock, StagedNet, initialise_convolutions, projection
 
-__all__ = ["ResNet"]
+__all__ = ["BasicBlock", "ResNet"]
 
 
 class ResNet(StagedNet):
@@ -31,14 +33,24 @@ class ResNet(StagedNet):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
-        self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
-        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
+        self._widths, self._blocks = widths, blocks
+        self.layer1, self.layer2, self.layer3 = map(self.make_stage, range(3))
         self.fc = nn.Linear(widths[3], num_classes)
         initialise_convolutions(self)
 
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh stage, to be initialised."""
+        channels = self._widths[number + 1]
+        return _stage(
+            channels if again else self._widths[number], channels, self._blocks, stride=1 if again or number == 0 else 2
+        )
 
-class _BasicBlock(ReluBlock):
+
+class BasicBlock(ReluBlock):
+    """Two 3x3 convolutions."""
+
+    expansion: ClassVar[int] = 1
+
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
@@ -54,5 +66,5 @@ class _BasicBlock(ReluBlock):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    rest = (_BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(_BasicBlock(in_channels, channels, stride), *rest)
+    rest = (BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(BasicBlock(in_channels, channels, stride), *rest)

@@ -20,17 +20,24 @@ class OptionAResNet(StagedNet):
         num_classes: length of the logits.
     """
 
+    _initialise_head = staticmethod(lambda head: _initialise(head))
+
     def __init__(self, depth: int, /, num_classes: int) -> None:
         super().__init__()
         assert (depth - 2) % 6 == 0, depth
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self._blocks = blocks
+        self.layer1, self.layer2, self.layer3 = map(self.make_stage, range(3))
         self.linear = nn.Linear(64, num_classes)
         _initialise(self)
+
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh stage, to be initialised."""
+        channels = 16 << number
+        keeps = again or number == 0
+        return _stage(channels if keeps else channels // 2, channels, self._blocks, stride=1 if keeps else 2)
 
 
 class _Block(ReluBlock):

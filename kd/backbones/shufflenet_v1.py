@@ -13,8 +13,7 @@ from dalikd.kd.backbones.layers import ReluBlock, StagedNet, shuffle_channels
 
 __all__ = ["ShuffleNetV1"]
 
-_STEM_CHANNELS = 24
-_WIDTHS = (240, 480, 960)
+_WIDTHS = (24, 240, 480, 960)  # of the stem and of the stages
 _BLOCKS = (4, 8, 4)
 _GROUPS = 3
 
@@ -28,12 +27,17 @@ class ShuffleNetV1(StagedNet):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, _STEM_CHANNELS, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS)
-        self.layer1 = _stage(_STEM_CHANNELS, _WIDTHS[0], _BLOCKS[0], first_groups=1)  # too few channels for groups
-        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], _BLOCKS[1], first_groups=_GROUPS)
-        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], _BLOCKS[2], first_groups=_GROUPS)
-        self.linear = nn.Linear(_WIDTHS[2], num_classes)
+        self.conv1 = nn.Conv2d(3, _WIDTHS[0], 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+        self.layer1, self.layer2, self.layer3 = map(self.make_stage, range(3))
+        self.linear = nn.Linear(_WIDTHS[-1], num_classes)
+
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh stage, to be initialised."""
+        channels = _WIDTHS[number + 1]
+        groups = _GROUPS if number else 1  # the stem has too few channels
+        first = _Block(channels, channels, 1, _GROUPS) if again else _Block(_WIDTHS[number], channels, 2, groups)
+        return nn.Sequential(first, *(_Block(channels, channels, 1, _GROUPS) for _ in range(_BLOCKS[number] - 1)))
 
 
 class _Block(ReluBlock):
@@ -66,8 +70,3 @@ class _Block(ReluBlock):
         if self.appends:
             return torch.cat((residual, F.avg_pool2d(features, 3, stride=2, padding=1)), dim=1)
         return residual + features
-
-
-def _stage(in_channels: int, channels: int, blocks: int, first_groups: int) -> nn.Sequential:
-    rest = (_Block(channels, channels, 1, _GROUPS) for _ in range(blocks - 1))
-    return nn.Sequential(_Block(in_channels, channels, 2, first_groups), *rest)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones.layers import ReluBlock, StagedNet, shuffle_channels
+from dalikd.kd.backbones.layers import ReluBlock, StagedNet, leave_initialised, shuffle_channels
 
 __all__ = ["ShuffleNetV2"]
 
@@ -44,19 +44,32 @@ class ShuffleNetV2(StagedNet):
         ValueError: there is no such size.
     """
 
+    _initialise_head = staticmethod(leave_initialised)
+
     def __init__(self, num_classes: int, size: float = 1.0) -> None:
         super().__init__()
         if size not in _SIZES:
             raise ValueError(f"ShuffleV2 has no size {size}; there are {', '.join(f'{known:g}' for known in _SIZES)}")
-        widths, last, blocks = _SIZES[size]
+        widths, last, self._blocks = _SIZES[size]
+        self._widths = (_STEM_CHANNELS, *widths)
         self.conv1 = nn.Conv2d(3, _STEM_CHANNELS, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS)
-        self.layer1 = _stage(_STEM_CHANNELS, widths[0], blocks[0])
-        self.layer2 = _stage(widths[0], widths[1], blocks[1])
-        self.layer3 = _stage(widths[1], widths[2], blocks[2])
+        self.layer1, self.layer2, self.layer3 = map(self.make_stage, range(3))
         self.conv2 = nn.Conv2d(widths[2], last, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(last)
         self.linear = nn.Linear(last, num_classes)
+
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh stage, to be initialised."""
+        channels = self._widths[number + 1]
+        first = _DownBlock(channels, channels, 1) if again else _DownBlock(self._widths[number], channels, 2)
+        return nn.Sequential(first, *(_Block(channels) for _ in range(self._blocks[number])))
+
+    def branch(self, stages: list[nn.Module]) -> dict[str, nn.Module]:
+        """An auxiliary head up to the pooled [B, D], which comes from one more convolution too."""
+        last = self.linear.in_features
+        convolution = nn.Conv2d(self._widths[-1], last, 1, bias=False)
+        return super().branch([*stages, convolution, nn.BatchNorm2d(last), nn.ReLU()])
 
     def tail(self, features: Tensor) -> Tensor:
         """The features of one more convolution, pooled to [B, D]."""
@@ -90,18 +103,18 @@ class _Block(ReluBlock):
 
 
 class _DownBlock(nn.Module):
-    """Halves the resolution: all channels go through both branches, each of which gives half of the output."""
+    """All channels go through both branches, each of which gives half of the output; stride 2 halves the resolution."""
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         half = channels // 2
-        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1, groups=in_channels, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv2 = nn.Conv2d(in_channels, half, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(half)
         self.conv3 = nn.Conv2d(in_channels, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
-        self.conv4 = nn.Conv2d(half, half, 3, stride=2, padding=1, groups=half, bias=False)
+        self.conv4 = nn.Conv2d(half, half, 3, stride=stride, padding=1, groups=half, bias=False)
         self.bn4 = nn.BatchNorm2d(half)
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
@@ -113,7 +126,3 @@ class _DownBlock(nn.Module):
         long = self.bn4(self.conv4(long))
         long = F.relu(self.bn5(self.conv5(long)))
         return shuffle_channels(torch.cat((short, long), dim=1), 2)
-
-
-def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(_DownBlock(in_channels, channels), *(_Block(channels) for _ in range(blocks)))

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalikd.kd.backbones.layers import ReluBlock, StagedNet
+from dalikd.kd.backbones.layers import NetOutput, ReluBlock, StagedNet, leave_initialised
 
 __all__ = ["VGG"]
 
@@ -31,16 +31,43 @@ class VGG(StagedNet):
 
     _stages = ("block1", "block2", "block3", "block4")
     _classifier = "classifier"
+    _initialise_head = staticmethod(leave_initialised)
 
     def __init__(self, convolutions: tuple[int, int, int, int, int], /, num_classes: int) -> None:
         super().__init__()
+        self._convolutions = convolutions
         self.block0 = _Block(3, _WIDTHS[0], convolutions[0], pools="never")
-        self.block1 = _Block(_WIDTHS[0], _WIDTHS[1], convolutions[1])
-        self.block2 = _Block(_WIDTHS[1], _WIDTHS[2], convolutions[2])
-        self.block3 = _Block(_WIDTHS[2], _WIDTHS[3], convolutions[3])
-        self.block4 = _Block(_WIDTHS[3], _WIDTHS[4], convolutions[4], pools="large")
+        self.block1, self.block2, self.block3, self.block4 = map(self.make_stage, range(4))
         self.classifier = nn.Linear(_WIDTHS[4], num_classes)
         _initialise(self)
+
+    def make_stage(self, number: int, again: bool = False) -> nn.Module:
+        """A fresh block, from block1 on, to be initialised."""
+        in_channels = _WIDTHS[-1] if again else _WIDTHS[number]
+        pools: _Pools = "never" if again else "large" if number == 3 else "always"
+        return _Block(in_channels, _WIDTHS[number + 1], self._convolutions[number + 1], pools)
+
+    def branch_points(self) -> tuple[int, ...]:
+        """All blocks but block3."""
+        return -1, 0, 1, 3
+
+    def branch_features(self, found: NetOutput) -> tuple[Tensor, ...]:
+        """What auxiliary heads take, of what `outputs` gives."""
+        return *found.features[:3], found.features[4]
+
+    def branch(self, stages: list[nn.Module]) -> dict[str, nn.Module]:
+        """An auxiliary head up to the pooled [B, D].
+
+        Published ones have poolings and ReLUs as modules of their own, which are a block's own here: something must
+        stand in their places. They never pool before the last block.
+        """
+        parts: list[nn.Module] = []
+        for stage in stages:
+            assert isinstance(stage, _Block)
+            if stage.pools == "large":
+                stage.pools = "never"
+            parts += [nn.Identity()] * (stage.pools == "always") + [stage, nn.Identity()]
+        return super().branch(parts)
 
     def stem(self, images: Tensor) -> Tensor:
         """The first block."""

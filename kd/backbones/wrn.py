@@ -29,14 +29,24 @@ class WideResNet(StagedNet):
         super().__init__()
         assert (depth - 4) % 6 == 0, depth
         blocks = (depth - 4) // 6
-        widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
+        widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.block1 = _Stage(16, widths[0], blocks, stride=1, dropout=dropout)
-        self.block2 = _Stage(widths[0], widths[1], blocks, stride=2, dropout=dropout)
-        self.block3 = _Stage(widths[1], widths[2], blocks, stride=2, dropout=dropout)
-        self.bn1 = nn.BatchNorm2d(widths[2])
-        self.fc = nn.Linear(widths[2], num_classes)
+        self._widths, self._blocks, self._dropout = widths, blocks, dropout
+        self.block1, self.block2, self.block3 = map(self.make_stage, range(3))
+        self.bn1 = nn.BatchNorm2d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes)
         _initialise(self)
+
+    def make_stage(self, number: int, again: bool = False) -> "_Stage":
+        """A fresh stage, to be initialised."""
+        channels = self._widths[number + 1]
+        in_channels, stride = (channels if again else self._widths[number]), 1 if again or number == 0 else 2
+        return _Stage(in_channels, channels, self._blocks, stride, self._dropout)
+
+    def branch(self, stages: list[nn.Module]) -> dict[str, nn.Module]:
+        """An auxiliary head up to the pooled [B, D]: its last sum is normalised too."""
+        extractor, pool = super().branch(stages).values()
+        return {"block_extractor": extractor, "bn": nn.BatchNorm2d(self._widths[-1]), "relu": nn.ReLU(), "pool": pool}
 
     def stem(self, images: Tensor) -> Tensor:
         """The first convolution."""

@@ -1,5 +1,6 @@
 import argparse
 import collections
+import copy
 import hashlib
 import re
 import tarfile
@@ -10,8 +11,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dalikd.kd import known_weights
+from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.layers import Normalisation
-from dalikd.kd.checkpoints import Origin, class_order, load_weights, read_origin, read_state_dict
+from dalikd.kd.checkpoints import (
+    Origin,
+    backbone_weights,
+    class_order,
+    load_backbone,
+    load_weights,
+    order_classes,
+    read_origin,
+    read_state_dict,
+)
 from dalikd.kd.known_weights import KnownWeights, published_classes
 
 
@@ -242,6 +253,68 @@ def test_other_features_of_the_last_layer_are_a_matter_of_shape_not_of_classes(s
     state["head.weight"] = torch.ones(12, 8)
     torch.save(state, tmp_path / "w.pth")
     assert "head.weight [12, 8] instead of [10, 4]" in error_of(load_weights, make_model(), tmp_path / "w.pth")
+
+
+# ------------------------------------------------------------------------------------ nets with auxiliary heads
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """A net with auxiliary heads and a plain one of the kind, with other weights."""
+    torch.manual_seed(0)
+    return create_model("resnet8_aux", 3), create_model("resnet8", 3)
+
+
+def test_a_published_file_fills_a_net_with_heads_and_a_plain_one_with_its_backbone(nets, tmp_path):
+    headed, plain = map(copy.deepcopy, nets)
+    torch.save({"net": prefixed(nets[0].state_dict(), "module."), "acc": 77.2}, tmp_path / "w.pth.tar")
+    nn.init.zeros_(headed.auxiliary_classifier.fc1.weight)
+    load_weights(headed, tmp_path / "w.pth.tar")
+    assert_same(headed, nets[0])
+    load_weights(plain, tmp_path / "w.pth.tar")
+    assert_same(plain, nets[0].backbone)
+    exported = backbone_weights(nets[0].state_dict())
+    assert list(exported) == list(plain.state_dict())
+    assert all(torch.equal(exported[key], value) for key, value in plain.state_dict().items())
+    assert list(backbone_weights(plain.state_dict())) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_plain_net_becomes_the_backbone_of_one_with_heads(freeze, nets, tmp_path):
+    headed = copy.deepcopy(nets[0]).train()
+    torch.save({"model": nets[1].state_dict()}, tmp_path / "w.pth")
+    load_backbone(headed, tmp_path / "w.pth", freeze=freeze)
+    assert_same(headed.backbone, nets[1])
+    assert_same(headed.auxiliary_classifier, nets[0].auxiliary_classifier)
+    assert {values.requires_grad for values in headed.backbone.parameters()} == {not freeze}
+    assert headed.backbone.training == (not freeze)
+    assert headed.auxiliary_classifier.training
+    with pytest.raises(ValueError, match="of a net without auxiliary heads: load_backbone takes it"):
+        load_weights(headed, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(("file", "net"), [("MobileNetV2", "mobilenetV2"), ("mobilenetV2", "MobileNetV2")])
+@pytest.mark.parametrize("suffix", ["", "_aux"])
+def test_the_two_mobilenets_are_told_apart(file, net, suffix, tmp_path):
+    torch.save(create_model(f"{file}{suffix}", 3, width=0.1).state_dict(), tmp_path / "w.pth")
+    message = error_of(load_weights, create_model(f"{net}{suffix}", 3, width=0.1), tmp_path / "w.pth")
+    assert "the file is of " + file + ("," if file == "MobileNetV2" else ", HSAKD's own,") in message
+    with pytest.raises(ValueError, match=f"the file is of {file}, "):
+        load_backbone(create_model(f"{net}_aux", 3, width=0.1), tmp_path / "w.pth")
+
+
+def test_classes_of_heads_are_counted_and_put_in_order_too(nets, tmp_path):
+    torch.save(create_model("resnet8_aux", 5).state_dict(), tmp_path / "w.pth")
+    message = error_of(load_weights, nets[0], tmp_path / "w.pth")
+    assert message.endswith("the weights have 5 classes, the model 3")
+    other, images = copy.deepcopy(nets[0]).eval(), torch.randn(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match="another order"):
+        other.load_state_dict(order_classes(nets[0].state_dict(), other, [2, 0, 1], "w.pth"))
+    with torch.no_grad():
+        given, ordered = copy.deepcopy(nets[0]).eval()(images), other(images)
+    torch.testing.assert_close(ordered.logits, given.logits[:, [2, 0, 1]])
+    for one, head in zip(given.heads, ordered.heads, strict=True):
+        torch.testing.assert_close(head, one[:, [8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7]])
 
 
 # ------------------------------------------------------------------------------------------------- known files

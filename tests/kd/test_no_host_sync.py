@@ -11,10 +11,11 @@ from dalikd.kd.backbones import NetOutput, create_model
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, MixedOutputs, StepOutputs
+from dalikd.kd.losses import KD, MixedOutputs, StepOutputs, hsakd_mutual_loss, hsakd_student_loss
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import dissimilarity, entropy, kl_divergence, pick, pick_rows
+from dalikd.kd.rotation import class_logits, rotations
 from dalikd.pipelines.draw_spec import MixDraws
 
 FILL = (129.3, 124.1, 112.4)
@@ -24,6 +25,12 @@ def mix_inside(net: nn.Module, images: Tensor, draws: MixDraws, joint: bool) -> 
     mixed = manifold_mixup(images, draws)
     assert mixed.hidden is not None
     mixed_forward(net, images.float(), mixed.images, mixed.hidden, joint=joint)[1].sum().backward()
+
+
+def imitate_itself(net: nn.Module, images: Tensor, labels: Tensor) -> None:
+    found = net(rotations(images).float())
+    terms = [hsakd_student_loss(found, found, labels), hsakd_mutual_loss(found, found, labels)]
+    (terms[0]["loss"] + terms[1]["loss"] + class_logits(found.heads[0]).sum()).backward()
 
 
 def make_steps(device: str) -> dict[str, Callable[[], Any]]:
@@ -40,7 +47,7 @@ def make_steps(device: str) -> dict[str, Callable[[], Any]]:
         torch.randint(1, 16, (64, 4), generator=generator).int().to(device),
         (torch.arange(64, device=device) % 3).int(),
     )
-    net = create_model("resnet8", 10).to(device)
+    net, headed = create_model("resnet8", 10).to(device), create_model("resnet8_aux", 10).to(device)
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
     metric, picked = (TeacherStddev(10, window=40, device=device) for _ in range(2))
     probabilities = ProbabilityCovariance(10, group=24, device=device)
@@ -71,6 +78,7 @@ def make_steps(device: str) -> dict[str, Callable[[], Any]]:
         "pick": lambda: pick(entropy(logits[1]), 8, groups=4),
         "pick_rows": lambda: pick_rows(entropy(logits[1]).reshape(2, 32), 12),
         "kd": lambda: loss(step)["loss"].backward(),
+        "hsakd": lambda: imitate_itself(headed, images[:4], labels[:4]),
     }
 
 

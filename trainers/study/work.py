@@ -107,7 +107,7 @@ def forward_flops(name: str, args: dict[str, Any], sizes: Sizes) -> float:
         with torch.device("meta"):
             net = create_model(name, sizes.classes, **args).eval()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                ask(net, torch.empty(1, 3, sizes.side, sizes.side), name)
+                ask(getattr(net, "logits", net), torch.empty(1, 3, sizes.side, sizes.side), name)
         _FLOPS[key] = float(counter.get_total_flops())
     return _FLOPS[key]
 

@@ -13,6 +13,8 @@ NETS = [
     "vgg8",
     "ResNet50",
     "MobileNetV2_0_25",
+    "mobilenetV2",
+    "resnet18_imagenet",
     "ShuffleV1",
     "ShuffleV2_0_3",
     "timm:resnet18",
