@@ -1,6 +1,6 @@
 """`dalikd bench NAME`: the benchmarks, their command lines, and `dalikd bench all`, which runs them one by one.
 
-A new one is one file with a `run`, one row in BENCHMARKS and, where `all` runs it, one line in _PLANS.
+A new one is one file with a `run`, one line in _LISTED and, where `all` runs it, one line in _PLANS.
 """
 
 import importlib
@@ -18,27 +18,21 @@ from dalikd.tools.cli import run_command, run_function
 from dalikd.tools.layers import OPTIONS
 from dalikd.trainers.tracking import check_writable
 
+_LISTED = """
+loader     loader.run            decode and augment: images a second of dalikd's loader and of others at the same work
+step       step.run              a training step: real data against resident batches, teacher and student, waits
+host       host.run              the main thread in a training step: microseconds of Python an image, operators a step
+teacher    teacher.run           dalikd measure against its teacher alone: cost of loading, mixing, picking and metric
+passes     teacher.run_passes    dalikd measure: all augmentations in one pass over the data against a pass for each
+published  published.run         the training step against the published CutMixPick loop, one ablation at a time
+scaling    scaling.run           one process against several: images a second and efficiency
+first-hour first_hour.run        what a new GPU machine is asked first, within nine minutes
+all        commands.run_all      those of this machine, one after the other, into one folder
+images     machine.repeat_images copies of photos under new names, for a set that exceeds the page cache
+tables     record.write_tables   the table of the newest results in docs/benchmarks/README.md
+"""
 #: name -> MODULE.FUNCTION in this folder, and what it measures.
-BENCHMARKS = {
-    "loader": (
-        "loader.run", "decode and augment: images a second of dalikd's loader and of others that do the same work",
-    ),
-    "step": ("step.run", "a training step: real data against resident batches, teacher and student, waits"),
-    "host": ("host.run", "the main thread in a training step: microseconds of Python an image, operators a step"),
-    "teacher": (
-        "teacher.run", "dalikd measure against its teacher alone: what loading, mixing, picking and the metric cost",
-    ),
-    "passes": (
-        "teacher.run_passes", "dalikd measure: all augmentations in one pass over the data against a pass for each",
-    ),
-    "published": ("published.run", "the training step against the published CutMixPick loop, one ablation at a time"),
-    "scaling": ("scaling.run", "one process against several: images a second and efficiency"),
-    "first-hour": ("first_hour.run", "what a new GPU machine is asked first, within nine minutes"),
-    "all": ("commands.run_all", "those of this machine, one after the other, into one folder"),
-    "images": ("machine.repeat_images", "copies of photos under new names, for a set that exceeds the page cache"),
-    "tables": ("record.write_tables", "the table of the newest results in docs/benchmarks/README.md"),
-}  # fmt: skip
-
+BENCHMARKS = {name: (place, text) for name, place, text in (line.split(None, 2) for line in _LISTED.splitlines()[1:])}
 # What benchmarks start: a process of `scaling`, items of `first-hour`.
 _PARTS = {"scaling-worker": "scaling.work", "versions": "first_hour.versions", "decoders": "first_hour.decoders"}
 

@@ -57,7 +57,6 @@ class StepOptions(DistillOptions):
     checkpoint_every: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that cannot be measured with."""
         super().__post_init__()
         check_numbers(self, {"steps": FROM_1, "warmup": FROM_0})
 
@@ -123,7 +122,6 @@ class TeacherOptions(MeasureOptions):
     checkpoint_every: int = field(default=500, init=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number that cannot be measured with."""
         super().__post_init__()
         check_numbers(self, {"images": FROM_1})
 

@@ -209,9 +209,6 @@ def read_tests(text: str) -> str:
     return f"{figures}{': ' if bad else ''}{', '.join(bad)}"
 
 
-# --------------------------------------------------------------------------- items that are no command of their own
-
-
 def versions(output: Path, device: Literal["cuda", "cpu"]) -> None:
     """Write what is installed and which GPUs there are."""
     found = environment(start(device, "fp32").device)

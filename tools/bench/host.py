@@ -39,7 +39,6 @@ from dalikd.tools.bench.machine import draw_images
 from dalikd.tools.bench.record import RESULTS, alternate, begin, finish, number, summary
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
-from dalikd.trainers.loop import Loop
 from dalikd.trainers.options import DATA_RANGES, FROM_1, check_numbers
 from dalikd.trainers.setup import reading
 from dalikd.trainers.tasks.distill import Distillation, DistillOptions
@@ -77,7 +76,6 @@ class HostOptions:
     output: Path = RESULTS
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that cannot be measured with."""
         check_numbers(self, {**DATA_RANGES, "batch_size": FROM_1, "steps": FROM_1})
         self.augmentations = augmentation_names(self.augmentations)
 
@@ -170,7 +168,7 @@ def run(options: HostOptions) -> None:
         record.reads(source)
         try:
             for name in options.augmentations:
-                sides[name] = _Side(_free_loop(name, source, data, size, accelerator), options)
+                sides[name] = _Side(name, source, data, options, accelerator)
             rates = alternate(sides, options.rounds)
         finally:
             for side in sides.values():
@@ -206,21 +204,18 @@ class _Constant(Normalized):
         return self.logits.expand(len(pixels), -1)
 
 
-def _free_loop(name: str, source: Source, data: DataConfig, batch_size: int, accelerator: Accelerator) -> Loop:
-    augmenter = mixing(name, source, training_view(data, source), batch_size)
-    sampler = Sampler(len(source), batch_size, group=augmenter.group)
-    # buffers: as on a GPU, packed and handed over
-    loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **reading(data))
-    nets = _Constant(source), Teacher(_Constant(source))
-    task = Distillation(*nets, KD(), augmenter, accelerator, len(source.classes))
-    return training_loop(task, loader, DistillOptions(batch_size=batch_size, compile="off"), accelerator)
-
-
 class _Side:
     """One augmentation's loop. Called, it takes a round of steps and returns images a second."""
 
-    def __init__(self, loop: Loop, options: HostOptions) -> None:
-        self.loop, self._steps, self._images = loop, options.steps, options.steps * options.batch_size
+    def __init__(self, name: str, source: Source, data: DataConfig, options: HostOptions, where: Accelerator) -> None:
+        self._steps, size = options.steps, options.batch_size
+        augmenter, self._images = mixing(name, source, training_view(data, source), size), options.steps * size
+        # buffers: as on a GPU, packed and handed over
+        sampler = Sampler(len(source), size, group=augmenter.group)
+        loader = Loader(source, sampler, augmenter.draw_spec, buffers=2, **reading(data))
+        nets = _Constant(source), Teacher(_Constant(source))
+        task = Distillation(*nets, KD(), augmenter, where, len(source.classes))
+        self.loop = loop = training_loop(task, loader, DistillOptions(batch_size=size, compile="off"), where)
         self.parts: list[dict[str, float]] = []  # microseconds an image, round by round
         with (watch := Watch()).over(self._places()):
             loop.step()  # builds, and checks what the first step does

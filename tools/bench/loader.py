@@ -10,6 +10,7 @@ import shutil
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -24,7 +25,6 @@ import yaml
 
 from dalikd.pipelines.data import DataConfig, open_source, open_split, training_view
 from dalikd.pipelines.datasets.file_list import list_folder, manifest_folder, open_tree, scan
-from dalikd.pipelines.draw_spec import DrawSpec
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
@@ -89,7 +89,6 @@ class LoaderOptions:
     output: Path = RESULTS
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that cannot be measured with."""
         counts = dict.fromkeys(("random", "batch_size", "images", "startup"), FROM_1)
         check_numbers(self, {**DATA_RANGES, **counts, "seconds": ABOVE_0, "workers": FROM_0})
         if (self.sweep, self.startup is not None, self.orders is not None).count(True) > 1:
@@ -116,22 +115,21 @@ def run(options: LoaderOptions) -> None:
 
 
 def _job(options: LoaderOptions, device: torch.device) -> Job:
-    data, threads = options.data, options.data.threads or cores()
+    data = replace(options.data, threads=options.data.threads or cores())
     if options.random is None:
         source = open_split(data, "train", 0)
     elif data.root is not None:
         raise ValueError("--random takes the place of a data set: leave out --data.root")
     else:
         count, side = options.random, data.image_size or 32
-        about = {"name": "random", "split": "train", "classes": ("0", "1"), "labels": np.arange(count) % 2}
-        looks = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "image_size": side}
+        about: Any = {"name": "random", "split": "train", "classes": ("0", "1"), "labels": np.arange(count) % 2}
+        about |= {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "image_size": side}
         pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-        source = Source(**about, **looks, arrays=pixels)
+        source = Source(**about, arrays=pixels)
     view = training_view(data, source)
-    batch_size = options.batch_size or (64 if view.size > 96 else 512)
-    workers = threads if options.workers is None else options.workers
-    made = {"prefetch": data.prefetch, "hw_decoder_load": data.hw_decoder_load, "decode": data.decode}
-    return Job(source, view, "identity", batch_size, device, _TYPES[options.precision], threads, workers, **made)
+    batch_size, workers = options.batch_size or (64 if view.size > 96 else 512), options.workers
+    made: Any = {"dtype": _TYPES[options.precision], "workers": data.threads if workers is None else workers}
+    return Job(source, view, batch_size, device, data, **made)
 
 
 def _title(job: Job) -> str:
@@ -154,9 +152,6 @@ def measure(side: Side, job: Job, options: LoaderOptions, cpu: list[float]) -> f
     seconds = time.perf_counter() - started
     cpu.append(1000 * (cpu_seconds() - used) / made)
     return made / seconds
-
-
-# --------------------------------------------------------------------------------------------- the comparison
 
 
 def _compare(record: Record, names: Sequence[str], job: Job, options: LoaderOptions) -> None:
@@ -187,8 +182,7 @@ def _compare(record: Record, names: Sequence[str], job: Job, options: LoaderOpti
     for label in (label for label in varied if label not in record.labels):  # the same in every row
         record.title += f"; {label}: {record.rows[0][label]}"
         record.rows = [{name: cell for name, cell in row.items() if name != label} for row in record.rows]
-    batch_size = min(256, len(job.source))
-    loader = job.loader(Sampler(len(job.source), batch_size), DrawSpec(job.view), _CPU)
+    loader = replace(job, batch_size=min(256, len(job.source))).loader()
     cost = loader_microseconds(loader, batches=6)
     loader.close()
     record.notes.append(f"dalikd's loader on the main thread, an image (see dalikd bench host): {cost:.1f} µs.")
@@ -230,9 +224,6 @@ def _speed(rates: Sequence[float], cpu: Sequence[float]) -> dict[str, Any]:
     return {"images/s": summary(rates), "CPU ms/image": summary(cpu[1:])}  # the first is the warm-up
 
 
-# -------------------------------------------------------------------------------------------------- the sweep
-
-
 def _sweep(record: Record, loader: str, job: Job, options: LoaderOptions) -> None:
     """Try one setting after the other, each with the best of those before, and print the best as config lines."""
     if job.source.arrays is not None:
@@ -246,7 +237,7 @@ def _sweep(record: Record, loader: str, job: Job, options: LoaderOptions) -> Non
 
         def rate(value: Any, setting: str = setting, cpu: dict[str, list[float]] = cpu) -> float:
             """One pipeline is open at a time: each keeps memory and threads of its own."""
-            changed = replace(job, **best, **{setting: value})
+            changed = replace(job, data=replace(job.data, **best, **{setting: value}))
             side = open_side(loader, changed)
             try:
                 return measure(side, changed, options, cpu[str(value)])
@@ -281,9 +272,6 @@ def settings(loader: str) -> dict[str, tuple[Any, ...]]:
     return {**found, "hw_decoder_load": (0.0, 1.0)} if loader == "dalikd-mixed" else found
 
 
-# ------------------------------------------------------------------------------------------- startup and orders
-
-
 def _startup(record: Record, count: int, job: Job, rounds: int) -> None:
     """Scan a tree of `count` files, open it from the cache, hash it, take the first batch."""
     if job.source.files is None:
@@ -298,10 +286,8 @@ def _startup(record: Record, count: int, job: Job, rounds: int) -> None:
         opened = partial(open_source, "imagefolder", root, "train", split=".")
 
         def first_batch() -> None:
-            of_tree = replace(job, source=opened())
-            loader = of_tree.loader(Sampler(count, job.batch_size), DrawSpec(job.view), job.device)
-            loader.next()
-            loader.close()
+            with closing(replace(job, source=opened()).loader(job.device)) as loader:
+                loader.next()
 
         steps: dict[str, Callable[[], object]] = {
             "scan (first start)": lambda: scan(root, list_folder(root).folders),

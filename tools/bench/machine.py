@@ -88,9 +88,6 @@ def settle(longest: float = 5.0) -> None:
         before, now = now, cpu_seconds()
 
 
-# ------------------------------------------------------------------------------------------------- the images
-
-
 def describe(source: Source) -> dict[str, Any] | None:
     """Number of a source's images, and of a sample {"mean", "median", "p95"} of width, height and, for files,
     encoded_bytes; None for those in shards."""

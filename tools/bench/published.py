@@ -4,16 +4,16 @@ What the published code of Wang et al. (NeurIPS 2022, arXiv 2012.02909) does in 
 Pillow decodes and normalises. The student sees the N originals, then the teacher does. Two runs of CutMix, drawn on the
 host, make a pool of 2 N candidates, which the teacher sees in a call of its own. The N of highest entropy are kept; the
 teacher sees these again, then the student. The host reads each term of the loss before the backward pass. That makes
-4 N teacher images a step. Left out is what the published code computes and never reads: interpolated labels and logits.
+4 N teacher images a step. Left out is what the published code computes and never reads.
 
-The first variant is that loop, written anew from its description. Every further variant changes one thing and keeps
-what those before it changed, up to `dalikd distill`'s own step. Nets, loss, optimizer, batch size and precision are the
-same, and all train. From the third on, where the draws come along with the batch, all have the same losses up to
-rounding. Up to dalikd's own step the learning rate is constant, as it is inside an epoch of the published loop.
+The first variant is that loop, written anew from its description. Every further one changes one thing more, up to
+`dalikd distill`'s own step. Nets, loss, optimizer, batch size and precision are the same, and all train; from the third
+on, where the draws come along with the batch, with the same losses up to rounding. Before dalikd's own step the
+learning rate is constant, as it is inside an epoch of the published loop.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,8 +96,8 @@ class AblatedLoop:
     augmenter: Augmenter  # mixes where the draws come with the batch
     autocast: torch.dtype | None = None  # compute type of the student's mixed precision
     seed: int = 0  # of the draws made here
-    sums: dict[str, Any] = field(default_factory=dict)  # of the terms that the host reads
-    meter: Meter = field(default_factory=Meter)  # of those that stay on the device
+    meter: Meter = field(default_factory=Meter)  # of terms that stay on the device
+    read: dict[str, float] = field(default_factory=dict)  # the last ones that the host has read
 
     def __post_init__(self) -> None:
         self.student.train()
@@ -113,7 +113,7 @@ class AblatedLoop:
         mixed = MixedOutputs(answered, of_picked, labels[rows], partner, picked.lam)
         ids, epoch = labels, torch.zeros((), device=labels.device)  # which the published losses do without
         terms = self.loss(StepOutputs(NetOutput(logits), NetOutput(of_teacher), labels, ids, epoch, mixed))
-        self.count(terms, logits, labels)
+        self._count(terms, logits, labels)
         self.optimizer.zero_grad()
         terms["loss"].backward()
         self.optimizer.step()
@@ -143,16 +143,15 @@ class AblatedLoop:
         again = self.teacher(picked.images) if "looks_again" in self.published else pool_logits[picks]
         return logits, picked, again, picks % len(images)
 
-    def count(self, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        """Add up the terms, and how many labels are the best class (as published, also among the five best)."""
+    def _count(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        """Count the terms, and hits: as published among the five best classes too, and read by the host."""
+        hits = (logits.argmax(1) == labels).float().mean()
         if "host_waits" not in self.published:
-            self.meter.add({**terms, "top1": (logits.argmax(1) == labels).float().mean()})
+            self.meter.add({**terms, "top1": hits})
             return
-        read: dict[str, Any] = {name: term.item() * len(labels) for name, term in terms.items()}  # waits, as published
-        ranked = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices.t()
-        hits = ranked.eq(labels.expand_as(ranked))
-        read |= {f"top{depth}": hits[:depth].flatten().float().sum() for depth in (1, 5)}
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in read.items()}
+        ranked = logits.detach().topk(min(5, logits.shape[1])).indices
+        counted = {**terms, "top1": hits, "top5": (ranked == labels[:, None]).any(1).float().mean()}
+        self.read = {name: value.item() for name, value in counted.items()}
 
 
 class Variant(NamedTuple):
@@ -191,7 +190,7 @@ def open_variants(
     loader, workers, size = setup.loader(augmenter.draw_spec), cores(), options.batch_size
     steps = (options.steps + max(2 * workers + 1, options.warmup)) * (options.rounds + 1) + 1
     # enough images for all rounds, without starting anew
-    job = Job(setup.source, setup.view, "identity", size, device, workers=workers, images=steps * size)
+    job = Job(setup.source, setup.view, size, device, workers=workers, images=steps * size)
     if reason := cannot("torchvision-pil", job):
         raise ValueError(f"--data.name {options.data.name}: the published loop's DataLoader lacks {reason}")
     autocast, ahead, variants = autocast_type(options.precision), options.data.prefetch + 1, {}

@@ -117,9 +117,6 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return summary([one / other for one, other in zip(ours, theirs, strict=True)])
 
 
-# ------------------------------------------------------------------------------------------------- writing
-
-
 def begin(benchmark: str, options: Any, accelerator: Accelerator, config: Mapping[str, Any], **known: Any) -> Record:
     """The record of a benchmark that is about to run, with what is `known` of it; `options` have rounds and output.
 

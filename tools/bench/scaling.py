@@ -56,12 +56,12 @@ def run(options: ScalingOptions, config: dict[str, Any]) -> None:
         row["efficiency"] = ratio(own, [count * rate for rate in rates["1"]])
         row["gradient exchange %"] = summary(exchange) if count > 1 else None
         record.rows.append({**row, "data wait %": summary([100 * one["wait_share"] for one in later])})
-    one, most = record.rows[0], record.rows[-1]
-    exchange, wait = (most[f"{name} %"]["median"] for name in ("gradient exchange", "data wait"))
+    (one, *_, most), counts = record.rows, sorted(options.processes)
+    shares = [most[f"{name} %"]["median"] for name in ("gradient exchange", "data wait")]
     record.notes = [
-        f"{most['processes']} processes reach {most['efficiency']['median']:.2f} of {most['processes']} times one "
-        f"process; each has {most['cores each']} cores where one alone has {one['cores each']}; exchanging gradients "
-        f"takes {exchange:.0f} % of a step and waiting for data {wait:.0f} %."
+        f"{counts[-1]} processes reach {most['efficiency']['median']:.2f} of {counts[-1]} times one process; each has "
+        f"{most['cores each']} cores where one alone has {one['cores each']}; exchanging gradients takes "
+        f"{shares[0]:.0f} % of a step and waiting for data {shares[1]:.0f} %."
     ]
     finish(record, options)
 

@@ -5,23 +5,25 @@ distillation needs; the others know none. No side meets the end of an epoch, so 
 to a loader that starts anew with each epoch.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dalikd.kd.backbones.layers import Normalized
+from dalikd.pipelines.data import DataConfig
 from dalikd.pipelines.draw_spec import DrawSpec, View
-from dalikd.pipelines.hardware import Decode, decoding_on
+from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.common import each_tensor, mixing
 from dalikd.tools.bench.record import check_names
-from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter
+from dalikd.trainers.setup import reading
 from dalikd.trainers.teacher_step import Branches
 
 Batches = Generator[tuple[Any, ...], None, None]
@@ -34,34 +36,31 @@ class Job:
 
     source: Source
     view: View
-    augmentation: str
     batch_size: int
     device: torch.device  # where batches end
+    data: DataConfig = field(default_factory=lambda: DataConfig(threads=1))  # how dalikd reads
+    augmentation: str = "identity"
     dtype: torch.dtype = torch.float32  # of the normalised images
-    threads: int = 1  # of DALI
     workers: int = 1  # processes of a DataLoader
-    prefetch: int = 2  # batches that DALI makes ahead
-    hw_decoder_load: float | None = None
-    decode: Decode = "auto"
     images: int = 1_000_000  # that a DataLoader gives before it starts anew, which costs it a pause
 
-    def loader(self, sampler: Sampler, spec: DrawSpec, device: torch.device) -> Loader:
-        """dalikd's, closed by the caller."""
-        made = {"threads": self.threads, "prefetch": self.prefetch, "decode": self.decode}
-        return Loader(self.source, sampler, spec, device=device, hw_decoder_load=self.hw_decoder_load, **made)
+    def loader(self, device: torch.device | None = None, augmenter: Augmenter | None = None) -> Loader:
+        """dalikd's, of base views unless there is an augmenter."""
+        spec = DrawSpec(self.view) if augmenter is None else augmenter.draw_spec
+        sampler = Sampler(len(self.source), self.batch_size, group=1 if augmenter is None else augmenter.group)
+        return Loader(self.source, sampler, spec, device=device or _CPU, **reading(self.data))
 
 
 def _dalikd(job: Job, decoded_on: torch.device) -> Batches:
     """dalikd's loader: uint8 pixels, mixed on the device and normalised there in one pass."""
     augmenter = mixing(job.augmentation, job.source, job.view, job.batch_size)
-    sampler = Sampler(len(job.source), job.batch_size, group=augmenter.group)
     branches = Branches([augmenter])
     normalized = Normalized(torch.nn.Identity(), job.source.mean, job.source.std).to(job.device)
 
     def moved(part: torch.Tensor) -> torch.Tensor:
         return part.contiguous().pin_memory().to(job.device, non_blocking=True)
 
-    with closing(job.loader(sampler, augmenter.draw_spec, decoded_on)) as loader:
+    with closing(job.loader(decoded_on, augmenter)) as loader:
         while True:
             batch = loader.next()
             if decoded_on.type != job.device.type:  # from pinned memory, without waiting
@@ -75,19 +74,15 @@ def _decode(job: Job, decoded_on: torch.device) -> Batches:
     """The windows that dalikd's loader cuts, decoded by as many threads of DALI: nothing else is done."""
     from dalikd.pipelines.graphs import build_graph
 
-    loader = Loader(job.source, Sampler(len(job.source), job.batch_size), DrawSpec(job.view))
-    on_gpu = decoded_on.type == "cuda"
-    decoding = decoding_on(job.source, decoded_on, job.decode, job.hw_decoder_load)
-    sizes: dict[str, Any] = {"batch_size": job.batch_size, "threads": job.threads, "prefetch": job.prefetch}
+    loader, on_gpu = job.loader(), decoded_on.type == "cuda"
+    decoding = decoding_on(job.source, decoded_on, job.data.decode, job.data.hw_decoder_load)
+    sizes: Any = {"batch_size": job.batch_size, "threads": job.data.threads or 1, "prefetch": job.data.prefetch}
     where = {"reader": "files", "device_id": (decoded_on.index or 0) if on_gpu else None, "decoding": decoding}
     view = replace(job.view, crop="window")
     graph: Any = build_graph(lambda info: loader.feed(info.iteration), view, **where, **sizes)
     stream = (torch.cuda.current_stream(decoded_on),) if on_gpu else ()
     while True:
         yield graph.run(*stream)
-
-
-# ------------------------------------------------------------------------------------------ the other loaders
 
 
 def _on_device(job: Job, batches: Any) -> Batches:
@@ -161,20 +156,6 @@ def _timm_batches(job: Job) -> Any:
     return create_loader(images, batch_size=job.batch_size, persistent_workers=job.workers > 0, **looks, **moved)
 
 
-# -------------------------------------------------------------------------------------------------- the table
-
-
-class _Backend(NamedTuple):
-    """A loader: how to open it, and what it can do."""
-
-    open: Callable[[Job], Batches]
-    needs_gpu: bool = False
-    dali: bool = False
-    stores: Sequence[str] = ("files", "resident")
-    crops: Sequence[str] = ("random_resized_crop", "pad_crop")
-    augmentations: Sequence[str] = ("identity",)
-
-
 class Side(NamedTuple):
     """A loader that runs."""
 
@@ -182,27 +163,35 @@ class Side(NamedTuple):
     ahead: int  # batches that may be ready before they are asked for
 
 
-_OURS: Any = {"dali": True, "augmentations": tuple(AUGMENTATIONS)}
-_OURS |= {"stores": ("files", "resident", "webdataset", "tfrecord")}
-_RESIZED: Any = {"crops": ("random_resized_crop",)}
-_WINDOWS: Any = {"dali": True, "stores": ("files",), **_RESIZED}
+class _Backend(NamedTuple):
+    """A loader: how to open it, and what it can do."""
+
+    open: Callable[[Job], Batches]
+    can: Collection[str]
+    dali: bool = False
+    needs_gpu: bool = False
+
+
+_ALL = {*AUGMENTATIONS, "files", "resident", "webdataset", "tfrecord", "random_resized_crop", "pad_crop"}
+_BASE = {"identity", "files", "resident", "random_resized_crop", "pad_crop"}
+_WINDOWS = {"identity", "files", "random_resized_crop"}
 
 #: The loaders by name.
 BACKENDS: dict[str, _Backend] = {
-    "dalikd": _Backend(lambda job: _dalikd(job, _CPU), **_OURS),
-    "dalikd-mixed": _Backend(lambda job: _dalikd(job, job.device), needs_gpu=True, **_OURS),
-    "torchvision-pil": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=True))),
-    "torchvision-io": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=False))),
-    "timm": _Backend(lambda job: _on_device(job, _timm_batches(job)), **_RESIZED),
-    "decode": _Backend(lambda job: _decode(job, _CPU), **_WINDOWS),
-    "decode-mixed": _Backend(lambda job: _decode(job, job.device), needs_gpu=True, **_WINDOWS),
+    "dalikd": _Backend(lambda job: _dalikd(job, _CPU), _ALL, dali=True),
+    "dalikd-mixed": _Backend(lambda job: _dalikd(job, job.device), _ALL, dali=True, needs_gpu=True),
+    "torchvision-pil": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=True)), _BASE),
+    "torchvision-io": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=False)), _BASE),
+    "timm": _Backend(lambda job: _on_device(job, _timm_batches(job)), _BASE - {"pad_crop"}),
+    "decode": _Backend(lambda job: _decode(job, _CPU), _WINDOWS, dali=True),
+    "decode-mixed": _Backend(lambda job: _decode(job, job.device), _WINDOWS, dali=True, needs_gpu=True),
 }
 
 
 def open_side(name: str, job: Job) -> Side:
     """A loader; DALI's starts with its first batch."""
     backend = BACKENDS[name]
-    return Side(backend.open(job), 1 + (job.prefetch if backend.dali else max(1, 2 * job.workers)))
+    return Side(backend.open(job), 1 + (job.data.prefetch if backend.dali else max(1, 2 * job.workers)))
 
 
 def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
@@ -224,9 +213,5 @@ def store_of(source: Source) -> str:
 
 def cannot(name: str, job: Job) -> str | None:
     """What a loader lacks for a job, or None."""
-    backend, store = BACKENDS[name], store_of(job.source)
-    if store not in backend.stores:
-        return f"a reader of {store} images"
-    if job.view.crop not in backend.crops:
-        return job.view.crop
-    return None if job.augmentation in backend.augmentations else job.augmentation
+    wanted = store_of(job.source), job.view.crop, job.augmentation
+    return next((word for word in wanted if word not in BACKENDS[name].can), None)

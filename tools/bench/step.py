@@ -1,8 +1,7 @@
 """`dalikd bench step`: what a training step of a distillation costs, and what its data cost it.
 
-Four sides take turns in one process, with one and the same step: a on batches that stay on the device, the loader
-stopped; b on the same batches, with the loader running: one batch is taken for each and thrown away; c on real data, as
-in training; d the loader alone.
+Four sides take turns with one and the same step: a on batches that stay on the device, the loader stopped; b on the
+same, with the loader running: one batch is taken for each and thrown away; c on real data; d the loader alone.
 
 c/a is what data really cost. b/a is what they cost without anybody waiting for them: cores, memory, and the GPU that
 decodes. The time that a step waits for data hides that part: on a GPU what it does and waits from the end of a step to
@@ -140,9 +139,6 @@ def step_flops(loop: Loop, batch: Batch) -> dict[str, float]:
             loop.accelerator.backward(loop.model(inputs)["loss"])
     loop.optimizer.zero_grad()
     return {"teacher": looked.get_total_flops() / len(batch), "student": learned.get_total_flops() / len(batch)}
-
-
-# ------------------------------------------------------------------------------------------------- the benchmark
 
 
 def run(options: StepOptions, config: dict[str, Any]) -> None:

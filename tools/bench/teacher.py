@@ -1,14 +1,11 @@
 """What `dalikd measure` costs. `dalikd bench teacher` compares it, for each augmentation, with its teacher alone.
 
-Three sides go over the same number of images, with the same teacher calls on batches of the same sizes: measure, the
-command's own loop (loader, mixing, teacher, entropy and choice, T. stddev); loaded teacher, without entropy, choice and
-metric; teacher alone, on kept batches of originals and candidates, without loader. Where a student scores the
-candidates, the teacher sees the originals and as many candidates as are picked; the student's forwards are then a cost
-of measure alone.
+Three sides have the same teacher calls on batches of the same sizes: measure, the command's own loop; loaded teacher,
+without entropy, choice and metric; teacher alone, on kept batches, without loader. Where a student scores candidates,
+the teacher sees as many as are picked; the student's forwards are then a cost of measure alone.
 
-`dalikd bench passes` compares one pass for all augmentations with a pass for each. Both sides end in the same figures.
-In one pass an image is read and decoded once, and the teacher sees the originals, and whatever several augmentations
-have in common, once.
+`dalikd bench passes` compares one pass for all augmentations with a pass for each: in one pass an image is decoded
+once, and the teacher sees the originals, and whatever several augmentations have in common, once.
 """
 
 from collections.abc import Callable, Iterable, Sequence

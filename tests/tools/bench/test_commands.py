@@ -107,9 +107,6 @@ def test_every_plan_is_a_command_that_parses(tmp_path, parsed):
     assert [one["--compile"] for one in given if "--teacher.name" in one].count("off") == 1  # to be compared with
 
 
-# ------------------------------------------------------------------------------------------------ the first hour
-
-
 def _python(code: str, seconds: float = 30, kind: str = "own") -> Item:
     return Item(seconds, kind, ("-c", code))
 

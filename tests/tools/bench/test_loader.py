@@ -79,8 +79,8 @@ def test_stores_and_augmentations_have_columns_and_what_a_loader_lacks_is_told(m
     ]
     assert "-sources-augmentations" in record.variant
     assert record.notes[:2] == [
-        "timm is left out where it has none of these: pad_crop, a reader of tfrecord images.",
-        "torchvision-io is left out where it has none of these: a reader of tfrecord images, cutmix.",
+        "timm is left out where it has none of these: pad_crop, tfrecord.",
+        "torchvision-io is left out where it has none of these: tfrecord, cutmix.",
     ]
 
 
@@ -153,7 +153,7 @@ def test_orders_have_time_and_memory(measured):
 
 @pytest.mark.parametrize(("wanted", "taken"), [(20, 3 + 2), (21, 3 + 3), (None, None)])
 def test_a_measurement_leaves_out_what_lay_ready_and_ends_in_time(source, wanted, taken):
-    job, counted, cpu = Job(source, View(32, "pad_crop"), "identity", 10, CPU), _Taken(), []
+    job, counted, cpu = Job(source, View(32, "pad_crop"), 10, CPU), _Taken(), []
     rate = measure(counted.side, job, LoaderOptions(seconds=0.05, images=wanted), cpu)
     assert len(cpu) == 1
     assert counted.count == taken or 0.5 * rate * 0.05 < 10 * (counted.count - 3) <= 1.5 * rate * 0.05
@@ -179,9 +179,6 @@ def test_mistakes_are_one_line(refused, small_images, tmp_path, arguments, messa
     data = ["--data.root", small_images, "--data.train_split", ".", "--data.image_size", 32, "--workers", 0]
     assert message in refused("loader", "--output", tmp_path, *data, *arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---------------------------------------------------------------------------------------------------- sides
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +245,7 @@ def test_decode_decodes_the_windows_that_dalikd_resizes(photos, monkeypatch):
 
 def test_workers_go_when_a_side_is_closed(plain):
     before = set(psutil.Process().children())
-    side = open_side("timm", Job(plain, View(24, "random_resized_crop"), "identity", 4, CPU, workers=2, images=40))
+    side = open_side("timm", Job(plain, View(24, "random_resized_crop"), 4, CPU, workers=2, images=40))
     next(side.batches)
     assert side.ahead == 5
     started = [child for child in psutil.Process().children() if child not in before]
@@ -272,7 +269,7 @@ def test_what_a_loader_can_do_is_known(plain):
     assert runnable(["all"], CPU) == ["dalikd", *PEERS, "decode"]
     assert runnable(["timm", "dalikd", "timm"], CPU) == ["timm", "dalikd"]
     assert runnable(["all"], torch.device("cuda")) == list(BACKENDS)
-    job = Job(plain, View(24, "random_resized_crop"), "identity", 4, CPU)
+    job = Job(plain, View(24, "random_resized_crop"), 4, CPU)
     assert [cannot(name, job) for name in BACKENDS] == [None] * len(BACKENDS)
     assert cannot("timm", dataclasses.replace(job, view=View(24, "pad_crop"))) == "pad_crop"
     for name in AUGMENTATIONS:
@@ -282,4 +279,4 @@ def test_what_a_loader_can_do_is_known(plain):
             (cannot("torchvision-io", changed) is None) == (cannot("decode", changed) is None) == (name == "identity")
         )
     arrays = dataclasses.replace(plain, files=None, arrays=np.zeros((12, 8, 8, 3), np.uint8))
-    assert cannot("decode", dataclasses.replace(job, source=arrays)) == "a reader of resident images"
+    assert cannot("decode", dataclasses.replace(job, source=arrays)) == "resident"

@@ -139,9 +139,6 @@ def test_the_command_is_what_a_user_types(monkeypatch, words, expected):
     assert Record("x").command == expected
 
 
-# --------------------------------------------------------------------------------------------- README's table
-
-
 def test_the_newest_of_each_stands_between_the_marks(tmp_path):
     for date, rate, changes in (
         ("2031-02-01", 200.0, {}),
