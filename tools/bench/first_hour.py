@@ -139,7 +139,7 @@ def items(root: Path, output: Path, device: str) -> dict[str, Item]:
     """The items in their order."""
     words = {**_SHARED, **_WORDS[device], "ROOT": shlex.quote(str(root)), "DEVICE": device}
     found: dict[str, Item] = {}
-    for line in _ITEMS.strip().splitlines():
+    for line in _ITEMS.replace("LITTLE", words["LITTLE"]).replace("MUCH", words["MUCH"]).strip().splitlines():
         seconds, name, kind, *rest = fill(line, words)
         if kind != "tests":
             rest = ["-m", "dalikd.tools.bench", *rest, "--output", str(output / f"{name}.json")]

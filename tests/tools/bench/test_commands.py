@@ -200,6 +200,7 @@ def test_items_are_commands_that_parse(tmp_path, parsed, device):
             assert parsed[-1].batch_size == (384 if device == "cuda" else 16)
             assert (parsed[-1].compile == "off") == (device == "cpu")
     assert len(parsed) == 7
+    assert ("sweep-16" if device == "cuda" else "sweep-2") in items
     assert sum(item.seconds for item in items.values()) < 2 * 540
 
 

@@ -84,12 +84,6 @@ def test_stores_and_augmentations_have_columns_and_what_a_loader_lacks_is_told(m
     ]
 
 
-def test_random_images_need_no_data_set(measured):
-    record, _ = measured("--random", 60, "--backends", "dalikd", data=())
-    assert record.variant == "random-32"
-    assert record.page_cache == "no files."
-
-
 @pytest.mark.parametrize("threads", ["null", 1])
 def test_a_sweep_prints_config_lines_and_keeps_one_pipeline_open(measured, monkeypatch, threads):
     opened = []
@@ -121,6 +115,7 @@ def test_a_sweep_takes_the_smallest_that_is_good_enough(monkeypatch):
 
 def test_startup_measures_scan_and_cache(measured, monkeypatch):
     monkeypatch.setattr(loader, "_SETTLED_SECONDS", 2.1)
+    monkeypatch.setattr(loader, "_MOST_LINKS", 15)
     record, _ = measured("--startup", 40)
     assert [row["what"] for row in record.rows] == [
         "scan (first start)",
@@ -128,20 +123,7 @@ def test_startup_measures_scan_and_cache(measured, monkeypatch):
         "open and hash (for checkpoints)",
         "open, build, first batch of 20",
     ]
-    assert record.notes[0] == "The tree: 40 files in 40 class folders, hard links to 1 of the images."
-
-
-def test_a_tree_grows_from_links(small_images, tmp_path, monkeypatch):
-    paths = sorted(small_images.glob("*/*.jpg"))[:3]
-    monkeypatch.setattr(loader, "_MOST_LINKS", 4)
-    monkeypatch.setattr(loader, "_CLASSES", 5)
-    text = loader.grow_tree(paths, tmp_path / "tree", 10)
-    files = sorted((tmp_path / "tree").glob("*/*"))
-    assert text == "The tree: 10 files in 5 class folders, hard links to 3 of the images."
-    assert [path.parent.name for path in files] == [f"class{number // 2:04d}" for number in range(10)]
-    assert [path.read_bytes() for path in files] == [paths[number // 4].read_bytes() for number in range(10)]
-    assert len({path.stat().st_ino for path in files}) == 3
-    assert all(path.stat().st_nlink == 1 for path in paths)
+    assert record.notes[0] == "The tree: 40 files in 40 class folders, hard links to 3 of the images."
 
 
 def test_orders_have_time_and_memory(measured):

@@ -9,19 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalikd.tools.bench.record import (
-    Record,
-    alternate,
-    begin,
-    check_names,
-    load,
-    markdown,
-    ratio,
-    summary,
-    table,
-    write,
-    write_tables,
-)
+from dalikd.tools.bench import record as bench_record
+from dalikd.tools.bench.record import Record, alternate, check_names, load, markdown, ratio, summary, table, write
+from dalikd.tools.bench.record import write_tables as tables
 
 ROOT = Path(__file__).parents[3]
 README = "# x\n\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\n\nafter\n"
@@ -68,7 +58,9 @@ def test_a_benchmark_begins_with_what_can_be_measured(tmp_path):
     one, two = (SimpleNamespace(device=torch.device("cpu"), num_processes=count) for count in (1, 2))
 
     def started(accelerator=one, rounds=2, output=tmp_path / "new" / "folder", name="x"):
-        return begin(name, SimpleNamespace(rounds=rounds, output=output), accelerator, {"path": tmp_path}, plotted="s")
+        return bench_record.begin(
+            name, SimpleNamespace(rounds=rounds, output=output), accelerator, {"path": tmp_path}, plotted="s"
+        )
 
     assert (started().config, started().plotted) == ({"path": str(tmp_path)}, "s")
     assert started(two, output=tmp_path / "new.json", name="step").environment["torch"]
@@ -150,9 +142,9 @@ def test_the_newest_of_each_stands_between_the_marks(tmp_path):
     (tmp_path / "2029-01-01-loader.json").write_text('{"what": "an earlier form"}')
     (tmp_path / "README.md").write_text(README)
     with pytest.raises(ValueError, match=r"not up to date: run dalikd bench tables"):
-        write_tables(tmp_path, check=True)
+        tables(tmp_path, check=True)
     assert (tmp_path / "README.md").read_text() == README
-    write_tables(tmp_path)
+    tables(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# x\n\n<!-- benchmarks -->\n\n| what | medians | where, when |\n")
     assert text.endswith("<!-- /benchmarks -->\n\nafter\n")
@@ -161,14 +153,14 @@ def test_the_newest_of_each_stands_between_the_marks(tmp_path):
     ]
     assert "| [What was measured](2031-02-01-loader-photos-cpu.md) | files, ours: 200; " in text
     assert "| Some CPU, 2 cores, 2031-02-01 |" in text
-    write_tables(tmp_path, check=True)
+    tables(tmp_path, check=True)
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="lacks the marks"):
-        write_tables(tmp_path)
+        tables(tmp_path)
 
 
 def test_the_published_records_are_read_and_their_table_is_up_to_date():
     records = [load(path) for path in sorted((ROOT / "docs/benchmarks").glob("*.json"))]
     assert sum(record is not None for record in records) >= 15
     assert all(markdown(record).count("\n") > 5 for record in records if record is not None)
-    write_tables(check=True)
+    tables(check=True)
