@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from dalikd.pipelines.loader import Loader
 from dalikd.tools.bench.common import PublishedOptions, describe_run, teacher_net, training_loop
 from dalikd.tools.bench.machine import cores, settle
 from dalikd.tools.bench.record import alternate, begin, finish, ratio, summary, timed
-from dalikd.tools.bench.sides import Job, cannot, endless, torchvision_batches
+from dalikd.tools.bench.sides import Job, cannot, torchvision_batches
 from dalikd.tools.bench.step import step_flops
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type, start
@@ -97,7 +98,7 @@ class AblatedLoop:
     autocast: torch.dtype | None = None  # compute type of the student's mixed precision
     seed: int = 0  # of the draws made here
     meter: Meter = field(default_factory=Meter)  # of terms that stay on the device
-    read: dict[str, float] = field(default_factory=dict)  # the last ones that the host has read
+    sums: dict[str, Any] = field(default_factory=dict)  # of those that the host reads, and of hits
 
     def __post_init__(self) -> None:
         self.student.train()
@@ -144,14 +145,14 @@ class AblatedLoop:
         return logits, picked, again, picks % len(images)
 
     def _count(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        """Count the terms, and hits: as published among the five best classes too, and read by the host."""
-        hits = (logits.argmax(1) == labels).float().mean()
+        """Add up the terms, and how many labels are the best class (as published, also among the five best)."""
         if "host_waits" not in self.published:
-            self.meter.add({**terms, "top1": hits})
+            self.meter.add({**terms, "top1": (logits.argmax(1) == labels).float().mean()})
             return
-        ranked = logits.detach().topk(min(5, logits.shape[1])).indices
-        counted = {**terms, "top1": hits, "top5": (ranked == labels[:, None]).any(1).float().mean()}
-        self.read = {name: value.item() for name, value in counted.items()}
+        read = {name: term.item() for name, term in terms.items()}  # waits for the device, as published
+        hits = (logits.detach().topk(min(5, logits.shape[1])).indices == labels[:, None]).float().sum(0).cumsum(0)
+        for name, value in {**read, "top1": hits[0], "top5": hits[-1]}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 class Variant(NamedTuple):
@@ -232,7 +233,7 @@ def _batches(published: frozenset[str], loader: Loader, student: Normalized, lay
 
 
 def _pil_batches(job: Job, student: Normalized) -> Any:
-    for images, labels in endless(torchvision_batches(job, pil=True)):
+    for images, labels in chain.from_iterable(repeat(torchvision_batches(job, pil=True))):
         # to the device first: images.to(device, dtype) converts on the CPU
         yield images.to(job.device).to(student.scale.dtype), labels.to(job.device), ()
 

@@ -8,6 +8,7 @@ to a loader that starts anew with each epoch.
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,14 +87,8 @@ def _decode(job: Job, decoded_on: torch.device) -> Batches:
 
 
 def _on_device(job: Job, batches: Any) -> Batches:
-    for images, _ in endless(batches):
+    for images, _ in chain.from_iterable(repeat(batches)):
         yield (images.to(job.device, non_blocking=True).to(job.dtype),)  # .to(device, dtype) converts on the CPU
-
-
-def endless(batches: Any) -> Generator[Any, None, None]:
-    """Batches of a DataLoader, epoch after epoch."""
-    while True:
-        yield from batches
 
 
 class _Images(torch.utils.data.Dataset):
