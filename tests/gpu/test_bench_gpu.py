@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dalikd.tools.bench import common, rounds, step
+from dalikd.tools.bench import common, step
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
 
@@ -44,30 +44,30 @@ def made(request, cifar, small_images):
 
 
 def test_all_sides_are_measured(made):
-    found = step.measure(*made)
+    _, rounds, parts = step.measure(*made)
     for side in "abc":
-        for one in found.rounds[side]:
+        for one in rounds[side]:
             assert 0.5 * one.seconds < sum(one.steps) < 1.05 * one.seconds  # the clocks of device and host
             assert 0 <= one.waited < one.seconds
             assert one.memory > 1 << 20
-    assert min(min(seconds.values()) for seconds in found.parts) > 0
+    assert min(min(seconds.values()) for seconds in parts) > 0
 
 
 def test_kept_batches_outlive_the_loaders_buffers(made):
     loop, _ = made
-    kept = rounds.keep_batches(loop.loader, 2)
-    before = [batch.images.clone() for batch in kept]
+    kept = step.keep_batches(loop.loader, 2)
+    before = [kept().images.clone() for _ in range(2)]
     for _ in range(6):
         loop.loader.next()
     torch.cuda.synchronize()
-    assert all(torch.equal(batch.images, images) for batch, images in zip(kept, before, strict=True))
+    assert all(torch.equal(kept().images, images) for images in before)
 
 
 def test_measured_steps_do_not_wait_for_the_device(made):
     loop, _ = made
     loop.step()
     loop.step()
-    kept, step_of_loop = rounds.replayed(rounds.keep_batches(loop.loader)), loop.step
+    kept, step_of_loop = step.keep_batches(loop.loader), loop.step
 
     def watched() -> None:
         torch.cuda.set_sync_debug_mode("error")
@@ -77,4 +77,4 @@ def test_measured_steps_do_not_wait_for_the_device(made):
             torch.cuda.set_sync_debug_mode("default")
 
     loop.step = watched
-    assert rounds.step_round(loop, kept, 3, 2).seconds > 0
+    assert step.step_round(loop, kept, 3, 2).seconds > 0

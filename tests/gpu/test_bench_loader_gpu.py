@@ -19,7 +19,7 @@ def test_every_side_ends_on_the_gpu(photos, name, dtype):
         pytest.importorskip("nvidia.dali")
     source = open_source("imagefolder", photos, "train", split=".")
     device = torch.device("cuda", 0)
-    side = open_side(name, Job(source, View(64, "random_resized_crop"), "identity", 4, device, dtype, images=100))
+    side = open_side(name, Job(source, View(64, "random_resized_crop"), 4, device, dtype=dtype, images=100))
     (images,) = next(side.batches)
     side.batches.close()
     assert images.device.type == "cuda"
@@ -32,7 +32,7 @@ def test_every_side_ends_on_the_gpu(photos, name, dtype):
 @pytest.mark.parametrize("augmentation", ["crop_flip", "cutmixpick_teacher"])
 def test_what_was_decoded_on_the_cpu_is_mixed_as_on_the_gpu(photos, augmentation):
     source = open_source("imagefolder", photos, "train", split=".")
-    job = Job(source, View(64, "random_resized_crop"), augmentation, 4, torch.device("cuda", 0))
+    job = Job(source, View(64, "random_resized_crop"), 4, torch.device("cuda", 0), augmentation=augmentation)
     sides = [open_side(name, job) for name in ("dalikd", "dalikd-mixed")]
     one, two = [next(side.batches) for side in sides]
     for side in sides:

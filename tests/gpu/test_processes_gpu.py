@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,6 @@ from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
 from dalikd.tools import distill
-from dalikd.tools.bench.first_hour import stop_and_resume
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("two_gpus")]
 
@@ -95,8 +96,28 @@ def _rank(process: psutil.Process) -> str | None:
         return None
 
 
+def _stop_and_resume(words: list[str], run_folder: Path, stop: Callable[[psutil.Process], None]) -> dict[str, int]:
+    """Distil on two processes, have them stopped once 20 steps are done, and go on to the end. The steps "seen" before
+    it was stopped, "saved", and in the end ("steps")."""
+    distill = [*LAUNCHER, "-m", "dalikd.tools.distill"]
+    log, seen = run_folder / "log.jsonl", 0
+    first = psutil.Popen([*distill, *words, "--log_every", "10", "--output", str(run_folder)])
+    while first.poll() is None and seen < 20:
+        time.sleep(0.05)
+        lines = log.read_text().splitlines() if log.exists() else []
+        seen = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    if first.poll() is None:
+        stop(first)
+    first.wait()
+    saved = torch.load(run_folder / "last/trainer.pt", map_location="cpu", weights_only=False)["step"]
+    subprocess.run([*distill, "--resume", str(run_folder)], check=True)
+    results = _results(run_folder)
+    assert results["finished"]
+    return {"seen": seen, "saved": saved, "steps": results["steps"]}
+
+
 @pytest.mark.parametrize("stop", [_all_children, _one_child])
 def test_a_signal_stops_all_at_one_step_and_the_run_goes_on(common, tmp_path, stop):
     words = [*common, "--model", "resnet8", "--augmentation", "cutmixpick_teacher", "--eval_every", "1000"]
-    found = stop_and_resume([*words, "--epochs", "100"], tmp_path / "run", stop)
+    found = _stop_and_resume([*words, "--epochs", "100"], tmp_path / "run", stop)
     assert found["seen"] <= found["saved"] < found["steps"] == 500

@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW
 from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig
 from dalikd.tools import correlate, demo, prepare
-from dalikd.tools.bench import commands, first_hour, host, images, loader, tables
+from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
 from dalikd.tools.layers import OPTIONS, options_class
 from dalikd.tools.signature import expand_path, is_path, option_types
@@ -423,7 +423,7 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 #: every option that is a path
 PATHS = {
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
-    *("checkpoint", "entropy_log", "points", "plot", "root", "folder", "target", "readme", "benchmarks"),
+    *("checkpoint", "entropy_log", "points", "plot", "root", "folder", "target"),
 }
 #: the options of commands that share no configs
 ALONE = {
@@ -434,8 +434,8 @@ ALONE = {
     "bench host": host.HostOptions,
     "bench first-hour": first_hour.run,
     "bench all": commands.run_all,
-    "bench images": images.repeat_images,
-    "bench tables": tables.run,
+    "bench images": machine.repeat_images,
+    "bench tables": record.write_tables,
 }
 
 

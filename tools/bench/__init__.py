@@ -1,15 +1,12 @@
-"""Benchmarks: `dalikd bench NAME`, each also `python -m dalikd.tools.bench NAME`.
+"""Benchmarks: `dalikd bench NAME`, each also `python -m dalikd.tools.bench NAME`. commands.py lists them.
 
 A benchmark is a function of its options that measures candidates in turn (`record.alternate`) and fills a
-`record.Record`, which becomes JSON, a table and a plot. commands.py lists them, and what `all` runs of them.
+`record.Record`, which becomes JSON, a table and a plot.
 """
 
-import importlib
-from collections.abc import Sequence
 
-__all__ = ["main"]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run `dalikd bench NAME …`."""
-    importlib.import_module("dalikd.tools.bench.commands").main(argv)
+    from dalikd.tools.bench import commands
+
+    commands.main(argv)

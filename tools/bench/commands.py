@@ -1,12 +1,15 @@
-"""`dalikd bench NAME`: the benchmarks, their command lines, and `dalikd bench all`, which runs them one by one."""
+"""`dalikd bench NAME`: the benchmarks, their command lines, and `dalikd bench all`, which runs them one by one.
+
+A new one is one file with a `run`, one line in _LISTED and, where `all` runs it, one line in _PLANS.
+"""
 
 import importlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
@@ -15,57 +18,51 @@ from dalikd.tools.cli import run_command, run_function
 from dalikd.tools.layers import OPTIONS
 from dalikd.trainers.tracking import check_writable
 
-__all__ = ["BENCHMARKS", "Planned", "fill", "main", "planned", "run_all"]
-
-
+_LISTED = """
+loader     loader.run            decode and augment: images a second of dalikd's loader and of others at the same work
+step       step.run              a training step: real data against resident batches, teacher and student, waits
+host       host.run              the main thread in a training step: microseconds of Python an image, operators a step
+teacher    teacher.run           dalikd measure against its teacher alone: cost of loading, mixing, picking and metric
+passes     teacher.run_passes    dalikd measure: all augmentations in one pass over the data against a pass for each
+published  published.run         the training step against the published CutMixPick loop, one ablation at a time
+scaling    scaling.run           one process against several: images a second and efficiency
+first-hour first_hour.run        what a new GPU machine is asked first, within nine minutes
+all        commands.run_all      those of this machine, one after the other, into one folder
+images     machine.repeat_images copies of photos under new names, for a set that exceeds the page cache
+tables     record.write_tables   the table of the newest results in docs/benchmarks/README.md
+"""
 #: name -> MODULE.FUNCTION in this folder, and what it measures.
-BENCHMARKS = {
-    "loader": (
-        "loader.run", "decode and augment: images a second of dalikd's loader and of others that do the same work",
-    ),
-    "step": ("step.run", "a training step: real data against resident batches, teacher and student, waits"),
-    "host": ("host.run", "the main thread in a training step: microseconds of Python an image, operators a step"),
-    "teacher": (
-        "teacher.run", "dalikd measure against its teacher alone: what loading, mixing, picking and the metric cost",
-    ),
-    "passes": (
-        "teacher.run_passes", "dalikd measure: all augmentations in one pass over the data against a pass for each",
-    ),
-    "published": ("published.run", "the training step against the published CutMixPick loop, one ablation at a time"),
-    "scaling": ("scaling.run", "one process against several: images a second and efficiency"),
-    "first-hour": ("first_hour.run", "what a new GPU machine is asked first, within nine minutes"),
-    "all": ("commands.run_all", "those of this machine, one after the other, into one folder"),
-    "images": ("images.repeat_images", "copies of photos under new names, for a set that exceeds the page cache"),
-    "tables": ("tables.run", "the table of the newest results in docs/benchmarks/README.md"),
-}  # fmt: skip
+BENCHMARKS = {name: (place, text) for name, place, text in (line.split(None, 2) for line in _LISTED.splitlines()[1:])}
+# What benchmarks start: a process of `scaling`, items of `first-hour`.
+_PARTS = {"scaling-worker": "scaling.work", "versions": "first_hour.versions", "decoders": "first_hour.decoders"}
 
-# What `all` runs: [GPUs needed] name, options. On a GPU a step of fewer images, or in eager code, is as long as its
+# What `all` runs: GPUs needed, name, options. On a GPU a step of fewer images, or in eager code, is as long as its
 # launches take; one row of step is eager, to be compared with. On a CPU nets are small: two processes have half of it.
 _PLANS = """
-loader DATA
-loader DATA --backends dalikd --augmentations all
-loader DATA --backends dalikd --sources files webdataset tfrecord
-loader DATA --sweep true
-loader DATA --startup 1281167
-loader --random 50000 --data.image_size 32
-loader --orders 1281167 14000000
+0 loader DATA
+0 loader DATA --backends dalikd --augmentations all
+0 loader DATA --backends dalikd --sources files webdataset tfrecord
+0 loader DATA --sweep true
+0 loader DATA --startup 1281167
+0 loader --random 50000 --data.image_size 32
+0 loader --orders 1281167 14000000
 1 loader DATA GPU
 1 loader DATA GPU --backends dalikd dalikd-mixed --augmentations all
-step DATA VAL --data.image_size 224 --teacher.name timm:resnet18 --model timm:resnet10t --batch_size 16 --mix.group 16 \
-    --device cpu --steps 4 --warmup 2
+0 step DATA VAL --data.image_size 224 --teacher.name timm:resnet18 --model timm:resnet10t --batch_size 16 \
+    --mix.group 16 --device cpu --steps 4 --warmup 2
 1 step DATA VAL --data.image_size 224 LARGE PICKS GPU --compile off
 1 step DATA VAL --data.image_size 224 LARGE PICKS GPU --compile max-autotune-no-cudagraphs
 1 step DATA VAL --data.image_size 224 LARGE --loss.kd_mix_share 0 GPU --compile max-autotune-no-cudagraphs
 1 step DATA VAL --data.image_size 32 WIDE PICKS
 1 step DATA VAL --data.image_size 64 WIDE PICKS
-host DATA
-teacher DATA --teacher.name resnet56 --model resnet20 --data.image_size 32 --images 500
+0 host DATA
+0 teacher DATA --teacher.name resnet56 --model resnet20 --data.image_size 32 --images 500
 1 teacher DATA LARGE GPU COMPILED --images 7680
-passes DATA --teacher.name resnet20 --model resnet8 --data.image_size 64 --images 1000
+0 passes DATA --teacher.name resnet20 --model resnet8 --data.image_size 64 --images 1000
 1 passes DATA LARGE GPU COMPILED --images 7680
-published DATA VAL --teacher.name resnet56 --model resnet20 --data.image_size 32 --steps 10
+0 published DATA VAL --teacher.name resnet56 --model resnet20 --data.image_size 32 --steps 10
 1 published DATA VAL LARGE GPU COMPILED
-scaling DATA VAL --data.image_size 32 --teacher.name resnet56 --model resnet8 PICKS --device cpu --processes 1 2 \
+0 scaling DATA VAL --data.image_size 32 --teacher.name resnet56 --model resnet8 PICKS --device cpu --processes 1 2 \
     --steps 10 --warmup 2
 2 scaling DATA VAL --data.image_size 224 LARGE PICKS GPU COMPILED --processes 1 2
 """
@@ -80,23 +77,13 @@ _WORDS = {
 }
 
 
-class Planned(NamedTuple):
-    """A command that `all` runs."""
-
-    name: str
-    arguments: tuple[str, ...]
-    gpus: int  # that it needs
-
-
-def planned(root: Path, only: Sequence[str] | None = None) -> list[Planned]:
-    """The commands for a folder of class folders with photos. Raises ValueError: a name in `only` is no benchmark."""
-    data = {"DATA": shlex.join(["--data.root", str(root), "--data.train_split", "."])}
-    plans = []
-    for line in _PLANS.strip().splitlines():
-        gpus, *words = fill(line if line[0].isdigit() else f"0 {line}", {**_WORDS, **data})
-        plans.append(Planned(words[0], tuple(words[1:]), int(gpus)))
-    names = list(dict.fromkeys(plan.name for plan in plans))
-    return [plan for name in check_names("--only", only or names, names) for plan in plans if plan.name == name]
+def planned(root: Path, only: Sequence[str] | None = None) -> list[tuple[int, str, list[str]]]:
+    """What `all` runs on class folders with photos: GPUs needed, name, options."""
+    words = {**_WORDS, "DATA": shlex.join(["--data.root", str(root), "--data.train_split", "."])}
+    lines = [fill(line, words) for line in _PLANS.strip().splitlines()]
+    names = list(dict.fromkeys(name for _, name, *_ in lines))
+    wanted = check_names("--only", only or names, names)
+    return [(int(gpus), name, more) for wish in wanted for gpus, name, *more in lines if name == wish]
 
 
 def fill(line: str, words: Mapping[str, str]) -> list[str]:
@@ -120,14 +107,12 @@ def run_all(root: Path, output: Path = RESULTS, only: list[str] | None = None, d
         raise FileNotFoundError(f"--root {root} is not a folder: name one that holds class folders with photos")
     check_writable("--output", output / "x.json")
     there, failed = torch.cuda.device_count(), []
-    for name, arguments, gpus in planned(root, only):
-        command = ["-m", "dalikd.tools.bench", name, *arguments, "--output", str(output)]
+    for gpus, name, options in planned(root, only):
+        command = ["-m", "dalikd.tools.bench", name, *options, "--output", str(output)]
         line = f"python {shlex.join(command)}"
-        if gpus > there:
-            print(f"not run, as it needs {gpus} GPU(s) and this machine has {there}: {line}", flush=True)
-            continue
-        print(line, flush=True)
-        if not dry and subprocess.run([sys.executable, *command], check=False).returncode:
+        missing = f"not run, as it needs {gpus} GPU(s) and this machine has {there}: " if gpus > there else ""
+        print(missing + line, flush=True)
+        if not (dry or missing) and subprocess.run([sys.executable, *command], check=False).returncode:
             failed.append(line)
     if failed:
         raise ValueError(f"{len(failed)} of the benchmarks failed: {'; '.join(failed)}")
@@ -141,25 +126,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(f"  {known:<10} {text}" for known, (_, text) in BENCHMARKS.items()))
         print("\ndalikd bench NAME --help explains every option of a benchmark.")
         sys.exit(0)
-    if name == "scaling-worker":  # one of the processes that `scaling` starts
-        file, *words = arguments
-        work = _function("scaling.work")
-        run_command("bench scaling", lambda options, _: work(options, Path(file)), words)
-        return
-    if name not in BENCHMARKS:
+    places = {known: place for known, (place, _) in BENCHMARKS.items()} | _PARTS
+    if name not in places:
         print(f"dalikd bench: error: unknown benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
-    command, function = f"bench {name}", _function(BENCHMARKS[name][0])
+    module, _, attribute = places[name].partition(".")
+    function = getattr(importlib.import_module(f"dalikd.tools.bench.{module}"), attribute)
+    command = f"bench {name.removesuffix('-worker')}"
     if command in OPTIONS:
         run_command(command, function, arguments)
         return
-    hints = get_type_hints(function)
+    hints: dict[str, Any] = get_type_hints(function)
     options = hints.get("options")  # a class, where the function takes it in place of options of its own
     fields = get_type_hints(options) if options else hints
     lists = [option for option, hint in fields.items() if "list[" in str(hint)]
     run_function(command, function, arguments, options=options, lists=lists, positional=name == "images")
-
-
-def _function(path: str) -> Callable[..., Any]:
-    place, _, function = path.rpartition(".")
-    return getattr(importlib.import_module(f"dalikd.tools.bench.{place}"), function)

@@ -1,23 +1,19 @@
 """`dalikd bench first-hour`: what a new GPU machine is asked first, within nine minutes.
 
-    dalikd bench first-hour                        on images drawn for it
-    dalikd bench first-hour --root PHOTOS          class folders of photos, 512 or more
-    dalikd bench first-hour --device cpu           the same on tiny sizes: only to see that it runs
-
 Each item is a process of its own with a limit of its own. After each one the record is written again, so that nothing
 is lost where the time ends; beside it lie each item's own JSON and what it printed. An item that fails or takes too
-long stops no other.
+long stops no other; the command then ends with an error that names it.
 """
 
-import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -25,65 +21,77 @@ from typing import Any, Literal, NamedTuple
 import psutil
 import torch
 
-from dalikd.kd.backbones import create_model
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.commands import fill
-from dalikd.tools.bench.images import draw_images
-from dalikd.tools.bench.machine import device_slug, environment
-from dalikd.tools.bench.record import RESULTS, Record, check_names, load, medians, table, write
+from dalikd.tools.bench.machine import device_slug, draw_images, environment
+from dalikd.tools.bench.record import RESULTS, Record, check_names, load, table, write
 from dalikd.trainers.launch import start
 from dalikd.trainers.tracking import check_writable, write_json
 
-__all__ = ["decoders", "interrupt_and_resume", "read_tests", "run", "stop_and_resume", "versions_and_card"]
-
 _TESTS = Path(__file__).parents[2] / "tests/gpu"
-_LOADS = (0.0, 1.0, 0.65)  # all by the CUDA decoder, all that it takes by the JPEG engine, DALI's own default
 _RESERVE = 15.0  # seconds: what Python took to start, and what ending a command may take
 _LEAST = 5.0  # seconds: with less left an item is not begun
-_MOST_MEDIANS = 8  # of a record, in a line
-_LAST_LINES = 8
-_STOPPED_AT = 20  # steps, or a few more
-
-_PYTEST = "-m pytest -o addopts=--import-mode=importlib -p no:xdist -p no:cacheprovider -v -m gpu"
-_PICKS = "--augmentation cutmixpick_teacher"
-# what words of the items' lines stand for, by device
+# Seconds at most, item, kind and number of its record's note that is shown, words.
+_ITEMS = """
+30 versions own versions --device DEVICE
+60 decoders bench decoders --root ROOT --device DEVICE
+60 windows bench loader DATA BATCH --backends SIDES
+40 host bench:0 host HOST
+110 tests tests TESTS --ignore COMPILE
+60 sweep-LITTLE bench:0 loader DATA BATCH --sweep true --data.threads LITTLE
+60 sweep-MUCH bench:0 loader DATA BATCH --sweep true --data.threads MUCH
+80 step-identity bench:0 step NETS --loss.kd_mix_share 0 STEPS
+80 step-cutmixpick bench:0 step NETS --augmentation cutmixpick_teacher STEPS
+60 recording tests --keep-duplicates -k recorded_while_dali_works COMPILES
+60 compile tests -k reduce-overhead COMPILE
+80 published bench:-1 published NETS FEW
+70 resume tests -k a_signal_stops PROCESSES
+"""
+# what words of the items stand for, by device
 _WORDS = {
     "cuda": {
-        "DATA": "--data.root ROOT --data.train_split . --device cuda",
-        "BATCH": "--data.crop random_resized_crop --batch_size 384 --precision bf16 --seconds 0.5",
+        "BATCH": "--batch_size 384 --precision bf16 --seconds 0.5",
         "NETS": "DATA --data.val_split . --teacher.name timm:resnet34 --model timm:resnet18 --precision bf16 "
         "--batch_size 384 --compile default",
         "STEPS": "--steps 20 --warmup 4",
         "FEW": "--steps 4",
         "SIDES": "dalikd decode dalikd-mixed decode-mixed",
         "HOST": "",
+        "LITTLE": "8",
+        "MUCH": "16",
     },
     "cpu": {
-        "DATA": "--data.root ROOT --data.train_split . --data.image_size 32 --device cpu",
-        "BATCH": "--data.crop random_resized_crop --batch_size 16 --images 16",
-        "NETS": "DATA --data.val_split . --data.threads 1 --teacher.name resnet8 --model resnet8 --batch_size 16 "
-        "--mix.group 16",
+        "BATCH": "--data.image_size 32 --batch_size 16 --images 16",
+        "NETS": "DATA --data.val_split . --data.image_size 32 --data.threads 1 --teacher.name resnet8 --model resnet8 "
+        "--batch_size 16 --mix.group 16",
         "STEPS": "--steps 2 --warmup 2",
         "FEW": "--steps 1",
         "SIDES": "dalikd decode",
         "HOST": "--batch_size 32 --steps 2",
+        "LITTLE": "1",
+        "MUCH": "2",
     },
+}
+_SHARED = {
+    "DATA": "--data.root ROOT --data.train_split . --data.crop random_resized_crop --device DEVICE",
+    "COMPILE": f"{_TESTS}/test_compile_gpu.py",
+    "COMPILES": "COMPILE " * 20,
+    "TESTS": str(_TESTS),
+    "PROCESSES": f"{_TESTS}/test_processes_gpu.py",
+    "PYTEST": "-m pytest -o addopts=--import-mode=importlib -p no:xdist -p no:cacheprovider -v -m gpu",
 }
 
 
-class _Item(NamedTuple):
-    """A command, what it may take, and what it needs."""
+class Item(NamedTuple):
+    """A command."""
 
-    words: tuple[str, ...]  # what comes after `python`
     seconds: float  # at most
-    gpus: int = 0  # that it needs
-    dali: bool = True  # whether it needs DALI
-    note: int | None = None  # which of its record's notes is shown, if any
-    read: Callable[[str], str] | None = None  # what the output tells, where no JSON does
+    kind: str  # what it needs and tells: bench (perhaps with the number of a note), tests, own
+    words: Sequence[str]  # what comes after `python`
 
 
 def run(
@@ -92,7 +100,7 @@ def run(
     limit: float = 540.0,
     device: Literal["cuda", "cpu"] = "cuda",
     only: list[str] | None = None,
-) -> Record:
+) -> None:
     """Run every item, and write first-hour.json and first-hour.md after each.
 
     Args:
@@ -103,65 +111,43 @@ def run(
         only: items to run; default: every one.
 
     Raises:
-        ValueError: there is no such device or item, or the folder cannot be written.
+        ValueError: there is no such device or item, the folder cannot be written, or an item has not ended well.
     """
     begun = time.monotonic()
     names = check_names("--only", only or ["all"], items(Path(), Path(), device))
     where = start(device, "fp32").device
     check_writable("--output", output / "first-hour.json")
-    config = {"root": str(root), "limit": limit, "device": device, "only": only}
-    record = Record("first-hour", environment=environment(where), device=device_slug(where), config=config)
     output.mkdir(parents=True, exist_ok=True)
-    record.title, record.labels = "The first hour on a machine", ("item",)
+    record = Record("first-hour", "The first hour on a machine", environment(where), device_slug(where))
+    record.config, record.labels = {"root": str(root), "limit": limit, "device": device, "only": only}, ("item",)
     record.warm_up, record.page_cache = "as each item's own record tells.", "warm."
     with TemporaryDirectory(prefix="dalikd-bench-") if root is None else nullcontext(root) as folder:
         if root is None:
-            count, width, height = (768, 500, 375) if device == "cuda" else (96, 48, 40)
-            draw_images(Path(folder), count, width, height)
+            draw_images(Path(folder), *((768, 500, 375) if device == "cuda" else (96, 48, 40)))
         for name, item in items(Path(folder), output, device).items():
-            if name not in names:
-                continue
-            record.rows.append({"item": name, **_row(name, item, output, begun + limit - _RESERVE - time.monotonic())})
-            write(record, output / "first-hour.json")
-            print(f"{name}: {record.rows[-1]['outcome']} {record.rows[-1]['found']}", flush=True)
-    print("\n".join(["", table(record.rows), "", f"written: {output / 'first-hour.json'}"]))
-    return record
+            if name in names:
+                left = begun + limit - _RESERVE - time.monotonic()
+                record.rows.append({"item": name, **_row(name, item, output, left)})
+                write(record, output / "first-hour.json")
+                print(f"{name}: {record.rows[-1]['outcome']} {record.rows[-1]['found']}", flush=True)
+    print(f"\n{table(record.rows)}\n\nwritten: {output / 'first-hour.json'}", flush=True)
+    if bad := [f"{row['item']} {row['outcome']}" for row in record.rows if "last lines" in row]:
+        raise ValueError(f"{len(bad)} of {len(record.rows)} items did not end well: {'; '.join(bad)}")
 
 
-def items(root: Path, output: Path, device: str) -> dict[str, _Item]:
+def items(root: Path, output: Path, device: str) -> dict[str, Item]:
     """The items in their order."""
-    words, compiled = {**_WORDS[device], "ROOT": shlex.quote(str(root))}, str(_TESTS / "test_compile_gpu.py")
-    little, much = ("8", "16") if device == "cuda" else ("1", "2")
-
-    def bench(seconds: float, item: str, line: str, note: int | None = None) -> dict[str, _Item]:
-        command = ("-m", "dalikd.tools.bench", *fill(line, words), "--output", str(output / f"{item}.json"))
-        return {item: _Item(command, seconds, note=note)}
-
-    def here(seconds: float, item: str, function: Callable[..., Any], **needs: Any) -> dict[str, _Item]:
-        call = f"{function.__name__}({str(output / f'{item}.json')!r}, {str(root)!r}, {device!r})"
-        return {item: _Item(("-c", f"from dalikd.tools.bench import first_hour; first_hour.{call}"), seconds, **needs)}
-
-    def tests(seconds: float, item: str, *more: str, dali: bool = False) -> dict[str, _Item]:
-        return {item: _Item((*_PYTEST.split(), *more), seconds, gpus=1, dali=dali, read=read_tests)}
-
-    return {
-        **here(30, "versions", versions_and_card, dali=False),
-        **here(60, "decoders", decoders),
-        **bench(60, "windows", "loader DATA BATCH --backends SIDES"),
-        **bench(40, "host", "host HOST", note=0),
-        **tests(110, "tests", str(_TESTS), "--ignore", compiled),
-        **bench(60, f"sweep-{little}", f"loader DATA BATCH --sweep true --data.threads {little}", note=0),
-        **bench(60, f"sweep-{much}", f"loader DATA BATCH --sweep true --data.threads {much}", note=0),
-        **bench(80, "step-identity", "step NETS --loss.kd_mix_share 0 STEPS", note=0),
-        **bench(80, "step-cutmixpick", f"step NETS {_PICKS} STEPS", note=0),
-        **tests(60, "recording", "--keep-duplicates", "-k", "recorded_while_dali_works", *[compiled] * 20, dali=True),
-        **tests(60, "compile", "-k", "reduce-overhead", compiled),
-        **bench(80, "published", "published NETS FEW", note=-1),
-        **here(70, "resume", interrupt_and_resume, gpus=2 if device == "cuda" else 0),
-    }
+    words = {**_SHARED, **_WORDS[device], "ROOT": shlex.quote(str(root)), "DEVICE": device}
+    found: dict[str, Item] = {}
+    for line in _ITEMS.replace("LITTLE", words["LITTLE"]).replace("MUCH", words["MUCH"]).strip().splitlines():
+        seconds, name, kind, *rest = fill(line, words)
+        if kind != "tests":
+            rest = ["-m", "dalikd.tools.bench", *rest, "--output", str(output / f"{name}.json")]
+        found[name] = Item(float(seconds), kind, fill("PYTEST", words) + rest if kind == "tests" else rest)
+    return found
 
 
-def _row(name: str, item: _Item, output: Path, left: float) -> dict[str, Any]:
+def _row(name: str, item: Item, output: Path, left: float) -> dict[str, Any]:
     """Run an item and tell how it ended: "outcome", "seconds", "found", and of a failure the "last lines"."""
     if reason := _cannot(item, left):
         return {"outcome": f"skipped: {reason}", "seconds": None, "found": ""}
@@ -170,57 +156,48 @@ def _row(name: str, item: _Item, output: Path, left: float) -> dict[str, Any]:
     started, longest = time.monotonic(), min(item.seconds, left)
     code = _run([sys.executable, *item.words], log, longest)
     seconds, text = time.monotonic() - started, log.read_text("utf-8", errors="replace")
-    found = item.read(text) if item.read is not None else _read(file, item.note) if file.exists() else ""
+    found = read_tests(text) if item.kind == "tests" else _read(file, item.kind) if file.exists() else ""
     if code == 0:
         return {"outcome": "done", "seconds": seconds, "found": found}
     outcome = f"cut off after {longest:.0f} s" if code is None else f"failed (exit code {code})"
-    last = " / ".join(text.strip().splitlines()[-_LAST_LINES:])
+    last = " / ".join(text.strip().splitlines()[-8:])
     return {"outcome": outcome, "seconds": seconds, "found": found, "last lines": last}
 
 
-def _cannot(item: _Item, left: float) -> str | None:
+def _cannot(item: Item, left: float) -> str | None:
     """Why an item is not run, or None."""
-    if item.gpus and not torch.cuda.is_available():
+    if item.kind == "tests" and not torch.cuda.is_available():
         return "needs a GPU"
-    if item.gpus > torch.cuda.device_count():
-        return f"needs {item.gpus} GPUs, and here is 1"
-    if item.dali and not _installed("nvidia", "nvidia.dali"):
-        return "no DALI: install nvidia-dali-cuda120 or nvidia-dali-cuda130"
-    if item.read is not None and not (_installed("pytest") and _TESTS.is_dir()):
+    if item.kind == "tests" and (find_spec("pytest") is None or not _TESTS.is_dir()):
         return "pytest and a clone of dalikd with its tests are needed"
+    if item.kind.startswith("bench") and not (find_spec("nvidia") and find_spec("nvidia.dali")):
+        return "no DALI: install nvidia-dali-cuda120 or nvidia-dali-cuda130"
     return "no time left of --limit" if left < _LEAST else None
-
-
-def _installed(*names: str) -> bool:
-    """Whether packages are there; each may lie in the one before."""
-    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 def _run(command: Sequence[str], log: Path, longest: float) -> int | None:
     """Run a command with its output in a file. None where it took too long: it and its descendants are ended."""
     with log.open("wb") as file:
         process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
+        with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
             return process.wait(longest)
-        except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
-            return None
-        finally:
-            family = [process, *process.children(recursive=True)] if process.is_running() else []
-            for end in (psutil.Process.terminate, psutil.Process.kill):
-                for member in family:
-                    with suppress(psutil.NoSuchProcess):
-                        end(member)
-                family = psutil.wait_procs(family, timeout=5)[1]
+        family = [*process.children(recursive=True), process]
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    end(member)
+            family = psutil.wait_procs(family, timeout=5)[1]
+        return None
 
 
-def _read(file: Path, note: int | None) -> str:
+def _read(file: Path, kind: str) -> str:
     """What an item's JSON tells, in a line."""
     record = load(file)
     if record is None:
         return json.loads(file.read_text("utf-8"))["found"]
-    found = medians(record)
-    parts = [f"{'; '.join(found)} {record.plotted}."] if len(found) <= _MOST_MEDIANS else []
-    return " ".join([*parts, *([] if note is None else [record.notes[note]])])
+    note = kind.partition(":")[2]
+    parts = [f"{record.medians}."] if len(record.shown) <= 8 else []
+    return " ".join([*parts, *([record.notes[int(note)]] if note else [])])
 
 
 def read_tests(text: str) -> str:
@@ -232,20 +209,15 @@ def read_tests(text: str) -> str:
     return f"{figures}{': ' if bad else ''}{', '.join(bad)}"
 
 
-# --------------------------------------------------------------------------- items that are no command of their own
-
-
-def versions_and_card(file: str, _root: str, device: Literal["cuda", "cpu"]) -> None:
+def versions(output: Path, device: Literal["cuda", "cpu"]) -> None:
     """Write what is installed and which GPUs there are."""
     found = environment(start(device, "fp32").device)
     cards = [f"{card['name']}, driver {card['driver_version']}" for card in found.get("gpus", [])] or [found["device"]]
-    cuda = f" (CUDA {found['cuda']})" if found.get("cuda") else ""
-    decoder = [f"{name} {version}" for name, version in found.items() if "dali" in name or "nvimgcodec" in name]
-    sentence = f"torch {found['torch']}{cuda}, {', '.join(decoder)}; {'; '.join(cards)}"
-    write_json(Path(file), {"found": sentence, **found})
+    named = [f"{name} {found[name]}" for name in ("torch", "cuda", "dali", "nvimgcodec") if name in found]
+    write_json(output, {"found": f"{', '.join(named)}; {'; '.join(cards)}", **found})
 
 
-def decoders(file: str, root: str, device: str) -> None:
+def decoders(output: Path, root: Path, device: Literal["cuda", "cpu"]) -> None:
     """Decode the same images in two batch compositions, at each load of the JPEG engine, and on the CPU.
 
     Pixels that change with the neighbours of an image come from a batch that two decoders share.
@@ -259,81 +231,16 @@ def decoders(file: str, root: str, device: str) -> None:
             return loader.next().images[:fewer].cpu().float()
 
     on_cpu, loads, sentences = pixels(fewer, "cpu"), {}, []
-    for share in _LOADS:
+    for share in (0.0, 1.0, 0.65):  # all by the CUDA decoder, all that it takes by the JPEG engine, DALI's own default
         one, other = pixels(fewer, device, share), pixels(more, device, share)
         away, changes = (one - on_cpu).abs().mean((1, 2, 3)), (one - other).abs().amax((1, 2, 3))
-        changed, mean, worst = int((changes > 0).sum()), float(away.mean()), float(away.max())
-        loads[str(share)] = {
-            "pictures": fewer,
-            "changed_with_the_batch": changed,
-            "largest_change": float(changes.max()),
-            "mean_from_the_cpu": mean,
-            "worst_picture_from_the_cpu": worst,
-        }
+        found = {"pictures": fewer, "changed_with_the_batch": int((changes > 0).sum())}
+        found |= {"largest_change": float(changes.max()), "mean_from_the_cpu": float(away.mean())}
+        loads[str(share)] = found | {"worst_picture_from_the_cpu": float(away.max())}
         sentences.append(
-            f"load {share:g}: {changed} of {fewer} images change with their batch, {mean:.2f} grey levels from the CPU "
-            f"(worst image {worst:.2f})"
+            f"load {share:g}: {found['changed_with_the_batch']} of {fewer} images change with their batch, "
+            f"{away.mean():.2f} grey levels from the CPU (worst image {away.max():.2f})"
         )
     used = decoding_on(source, torch.device(device)).options()
     sentences.append(f"dalikd uses {', '.join(f'{name} {value}' for name, value in used.items())}")
-    write_json(Path(file), {"found": "; ".join(sentences), "loads": loads, "used": used})
-
-
-def interrupt_and_resume(file: str, root: str, device: str) -> None:
-    """Distil on two processes, stop the launcher by SIGTERM on the way, and go on."""
-    folder = Path(file).with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    teacher, student, sizes = "timm:resnet34", "timm:resnet18", "--batch_size 128 --epochs 60"
-    if device == "cpu":
-        teacher = student = "resnet8"
-        sizes = "--batch_size 16 --epochs 20 --mix.group 8 --data.image_size 32"
-    classes = len(open_source("imagefolder", root, "train", split=".").classes)
-    torch.save(create_model(teacher, classes).state_dict(), folder / "teacher.pt")
-    words = {"ROOT": shlex.quote(root), "WEIGHTS": shlex.quote(str(folder / "teacher.pt"))}
-    line = (
-        "--data.root ROOT --data.train_split . --data.val_split . --data.threads 2 "
-        f"--teacher.name {teacher} --teacher.weights WEIGHTS --model {student} {sizes} {_PICKS} "
-        f"--device {device} --eval_every 1000 --compile off --overwrite true"
-    )
-    found = stop_and_resume(fill(line, words), folder / "run", psutil.Process.terminate)
-    sentence = "SIGTERM after step {seen}: saved at step {saved}, gone on to step {steps}, training loss {loss:.4f}"
-    write_json(Path(file), {"found": sentence.format(**found), **found})
-
-
-def stop_and_resume(
-    words: Sequence[str], run_folder: Path, stop: Callable[[psutil.Process], None], processes: int = 2
-) -> dict[str, Any]:
-    """Distil under torchrun, have it stopped once 20 steps are done, and go on to the end.
-
-    Args:
-        words: options of `dalikd distill`, without the run folder; of many more steps.
-        run_folder: of the run.
-        stop: stops the launcher, or one of its children.
-        processes: how many.
-
-    Returns:
-        the steps "seen" before it was stopped, "saved", and in the end ("steps"); the training "loss" then.
-
-    Raises:
-        RuntimeError: nothing was saved, or the run did not come to its end.
-    """
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    distill = [sys.executable, *launcher, "-m", "dalikd.tools.distill"]
-    log, seen = run_folder / "log.jsonl", 0
-    log.unlink(missing_ok=True)
-    first = psutil.Popen([*distill, *words, "--log_every", "10", "--output", str(run_folder)])
-    while first.poll() is None and seen < _STOPPED_AT:
-        time.sleep(0.05)
-        lines = log.read_text("utf-8").splitlines() if log.exists() else []
-        seen = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-    if first.poll() is None:
-        stop(first)
-    code, state = first.wait(), run_folder / "last/trainer.pt"
-    if not state.exists():
-        raise RuntimeError(f"stopped after step {seen} the run ended with exit code {code}, and nothing was saved")
-    saved = torch.load(state, map_location="cpu", weights_only=False)["step"]
-    subprocess.run([*distill, "--resume", str(run_folder)], check=True)
-    results = json.loads((run_folder / "results.json").read_text("utf-8"))
-    if not results["finished"] or not _STOPPED_AT <= saved < results["steps"]:
-        raise RuntimeError(f"the run was saved at step {saved} and ended at {results['steps']}: not a stop on the way")
-    return {"seen": seen, "saved": saved, "steps": results["steps"], "loss": results["last"]["train"]["loss"]}
+    write_json(output, {"found": "; ".join(sentences), "loads": loads, "used": used})

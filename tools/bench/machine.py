@@ -1,36 +1,37 @@
-"""What a measured number depends on besides the code, and how busy the machine is."""
+"""What a measured number depends on besides the code: the machine, its load, and the images that are read."""
 
 import os
 import platform
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
+from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS
+from dalikd.pipelines.sources import Source
 from dalikd.trainers.tracking import versions
 
-__all__ = ["cores", "cpu_seconds", "device_slug", "environment", "settle", "synchronize"]
-
 _ROOT = Path(__file__).parents[2]
-_GPU_FIELDS = (
-    *("name", "driver_version", "memory.total", "power.limit"),
-    *("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem"),
-)
+_GPU = "name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, load and commit. Take it before the work: the load average is part of it."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    git = ("git", "--no-optional-locks", "-C", str(_ROOT))
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD").strip() if (_ROOT / ".git").exists() else ""
     found: dict[str, Any] = {
         **versions(device),
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _commit(),
+        "commit": (commit or "unknown") + (" + changes" if commit and _output(*git, "status", "--porcelain") else ""),
         "kernel": platform.release(),
         "cpu": (models or [platform.machine()])[0],
         "cores": os.cpu_count(),
@@ -41,8 +42,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "gpus_visible": torch.cuda.device_count(), "gpus": _gpus()}
+        lines = _output("nvidia-smi", f"--query-gpu={_GPU}", "--format=csv,noheader").splitlines()
+        gpus = [dict(zip(_GPU.split(","), map(str.strip, line.split(",")), strict=False)) for line in lines]
+        found |= {"cuda": torch.version.cuda, "gpus_visible": torch.cuda.device_count(), "gpus": gpus}
     return found
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
 
 
 def cores() -> int:
@@ -52,9 +61,7 @@ def cores() -> int:
 
 def device_slug(device: torch.device) -> str:
     """The device as a part of a file name: cpu, or the GPU's name such as nvidia-h200."""
-    if device.type != "cuda":
-        return device.type
-    name = torch.cuda.get_device_name(device).lower()
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else device.type
     return "-".join("".join(letter if letter.isalnum() else " " for letter in name).split())
 
 
@@ -68,41 +75,87 @@ def cpu_seconds() -> float:
     """CPU time that this process, its threads and its living descendants have used so far."""
     used = 0.0
     for process in (own := psutil.Process(), *own.children(recursive=True)):
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:  # it has ended in the meantime
-            continue
-        used += times.user + times.system
+        with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+            used += sum(process.cpu_times()[:2])
     return used
 
 
 def settle(longest: float = 5.0) -> None:
     """Wait, at most so many seconds, until all processes rest: what works ahead has filled its queue."""
-    ends, before = time.monotonic() + longest, cpu_seconds()
-    while time.monotonic() < ends:
+    ends, before, now = time.monotonic() + longest, -1.0, cpu_seconds()
+    while time.monotonic() < ends and now - before > 0.01:  # one tick of the clock
         time.sleep(0.1)
-        now = cpu_seconds()
-        if now - before <= 0.01:  # one tick of the clock
-            return
-        before = now
+        before, now = now, cpu_seconds()
 
 
-def _gpus() -> list[dict[str, str]]:
-    """Each GPU of the machine as nvidia-smi describes it; none where there is no nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    lines = _output("nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader").splitlines()
-    return [dict(zip(_GPU_FIELDS, (value.strip() for value in line.split(",")), strict=False)) for line in lines]
+def describe(source: Source) -> dict[str, Any] | None:
+    """Number of a source's images, and of a sample {"mean", "median", "p95"} of width, height and, for files,
+    encoded_bytes; None for those in shards."""
+    from PIL import Image
+
+    if source.shards is not None:
+        return None
+    sides, found, count = [], {}, len(source)
+    if source.arrays is not None:
+        sides.append(source.arrays.shape[2:0:-1])
+    else:
+        paths = [Path(source.path(int(row))) for row in np.random.default_rng(0).permutation(count)[:500]]
+        for path in paths:
+            with Image.open(path) as image:  # reads the header alone
+                sides.append(image.size)
+        found["encoded_bytes"], count = [path.stat().st_size for path in paths], len(paths)
+    found = dict(zip(("width", "height"), zip(*sides, strict=True), strict=True)) | found
+    about = {"name": source.name, "split": source.split, "number": len(source), "sampled": count}
+    spread = {"mean": np.mean, "median": np.median, "p95": lambda values: np.quantile(values, 0.95)}
+    return about | {name: {word: float(of(values)) for word, of in spread.items()} for name, values in found.items()}
 
 
-def _commit() -> str:
-    """The commit of the code, "+ changes" where files differ from it, or "unknown" outside a clone."""
-    if not (_ROOT / ".git").exists() or shutil.which("git") is None:
-        return "unknown"
-    git = ("git", "--no-optional-locks", "-C", str(_ROOT))
-    commit = _output(*git, "rev-parse", "--short=12", "HEAD").strip() or "unknown"
-    return commit + (" + changes" if _output(*git, "status", "--porcelain") else "")
+def read_ahead(source: Source) -> str:
+    """Bring a source's files into the page cache, as far as half of the free memory holds them; a sentence on that."""
+    paths = [] if source.files is None else [source.path(row) for row in range(len(source))]
+    paths = [Path(path) for path in (paths if source.shards is None else source.shards.paths)]
+    sizes, read = [path.stat().st_size for path in paths], 0
+    for path, size in zip(paths, sizes, strict=True):
+        if read + size > psutil.virtual_memory().available // 2:
+            break
+        read += size
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    return f"warm; {read / sum(sizes):.0%} of the files' bytes were read before." if paths else "no files."
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+def draw_images(folder: Path, count: int, width: int, height: int, classes: int = 10) -> None:
+    """Write class folders of JPEGs with what photographs have for a decoder: slow gradients, hard edges, grain."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    grain = random.normal(0, 6, (height, width, 1))
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) + grain
+        top, left = random.integers(0, (height // 2, width // 2))
+        pixels[top : top + height // 3, left : left + width // 3] += random.integers(-90, 90, 3)
+        path = folder / f"class{number % classes}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def repeat_images(folder: Path, target: Path, *, count: int = 200_000) -> None:
+    """Copy the images of class folders under new names, again and again, for sets larger than the page cache.
+
+    Args:
+        folder: class folders with images.
+        target: a folder that does not exist, or is empty; it gets the same class folders.
+        count: images wanted.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} holds no images: name a folder of class folders with images")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty: name another folder")
+    for number in range(count):
+        source = paths[number % len(paths)]
+        copy = target / source.relative_to(folder).with_stem(f"{source.stem}-{number // len(paths)}")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)

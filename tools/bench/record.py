@@ -1,4 +1,4 @@
-"""What a benchmark writes, and how its candidates take turns."""
+"""What a benchmark writes, how its candidates take turns, and the table of what docs/benchmarks holds."""
 
 import json
 import math
@@ -17,18 +17,19 @@ import torch
 from accelerate import Accelerator
 
 from dalikd.pipelines.progress import progress
-from dalikd.tools.bench.machine import device_slug, environment, synchronize
+from dalikd.pipelines.sources import Source
+from dalikd.tools.bench.machine import describe, device_slug, environment, synchronize
 from dalikd.trainers.tracking import check_writable, write_json
-
-__all__ = [
-    "LEAST_ROUNDS", "RESULTS", "Record", "alternate", "begin", "finish", "load", "markdown", "medians", "number",
-    "ratio", "summary", "table", "timed", "write",
-]  # fmt: skip
 
 LEAST_ROUNDS = 5
 RESULTS = Path("runs/bench")  #: where benchmarks write unless told otherwise
-# Okabe and Ito's colours, which stay apart for the colour-blind; the first is ours
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+_BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    called = ["python", "-m", "dalikd.tools.bench"] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*called, *sys.argv[1:]])
 
 
 @dataclass
@@ -43,32 +44,36 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)  # `machine.environment`, taken before the work
     device: str = "cpu"  # where it ran, as a part of file names
     config: dict[str, Any] = field(default_factory=dict)  # the options, as plain values
-    warm_up: str = ""  # what was run and left out of the numbers
+    warm_up: str = "one round of every side."  # what was run and left out of the numbers
     page_cache: str = "no files."  # whether files came from memory
     rows: list[dict[str, Any]] = field(default_factory=list)
     labels: tuple[str, ...] = ()  # the columns that name a row
     plotted: str = ""  # the column that the plot shows
     variant: str = ""  # sets apart records of one benchmark and device, as a part of file names
-    pictures: dict[str, Any] | None = None  # `images.describe`, where there are any
+    pictures: dict[str, Any] | None = None  # `machine.describe`, where there are any
     notes: list[str] = field(default_factory=list)  # sentences under the table
-    command: str = field(default_factory=lambda: _command())
+    command: str = field(default_factory=_command)  # as a user would type it
 
     @property
-    def stem(self) -> str:
-        """Name of its files: date, benchmark, variant, device."""
-        return "-".join(part for part in (self.environment["date"], self.benchmark, self.variant, self.device) if part)
+    def shown(self) -> dict[str, dict[str, Any]]:
+        """The summaries that the plot shows, by the labels of their rows."""
+        rows = [row for row in self.rows if isinstance(row.get(self.plotted), Mapping)]
+        return {", ".join(str(row[label]) for label in self.labels): row[self.plotted] for row in rows}
 
     @property
-    def shown(self) -> list[dict[str, Any]]:
-        """The rows that the plot shows."""
-        return [row for row in self.rows if is_summary(row.get(self.plotted))]
+    def medians(self) -> str:
+        """The same in a line."""
+        found = [f"{name}: {number(cell['median'])}" for name, cell in self.shown.items()]
+        return f"{'; '.join(found)} {self.plotted}"
 
-
-# ------------------------------------------------------------------------------------------------ measuring
+    def reads(self, source: Source) -> None:
+        """Tell of the images that it reads."""
+        self.pictures = describe(source)
+        self.page_cache = "no files." if source.arrays is not None else "warm; the first round reads."
 
 
 def alternate(
-    candidates: Mapping[str, Callable[[], float]], rounds: int, before: Callable[[], None] | None = None
+    candidates: Mapping[str, Callable[[], float]], rounds: int, before: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
     """Measure candidates in turn, so that a noisy neighbour hits all of them.
 
@@ -79,20 +84,16 @@ def alternate(
         rounds: that count: so many numbers are returned by name.
         before: called before each measurement, such as `machine.settle`.
     """
-    names = list(candidates)
-    values: dict[str, list[float]] = {name: [] for name in names}
+    names, values = list(candidates), {name: [] for name in candidates}
     with progress("rounds", total=len(names) * (rounds + 1), unit=" runs", leave=False) as bar:
-        for number in range(rounds + 1):
-            first = number % len(names)
+        for turn in range(rounds + 1):
+            first = turn % len(names)
             for name in names[first:] + names[:first]:
-                bar.set_description(name if number else f"{name} (warm-up)")
-                if before is not None:
-                    before()
-                value = candidates[name]()
-                if number:
-                    values[name].append(value)
+                bar.set_description(name if turn else f"{name} (warm-up)")
+                before()
+                values[name].append(candidates[name]())
                 bar.update()
-    return values
+    return {name: found[1:] for name, found in values.items()}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -105,12 +106,10 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median and range of repetitions: {"median", "low", "high", "repetitions", "values"}; of finite numbers alone."""
+    """Median and range of repetitions: {"median", "low", "high", "repetitions", "values"}."""
     numbers = [float(value) for value in values]
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"a benchmark's repetitions must be finite numbers, not {numbers}")
-    median, low, high = statistics.median(numbers), min(numbers), max(numbers)
-    return {"median": median, "low": low, "high": high, "repetitions": len(numbers), "values": numbers}
+    spread = {"median": statistics.median(numbers), "low": min(numbers), "high": max(numbers)}
+    return {**spread, "repetitions": len(numbers), "values": numbers}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
@@ -118,78 +117,54 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return summary([one / other for one, other in zip(ours, theirs, strict=True)])
 
 
-def is_summary(cell: Any) -> bool:
-    """Whether a cell holds repetitions."""
-    return isinstance(cell, Mapping) and {"median", "low", "high"} <= set(cell)
+def begin(benchmark: str, options: Any, accelerator: Accelerator, config: Mapping[str, Any], **known: Any) -> Record:
+    """The record of a benchmark that is about to run, with what is `known` of it; `options` have rounds and output.
 
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-def begin(
-    benchmark: str, options: Any, accelerator: Accelerator, config: dict[str, Any], *, alone: bool = True
-) -> Record:
-    """The record of a benchmark that is about to run; `options` have rounds and output, `config` holds plain values.
-
-    Raises:
-        ValueError: too few rounds, several processes where it runs alone, or an output that can be neither the folder
-            nor the JSON file.
+    Raises ValueError: too few rounds, several processes (but for the step), or an output that cannot be written.
     """
     if options.rounds < LEAST_ROUNDS:
         raise ValueError(f"--rounds {options.rounds}: give at least {LEAST_ROUNDS}, a spread needs repetitions")
-    if alone and accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and benchmark != "step":
         raise ValueError(f"bench {benchmark} measures one process: start it without a launcher")
     output, device = Path(options.output or RESULTS), accelerator.device
     check_writable("--output", output if output.suffix == ".json" else output / "x.json")
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
-    return Record(benchmark, environment=environment(device), device=device_slug(device), config=plain)
+    return Record(benchmark, environment=environment(device), device=device_slug(device), config=plain, **known)
 
 
-def finish(record: Record, options: Any) -> Record:
+def finish(record: Record, options: Any) -> None:
     """Print and write a record."""
     print(markdown(record))
     print("written:", *write(record, Path(options.output or RESULTS)))
-    return record
 
 
 def write(record: Record, output: Path) -> list[Path]:
-    """Write JSON, Markdown and, where a column is plotted, a PNG; into a folder, under the record's own name, or beside
-    a path that ends in .json."""
-    path = output if output.suffix == ".json" else output / f"{record.stem}.json"
+    """Write JSON, Markdown and, where a column is plotted, a PNG; into a folder, under a name made of date, benchmark,
+    variant and device, or beside a path that ends in .json."""
+    parts = record.environment["date"], record.benchmark, record.variant, record.device
+    path = output if output.suffix == ".json" else output / f"{'-'.join(part for part in parts if part)}.json"
     write_json(path, asdict(record))
-    paths = [path, path.with_suffix(".md")]
-    paths[1].write_text(markdown(record), "utf-8")
+    path.with_suffix(".md").write_text(markdown(record), "utf-8")
+    kinds = (".json", ".md", ".png") if record.shown else (".json", ".md")
     if record.shown:
-        paths.append(path.with_suffix(".png"))
-        _plot(record, paths[2])
-    return paths
+        _plot(record, path.with_suffix(".png"))
+    return [path.with_suffix(kind) for kind in kinds]
 
 
 def load(path: Path) -> Record | None:
-    """Read a record's JSON; None for a file of another kind. Raises ValueError for one that is broken."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): write it again or remove it") from error
-    if "benchmark" not in content:
-        return None
-    try:
-        return Record(**{**content, "labels": tuple(content["labels"])})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no record of a benchmark ({error}): write it again or remove it") from error
+    """Read a record's JSON; None for a file of another kind."""
+    content = json.loads(path.read_text("utf-8"))
+    return Record(**{**content, "labels": tuple(content["labels"])}) if "benchmark" in content else None
 
 
 def markdown(record: Record) -> str:
     """A record as a document: title, machine, table, notes, command."""
-    found = record.environment
-    gpu = "" if found["device"].startswith("CPU") else f"{found['device']}; "
-    dali = {"dali": found.get("nvidia-dali-cuda120")}  # as records of before 2026-12 call it
-    names = {"python": "Python", "torch": "torch", "torchvision": "torchvision", "dali": "DALI"}
-    versions = [f"{name} {(dali | found)[key]}" for key, name in names.items()]
-    versions += [f"CUDA {found['cuda']}"] if found.get("cuda") else []
+    found = {"dali": record.environment.get("nvidia-dali-cuda120"), **record.environment}  # as called before 2026-12
+    names = {"python": "Python", "torch": "torch", "torchvision": "torchvision", "dali": "DALI", "cuda": "CUDA"}
+    versions = ", ".join(f"{name} {found[key]}" for key, name in names.items() if key in found)
     facts = [
-        f"{gpu}{found['cpu']}, {found['cores_available']} cores available, {found['memory_gib']:.0f} GiB, load average "
-        f"{found['load_average'][0]} at the start. {', '.join(versions)}. Commit {found['commit']}, {found['date']}.",
+        f"{_where(found, '; ')} available, {found['memory_gib']:.0f} GiB, load average {found['load_average'][0]} at "
+        f"the start. {versions}. Commit {found['commit']}, {found['date']}.",
         "Median of the repetitions; lowest and highest in brackets. "
         f"Warm-up: {record.warm_up} Page cache: {record.page_cache}",
     ]
@@ -198,93 +173,90 @@ def markdown(record: Record) -> str:
         encoded = f", {size['median'] / 1000:.0f} kB (95 % below {size['p95'] / 1000:.0f} kB)" if size else ""
         sides = f"{images['width']['median']:.0f} x {images['height']['median']:.0f}"
         facts.append(f"Images: {images['number']:,}, median {sides} pixels{encoded}.")
-    parts = [f"# {record.title}", "\n".join(facts), table(record.rows)]
-    parts += ["\n".join(f"- {note}" for note in record.notes)] if record.notes else []
-    return "\n\n".join([*parts, f"```bash\n{record.command}\n```"]) + "\n"
+    parts = [f"# {record.title}", "\n".join(facts), table(record.rows), "\n".join(f"- {n}" for n in record.notes)]
+    return "\n\n".join([*filter(None, parts), f"```bash\n{record.command}\n```"]) + "\n"
+
+
+def _where(found: Mapping[str, Any], after: str) -> str:
+    gpu = "" if found["device"].startswith("CPU") else f"{found['device']}{after}"
+    return f"{gpu}{found['cpu']}, {found['cores_available']} cores"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; columns in the order in which they come up."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = [any(not isinstance(row.get(key), str | None) for row in rows) for key in columns]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("--:" if right else ":--" for right in numeric) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows)])
-
-
-def medians(record: Record) -> list[str]:
-    """What a record's plot shows, row by row: "NAME: MEDIAN"."""
-    names = [", ".join(str(row[label]) for label in record.labels) for row in record.shown]
-    values = [number(row[record.plotted]["median"]) for row in record.shown]
-    return [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
-
-
-def number(value: float) -> str:
-    """Three or four digits that mean something; whole numbers stay whole."""
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}"
+    cells = ([_cell(row.get(key)) for key in columns] for row in rows)
+    lines = [f"| {' | '.join(line)} |" for line in (columns, *cells)]
+    lines.insert(1, f"|{'|'.join('--:' if right else ':--' for right in numeric)}|")
+    return "\n".join(lines)
 
 
 def _cell(cell: Any) -> str:
-    if is_summary(cell):
+    if isinstance(cell, Mapping):
         return "{} ({} to {})".format(*(number(cell[name]) for name in ("median", "low", "high")))
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         return number(cell)
     return "" if cell is None else str(cell).replace("|", "\\|")
 
 
-def _command() -> str:
-    """The command line as a user would type it."""
-    program, *arguments = sys.argv
-    parts = Path(program).parts
-    if program.endswith(".py") and "tools" in parts:  # python -m
-        name = ".".join(("dalikd", *parts[parts.index("tools") :])).removesuffix(".py").removesuffix(".__main__")
-        return shlex.join(["python", "-m", name, *arguments])
-    return shlex.join([Path(program).name, *arguments])
+def number(value: float) -> str:
+    """Three or four digits that mean something; whole numbers stay whole."""
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def _plot(record: Record, path: Path) -> None:
-    """One bar a row, top first, its median beside it; whiskers from the lowest to the highest repetition. Rows with the
-    same last label share a colour."""
+    """One bar a row, top first, its median beside it; whiskers from the lowest to the highest repetition."""
     from matplotlib.figure import Figure
 
-    values = [row[record.plotted] for row in record.shown]
-    series = [row[record.labels[-1]] for row in record.shown]
-    names = list(dict.fromkeys(series))
-    shared = len(names) < len(series)
-    middle, highest, places = [one["median"] for one in values], max(one["high"] for one in values), range(len(values))
-    ranges = [[abs(one[end] - one["median"]) for one in values] for end in ("low", "high")]
-    figure = Figure(figsize=(9, 1.5 + 0.36 * len(values)), layout="constrained")
+    names, cells = list(record.shown), list(record.shown.values())
+    figure = Figure(figsize=(9, 1.5 + 0.36 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    colors = [_COLORS[names.index(one) % len(_COLORS) if shared else 0] for one in series]
-    axes.barh(places, middle, height=0.72, color=colors)
-    axes.errorbar(middle, places, xerr=ranges, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3)
-    for place, one in zip(places, values, strict=True):
-        axes.text(one["high"] + 0.01 * highest, place, number(one["median"]), va="center", fontsize=9)
-    axes.set_xlim(0, 1.12 * highest)
-    axes.set_yticks(places, [" · ".join(str(row[label]) for label in record.labels) for row in record.shown])
+    ranges = [[abs(cell[end] - cell["median"]) for cell in cells] for end in ("low", "high")]
+    middle, looks = [cell["median"] for cell in cells], {"color": "#0072B2", "ecolor": "#333333", "capsize": 3}
+    bars = axes.barh(names, middle, xerr=ranges, **looks)
+    axes.bar_label(bars, [number(cell["median"]) for cell in cells], padding=4, fontsize=9)
+    axes.margins(x=0.12)
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
     # of the figure, not of the axes: these may be narrow beside long labels
-    whiskers = f"median; whiskers: lowest and highest of {values[0]['repetitions']} repetitions"
+    whiskers = f"median; whiskers: lowest and highest of {cells[0]['repetitions']} repetitions"
     figure.supxlabel(f"{record.plotted}  ({whiskers})", fontsize=10)
     figure.suptitle(textwrap.fill(record.title, 110), x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
 def check_names(option: str, names: Sequence[str], known: Collection[str]) -> list[str]:
-    """The names, each once; "all" stands for every known one.
+    """The names, each once; "all" stands for every known one. Raises ValueError: a name is unknown."""
+    wanted = dict.fromkeys(name for entry in names for name in (known if entry == "all" else [entry]))
+    for name in (name for name in wanted if name not in known):
+        close = [f"did you mean {other}? " for other in get_close_matches(name, known, n=1)]
+        raise ValueError(f"{option} {name} is unknown: {''.join(close)}there are {', '.join(known)}")
+    return list(wanted)
 
-    Raises:
-        ValueError: a name is unknown.
+
+def write_tables(folder: Path = Path(__file__).parents[2] / "docs/benchmarks", check: bool = False) -> None:
+    """Write the newest record of each benchmark and device into a folder's README.md, between its two marks.
+
+    Args:
+        folder: of the records and the README.md.
+        check: change nothing, and fail if the README.md is not up to date.
     """
-    wanted = [name for entry in names for name in (known if entry == "all" else [entry])]
-    for name in wanted:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"{option} {name} is unknown: {hint}there are {', '.join(known)}")
-    return list(dict.fromkeys(wanted))
+    records = [(record, path.stem) for path in sorted(folder.glob("*.json")) if (record := load(path)) is not None]
+    records.sort(key=lambda pair: pair[0].environment["time"])
+    newest = {(record.benchmark, record.variant, record.device): (record, stem) for record, stem in records}
+    rows = []
+    for record, stem in (newest[key] for key in sorted(newest)):
+        where = f"{_where(record.environment, ', ')}, {record.environment['date']}"
+        rows.append({"what": f"[{record.title}]({stem}.md)", "medians": record.medians, "where, when": where})
+    readme = folder / "README.md"
+    text = readme.read_text("utf-8")
+    before, begins, rest = text.partition(_BEGIN)
+    _, ends, after = rest.partition(_END)
+    if not begins or not ends:
+        raise ValueError(f"{readme} lacks the marks {_BEGIN} and {_END}: put them where the tables should stand")
+    wanted = before + _BEGIN + (f"\n\n{table(rows)}\n\n" if rows else "\n") + _END + after
+    if check and wanted != text:
+        raise ValueError(f"{readme} is not up to date: run dalikd bench tables")
+    readme.write_text(wanted, "utf-8")

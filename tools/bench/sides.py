@@ -1,33 +1,34 @@
 """The loaders that `bench loader` compares: endless batches of normalised images on the device.
 
-With an augmentation a side gives the augmented images as well, made from the same base view, since that is what
-distillation needs. No side meets the end of an epoch, so that a small data set is no disadvantage to a loader that
-starts anew with each epoch.
+With an augmentation dalikd's give the augmented images as well, made from the same base view, since that is what
+distillation needs; the others know none. No side meets the end of an epoch, so that a small data set is no disadvantage
+to a loader that starts anew with each epoch.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dalikd.kd.backbones.layers import Normalized
-from dalikd.pipelines.draw_spec import DrawSpec, View, policy_name
-from dalikd.pipelines.hardware import Decode, decoding_on
+from dalikd.pipelines.data import DataConfig
+from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.tools.bench.images import each_tensor, mixing
+from dalikd.tools.bench.common import each_tensor, mixing
 from dalikd.tools.bench.record import check_names
-from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.augmentation import AUGMENTATIONS, Augmenter
+from dalikd.trainers.setup import reading
 from dalikd.trainers.teacher_step import Branches
 
-__all__ = ["BACKENDS", "Job", "Side", "cannot", "endless", "open_side", "pil_batches", "runnable"]
-
 Batches = Generator[tuple[Any, ...], None, None]
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,44 +37,35 @@ class Job:
 
     source: Source
     view: View
-    augmentation: str
     batch_size: int
     device: torch.device  # where batches end
+    data: DataConfig = field(default_factory=lambda: DataConfig(threads=1))  # how dalikd reads
+    augmentation: str = "identity"
     dtype: torch.dtype = torch.float32  # of the normalised images
-    threads: int = 1  # of DALI
     workers: int = 1  # processes of a DataLoader
-    prefetch: int = 2  # batches that DALI makes ahead
-    hw_decoder_load: float | None = None
-    decode: Decode = "auto"
     images: int = 1_000_000  # that a DataLoader gives before it starts anew, which costs it a pause
 
-    @property
-    def made(self) -> dict[str, Any]:
-        """How DALI makes them."""
-        options = {"threads": self.threads, "prefetch": self.prefetch, "decode": self.decode}
-        return {**options, "hw_decoder_load": self.hw_decoder_load}
-
-
-class Side(NamedTuple):
-    """A loader that runs."""
-
-    batches: Batches  # closing them ends its threads and processes
-    ahead: int  # batches that may be ready before they are asked for
+    def loader(self, device: torch.device | None = None, augmenter: Augmenter | None = None) -> Loader:
+        """dalikd's, of base views unless there is an augmenter."""
+        spec = DrawSpec(self.view) if augmenter is None else augmenter.draw_spec
+        sampler = Sampler(len(self.source), self.batch_size, group=1 if augmenter is None else augmenter.group)
+        return Loader(self.source, sampler, spec, device=device or _CPU, **reading(self.data))
 
 
 def _dalikd(job: Job, decoded_on: torch.device) -> Batches:
     """dalikd's loader: uint8 pixels, mixed on the device and normalised there in one pass."""
     augmenter = mixing(job.augmentation, job.source, job.view, job.batch_size)
-    sampler = Sampler(len(job.source), job.batch_size, group=augmenter.group)
     branches = Branches([augmenter])
     normalized = Normalized(torch.nn.Identity(), job.source.mean, job.source.std).to(job.device)
-    with closing(Loader(job.source, sampler, augmenter.draw_spec, device=decoded_on, **job.made)) as loader:
+
+    def moved(part: torch.Tensor) -> torch.Tensor:
+        return part.contiguous().pin_memory().to(job.device, non_blocking=True)
+
+    with closing(job.loader(decoded_on, augmenter)) as loader:
         while True:
             batch = loader.next()
             if decoded_on.type != job.device.type:  # from pinned memory, without waiting
-                batch = each_tensor(
-                    batch, lambda part: part.contiguous().pin_memory().to(job.device, non_blocking=True)
-                )
+                batch = each_tensor(batch, moved)
             mixed = branches.candidates(batch)
             pixels = (batch.pixels,) if mixed is None else (batch.pixels, mixed.images)
             yield tuple(normalized.normalize(images).to(job.dtype) for images in pixels)
@@ -83,195 +75,118 @@ def _decode(job: Job, decoded_on: torch.device) -> Batches:
     """The windows that dalikd's loader cuts, decoded by as many threads of DALI: nothing else is done."""
     from dalikd.pipelines.graphs import build_graph
 
-    loader = Loader(job.source, Sampler(len(job.source), job.batch_size), DrawSpec(job.view))
-    on_gpu = decoded_on.type == "cuda"
-    graph: Any = build_graph(
-        lambda info: loader.feed(info.iteration),
-        replace(job.view, crop="window"),
-        reader="files",
-        batch_size=job.batch_size,
-        threads=job.threads,
-        device_id=(decoded_on.index or 0) if on_gpu else None,
-        prefetch=job.prefetch,
-        decoding=decoding_on(job.source, decoded_on, job.decode, job.hw_decoder_load),
-    )
+    loader, on_gpu = job.loader(), decoded_on.type == "cuda"
+    decoding = decoding_on(job.source, decoded_on, job.data.decode, job.data.hw_decoder_load)
+    sizes: Any = {"batch_size": job.batch_size, "threads": job.data.threads or 1, "prefetch": job.data.prefetch}
+    where = {"reader": "files", "device_id": (decoded_on.index or 0) if on_gpu else None, "decoding": decoding}
+    view = replace(job.view, crop="window")
+    graph: Any = build_graph(lambda info: loader.feed(info.iteration), view, **where, **sizes)
     stream = (torch.cuda.current_stream(decoded_on),) if on_gpu else ()
     while True:
         yield graph.run(*stream)
 
 
 def _on_device(job: Job, batches: Any) -> Batches:
-    """Batches of a torch DataLoader whose workers make normalised images."""
-    for images, *augmented, _ in endless(batches):
-        # to the device first: .to(device, dtype) converts on the CPU
-        yield tuple(part.to(job.device, non_blocking=True).to(job.dtype) for part in (images, *augmented))
-
-
-def endless(batches: Any) -> Generator[Any, None, None]:
-    """Batches of a DataLoader, epoch after epoch."""
-    while True:
-        yield from batches
-
-
-# ------------------------------------------------------------------------------------------ the other loaders
+    for images, _ in chain.from_iterable(repeat(batches)):
+        yield (images.to(job.device, non_blocking=True).to(job.dtype),)  # .to(device, dtype) converts on the CPU
 
 
 class _Images(torch.utils.data.Dataset):
     """The images of a job through a transform, epoch after epoch, each in an order of its own."""
 
-    transform: Callable[[Any], Any]
-
-    def __init__(self, job: Job, read: Callable[[Source, int], Any]) -> None:
-        self._source, self._read = job.source, read
+    def __init__(self, job: Job, pil: bool = True, transform: Any = None) -> None:
+        self.source, self.pil, self.transform = job.source, pil, transform
         random, size = np.random.default_rng(0), len(job.source)
         epochs = -(-max(job.images, job.batch_size) // size)
-        self._order = np.concatenate([random.permutation(size) for _ in range(epochs)])
+        self.order = np.concatenate([random.permutation(size) for _ in range(epochs)])
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.order)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        row = int(self._order[index])
-        images = self.transform(self._read(self._source, row))
-        return (*(images if isinstance(images, tuple) else (images,)), int(self._source.labels[row]))
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        row = int(self.order[index])
+        return self.transform(self._read(row)), int(self.source.labels[row])
+
+    def _read(self, row: int) -> Any:
+        from PIL import Image
+        from torchvision.io import ImageReadMode, decode_image, read_file
+
+        if self.source.arrays is not None:
+            pixels = self.source.arrays[row]
+            return Image.fromarray(pixels) if self.pil else torch.from_numpy(pixels).permute(2, 0, 1)
+        if not self.pil:
+            return decode_image(read_file(self.source.path(row)), ImageReadMode.RGB)
+        with Image.open(self.source.path(row)) as file:
+            return file.convert("RGB")
 
 
-def pil_batches(job: Job) -> Any:
-    """The DataLoader over Pillow: normalised images, with an augmentation augmented ones, and labels, on the host."""
+def torchvision_batches(job: Job, *, pil: bool) -> Any:
+    """A DataLoader over Pillow, or over tensors from the file on: normalised images and labels, on the host."""
     from torchvision import transforms
-
-    return _torchvision(job, _read_pil, transforms, transforms.ToTensor())
-
-
-def _io_batches(job: Job) -> Any:
-    """The DataLoader over torchvision.io: tensors from the file on."""
     from torchvision.transforms import v2
 
-    return _torchvision(job, _read_tensor, v2, v2.ToDtype(torch.float32, scale=True))
-
-
-def _torchvision(job: Job, read: Callable[[Source, int], Any], module: Any, to_float: Any) -> Any:
-    """A DataLoader over torchvision.transforms or its v2, whose classes have the same names."""
-    finish = module.Compose([to_float, module.Normalize(job.source.mean, job.source.std)])
-    base, augment = _base_view(job.view, module), _augmentation(job, module)
-
-    def views(image: Any) -> Any:
-        """The base view, and with an augmentation a second view made from it."""
-        image = base(image)
-        return finish(image) if augment is None else (finish(image), finish(augment(image)))
-
-    images = _Images(job, read)
-    images.transform = views
-    return torch.utils.data.DataLoader(
-        images,
-        job.batch_size,
-        num_workers=job.workers,
-        drop_last=True,
-        persistent_workers=job.workers > 0,
-        pin_memory=job.device.type == "cuda",
-    )
+    view, module = job.view, transforms if pil else v2  # whose classes have the same names
+    resize: Any = {"interpolation": module.InterpolationMode[view.interpolation.upper()], "antialias": True}
+    if view.crop == "random_resized_crop":
+        crop = [module.RandomResizedCrop(view.size, view.scale, view.ratio, **resize)]
+    else:
+        border: Any = {"zero": "constant", "reflect": "reflect"}[view.border]
+        pad_crop = module.RandomCrop(view.size, padding=view.padding, padding_mode=border)
+        crop = [module.Resize(view.size, **resize), module.CenterCrop(view.size), pad_crop]
+    to_float = transforms.ToTensor() if pil else v2.ToDtype(torch.float32, scale=True)
+    steps: Any = [*crop, module.RandomHorizontalFlip(), to_float, module.Normalize(job.source.mean, job.source.std)]
+    images, pinned = _Images(job, pil, module.Compose(steps)), job.device.type == "cuda"
+    workers: Any = {"num_workers": job.workers, "persistent_workers": job.workers > 0}
+    return torch.utils.data.DataLoader(images, job.batch_size, drop_last=True, pin_memory=pinned, **workers)
 
 
 def _timm_batches(job: Job) -> Any:
     from timm.data.loader import create_loader
 
+    images: Any = _Images(job)
     view, on_gpu = job.view, job.device.type == "cuda"
-    looks = {"input_size": view.size, "scale": view.scale, "ratio": view.ratio, "interpolation": view.interpolation}
-    moved = {"use_prefetcher": on_gpu, "pin_memory": on_gpu, "device": job.device}
-    workers = {"num_workers": job.workers, "persistent_workers": job.workers > 0}
-    return create_loader(
-        _Images(job, _read_pil),  # type: ignore[arg-type] - it needs len, getitem and transform
-        batch_size=job.batch_size,
-        is_training=True,
-        color_jitter=0.0,
-        mean=job.source.mean,
-        std=job.source.std,
-        **looks,
-        **moved,
-        **workers,
-    )
+    looks: Any = {"input_size": view.size, "scale": view.scale, "ratio": view.ratio, "mean": job.source.mean}
+    looks |= {"interpolation": view.interpolation, "std": job.source.std, "color_jitter": 0.0, "is_training": True}
+    moved: Any = {"use_prefetcher": on_gpu, "pin_memory": on_gpu, "device": job.device, "num_workers": job.workers}
+    return create_loader(images, batch_size=job.batch_size, persistent_workers=job.workers > 0, **looks, **moved)
 
 
-def _base_view(view: View, module: Any) -> Callable[[Any], Any]:
-    resize = {"interpolation": module.InterpolationMode[view.interpolation.upper()], "antialias": True}
-    if view.crop == "random_resized_crop":
-        crop = [module.RandomResizedCrop(view.size, view.scale, view.ratio, **resize)]
-    else:
-        crop = [module.Resize(view.size, **resize), module.CenterCrop(view.size), _pad_crop(view, module)]
-    return module.Compose([*crop, module.RandomHorizontalFlip()])
+class Side(NamedTuple):
+    """A loader that runs."""
+
+    batches: Batches  # closing them ends its threads and processes
+    ahead: int  # batches that may be ready before they are asked for
 
 
-def _augmentation(job: Job, module: Any) -> Callable[[Any], Any] | None:
-    if job.augmentation == "identity":
-        return None
-    if job.augmentation == "autoaugment":
-        return module.AutoAugment(module.AutoAugmentPolicy(policy_name(job.view.size)))
-    crop = [_pad_crop(job.view, module)] if job.augmentation == "crop_flip" else []
-    return module.Compose([*crop, module.RandomHorizontalFlip()])
-
-
-def _pad_crop(view: View, module: Any) -> Callable[[Any], Any]:
-    mode = {"zero": "constant", "reflect": "reflect"}[view.border]
-    return module.RandomCrop(view.size, padding=view.padding, padding_mode=mode)
-
-
-def _read_pil(source: Source, row: int) -> Any:
-    from PIL import Image
-
-    if source.arrays is not None:
-        return Image.fromarray(source.arrays[row])
-    with Image.open(source.path(row)) as file:
-        return file.convert("RGB")
-
-
-def _read_tensor(source: Source, row: int) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image, read_file
-
-    if source.arrays is not None:
-        return torch.from_numpy(source.arrays[row]).permute(2, 0, 1)
-    return decode_image(read_file(source.path(row)), ImageReadMode.RGB)
-
-
-# -------------------------------------------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """A loader: how to open it, and what it cannot do."""
+class _Backend(NamedTuple):
+    """A loader: how to open it, and what it can do."""
 
     open: Callable[[Job], Batches]
-    needs_gpu: bool = False
+    can: Collection[str]
     dali: bool = False
-    shards: bool = False  # reads tars and TFRecords
-    own_order: bool = False  # shuffles what it is given
-    files_only: bool = False
-    crops: frozenset[str] = frozenset({"random_resized_crop", "pad_crop"})
-    augmentations: frozenset[str] = frozenset({"identity", "flip", "crop_flip", "autoaugment"})
+    needs_gpu: bool = False
 
 
-_RESIZED, _PLAIN = frozenset({"random_resized_crop"}), frozenset({"identity"})
-_OURS = {"dali": True, "shards": True, "augmentations": frozenset(AUGMENTATIONS)}
-_WINDOWS = {"dali": True, "files_only": True, "crops": _RESIZED, "augmentations": _PLAIN}
-_CPU = torch.device("cpu")
+_ALL = {*AUGMENTATIONS, "files", "resident", "webdataset", "tfrecord", "random_resized_crop", "pad_crop"}
+_BASE = {"identity", "files", "resident", "random_resized_crop", "pad_crop"}
+_WINDOWS = {"identity", "files", "random_resized_crop"}
 
 #: The loaders by name.
 BACKENDS: dict[str, _Backend] = {
-    "dalikd": _Backend(lambda job: _dalikd(job, _CPU), **_OURS),
-    "dalikd-mixed": _Backend(lambda job: _dalikd(job, job.device), needs_gpu=True, **_OURS),
-    "torchvision-pil": _Backend(lambda job: _on_device(job, pil_batches(job))),
-    "torchvision-io": _Backend(lambda job: _on_device(job, _io_batches(job))),
-    "timm": _Backend(
-        lambda job: _on_device(job, _timm_batches(job)), own_order=True, crops=_RESIZED, augmentations=_PLAIN
-    ),
-    "decode": _Backend(lambda job: _decode(job, _CPU), **_WINDOWS),
-    "decode-mixed": _Backend(lambda job: _decode(job, job.device), needs_gpu=True, **_WINDOWS),
+    "dalikd": _Backend(lambda job: _dalikd(job, _CPU), _ALL, dali=True),
+    "dalikd-mixed": _Backend(lambda job: _dalikd(job, job.device), _ALL, dali=True, needs_gpu=True),
+    "torchvision-pil": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=True)), _BASE),
+    "torchvision-io": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=False)), _BASE),
+    "timm": _Backend(lambda job: _on_device(job, _timm_batches(job)), _BASE - {"pad_crop"}),
+    "decode": _Backend(lambda job: _decode(job, _CPU), _WINDOWS, dali=True),
+    "decode-mixed": _Backend(lambda job: _decode(job, job.device), _WINDOWS, dali=True, needs_gpu=True),
 }
 
 
 def open_side(name: str, job: Job) -> Side:
     """A loader; DALI's starts with its first batch."""
     backend = BACKENDS[name]
-    return Side(backend.open(job), 1 + (job.prefetch if backend.dali else max(1, 2 * job.workers)))
+    return Side(backend.open(job), 1 + (job.data.prefetch if backend.dali else max(1, 2 * job.workers)))
 
 
 def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
@@ -284,15 +199,14 @@ def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def cannot(name: str, job: Job, cache: str = "warm") -> str | None:
-    """What a loader lacks for a job, or None."""
-    backend = BACKENDS[name]
-    if job.source.shards is not None and not backend.shards:
-        return "a reader of tars and TFRecords"
-    if job.source.files is None and backend.files_only:
+def store_of(source: Source) -> str:
+    """Where a source's images are: files, resident, webdataset, tfrecord."""
+    if source.files is not None:
         return "files"
-    if cache == "cold" and backend.own_order:
-        return "an order that meets no image twice (cold page cache)"
-    if job.view.crop not in backend.crops:
-        return job.view.crop
-    return None if job.augmentation in backend.augmentations else job.augmentation
+    return "resident" if source.shards is None else source.shards.manifest.format
+
+
+def cannot(name: str, job: Job) -> str | None:
+    """What a loader lacks for a job, or None."""
+    wanted = store_of(job.source), job.view.crop, job.augmentation
+    return next((word for word in wanted if word not in BACKENDS[name].can), None)

@@ -5,14 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench import host
-from dalikd.tools.bench.host import LOADER, Watch
-
-AHEAD = "next batch: rows, draws, feed, in a thread"
+from dalikd.tools.bench.host import AHEAD, LOADER, Watch
 
 
 def _work(seconds: float) -> None:
@@ -32,21 +29,18 @@ def test_the_innermost_part_is_charged_waiting_is_not_and_threads_are_apart():
         ThreadPoolExecutor(1).submit(inner).result()
 
     watch.of("outer", outer)()
-    assert watch.seconds["inner"] == pytest.approx(0.03, abs=0.008)
-    assert watch.seconds[AHEAD] == pytest.approx(0.03, abs=0.008)
-    assert watch.seconds["outer"] == pytest.approx(0.01, abs=0.008)
+    assert watch.seconds == pytest.approx({"inner": 0.03, AHEAD: 0.03, "outer": 0.01}, abs=0.008)
 
 
-def test_every_part_of_a_step_has_a_row(bench, small_images):
+def test_every_part_of_a_step_has_a_row(bench):
     """The sums are those of their parts; picking takes more operators than looking at originals."""
-    sizes = ("--batch_size", 64, "--steps", 2, "--data.threads", 1)
-    record, out = bench("host", "--data.root", small_images, "--data.train_split", ".", *sizes)
+    record, out = bench("host", "--batch_size", 32, "--steps", 1, "--data.threads", 1)
     rows = {(row["augmentation"], row["part"]): row for row in record.rows}
     for name in ("identity", "cutmixpick_teacher"):
         parts = [rows[name, part]["µs an image"]["values"] for part in LOADER]
-        assert all(len(values) == 5 for values in parts)
+        assert all(len(values) == 2 for values in parts)
         assert all(min(values) > 0 for values in parts[2:])  # of the others a thread has more
-        assert sum(rows[name, AHEAD]["µs an image"]["values"]) > 3 * sum(parts[0] + parts[1])
+        assert sum(rows[name, AHEAD]["µs an image"]["values"]) > sum(parts[0] + parts[1])
         whole = rows[name, "all of the loader"]
         assert whole["µs an image"]["values"] == pytest.approx([sum(values) for values in zip(*parts, strict=True)])
         assert rows[name, "wall time"]["ms a step"]["low"] > whole["ms a step"]["low"]
@@ -56,8 +50,7 @@ def test_every_part_of_a_step_has_a_row(bench, small_images):
     assert "| DALI takes the inputs |" in out
 
 
-def test_the_loaders_time_holds_what_dali_does_to_take_its_inputs(small_images, monkeypatch):
-    source = open_source("imagefolder", small_images, "train", split=".")
+def test_the_loaders_time_holds_what_dali_does_to_take_its_inputs(source, monkeypatch):
     loader = Loader(source, Sampler(300, 50), DrawSpec(View(32, "random_resized_crop")), threads=1)
     from nvidia.dali import external_source
 
@@ -69,11 +62,12 @@ def test_the_loaders_time_holds_what_dali_does_to_take_its_inputs(small_images, 
     assert cost > 3 * 0.01 / 50 * 1e6  # three inputs: paths, and a window's start and shape
 
 
-def test_mistakes_are_one_line(refused, small_images, tmp_path):
-    data = ("--data.root", small_images, "--data.train_split", ".", "--output", tmp_path)
-    for words, message in {
-        ("--augmentations", "cutmx"): 'unknown --augmentation "cutmx": did you mean cutmix',
-        ("--steps", 0): "--steps 0: give at least 1",
-        ("--batch_size", 1000): "--batch_size 1000 is larger than the data set (300 images)",
-    }.items():
-        assert message in refused("host", *data, *words)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--augmentations", "cutmx"), 'unknown --augmentation "cutmx": did you mean cutmix'),
+        (("--steps", 0), "--steps 0: give at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(refused, words, message):
+    assert message in refused("host", *words)

@@ -8,51 +8,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
-from dalikd.tools.bench import main, tables
-from dalikd.tools.bench.record import Record, alternate, begin, load, markdown, ratio, summary, table, write
+from dalikd.tools.bench import record as bench_record
+from dalikd.tools.bench.record import Record, alternate, check_names, load, markdown, ratio, summary, table, write
+from dalikd.tools.bench.record import write_tables as tables
 
 ROOT = Path(__file__).parents[3]
-README = "# x\n\nbefore\n\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\n\nafter\n"
+README = "# x\n\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\n\nafter\n"
 ENVIRONMENT = {
-    "date": "2031-02-03",
-    "time": "2031-02-03T04:05:06Z",
-    "device": "CPU, 2 cores",
-    "cpu": "Some CPU",
-    "cores_available": 2,
-    "memory_gib": 7.6,
-    "load_average": [0.25, 0.5, 1.0],
-    "commit": "abc",
-    "python": "3.11.7",
-    "torch": "2.15.0",
-    "torchvision": "0.29.2",
-    "nvidia-dali-cuda120": "2.4.0",
+    **{"date": "2031-02-03", "time": "2031-02-03T04:05:06Z", "device": "CPU, 2 cores", "cpu": "Some CPU"},
+    **{"cores_available": 2, "memory_gib": 7.6, "load_average": [0.25, 0.5, 1.0], "commit": "abc"},
+    **{"python": "3.11.7", "torch": "2.15.0", "torchvision": "0.29.2", "nvidia-dali-cuda120": "2.4.0"},
 }
 
 
-def _record(**changes):
+def _record(date="2031-02-03", rate=1000.0, **changes):
     rows = [
-        {"source": "files", "loader": "ours", "images/s": summary([990.0, 1010.0, 1000.0]), "this / ours": None},
-        {"source": "files", "loader": "theirs", "images/s": summary([98.0, 105.0, 100.0]), "this / ours": 0.1},
+        {"source": "files", "loader": "ours", "images/s": summary([rate - 10, rate + 10, rate]), "this / ours": None},
+        {"source": "files", "loader": "theirs", "images/s": summary([rate / 10]), "this / ours": 0.1},
     ]
     title, labels, notes = "What was measured", ("source", "loader"), ["A note."]
     fields = {"title": title, "rows": rows, "labels": labels, "plotted": "images/s", "notes": notes, "config": {"x": 3}}
+    environment = {**ENVIRONMENT, "date": date, "time": f"{date}T00:00:00Z"}
     more = {"warm_up": "one round.", "page_cache": "warm.", "command": "dalikd bench loader"}
-    return Record(**{"benchmark": "loader", "environment": ENVIRONMENT, **fields, **more, **changes})
+    return Record(**{"benchmark": "loader", "environment": environment, **fields, **more, **changes})
 
 
-# ------------------------------------------------------------------------------------------------ measuring
-
-
-def test_summary_and_ratio_have_median_and_range():
-    """Of finite numbers, and round by round."""
+def test_summary_and_ratio_have_median_and_range_round_by_round():
     found = {"median": 2.5, "low": 1.0, "high": 10.0, "repetitions": 4, "values": [3.0, 1.0, 2.0, 10.0]}
     assert summary([3, 1, 2, 10]) == found
     assert ratio([10.0, 30.0, 20.0], [5.0, 10.0, 20.0])["values"] == [2.0, 3.0, 1.0]
-    for values in ([], [1.0, float("nan")], [float("inf")]):
-        with pytest.raises(ValueError, match="finite numbers"):
-            summary(values)
     with pytest.raises(ValueError, match="argument 2 is longer"):
         ratio([1.0], [1.0, 2.0])
 
@@ -72,13 +57,15 @@ def test_a_benchmark_begins_with_what_can_be_measured(tmp_path):
     (tmp_path / "file").write_text("")
     one, two = (SimpleNamespace(device=torch.device("cpu"), num_processes=count) for count in (1, 2))
 
-    def started(accelerator=one, rounds=5, output=tmp_path / "new" / "folder"):
-        return begin("x", SimpleNamespace(rounds=rounds, output=output), accelerator, {"path": tmp_path})
+    def started(accelerator=one, rounds=2, output=tmp_path / "new" / "folder", name="x"):
+        return bench_record.begin(
+            name, SimpleNamespace(rounds=rounds, output=output), accelerator, {"path": tmp_path}, plotted="s"
+        )
 
-    assert started().config == {"path": str(tmp_path)}
-    assert started(output=tmp_path / "new.json").environment["torch"]
+    assert (started().config, started().plotted) == ({"path": str(tmp_path)}, "s")
+    assert started(two, output=tmp_path / "new.json", name="step").environment["torch"]
     for changes, message in (
-        ({"rounds": 4}, "--rounds 4: give at least 5"),
+        ({"rounds": 1}, "--rounds 1: give at least 2"),
         ({"accelerator": two}, "bench x measures one process: start it without a launcher"),
         ({"output": tmp_path / "file" / "folder"}, "--output"),
     ):
@@ -86,7 +73,11 @@ def test_a_benchmark_begins_with_what_can_be_measured(tmp_path):
             started(**changes)
 
 
-# --------------------------------------------------------------------------------------------------- writing
+def test_names_are_checked():
+    assert check_names("--x", ["b", "a", "b"], ("a", "b", "c")) == ["b", "a"]
+    assert check_names("--x", ["all"], ("a", "b")) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"--x bcd is unknown: did you mean abcd\? there are abcd, z"):
+        check_names("--x", ["bcd"], ("abcd", "z"))
 
 
 def test_table_aligns_and_rounds():
@@ -108,14 +99,14 @@ def test_markdown_tells_what_the_numbers_depend_on():
     images = {"number": 1234, "width": spread, "height": spread, "encoded_bytes": {**spread, "median": 104_000.0}}
     text = markdown(_record(environment=environment, pictures=images))
     facts = (
-        "# What was measured|Some GPU; Some CPU, 2 cores available, 8 GiB, load average 0.25|DALI 2.4.0, CUDA 13.0|abc"
+        "What was measured|Some GPU; Some CPU, 2 cores available, 8 GiB, load average 0.25|DALI 2.4.0, CUDA 13.0|abc"
     )
     more = "Warm-up: one round. Page cache: warm.|1,234, median 500 x 500 pixels, 104 kB|- A note.|1,000 (990 to 1,010)"
-    assert [fact for fact in f"{facts}|{more}".split("|") if fact not in text] == []
+    assert [fact for fact in f"# {facts}|{more}".split("|") if fact not in text] == []
     assert text.endswith("```bash\ndalikd bench loader\n```\n")
 
 
-def test_write_names_files_after_date_benchmark_variant_and_device(tmp_path):
+def test_files_are_named_and_read_again(tmp_path):
     record = _record(variant="photos-224")
     paths = write(record, tmp_path / "new")
     assert [path.name for path in paths] == [
@@ -123,42 +114,9 @@ def test_write_names_files_after_date_benchmark_variant_and_device(tmp_path):
     ]
     assert load(paths[0]) == record
     assert paths[1].read_text() == markdown(record)
-    assert write(_record(rows=[{"images/s": "needs a GPU"}]), tmp_path / "x.json") == [
-        tmp_path / "x.json",
-        tmp_path / "x.md",
-    ]
-
-
-def test_rows_of_one_series_share_a_colour(tmp_path):
-    rows = [{"x": name, "y": y, "v": summary([5.0, 7.0])} for name, y in (("a", "p"), ("b", "q"), ("c", "p"))]
-    record = _record(rows=rows, labels=("x", "y"), plotted="v")
-    path = write(record, tmp_path)[2]
-    with Image.open(path) as image:
-        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
-    assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colors
-    assert (0x00, 0x9E, 0x73) not in colors
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ('{"benchmark": "x"}', "is no record"),
-        ('{"benchmark": "x", "labels": [], "y": 1}', "is no record"),
-    ],
-)
-def test_load_names_a_file_that_is_wrong_and_leaves_others_alone(tmp_path, content, message):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"x\.json {message}"):
-        load(tmp_path / "x.json")
+    assert write(_record(rows=[{"images/s": "x"}]), tmp_path / "x.json") == [tmp_path / "x.json", tmp_path / "x.md"]
     (tmp_path / "x.json").write_text(json.dumps({"what": "an earlier form"}))
     assert load(tmp_path / "x.json") is None
-
-
-def test_the_published_records_are_read():
-    records = [load(path) for path in sorted((ROOT / "docs/benchmarks").glob("*.json"))]
-    assert sum(record is not None for record in records) >= 15
-    assert all(markdown(record).count("\n") > 5 for record in records if record is not None)
 
 
 @pytest.mark.parametrize(
@@ -173,69 +131,36 @@ def test_the_command_is_what_a_user_types(monkeypatch, words, expected):
     assert Record("x").command == expected
 
 
-# --------------------------------------------------------------------------------------------- README's table
-
-
-@pytest.fixture
-def place(tmp_path):
-    folder = tmp_path / "docs" / "benchmarks"
-    _publish(folder, "2031-01-01", 100.0)
-    _publish(folder, "2031-02-01", 200.0)
-    _publish(folder, "2030-01-01", 300.0, variant="small")
-    _publish(folder, "2030-01-01", 400.0, device="gpu")
-    (folder / "2029-01-01-loader.json").write_text('{"what": "an earlier form"}')
+def test_the_newest_of_each_stands_between_the_marks(tmp_path):
+    for date, rate, changes in (
+        ("2031-02-01", 200.0, {}),
+        ("2031-01-01", 100.0, {}),
+        ("2030-01-01", 300.0, {"variant": "small"}),
+        ("2030-01-01", 400.0, {"device": "gpu"}),
+    ):
+        write(_record(date, rate, **{"variant": "photos", **changes}), tmp_path)
+    (tmp_path / "2029-01-01-loader.json").write_text('{"what": "an earlier form"}')
     (tmp_path / "README.md").write_text(README)
-    return tmp_path
-
-
-def _publish(folder, date, rate, **changes):
-    rows = [{"loader": "dalikd", "images/s": summary([rate])}, {"loader": "other", "images/s": summary([rate / 3])}]
-    environment = {**ENVIRONMENT, "date": date, "time": f"{date}T00:00:00Z"}
-    fields = {"variant": "photos", "rows": rows, "labels": ("loader",), "environment": environment}
-    write(_record(**{**fields, **changes}), folder)
-
-
-def _run(place, **options):
-    tables.run(place / "README.md", place / "docs" / "benchmarks", **options)
-    return (place / "README.md").read_text()
-
-
-def test_the_newest_of_each_stands_between_the_marks(place):
-    text = _run(place)
-    assert text.startswith("# x\n\nbefore\n\n<!-- benchmarks -->\n\n| what | medians | where, when |\n")
-    assert text.endswith("<!-- /benchmarks -->\n\nafter\n")
-    assert re.findall(r"dalikd: (\d+); other: ([\d.]+) images/s \|", text) == [
-        ("200", "66.7"),
-        ("400", "133"),
-        ("300", "100"),
-    ]
-    assert "| [What was measured](docs/benchmarks/2031-02-01-loader-photos-cpu.md) | dalikd: 200; " in text
-    assert "| Some CPU, 2 cores, 2031-02-01 |" in text
-    assert _run(place) == text
-
-
-def test_check_fails_until_it_is_written(place):
     with pytest.raises(ValueError, match=r"not up to date: run dalikd bench tables"):
-        _run(place, check=True)
-    assert (place / "README.md").read_text() == README
-    text = _run(place)
-    assert _run(place, check=True) == text
-    _publish(place / "docs" / "benchmarks", "2031-03-01", 500.0)
-    with pytest.raises(ValueError, match="not up to date"):
-        _run(place, check=True)
+        tables(tmp_path, check=True)
+    assert (tmp_path / "README.md").read_text() == README
+    tables(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# x\n\n<!-- benchmarks -->\n\n| what | medians | where, when |\n")
+    assert text.endswith("<!-- /benchmarks -->\n\nafter\n")
+    assert re.findall(r"files, ours: (\d+); files, theirs: ([\d.]+) images/s \|", text) == [
+        *(("200", "20.0"), ("400", "40.0"), ("300", "30.0"))
+    ]
+    assert "| [What was measured](2031-02-01-loader-photos-cpu.md) | files, ours: 200; " in text
+    assert "| Some CPU, 2 cores, 2031-02-01 |" in text
+    tables(tmp_path, check=True)
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        tables(tmp_path)
 
 
-def test_marks_are_needed_and_without_records_the_place_is_empty(place, tmp_path, capsys):
-    (tmp_path / "none").mkdir()
-    words = ["tables", "--readme", str(place / "README.md"), "--benchmarks", str(tmp_path / "none")]
-    main(words)
-    assert "<!-- benchmarks -->\n<!-- /benchmarks -->" in (place / "README.md").read_text()
-    (place / "README.md").write_text("nothing")
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    assert "lacks the marks" in capsys.readouterr().err
-
-
-def test_the_published_table_is_up_to_date():
-    tables.run(check=True)
+def test_the_published_records_are_read_and_their_table_is_up_to_date():
+    records = [load(path) for path in sorted((ROOT / "docs/benchmarks").glob("*.json"))]
+    assert sum(record is not None for record in records) >= 15
+    assert all(markdown(record).count("\n") > 5 for record in records if record is not None)
+    tables(check=True)
