@@ -38,6 +38,7 @@ OPTIONS: dict[str, str] = {
     "study": "dalikd.trainers.study.options.StudyOptions",
     "bench step": "dalikd.tools.bench.common.StepOptions",
     "bench scaling": "dalikd.tools.bench.common.ScalingOptions",
+    "bench methods": "dalikd.tools.bench.methods.MethodsOptions",
     "bench teacher": "dalikd.tools.bench.common.TeacherOptions",
     "bench passes": "dalikd.tools.bench.common.TeacherOptions",
     "bench published": "dalikd.tools.bench.common.PublishedOptions",
@@ -46,6 +47,7 @@ OPTIONS: dict[str, str] = {
 _MEASURED = {
     "bench step": "distill",
     "bench scaling": "distill",
+    "bench methods": "distill",
     "bench teacher": "measure",
     "bench passes": "measure",
     "bench published": "distill",
@@ -57,6 +59,7 @@ _LISTS = {
     "measure": ("augmentation", "metrics"),
     "study": ("augmentation", "seeds", "epoch_factor", "pair"),
     "bench scaling": ("processes",),
+    "bench methods": ("methods",),
 }
 
 

@@ -25,6 +25,7 @@ host       host.run              the main thread in a training step: microsecond
 teacher    teacher.run           dalikd measure against its teacher alone: cost of loading, mixing, picking and metric
 passes     teacher.run_passes    dalikd measure: all augmentations in one pass over the data against a pass for each
 published  published.run         the training step against the published CutMixPick loop, one ablation at a time
+methods    methods.run           the step of each distillation method against its nets alone: time and memory
 scaling    scaling.run           one process against several: images a second and efficiency
 first-hour first_hour.run        what a new GPU machine is asked first, within nine minutes
 all        commands.run_all      those of this machine, one after the other, into one folder
@@ -56,6 +57,8 @@ _PLANS = """
 1 step DATA VAL --data.image_size 32 WIDE PICKS
 1 step DATA VAL --data.image_size 64 WIDE PICKS
 0 host DATA
+0 methods DATA VAL --data.image_size 32 --teacher.name resnet56 --model resnet20 --device cpu --steps 3 --warmup 1
+1 methods DATA VAL --data.image_size 224 LARGE GPU --compile off
 0 teacher DATA --teacher.name resnet56 --model resnet20 --data.image_size 32 --images 500
 1 teacher DATA LARGE GPU COMPILED --images 7680
 0 passes DATA --teacher.name resnet20 --model resnet8 --data.image_size 64 --images 1000

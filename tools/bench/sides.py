@@ -1,8 +1,8 @@
 """The loaders that `bench loader` compares: endless batches of normalised images on the device.
 
-With an augmentation dalikd's give the augmented images as well, made from the same base view, since that is what
-distillation needs; the others know none. No side meets the end of an epoch, so that a small data set is no disadvantage
-to a loader that starts anew with each epoch.
+With an augmentation a side gives the augmented images as well, made from the same base view, since that is what
+distillation needs; torchvision knows flip, crop_flip and autoaugment, timm none. No side meets the end of an epoch, so
+that a small data set is no disadvantage to a loader that starts anew with each epoch.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -19,6 +19,7 @@ from dalikd.pipelines.data import DataConfig
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.policies import policy_name
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.common import each_tensor, mixing
@@ -87,8 +88,8 @@ def _decode(job: Job, decoded_on: torch.device) -> Batches:
 
 
 def _on_device(job: Job, batches: Any) -> Batches:
-    for images, _ in chain.from_iterable(repeat(batches)):
-        yield (images.to(job.device, non_blocking=True).to(job.dtype),)  # .to(device, dtype) converts on the CPU
+    for *views, _ in chain.from_iterable(repeat(batches)):  # .to(device, dtype) converts on the CPU
+        yield tuple(images.to(job.device, non_blocking=True).to(job.dtype) for images in views)
 
 
 class _Images(torch.utils.data.Dataset):
@@ -103,9 +104,10 @@ class _Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         row = int(self.order[index])
-        return self.transform(self._read(row)), int(self.source.labels[row])
+        views = self.transform(self._read(row))
+        return (*(views if isinstance(views, tuple) else (views,)), int(self.source.labels[row]))
 
     def _read(self, row: int) -> Any:
         from PIL import Image
@@ -121,21 +123,33 @@ class _Images(torch.utils.data.Dataset):
 
 
 def torchvision_batches(job: Job, *, pil: bool) -> Any:
-    """A DataLoader over Pillow, or over tensors from the file on: normalised images and labels, on the host."""
+    """A DataLoader over Pillow, or over tensors from the file on: normalised images, with an augmentation
+    those made from the same base view too, and labels, on the host."""
     from torchvision import transforms
     from torchvision.transforms import v2
 
     view, module = job.view, transforms if pil else v2  # whose classes have the same names
     resize: Any = {"interpolation": module.InterpolationMode[view.interpolation.upper()], "antialias": True}
+    border: Any = {"zero": "constant", "reflect": "reflect"}[view.border]
+    pad_crop, flip = (
+        module.RandomCrop(view.size, padding=view.padding, padding_mode=border),
+        module.RandomHorizontalFlip(),
+    )
+    crop: Any = [module.Resize(view.size, **resize), module.CenterCrop(view.size), pad_crop]
     if view.crop == "random_resized_crop":
         crop = [module.RandomResizedCrop(view.size, view.scale, view.ratio, **resize)]
-    else:
-        border: Any = {"zero": "constant", "reflect": "reflect"}[view.border]
-        pad_crop = module.RandomCrop(view.size, padding=view.padding, padding_mode=border)
-        crop = [module.Resize(view.size, **resize), module.CenterCrop(view.size), pad_crop]
+    more: Any = {"identity": [], "flip": [flip], "crop_flip": [pad_crop, flip]}.get(job.augmentation)
+    if more is None:
+        more = [module.AutoAugment(module.AutoAugmentPolicy(policy_name(view.size)))]
     to_float = transforms.ToTensor() if pil else v2.ToDtype(torch.float32, scale=True)
-    steps: Any = [*crop, module.RandomHorizontalFlip(), to_float, module.Normalize(job.source.mean, job.source.std)]
-    images, pinned = _Images(job, pil, module.Compose(steps)), job.device.type == "cuda"
+    base, augment = module.Compose([*crop, flip]), module.Compose(more) if more else None
+    finish = module.Compose([to_float, module.Normalize(job.source.mean, job.source.std)])
+
+    def views(image: Any) -> Any:
+        image = base(image)
+        return finish(image) if augment is None else (finish(image), finish(augment(image)))
+
+    images, pinned = _Images(job, pil, views), job.device.type == "cuda"
     workers: Any = {"num_workers": job.workers, "persistent_workers": job.workers > 0}
     return torch.utils.data.DataLoader(images, job.batch_size, drop_last=True, pin_memory=pinned, **workers)
 
@@ -168,16 +182,17 @@ class _Backend(NamedTuple):
 
 
 _ALL = {*AUGMENTATIONS, "files", "resident", "webdataset", "tfrecord", "random_resized_crop", "pad_crop"}
-_BASE = {"identity", "files", "resident", "random_resized_crop", "pad_crop"}
+_TIMM = {"identity", "files", "resident", "random_resized_crop"}
+_TORCHVISION = {*_TIMM, "pad_crop", "flip", "crop_flip", "autoaugment"}
 _WINDOWS = {"identity", "files", "random_resized_crop"}
 
 #: The loaders by name.
 BACKENDS: dict[str, _Backend] = {
     "dalikd": _Backend(lambda job: _dalikd(job, _CPU), _ALL, dali=True),
     "dalikd-mixed": _Backend(lambda job: _dalikd(job, job.device), _ALL, dali=True, needs_gpu=True),
-    "torchvision-pil": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=True)), _BASE),
-    "torchvision-io": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=False)), _BASE),
-    "timm": _Backend(lambda job: _on_device(job, _timm_batches(job)), _BASE - {"pad_crop"}),
+    "torchvision-pil": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=True)), _TORCHVISION),
+    "torchvision-io": _Backend(lambda job: _on_device(job, torchvision_batches(job, pil=False)), _TORCHVISION),
+    "timm": _Backend(lambda job: _on_device(job, _timm_batches(job)), _TIMM),
     "decode": _Backend(lambda job: _decode(job, _CPU), _WINDOWS, dali=True),
     "decode-mixed": _Backend(lambda job: _decode(job, job.device), _WINDOWS, dali=True, needs_gpu=True),
 }
