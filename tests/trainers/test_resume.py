@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -344,19 +342,13 @@ def test_the_config_of_a_run_can_start_another(finished, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- in processes of its own
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "dalikd.tools.distill", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def _lines(folder: Path) -> int:
     log = folder / "log.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle(tree, tmp_path):
+def test_kill_9_in_the_middle(tree, tmp_path, start_forked):
     whole, broken, weights = tmp_path / "whole", tmp_path / "broken", tmp_path / "resnet8.pt"
     torch.save(create_model("resnet8", 3).state_dict(), weights)
     common = [
@@ -364,18 +356,15 @@ def test_kill_9_in_the_middle(tree, tmp_path):
         *("--data.limit", "48", "--data.val_limit", "9", "--batch_size", "16", "--epochs", "6"),
         *("--augmentation", "cutmixpick_teacher", "--checkpoint_every", "2"),
     ]
-    victim = _start(*common, "--output", str(broken))
+    victim = start_forked(tmp_path / "0", "distill", *common, "--output", broken)
     deadline = time.monotonic() + 120
-    while _lines(broken) < 6 and victim.poll() is None and time.monotonic() < deadline:
+    while _lines(broken) < 6 and victim.runs() and time.monotonic() < deadline:
         time.sleep(0.002)
-    victim.kill()
-    assert victim.wait() == -signal.SIGKILL
-    victim.communicate()
+    assert victim.kill() == -signal.SIGKILL
     assert 3 <= torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] < 18
-    processes = [_start("--resume", str(broken)), _start(*common, "--output", str(whole))]
-    for process in processes:
-        _, error = process.communicate(timeout=180)
-        assert process.returncode == 0, error
+    others = ["--resume", broken], [*common, "--output", whole]
+    for process in [start_forked(tmp_path / str(number), "distill", *words) for number, words in enumerate(others, 1)]:
+        process.end()
     _assert_same_end(broken, whole)
     steps = [entry["step"] for entry in _log(broken) if "lr" in entry]
     assert steps == list(range(1, 19))
