@@ -87,9 +87,10 @@ def _run(command: Any, *arguments: str, kill_at: int | None = None, monkeypatch:
 
 SETTINGS = {
     "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip_grad_norm", "1", "--accumulation", "2"],
-    "adamw": ["--augmentation", "cutmix", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"],
-    "dropout": ["--augmentation", "mixup", "--model_args.dropout", "0.5"],
-    "made anew": ["--augmentation", "mixup", "--weights", "TEACHER", "--reinit", "true"],
+    "adamw, dropout, made anew": [
+        *("--augmentation", "mixup", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"),
+        *("--model_args.dropout", "0.5", "--weights", "TEACHER", "--reinit", "true"),
+    ],
     "fixed": [
         "--augmentation",
         "cutmixpick_student",
@@ -117,19 +118,25 @@ def test_a_killed_run_is_resumed_exactly(tree, teacher, tmp_path, monkeypatch, s
     _assert_same_end(broken, whole)
 
 
-def test_a_supervised_run_is_resumed_exactly(tree, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(tree, tmp_path_factory) -> Path:
+    """A supervised run that is never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.main([*_arguments(tree), "--output", str(folder)])
+    return folder
+
+
+def test_a_supervised_run_is_resumed_exactly(tree, whole, tmp_path, monkeypatch):
     """Also at the end of an epoch, the only checkpoint without --checkpoint_every."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    broken = tmp_path / "broken"
     _run(train, *_arguments(tree), "--output", str(broken), kill_at=4, monkeypatch=monkeypatch)
     _run(train, "--resume", str(broken), kill_at=11, monkeypatch=monkeypatch)
     _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
     _assert_same_end(broken, whole)
 
 
-def test_a_kill_during_the_evaluation_loses_nothing(tree, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+def test_a_kill_during_the_evaluation_loses_nothing(tree, whole, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         patch.setattr("dalikd.trainers.loop.evaluate", _raise_killed)
         with pytest.raises(_Killed):
@@ -138,10 +145,9 @@ def test_a_kill_during_the_evaluation_loses_nothing(tree, tmp_path, monkeypatch)
     _assert_same_end(broken, whole)
 
 
-def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, tmp_path, monkeypatch):
+def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, whole, tmp_path, monkeypatch):
     """Saved after each of five epochs: the last state is not written any more."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    broken = tmp_path / "broken"
     original, saved = loop_file.save_state, []
 
     def save(path: Path, state: dict[str, Any]) -> None:
@@ -163,9 +169,8 @@ def _raise_killed(*_: Any) -> None:
     raise _Killed
 
 
-def test_sigterm_saves_says_so_and_ends_with_an_error(tree, tmp_path, monkeypatch, capsys):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+def test_sigterm_saves_says_so_and_ends_with_an_error(tree, whole, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
     step = Loop.step
 
     def stepping(loop: Loop) -> None:
