@@ -62,7 +62,7 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1"],
+        "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1"],
         "dev": ["pre-commit>=4"],
     },
     entry_points={"console_scripts": ["dalikd = dalikd.tools.main:main"]},

@@ -1,6 +1,11 @@
-"""Images that every test may read, and the rule that a test marked `gpu` needs a CUDA device."""
+"""Images that every test may read, processes that start at once, and the rule that a test marked `gpu` needs a CUDA
+device."""
 
+import gc
+import multiprocessing
 import os
+import runpy
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +50,97 @@ def _compile_what_is_asked_for() -> Iterator[None]:
         if "dalikd.trainers.options" in sys.modules:
             patch.setattr("dalikd.trainers.options.automatic_mode", lambda _: "off")
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what begins last decides how long one of two workers runs alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: each collection of garbage, as at the end of every loader, would go through it."""
+    gc.collect()
+    gc.freeze()
+
+
+class Forked:
+    """A process: `dalikd COMMAND …`, or a script, that needs no time for imports.
+
+    Args:
+        folder: for what it prints.
+        words: a command and its arguments, or a script and its.
+        environment: its own variables.
+    """
+
+    def __init__(self, folder: Path, *words: object, **environment: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._streams = folder / "out", folder / "err"
+        for stream in self._streams:
+            stream.touch()
+        names = {
+            "words": [str(word) for word in words],
+            "streams": tuple(map(str, self._streams)),
+            "environment": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        }
+        self._process = context.Process(target=runpy.run_path, args=(str(_FORKED), names, "__main__"))
+        self._process.start()
+
+    @property
+    def out(self) -> str:
+        return self._streams[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self._streams[1].read_text()
+
+    def runs(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> int | None:
+        """With signal 9. Returns the exit code."""
+        self._process.kill()
+        self._process.join()
+        return self._process.exitcode
+
+    def end(self) -> str:
+        """Wait until it has ended well. Returns what it has printed."""
+        self._process.join(300)
+        code = self._process.exitcode
+        if code is None:
+            self.kill()
+        assert code == 0, (code, self.out, self.err)
+        return self.out
+
+
+_FORKED = Path(__file__).with_name("forked.py")
+_IMPORTS = [
+    *("dalikd.tools.study", "dalikd.tools.cache", "dalikd.pipelines.graphs", "torch._dynamo"),
+    *("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "scipy.stats"),
+]
+
+
+@pytest.fixture(scope="session")
+def start_forked() -> type[Forked]:
+    return Forked
+
+
+@pytest.fixture(scope="session")
+def start_joined() -> Callable[..., list[Forked]]:
+    """Starts several, joined as a launcher joins them."""
+
+    def start(processes: int, folder: Path, *words: object) -> list[Forked]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = map(str, range(processes))
+        return [Forked(folder / rank, *words, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ranks]
+
+    return start
 
 
 # reading a scalar, shapes that depend on data, and tensors made of Python numbers (a blocking copy on a GPU)

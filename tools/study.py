@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def read_study(argv: Sequence[str], *, old_names: bool = False) -> Reading:
     options, _ = resolve("study", own)
     return Reading(
         replace(options, **kept, augmentation=augmentation_names(options.augmentation)),
-        {command: _beyond(resolve(command, shared)[1], resolve(command, [])[1]) for command in COMMANDS},
+        {command: _beyond(resolve(command, shared)[1], _defaults(command)) for command in COMMANDS},
         lambda command, settings: resolve(command, [*shared, Layer("", nested(settings))]),
         lambda path: read_study(["--config", str(path)], old_names=True).config,
         any("train" in layer.content for layer in shared),
@@ -119,6 +119,12 @@ def _check_shared(layer: Layer) -> None:
             group = content.get(head) or {}
             if (inner and inner in group) or (not inner and head in content):
                 raise ValueError(f"{layer.place}: {place}{name} is no option of a study: {instead}")
+
+
+@cache
+def _defaults(command: str) -> dict[str, Any]:
+    """The options of a command without a word, as plain values."""
+    return resolve(command, [])[1]
 
 
 def _beyond(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -155,13 +153,18 @@ def check_class_order(
         return
     counts = np.zeros((len(seen), len(source.classes)), np.int64)
     np.add.at(counts, (np.searchsorted(seen, labels), answers), 1)
+    from scipy.optimize import linear_sum_assignment  # scipy takes a second and more to import
+
     _, fitting = linear_sum_assignment(counts, maximize=True)
     right, best = (answers == labels).mean(), counts[np.arange(len(seen)), fitting].sum() / len(labels)
     theirs = f"; those of the weights are {shorten(origin.class_names, 20)}" if origin.class_names else ""
     # an untrained net may tell two or three classes apart as well, but is not sure of it
     if best < 0.5 + 0.9 / len(seen) or right >= best / 2 or confidence < 0.7 * best:
-        chance = binom.ppf(0.95, len(labels), 1 / len(source.classes)) / len(labels)
-        if right <= chance and confidence > _SURE and os.environ.get("RANK", "0") == "0":
+        if confidence <= _SURE or os.environ.get("RANK", "0") != "0":
+            return
+        from scipy.stats import binom
+
+        if right <= binom.ppf(0.95, len(labels), 1 / len(source.classes)) / len(labels):
             print(
                 f"dalikd: {who} gives the right class for {100 * right:.0f} % of {len(labels)} images, no more than by "
                 f"chance, and is sure of its answers: is it for the data's classes, {shorten(source.classes, 20)}"

@@ -202,42 +202,47 @@ def _spoil(folder: Path, name: str) -> None:
     shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
-@pytest.mark.parametrize("step", [0, 2, 4])
-def test_a_run_killed_inside_is_gone_on_with(finished, finished_once, config, call, monkeypatch, step):
-    """A teacher of six steps and two epochs: before its first state, after it, and in the second epoch."""
+def test_a_study_cut_off_again_and_again_ends_the_same(finished, finished_once, config, call, monkeypatch, capsys):
+    """A teacher of six steps and two epochs is killed before its first state and in the second epoch, a measurement
+    before its end; a student's run is stopped by a signal."""
     weights = (finished / "teachers/made/last/student.safetensors").read_bytes()
-    for name in ("teachers/made", "measure/made.json", "distill/made_small/x1/cutmix/seed4"):
+    measurement, student = "measure/made.json", "distill/made_small/x1/cutmix/seed4"
+    for name in ("teachers/made", measurement, student):
         _spoil(finished, name)
     stepping = Loop.step
 
-    def killed(loop: Loop) -> None:
-        if loop.progress.step == step:
-            raise Killed
+    def cut_off(what: str, replacement: Callable[..., None]) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(what, replacement)
+            with pytest.raises(Killed):
+                call(config, "--output", finished)
+        return capsys.readouterr().out
+
+    def killing(step: int) -> Callable[[Loop], None]:
+        return lambda loop: _raise_killed() if loop.progress.step == step else stepping(loop)
+
+    for step in (2, 4):
+        out = cut_off("dalikd.trainers.loop.Loop.step", killing(step))
+        assert "[18/20] teachers/made\n" in out
+        (finished / "teachers/made/config.yaml").write_text("")  # as a kill while it is written anew would leave it
+    out = cut_off("dalikd.tools.measure.write_json", _raise_killed)
+    assert "[18/20] teachers/made (goes on)" in out
+    assert (finished / "teachers/made/last/student.safetensors").read_bytes() == weights
+    assert not (finished / measurement).exists()
+    assert (finished / measurement).with_suffix(".pt").exists()
+
+    def stopped(loop: Loop) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         stepping(loop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "step", killed)
-        with pytest.raises(Killed):
-            call(config, "--output", finished)
-    (finished / "teachers/made/config.yaml").write_text("")  # as a kill while it is written anew would leave it
+        patch.setattr(Loop, "step", stopped)
+        ended = call(config, "--output", finished)
+    assert ended.code == 128 + signal.SIGTERM
+    assert ended.err == f"dalikd study: {student} stopped by signal 15; the same command goes on there\n"
     ended = call(config, "--output", finished)
     assert (ended.code, ended.err) == (0, "")
-    assert ("teachers/made (goes on)" in ended.out) == (step > 3)
-    assert "[18/20] teachers/made" in ended.out
-    assert (finished / "teachers/made/last/student.safetensors").read_bytes() == weights
-    assert results_of(finished)["groups"] == results_of(finished_once)["groups"]
-
-
-def test_a_measurement_killed_before_its_end_is_made_again(finished, finished_once, config, call, monkeypatch):
-    name = "measure/given.json"
-    (finished / name).unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("dalikd.tools.measure.write_json", _raise_killed)
-        with pytest.raises(Killed):
-            call(config, "--output", finished)
-    assert not (finished / name).exists()
-    assert (finished / name).with_suffix(".pt").exists()
-    assert call(config, "--output", finished).code == 0
+    assert f"{student} (goes on)" in ended.out
     assert results_of(finished)["groups"] == results_of(finished_once)["groups"]
 
 
@@ -258,35 +263,14 @@ def test_what_is_missing_is_said(finished, finished_once, config, call):
     assert (finished / "table.md").read_text() in ended.out
 
 
-def test_a_signal_stops_a_study_that_the_same_command_goes_on_with(finished, finished_once, config, call, monkeypatch):
-    _spoil(finished, "distill/made_small/x1/cutmix/seed4")
-    step = Loop.step
-
-    def stopped(loop: Loop) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        step(loop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "step", stopped)
-        ended = call(config, "--output", finished)
-    assert ended.code == 128 + signal.SIGTERM
-    assert ended.err == (
-        "dalikd study: distill/made_small/x1/cutmix/seed4 stopped by signal 15; the same command goes on there\n"
-    )
-    ended = call(config, "--output", finished)
-    assert "distill/made_small/x1/cutmix/seed4 (goes on)" in ended.out
-    assert results_of(finished)["groups"] == results_of(finished_once)["groups"]
-
-
 # ------------------------------------------------------------------------------------------------ pairs, shards
 
 
-def test_one_pair_alone(finished, config, call, tmp_path):
-    ended = call(config, "--output", tmp_path / "one", "--pair", "given/small", "--dry_run", "true")
+def test_one_pair_alone(finished, config, call):
+    ended = call(config, "--output", finished, "--pair", "given/small", "--dry_run", "true")
     assert "teachers/made" not in ended.out
-    assert (
-        "11 of 11 runs are done" in call(config, "--output", finished, "--pair", "given/small", "--dry_run", "true").out
-    )
+    assert "distill/given_small" in ended.out
+    assert "11 of 11 runs are done" in ended.out
 
 
 def test_a_plan_names_each_run_its_command_and_the_work(config, call, tmp_path):

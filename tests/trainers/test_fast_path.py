@@ -163,11 +163,11 @@ def compiled_graphs() -> Callable[[], dict[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_compiling_changes_no_loss(make, compiled_graphs, dtype):
-    plain = _losses(make("plain", dtype, teacher=UNFOLDED))
-    compiled = make("compiled", dtype, compile="default")
-    _assert_close(_losses(compiled), plain, TOLERANCE[dtype])
+def test_compiling_changes_no_loss(make, compiled_graphs):
+    """In float32; in float64 below, where it is a matter of rounding alone."""
+    plain = _losses(make("plain", torch.float32, teacher=UNFOLDED))
+    compiled = make("compiled", torch.float32, compile="default")
+    _assert_close(_losses(compiled), plain, TOLERANCE[torch.float32])
     assert compiled_graphs() == {"graphs": 2, "breaks": 0, "recompiled": 0}  # the teacher's pass, and the task
 
 

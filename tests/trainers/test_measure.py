@@ -191,44 +191,41 @@ def test_equals_never_settle(data, small_weights, accelerator):
     assert report["separation"]["check"] == 5
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, Interrupted])
-def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, accelerator, tmp_path, monkeypatch, end):
+def test_a_measurement_goes_on_where_it_was_cut_off(data, small_weights, accelerator, tmp_path, monkeypatch):
     """Killed it does again what was not saved; stopped by a signal it loses nothing."""
     options = {
         "augmentation": ["cutmixpick_student", "flip", "patchmix"], "batch_size": 24, "mix": MixOptions(group=8),
-        "metrics": ["probability_covariance", "cross_entropy_covariance"], "per_class": True,
+        "metrics": ["probability_covariance", "cross_entropy_covariance"], "per_class": True, "entropy_log_every": 2,
     }  # fmt: skip
-    whole = _pass(data, small_weights, accelerator, **options, entropy_log=str(tmp_path / "whole"), entropy_log_every=2)
-    resumed = {
-        **options, "checkpoint": str(tmp_path / "state.pt"), "checkpoint_every": 3,
-        "entropy_log": str(tmp_path / "resumed"), "entropy_log_every": 2,
-    }  # fmt: skip
-    original, steps = Measurement.update, []
+    whole = _pass(data, small_weights, accelerator, **options, entropy_log=str(tmp_path / "whole"))
+    original, resumed = Measurement.update, {}
+    for end, saved in ((KeyboardInterrupt, 6), (Interrupted, 7)):
+        folder, steps = tmp_path / end.__name__, []
+        resumed = {**options, "checkpoint": f"{folder}.pt", "checkpoint_every": 3, "entropy_log": str(folder)}
 
-    def die(self, *arguments):
-        if len(steps) == 7 and end is KeyboardInterrupt:
-            raise end
-        steps.append(None)
-        if len(steps) == 7 and end is Interrupted:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, *arguments)
+        def die(self, *arguments, end=end, steps=steps):
+            if len(steps) == 7 and end is KeyboardInterrupt:
+                raise end
+            steps.append(None)
+            if len(steps) == 7 and end is Interrupted:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self, *arguments)
 
-    monkeypatch.setattr(Measurement, "update", die)
-    with pytest.raises(end):
-        _pass(data, small_weights, accelerator, **resumed)
-    done = read_state(tmp_path / "state.pt")["step"]
-    assert done == (6 if end is KeyboardInterrupt else 7)
-    steps[:] = [None] * 8
-    again = _pass(data, small_weights, accelerator, **resumed)
-    assert len(steps) == 8 + 12 - done
-    assert again["results"] == whole["results"]
-    assert again["separation"] == whole["separation"]
-    for name in options["augmentation"]:
-        first, second = (EntropyLog.load(tmp_path / folder / f"{name}.npz").arrays() for folder in ("whole", "resumed"))
-        assert first["steps"].tolist() == [0, 2, 4, 6, 8, 10]
-        for key, values in first.items():
-            np.testing.assert_array_equal(second[key], values)
-        assert (tmp_path / "resumed" / f"{name}.png").stat().st_size > 10_000
+        monkeypatch.setattr(Measurement, "update", die)
+        with pytest.raises(end):
+            _pass(data, small_weights, accelerator, **resumed)
+        assert read_state(folder.with_suffix(".pt"))["step"] == saved
+        steps[:] = [None] * 8
+        again = _pass(data, small_weights, accelerator, **resumed)
+        assert len(steps) == 8 + 12 - saved
+        assert again["results"] == whole["results"]
+        assert again["separation"] == whole["separation"]
+        for name in options["augmentation"]:
+            first, second = (EntropyLog.load(each / f"{name}.npz").arrays() for each in (tmp_path / "whole", folder))
+            assert first["steps"].tolist() == [0, 2, 4, 6, 8, 10]
+            for key, values in first.items():
+                np.testing.assert_array_equal(second[key], values)
+            assert (folder / f"{name}.png").stat().st_size > 10_000
     assert _pass(data, small_weights, accelerator, **resumed)["results"] == whole["results"]  # finished: nothing left
     with pytest.raises(
         ValueError, match="was saved with window 32, now it is 40: measure with the same options, or name"

@@ -1,9 +1,6 @@
 """Two processes do what one does."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +39,22 @@ def one(folder) -> dict[str, Any]:
         return module.work(start("cpu", "fp64"), folder / "one")
 
 
-def _shared(folder: Path, processes: int) -> dict[str, Any]:
+def _shared(start_joined: Any, folder: Path, processes: int) -> dict[str, Any]:
     """What so many processes find together."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*launcher, str(SCRIPT), str(processes), str(folder / f"{processes}.pt")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return torch.load(folder / f"{processes}.pt", weights_only=False)
+    file = folder / f"{processes}.pt"
+    for process in start_joined(processes, folder / f"printed{processes}", SCRIPT, processes, file):
+        process.end()
+    return torch.load(file, weights_only=False)
 
 
 @pytest.fixture(scope="module")
-def two(folder) -> dict[str, Any]:
-    return _shared(folder, 2)
+def two(folder, start_joined) -> dict[str, Any]:
+    return _shared(start_joined, folder, 2)
 
 
 @pytest.fixture(scope="module")
-def four(folder) -> dict[str, Any]:
-    return _shared(folder, 4)
+def four(folder, start_joined) -> dict[str, Any]:
+    return _shared(start_joined, folder, 4)
 
 
 @pytest.mark.parametrize("augmentation", ["mixup", "cutmixpick_teacher"])

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -89,9 +87,10 @@ def _run(command: Any, *arguments: str, kill_at: int | None = None, monkeypatch:
 
 SETTINGS = {
     "picks": ["--augmentation", "cutmixpick_student", "--ema", "0.8", "--clip_grad_norm", "1", "--accumulation", "2"],
-    "adamw": ["--augmentation", "cutmix", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"],
-    "dropout": ["--augmentation", "mixup", "--model_args.dropout", "0.5"],
-    "made anew": ["--augmentation", "mixup", "--weights", "TEACHER", "--reinit", "true"],
+    "adamw, dropout, made anew": [
+        *("--augmentation", "mixup", "--optimizer", "torch.optim.AdamW", "--no_decay_norms", "true"),
+        *("--model_args.dropout", "0.5", "--weights", "TEACHER", "--reinit", "true"),
+    ],
     "fixed": [
         "--augmentation",
         "cutmixpick_student",
@@ -119,19 +118,25 @@ def test_a_killed_run_is_resumed_exactly(tree, teacher, tmp_path, monkeypatch, s
     _assert_same_end(broken, whole)
 
 
-def test_a_supervised_run_is_resumed_exactly(tree, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(tree, tmp_path_factory) -> Path:
+    """A supervised run that is never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.main([*_arguments(tree), "--output", str(folder)])
+    return folder
+
+
+def test_a_supervised_run_is_resumed_exactly(tree, whole, tmp_path, monkeypatch):
     """Also at the end of an epoch, the only checkpoint without --checkpoint_every."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    broken = tmp_path / "broken"
     _run(train, *_arguments(tree), "--output", str(broken), kill_at=4, monkeypatch=monkeypatch)
     _run(train, "--resume", str(broken), kill_at=11, monkeypatch=monkeypatch)
     _run(train, "--resume", str(broken), monkeypatch=monkeypatch)
     _assert_same_end(broken, whole)
 
 
-def test_a_kill_during_the_evaluation_loses_nothing(tree, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+def test_a_kill_during_the_evaluation_loses_nothing(tree, whole, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         patch.setattr("dalikd.trainers.loop.evaluate", _raise_killed)
         with pytest.raises(_Killed):
@@ -140,10 +145,9 @@ def test_a_kill_during_the_evaluation_loses_nothing(tree, tmp_path, monkeypatch)
     _assert_same_end(broken, whole)
 
 
-def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, tmp_path, monkeypatch):
+def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, whole, tmp_path, monkeypatch):
     """Saved after each of five epochs: the last state is not written any more."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+    broken = tmp_path / "broken"
     original, saved = loop_file.save_state, []
 
     def save(path: Path, state: dict[str, Any]) -> None:
@@ -165,9 +169,8 @@ def _raise_killed(*_: Any) -> None:
     raise _Killed
 
 
-def test_sigterm_saves_says_so_and_ends_with_an_error(tree, tmp_path, monkeypatch, capsys):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(train, *_arguments(tree), "--output", str(whole), monkeypatch=monkeypatch)
+def test_sigterm_saves_says_so_and_ends_with_an_error(tree, whole, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
     step = Loop.step
 
     def stepping(loop: Loop) -> None:
@@ -344,19 +347,13 @@ def test_the_config_of_a_run_can_start_another(finished, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- in processes of its own
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "dalikd.tools.distill", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def _lines(folder: Path) -> int:
     log = folder / "log.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle(tree, tmp_path):
+def test_kill_9_in_the_middle(tree, tmp_path, start_forked):
     whole, broken, weights = tmp_path / "whole", tmp_path / "broken", tmp_path / "resnet8.pt"
     torch.save(create_model("resnet8", 3).state_dict(), weights)
     common = [
@@ -364,18 +361,15 @@ def test_kill_9_in_the_middle(tree, tmp_path):
         *("--data.limit", "48", "--data.val_limit", "9", "--batch_size", "16", "--epochs", "6"),
         *("--augmentation", "cutmixpick_teacher", "--checkpoint_every", "2"),
     ]
-    victim = _start(*common, "--output", str(broken))
+    victim = start_forked(tmp_path / "0", "distill", *common, "--output", broken)
     deadline = time.monotonic() + 120
-    while _lines(broken) < 6 and victim.poll() is None and time.monotonic() < deadline:
+    while _lines(broken) < 6 and victim.runs() and time.monotonic() < deadline:
         time.sleep(0.002)
-    victim.kill()
-    assert victim.wait() == -signal.SIGKILL
-    victim.communicate()
+    assert victim.kill() == -signal.SIGKILL
     assert 3 <= torch.load(broken / "last" / "trainer.pt", weights_only=True)["step"] < 18
-    processes = [_start("--resume", str(broken)), _start(*common, "--output", str(whole))]
-    for process in processes:
-        _, error = process.communicate(timeout=180)
-        assert process.returncode == 0, error
+    others = ["--resume", broken], [*common, "--output", whole]
+    for process in [start_forked(tmp_path / str(number), "distill", *words) for number, words in enumerate(others, 1)]:
+        process.end()
     _assert_same_end(broken, whole)
     steps = [entry["step"] for entry in _log(broken) if "lr" in entry]
     assert steps == list(range(1, 19))

@@ -76,7 +76,7 @@ def check_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], 
     kept = _read(path)
     if not isinstance(kept, dict) or "study" not in kept:
         raise ValueError(f"--output {folder} holds something else than a study: name another folder")
-    difference = first_difference(reread(path), config)
+    difference = None if kept == config else first_difference(reread(path), config)  # reading it anew takes a second
     if difference is not None:
         name, old, new = difference
         raise ValueError(

@@ -1,7 +1,6 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,14 +92,14 @@ def test_root_overrides_and_bytes_are_identical(tmp_path: Path, cache: Path, tra
     assert all((tmp_path / "mine" / name).read_bytes() == (cache / "digits-v1" / name).read_bytes() for name in names)
 
 
-def test_two_processes_at_once(tmp_path: Path) -> None:
-    program = "from dalikd.pipelines.data import open_source; print(open_source('digits', None, 'val').fingerprint)"
-    environment = os.environ | {"DALIKD_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [worker.communicate(timeout=60)[0].strip() for worker in workers]
-    assert printed == ["a49329d0def0c9a70f91"] * 2
-    assert [path.name for path in tmp_path.iterdir()] == ["digits-v1"]
+def test_two_processes_at_once(tmp_path: Path, start_forked: Any) -> None:
+    script, cache = tmp_path / "digits.py", tmp_path / "cache"
+    script.write_text(
+        "from dalikd.pipelines.data import open_source; print(open_source('digits', None, 'val').fingerprint)"
+    )
+    workers = [start_forked(tmp_path / str(number), script, DALIKD_CACHE=str(cache)) for number in range(2)]
+    assert [worker.end().strip() for worker in workers] == ["a49329d0def0c9a70f91"] * 2
+    assert [path.name for path in cache.iterdir()] == ["digits-v1"]
 
 
 def test_folder_with_something_else(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -309,7 +306,7 @@ def test_the_announcement_counts_the_bytes(fill, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_fill_what_one_does(data, tmp_path):
+def test_two_processes_fill_what_one_does(data, tmp_path, start_joined):
     """90 images in batches of 48 for two: the second has nothing of the last one."""
     weights = tmp_path / "resnet8.pt"
     torch.manual_seed(0)
@@ -319,17 +316,13 @@ def test_two_processes_fill_what_one_does(data, tmp_path):
         *("--device", "cpu", "--batch_size", 80, "--mix.group", 8, "--epochs", 2, "--augmentation", PICKS),
         *("--teacher.name", "resnet8", "--teacher.weights", weights),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     caches = []
     for processes in (1, 2):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        command = [*launcher, "-m", "dalikd.tools.cache", *options, "--output", tmp_path / str(processes)]
-        result = subprocess.run(
-            [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        assert f"; {processes} process(es)" in result.stdout
-        caches.append(TeacherCache(Path(tmp_path / str(processes))))
+        output = tmp_path / str(processes)
+        joined = start_joined(processes, tmp_path / f"printed{processes}", "cache", *options, "--output", output)
+        printed = [process.end() for process in joined]
+        assert f"; {processes} process(es)" in printed[0]
+        caches.append(TeacherCache(output))
     one, two = caches
     two.check_filled()
     assert one.layout == two.layout
