@@ -1,6 +1,9 @@
 """What the commands print and write when all goes well."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,3 +156,18 @@ def test_batch_sizes_measure_the_same(command, options, teacher):
     tables = [command("measure", *options, *teacher, "--batch_size", size, *common).out for size in (32, 64)]
     assert tables[0] == tables[1]
     assert [name for name in names if name not in tables[0]] == []
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes(training, tmp_path):
+    """As a user would; tests of what two processes do fork theirs."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dalikd.tools.distill"]
+    torch.save(create_model("resnet14", 3).state_dict(), tmp_path / "teacher.pt")
+    nets = ("--model", "resnet8", "--teacher.name", "resnet14", "--teacher.weights", tmp_path / "teacher.pt")
+    words += map(str, (*training, *nets, "--epochs", 1, "--loss", "AT", "--output", tmp_path / "run"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["finished"], results["processes"]) == (True, 2)
+    assert results["last"]["train"]["at"] > 0
