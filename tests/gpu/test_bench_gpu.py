@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=["arrays", "files"])
 def made(request, cifar, small_images):
-    """A loop and its options: two rounds of three steps, on pictures in memory, or decoded by DALI."""
+    """A loop and its options: two rounds of three steps, on images in memory, or decoded by DALI."""
     data = cifar
     if request.param == "files":
         request.getfixturevalue("needs_dali")

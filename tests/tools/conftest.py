@@ -76,17 +76,17 @@ def write_tree(root: Path, counts: dict[str, int], classes: int = 3) -> Path:
     for split, count in counts.items():
         for number in range(count):
             label = number % classes
-            picture = random.integers(0, 120, (32, 32, 3), dtype=np.uint8)
-            picture[..., 0] += np.uint8(60 * label)
+            image = random.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+            image[..., 0] += np.uint8(60 * label)
             path = root / split / f"class{label}" / f"{number:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path, quality=95)
+            Image.fromarray(image).save(path, quality=95)
     return root
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, 99 training and 30 validation pictures."""
+    """Three classes, 99 training and 30 validation images."""
     return write_tree(tmp_path_factory.mktemp("tree"), {"train": 99, "val": 30})
 
 

@@ -12,7 +12,7 @@ from dalikd.trainers.teacher_cache.layout import TeacherCache
 
 @pytest.fixture
 def caching(tree, data_options, teacher):
-    """99 pictures, two epochs of picks."""
+    """99 images, two epochs of picks."""
     sizes = ["--batch_size", 48, "--mix.group", 8, "--epochs", 2]
     return [*data_options(tree), *teacher, *sizes, "--augmentation", "cutmixpick_teacher"]
 

@@ -226,7 +226,7 @@ def test_a_folder_that_is_taken(command, training, tmp_path):
     assert command("train", *training, "--output", run, "--overwrite", "true").code == 0
 
 
-# ---------------------------------------------------------------------------------- a picture that is broken
+# ---------------------------------------------------------------------------------- a image that is broken
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -242,9 +242,7 @@ def _same_end(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
-    command, own_tree, data_options, tmp_path, split
-):
+def test_a_broken_image_stops_the_run_which_goes_on_once_it_is_mended(command, own_tree, data_options, tmp_path, split):
     """A truncated file: of the training split in the middle of the first epoch, or the last one to be validated."""
     training = [*data_options(own_tree), "--model", "small", "--batch_size", 16, "--mix.group", 8, "--epochs", 2]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -252,20 +250,20 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
 
     source = open_source("imagefolder", own_tree, split)
     row = int(Sampler(99, 16).order(0)[16 * 3 + 5]) if split == "train" else 29
-    picture = Path(source.path(row))
-    content = picture.read_bytes()
-    picture.write_bytes(content[: len(content) // 2])
+    image = Path(source.path(row))
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
     ended = command("train", *training, "--output", broken)
     assert ended.code == 2
     assert ended.err.count("\n") == 1
-    assert ended.err.startswith(f"dalikd train: error: cannot decode {picture} (")
+    assert ended.err.startswith(f"dalikd train: error: cannot decode {image} (")
     assert "--data.bad_files replace" in ended.err
     saved = torch.load(broken / "last" / "trainer.pt", weights_only=True)
     assert saved["step"] == (3 if split == "train" else 6)
 
     again = command("train", "--resume", broken)
     assert (again.code, again.err) == (2, ended.err)
-    picture.write_bytes(content)
+    image.write_bytes(content)
     assert command("train", "--resume", broken).code == 0
     _same_end(broken, whole)
 

@@ -283,7 +283,7 @@ def test_a_plan_names_each_run_its_command_and_the_work(config, call, tmp_path):
         f"--model small --teacher.name small --teacher.weights {config['study']['pairs'][1]['teacher']['weights']} "
         "--augmentation cutmix --epoch_factor 1.0 --seed 4\n"
     ) in ended.out
-    # 99 images: 96 in whole batches of 32; two pictures of each, for cutmix and the picks
+    # 99 images: 96 in whole batches of 32; two images of each, for cutmix and the picks
     trained, asked = 4 * 96 * (1 + 2 + 2), 4 * 96 * (1 + 2 + 2)
     totals = {line.split(" | ")[0]: line for line in ended.out.splitlines() if line.startswith("| ")}
     assert f"| distill | 12 | {trained:,} | {asked:,} | {4 * 2 * 96:,} | {12 * 30:,} |" in totals["| distill"]

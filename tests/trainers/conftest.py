@@ -1,4 +1,4 @@
-"""Small pictures, nets and loops for the trainers' tests."""
+"""Small images, nets and loops for the trainers' tests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,18 +54,18 @@ def net(seed: int = 0, **options: Any) -> Normalized:
     return Normalized(SmallNet(**options), HALF, HALF)
 
 
-def tinted_pictures(count: int, classes: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def tinted_images(count: int, classes: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [N, S, S, 3] noise, brighter in one part of the channels for each class; int64 labels [N]."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    pictures = random.integers(0, 120, (count, side, side, 3), dtype=np.uint8)
+    images = random.integers(0, 120, (count, side, side, 3), dtype=np.uint8)
     tint = np.linspace(0, 100, classes)[labels]
-    pictures[..., 0] += tint[:, None, None].astype(np.uint8)
-    return pictures, labels
+    images[..., 0] += tint[:, None, None].astype(np.uint8)
+    return images, labels
 
 
 def source(count: int = 96, classes: int = 3, side: int = 12, seed: int = 0) -> Source:
-    pictures, labels = tinted_pictures(count, classes, side, seed)
+    images, labels = tinted_images(count, classes, side, seed)
     names = tuple(f"class{number}" for number in range(classes))
     return Source(
         name="tinted",
@@ -75,7 +75,7 @@ def source(count: int = 96, classes: int = 3, side: int = 12, seed: int = 0) -> 
         mean=HALF,
         std=HALF,
         image_size=side,
-        arrays=pictures,
+        arrays=images,
     )
 
 
@@ -89,7 +89,7 @@ def loop(
     train: Source | None = None,
     val: Source | None = None,
 ) -> Loop:
-    """A loop over pictures in memory: supervised, or distillation where the options say so."""
+    """A loop over images in memory: supervised, or distillation where the options say so."""
     options = options or TrainOptions(batch_size=32, mix=MixOptions(group=8), epochs=2)
     train, val = train or source(), val or source(41, seed=1)
     student = student or net()
@@ -162,14 +162,14 @@ def make_cuda_loop(tmp_path: Path) -> Callable[..., Loop]:
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageFolder of 32x32 JPEGs: three tinted classes, 150 training and 51 validation pictures."""
+    """An ImageFolder of 32x32 JPEGs: three tinted classes, 150 training and 51 validation images."""
     root = tmp_path_factory.mktemp("tinted")
     for split, count, seed in (("train", 150, 0), ("val", 51, 1)):
-        pictures, labels = tinted_pictures(count, 3, 32, seed)
-        for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        images, labels = tinted_images(count, 3, 32, seed)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             path = root / split / f"class{label}" / f"{number:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path, quality=95)
+            Image.fromarray(image).save(path, quality=95)
     return root
 
 

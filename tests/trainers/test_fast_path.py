@@ -1,6 +1,6 @@
 """Folded norms and compiled regions train as the plain path does, and the plain path as a loop written out by hand.
 
-Each run is 50 steps of distillation by cutmixpick_teacher from one seed, on pictures of 32 pixels in batches of 64.
+Each run is 50 steps of distillation by cutmixpick_teacher from one seed, on images of 32 pixels in batches of 64.
 """
 
 from collections.abc import Callable, Iterator

@@ -89,8 +89,8 @@ def test_a_certain_teacher_gives_the_spread_of_the_classes(make_source, accelera
     """Windows of 320 images, each a pair with itself: the class share p spreads by sqrt(p (1 - p) / 320)."""
     source = make_source(16_000, classes=10, side=8)
     labels = np.random.default_rng(0).permutation(source.labels)
-    pictures = np.broadcast_to(20 * labels[:, None, None, None] + 1, (16_000, 8, 8, 3)).astype(np.uint8)
-    source = replace(source, arrays=pictures, labels=labels)
+    images = np.broadcast_to(20 * labels[:, None, None, None] + 1, (16_000, 8, 8, 3)).astype(np.uint8)
+    source = replace(source, arrays=images, labels=labels)
     result = _measure(source, _ReadsLabels(), accelerator, "identity", 400, epochs=5, window=640)
     without_replacement = np.sqrt((16_000 - 320) / (16_000 - 1))
     expected = np.sqrt(0.1 * 0.9 / 320) * without_replacement

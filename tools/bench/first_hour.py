@@ -234,9 +234,9 @@ def decoders(output: Path, root: Path, device: Literal["cuda", "cpu"]) -> None:
     for share in (0.0, 1.0, 0.65):  # all by the CUDA decoder, all that it takes by the JPEG engine, DALI's own default
         one, other = pixels(fewer, device, share), pixels(more, device, share)
         away, changes = (one - on_cpu).abs().mean((1, 2, 3)), (one - other).abs().amax((1, 2, 3))
-        found = {"pictures": fewer, "changed_with_the_batch": int((changes > 0).sum())}
+        found = {"images": fewer, "changed_with_the_batch": int((changes > 0).sum())}
         found |= {"largest_change": float(changes.max()), "mean_from_the_cpu": float(away.mean())}
-        loads[str(share)] = found | {"worst_picture_from_the_cpu": float(away.max())}
+        loads[str(share)] = found | {"worst_image_from_the_cpu": float(away.max())}
         sentences.append(
             f"load {share:g}: {found['changed_with_the_batch']} of {fewer} images change with their batch, "
             f"{away.mean():.2f} grey levels from the CPU (worst image {away.max():.2f})"

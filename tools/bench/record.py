@@ -50,7 +50,7 @@ class Record:
     labels: tuple[str, ...] = ()  # the columns that name a row
     plotted: str = ""  # the column that the plot shows
     variant: str = ""  # sets apart records of one benchmark and device, as a part of file names
-    pictures: dict[str, Any] | None = None  # `machine.describe`, where there are any
+    images: dict[str, Any] | None = None  # `machine.describe`, where there are any
     notes: list[str] = field(default_factory=list)  # sentences under the table
     command: str = field(default_factory=_command)  # as a user would type it
 
@@ -68,7 +68,7 @@ class Record:
 
     def reads(self, source: Source) -> None:
         """Tell of the images that it reads."""
-        self.pictures = describe(source)
+        self.images = describe(source)
         self.page_cache = "no files." if source.arrays is not None else "warm; the first round reads."
 
 
@@ -168,7 +168,7 @@ def markdown(record: Record) -> str:
         "Median of the repetitions; lowest and highest in brackets. "
         f"Warm-up: {record.warm_up} Page cache: {record.page_cache}",
     ]
-    if images := record.pictures:
+    if images := record.images:
         size = images.get("encoded_bytes")
         encoded = f", {size['median'] / 1000:.0f} kB (95 % below {size['p95'] / 1000:.0f} kB)" if size else ""
         sides = f"{images['width']['median']:.0f} x {images['height']['median']:.0f}"

@@ -62,8 +62,8 @@ def test_a_row_for_every_loader(measured):
         "source: files; page cache: warm; augmentation: identity"
     )
     assert record.page_cache == "warm; 100% of the files' bytes were read before."
-    assert record.pictures is not None
-    assert record.pictures["number"] == 300
+    assert record.images is not None
+    assert record.images["number"] == 300
     assert record.config["data"]["image_size"] == 32
     assert re.fullmatch(r"dalikd's loader on the main thread, an image .*: [\d.]+ µs\.", record.notes[-1])
     assert "| timm |" in out
@@ -165,7 +165,7 @@ def test_mistakes_are_one_line(refused, small_images, tmp_path, arguments, messa
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Twelve pictures of one colour each side of a class: every crop shows the same pixels."""
+    """Twelve images of one colour each side of a class: every crop shows the same pixels."""
     root = tmp_path_factory.mktemp("plain")
     for number in range(12):
         path = root / f"c{number % 2}" / f"{number:02d}.png"
@@ -244,7 +244,7 @@ def test_workers_go_when_a_side_is_closed(plain):
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
-def test_the_other_loaders_meet_every_picture_once_in_an_epoch(tmp_path):
+def test_the_other_loaders_meet_every_image_once_in_an_epoch(tmp_path):
     (tmp_path / "c").mkdir()
     for number in range(8):
         Image.new("RGB", (24, 24), (number * 30, 0, 0)).save(tmp_path / "c" / f"{number}.png")

@@ -97,7 +97,7 @@ def test_markdown_tells_what_the_numbers_depend_on():
     environment = {**ENVIRONMENT, "device": "Some GPU", "cuda": "13.0"}
     spread = {"mean": 1.0, "median": 500.0, "p95": 900.0}
     images = {"number": 1234, "width": spread, "height": spread, "encoded_bytes": {**spread, "median": 104_000.0}}
-    text = markdown(_record(environment=environment, pictures=images))
+    text = markdown(_record(environment=environment, images=images))
     facts = (
         "What was measured|Some GPU; Some CPU, 2 cores available, 8 GiB, load average 0.25|DALI 2.4.0, CUDA 13.0|abc"
     )

@@ -25,7 +25,7 @@ def _counts(done):
     return done.trained, done.asked, done.scored, done.evaluated
 
 
-def test_operations_grow_with_the_picture():
+def test_operations_grow_with_the_image():
     """resnet8's first layer alone: 3 -> 16 channels, 3x3, at 32x32; a product and a sum are two operations."""
     assert forward_flops("resnet8", {}, SIZES) > 2 * 32 * 32 * 3 * 16 * 9
     larger = forward_flops("resnet8", {}, Sizes(100, 30, 10, 64))

@@ -46,7 +46,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch, make_source):
-    """90 pictures in memory stand for the data options; 41 to validate on."""
+    """90 images in memory stand for the data options; 41 to validate on."""
     monkeypatch.setattr("dalikd.trainers.setup.open_split", lambda *_: make_source(90))
     monkeypatch.setattr("dalikd.trainers.setup.open_sources", lambda *_: (make_source(90), make_source(41, seed=1)))
     return DataConfig(threads=1)
