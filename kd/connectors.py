@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.backbones.layers import NetOutput
+from dalikd.kd.backbones.layers import NetOutput, shape_of
 
 __all__ = [
     "ConvRegressor",
@@ -17,7 +17,6 @@ __all__ = [
     "connect_stages",
     "connectors",
     "pool_alike",
-    "shape_of",
 ]
 
 
@@ -158,8 +157,3 @@ def check_classifier(what: str, net: str, given: NetOutput, classifier: nn.Modul
 def _close(one: Tensor, other: Tensor) -> bool:
     """Up to half precision."""
     return one.shape == other.shape and bool(((one - other).abs().max() <= 0.05 * other.abs().max()).item())
-
-
-def shape_of(feature: Tensor) -> str:
-    """For messages: the shape of one image's features."""
-    return "x".join(map(str, feature.shape[1:]))

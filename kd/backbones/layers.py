@@ -16,6 +16,7 @@ __all__ = [
     "initialise_convolutions",
     "leave_initialised",
     "projection",
+    "shape_of",
     "shuffle_channels",
 ]
 
@@ -297,3 +298,8 @@ def shuffle_channels(features: Tensor, groups: int) -> Tensor:
     """
     pixels = features.permute(0, 2, 3, 1)
     return pixels.unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+
+
+def shape_of(feature: Tensor) -> str:
+    """For messages: the shape of one image's features."""
+    return "x".join(map(str, feature.shape[1:]))

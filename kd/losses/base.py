@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.backbones.layers import NetOutput, Normalized
-from dalikd.kd.connectors import shape_of
+from dalikd.kd.backbones.layers import NetOutput, Normalized, shape_of
 
 __all__ = [
     "DistillationLoss",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.connectors import connect_stages, shape_of
+from dalikd.kd.backbones.layers import shape_of
+from dalikd.kd.connectors import connect_stages
 from dalikd.kd.losses.base import FeatureLoss, LossContext, StepOutputs, Weight, full_precision
 
 __all__ = ["KDSVD", "kdsvd_loss"]

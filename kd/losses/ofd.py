@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.connectors import check_maps, shape_of
+from dalikd.kd.backbones.layers import shape_of
+from dalikd.kd.connectors import check_maps
 from dalikd.kd.losses.base import FeatureLoss, LossContext, StepOutputs, Weight, full_precision
 
 __all__ = ["OFD", "margins", "ofd_loss"]

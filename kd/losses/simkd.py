@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dalikd.kd.backbones.layers import NetOutput, Normalized
+from dalikd.kd.backbones.layers import NetOutput, Normalized, shape_of
 from dalikd.kd.checkpoints import load_weights, read_state_dict
-from dalikd.kd.connectors import check_classifier, check_maps, pool_alike, shape_of
+from dalikd.kd.connectors import check_classifier, check_maps, pool_alike
 from dalikd.kd.losses.base import FeatureLoss, LossContext, StepOutputs, Weight, full_precision
 
 __all__ = ["ReusedClassifier", "SimKD", "load_simkd"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dalikd.kd.connectors import shape_of
+from dalikd.kd.backbones.layers import shape_of
 from dalikd.kd.losses.base import DistillationLoss, LossContext, StepOutputs, cross_entropy
 from dalikd.kd.losses.kd import check_temperature, kd_loss
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dalikd.kd.checkpoints import load_weights, read_origin
 from dalikd.kd.losses import KD, OFD, DistillationToken, ReusedClassifier, SemCKD, SimKD, WeightedSum, load_simkd
 from dalikd.kd.teacher import Teacher
 from dalikd.trainers.evaluate import evaluate
+from dalikd.trainers.tasks.distill import build_loss
 
 TOKENS = {"img_size": 12, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -112,7 +114,7 @@ def test_tokens_learn_from_a_teacher_whose_features_nobody_asks_for(make_loop, d
     assert not fed.teacher.features
     loop.task(fed)["loss"].backward()
     assert student.model.head_dist.weight.grad is not None
-    loop.task.teacher = SimpleNamespace()  # as a cache is no teacher
-    loop.task._build_loss(3, 12, [0] * 96)
+    cache: Any = SimpleNamespace()  # is no teacher, and has no features
+    build_loss(DistillationToken(), loop.task.student, cache, loop.task.augmenter, 3, 12, [0] * 96)
     with pytest.raises(ValueError, match="DistillationToken needs a student with two heads of 3 classes"):
         make_loop("other", options=distill_options(loss=DistillationToken()), student=net("resnet8", 0))

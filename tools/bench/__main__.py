@@ -1,6 +1,6 @@
 """`python -m dalikd.tools.bench NAME`."""
 
-from dalikd.tools.bench import main
+from dalikd.tools.bench.commands import main
 
 if __name__ == "__main__":
     main()

@@ -58,7 +58,7 @@ _PLANS = """
 1 step DATA VAL --data.image_size 64 WIDE PICKS
 0 host DATA
 0 methods DATA VAL --data.image_size 32 --teacher.name resnet56 --model resnet20 --device cpu --steps 3 --warmup 1
-1 methods DATA VAL --data.image_size 224 LARGE GPU --compile off
+1 methods DATA VAL --data.image_size 224 LARGE GPU COMPILED
 0 teacher DATA --teacher.name resnet56 --model resnet20 --data.image_size 32 --images 500
 1 teacher DATA LARGE GPU COMPILED --images 7680
 0 passes DATA --teacher.name resnet20 --model resnet8 --data.image_size 64 --images 1000

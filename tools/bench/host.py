@@ -7,22 +7,16 @@ they do shows in the wall time alone). Operators are those that torch dispatches
 an allocation each, beside those of the nets; compiled, fewer are left.
 """
 
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.losses import KD
@@ -36,7 +30,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.pipelines.windows import WindowViews
 from dalikd.tools.bench.common import mixing, training_loop
 from dalikd.tools.bench.machine import draw_images
-from dalikd.tools.bench.record import RESULTS, alternate, begin, finish, number, summary
+from dalikd.tools.bench.record import RESULTS, Watch, alternate, begin, finish, number, summary
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.options import DATA_RANGES, FROM_1, check_numbers
@@ -47,7 +41,7 @@ from dalikd.trainers.tasks.distill import Distillation, DistillOptions
 #: _prep_data_for_feed_input and by a copy into its own memory; hand over: labels, rows and draws packed and copied,
 #: headers checked, the batch made.
 LOADER = ("rows and draws", "feed", "DALI takes the inputs", "DALI runs", "hand over")
-AHEAD = "next batch: rows, draws, feed, in a thread"  # in no sum
+AHEAD = Watch.AHEAD
 _STEP = ("look: mixing, teacher, picking, metric", "rest of the step: student, loss, optimizer, meters")
 _PIXELS = "pixels on the CPU"  # a GPU makes them itself; in no sum
 _PARTS = {part: (part,) for part in (*LOADER, *_STEP, AHEAD, _PIXELS)}
@@ -78,56 +72,6 @@ class HostOptions:
     def __post_init__(self) -> None:
         check_numbers(self, {**DATA_RANGES, "batch_size": FROM_1, "steps": FROM_1})
         self.augmentations = augmentation_names(self.augmentations)
-
-
-class Watch(TorchDispatchMode):
-    """Adds up seconds of `clock` (default: CPU time) by the innermost part that runs in the main thread; what runs in
-    another thread is one part. While this is entered, also the operators that torch dispatches."""
-
-    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
-        super().__init__()
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.operators: Counter[str] = Counter()
-        self._parts: list[str] = []
-        self._clock, self._since, self._main = clock, 0.0, threading.get_ident()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._parts and not func.is_view:
-            self.operators[self._parts[-1]] += 1
-        return func(*args, **(kwargs or {}))
-
-    def of(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, charged to a part."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._main:
-                before = time.thread_time()
-                result = function(*args, **kwargs)
-                self.seconds[AHEAD] += time.thread_time() - before
-                return result
-            self._charge()
-            self._parts.append(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._charge()
-                self._parts.pop()
-
-        return watched
-
-    @contextmanager
-    def over(self, places: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
-        """Charge methods, given as owner, name and part."""
-        with ExitStack() as patches:
-            for owner, name, part in places:
-                patches.enter_context(patch.object(owner, name, self.of(part, getattr(owner, name))))
-            yield
-
-    def _charge(self) -> None:
-        now = self._clock()
-        if self._parts:
-            self.seconds[self._parts[-1]] += now - self._since
-        self._since = self._clock()
 
 
 def _places(loader: Loader) -> list[tuple[Any, str, str]]:

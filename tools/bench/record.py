@@ -6,15 +6,20 @@ import shlex
 import statistics
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.sources import Source
@@ -70,6 +75,58 @@ class Record:
         """Tell of the images that it reads."""
         self.images = describe(source)
         self.page_cache = "no files." if source.arrays is not None else "warm; the first round reads."
+
+
+class Watch(TorchDispatchMode):
+    """Adds up seconds of `clock` (default: CPU time) by the innermost part that runs in the main thread; what runs in
+    another thread is one part. While this is entered, also the operators that torch dispatches."""
+
+    AHEAD: ClassVar[str] = "next batch: rows, draws, feed, in a thread"  # in no sum
+
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.operators: Counter[str] = Counter()
+        self._parts: list[str] = []
+        self._clock, self._since, self._main = clock, 0.0, threading.get_ident()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._parts and not func.is_view:
+            self.operators[self._parts[-1]] += 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, charged to a part."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._main:
+                before = time.thread_time()
+                result = function(*args, **kwargs)
+                self.seconds[self.AHEAD] += time.thread_time() - before
+                return result
+            self._charge()
+            self._parts.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._charge()
+                self._parts.pop()
+
+        return watched
+
+    @contextmanager
+    def over(self, places: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
+        """Charge methods, given as owner, name and part."""
+        with ExitStack() as patches:
+            for owner, name, part in places:
+                patches.enter_context(patch.object(owner, name, self.of(part, getattr(owner, name))))
+            yield
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._parts:
+            self.seconds[self._parts[-1]] += now - self._since
+        self._since = self._clock()
 
 
 def alternate(

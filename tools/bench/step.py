@@ -27,9 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
 from dalikd.tools.bench.common import StepOptions, each_tensor, open_loop
-from dalikd.tools.bench.host import Watch
 from dalikd.tools.bench.machine import synchronize
-from dalikd.tools.bench.record import alternate, begin, finish, ratio, summary, timed
+from dalikd.tools.bench.record import Watch, alternate, begin, finish, ratio, summary, timed
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 

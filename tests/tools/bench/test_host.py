@@ -9,7 +9,8 @@ from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench import host
-from dalikd.tools.bench.host import AHEAD, LOADER, Watch
+from dalikd.tools.bench.host import AHEAD, LOADER
+from dalikd.tools.bench.record import Watch
 
 
 def _work(seconds: float) -> None:

@@ -25,7 +25,7 @@ VIEW = View(12, "pad_crop", padding=1)
 
 
 def _setup(options, source, view=VIEW, device=CPU) -> Setup:
-    accelerator: Any = SimpleNamespace(device=device, print=lambda *_, **__: None)
+    accelerator: Any = SimpleNamespace(device=device, print=lambda *_, **__: None, num_processes=1, process_index=0)
     setup = Setup(options, accelerator, source, source)
     setup.__dict__["view"] = view
     return setup
