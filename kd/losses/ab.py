@@ -6,6 +6,7 @@ Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries Formed
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +52,6 @@ class AB(FeatureLoss):
     Args:
         weight: Of the boundaries, 0 or more; a number, or a schedule over epochs.
         ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 1 for the first stage's; default: all stages.
-        teacher_features: The same of the teacher, as many.
         margin: How far from the boundary a neuron should be, above 0.
         first_epochs: Epochs of the boundaries alone; 0: both parts are minimised all the time.
     """
@@ -65,14 +63,12 @@ class AB(FeatureLoss):
         self,
         weight: Weight = 1.0,
         ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         margin: float = 1.0,
         first_epochs: float = 30.0,
+        **others: Any,
     ) -> None:
         weights = first_alone(weight, ce_weight, first_epochs)
-        super().__init__(*weights, label_smoothing, student_features, teacher_features)
+        super().__init__(*weights, **others)
         if not 0 < margin < math.inf:
             raise ValueError(f"margin is {margin}: give a number above 0")
         self.margin, self.connectors = margin, nn.ModuleList()

@@ -6,6 +6,7 @@ via Attention Transfer", ICLR 2017, arXiv 1612.03928.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,6 @@ class AT(FeatureLoss):
 
     Args:
         weight: Of the attention maps' difference, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 0 for the stem's; default: all stages.
-        teacher_features: The same of the teacher, as many.
         p: Power of the attention maps, 1 or more.
     """
 
@@ -73,13 +70,10 @@ class AT(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 1000.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         p: float = 2.0,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
         check_power("p", p)
         self.p = p
 

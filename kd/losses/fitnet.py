@@ -4,6 +4,7 @@ Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv 1412.6550.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,6 @@ class FitNet(FeatureLoss):
 
     Args:
         weight: Of the hint, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 0 for the stem's; default: 2.
-        teacher_features: The same of the teacher, as many.
     """
 
     paper = "Romero et al., ICLR 2015, arXiv 1412.6550"
@@ -45,12 +42,9 @@ class FitNet(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 100.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
         self.regressors = nn.ModuleList()
 
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:  # noqa: ARG002

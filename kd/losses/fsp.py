@@ -6,6 +6,7 @@ Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Mini
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,6 @@ class FSP(FeatureLoss):
     Args:
         weight: Of the flows' difference, 0 or more; a number, or a schedule over epochs.
         ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 0 for the stem's; default: the stem and all stages.
-        teacher_features: The same of the teacher, as many.
         first_epochs: Epochs of the flows alone; 0: both parts are minimised all the time.
         connect: Bring the student's channels to the teacher's by 1x1 convolutions with batch normalisation, where they
             differ; not in the paper.
@@ -65,14 +63,12 @@ class FSP(FeatureLoss):
         self,
         weight: Weight = 50.0,
         ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         first_epochs: float = 0.0,
         connect: bool = False,
+        **others: Any,
     ) -> None:
         weights = first_alone(weight, ce_weight, first_epochs)
-        super().__init__(*weights, label_smoothing, student_features, teacher_features)
+        super().__init__(*weights, **others)
         self.connects, self.connectors = connect, nn.ModuleList()
 
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:  # noqa: ARG002

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,6 @@ class FT(FeatureLoss):
 
     Args:
         weight: Of the factors' difference, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Number of the student's feature, 0 for the stem's; default: the last stage.
-        teacher_features: The same of the teacher.
         k: Channels of the factor, as a share of the teacher's.
         p1: Power of the factors' attention maps, 1 or more.
         p2: Power of their difference, 1 or more.
@@ -114,17 +111,14 @@ class FT(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 200.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         k: float = 0.5,
         p1: float = 2.0,
         p2: float = 1.0,
         first_epochs: float = 5.0,
         reconstruction_weight: float = 0.2,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
         check_power("p1", p1)
         check_power("p2", p2)
         numbers = {"k": k, "first_epochs": first_epochs, "reconstruction_weight": reconstruction_weight}

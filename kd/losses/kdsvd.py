@@ -6,6 +6,7 @@ Lee, Kim and Song, "Self-supervised Knowledge Distillation Using Singular Value 
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +109,6 @@ class KDSVD(FeatureLoss):
 
     Args:
         weight: Of the comparison, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 0 for the stem's; default: all stages.
-        teacher_features: The same of the teacher, as many.
         k: Singular vectors that are compared, 1 or more.
         connect: Bring the student's channels to the teacher's by 1x1 convolutions with batch normalisation, where they
             differ; not in the paper.
@@ -122,14 +119,11 @@ class KDSVD(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 1.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         k: int = 1,
         connect: bool = False,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
         if k < 1:
             raise ValueError(f"k is {k}: give 1 or more")
         self.k, self.connects, self.connectors = k, connect, nn.ModuleList()

@@ -4,6 +4,7 @@ Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Tr
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,6 @@ class NST(FeatureLoss):
 
     Args:
         weight: Of the discrepancy, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 0 for the stem's; default: all stages.
-        teacher_features: The same of the teacher, as many.
     """
 
     paper = "Huang and Wang, 2017, arXiv 1707.01219"
@@ -59,12 +56,9 @@ class NST(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 50.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
 
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:  # noqa: ARG002
         """Refuse what are no maps."""

@@ -5,6 +5,7 @@ Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, arXiv
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +60,6 @@ class OFD(FeatureLoss):
 
     Args:
         weight: Of the comparison, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Which of the student's features are compared, shallow to deep, by the number of their stage
-            from 1 on; default: all stages.
-        teacher_features: The same of the teacher, as many.
     """
 
     paper = "Heo et al., ICCV 2019, arXiv 1904.01866"
@@ -72,12 +68,9 @@ class OFD(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 0.001,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
 
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:
         """Make the connectors, and the margins of the teacher's batch norms.

@@ -4,6 +4,7 @@ Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv 2104.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,6 @@ class ReviewKD(FeatureLoss):
     Args:
         weight: Of the comparison, 0 or more; a number, or a schedule over epochs; default: from 0 to 1 over the first
             20 epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Which of the student's features are compared, shallow to deep: 0 is the stem's, then one for
-            each stage, -1 the pooled; default: all but the stem's.
-        teacher_features: The same of the teacher, as many.
         teacher_preactivations: Compare with what comes before the last ReLU of the teacher's stages, as published;
             false where a net does not give that, as those of timm.
     """
@@ -67,14 +63,11 @@ class ReviewKD(FeatureLoss):
     def __init__(
         self,
         weight: Weight | None = None,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         teacher_preactivations: bool = True,
+        **others: Any,
     ) -> None:
         warm = WARM_UP if weight is None else weight
-        super().__init__(warm, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(warm, **others)
         self.teacher_preactivations = teacher_preactivations
 
     @property

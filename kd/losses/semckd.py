@@ -5,6 +5,7 @@ Chen et al., "Cross-Layer Distillation with Semantic Calibration", AAAI 2021, ar
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,6 @@ class SemCKD(FeatureLoss):
     Args:
         weight: Of the comparison, 0 or more; a number, or a schedule over epochs; published 400 on CIFAR-100, 50 on
             ImageNet.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Which of the student's features are compared, as numbers: 0 is the stem's, then one for each
-            stage; default: all stages.
-        teacher_features: The same of the teacher; as many or not.
         temperature: Divides the products of queries and keys before the softmax; above 0.
     """
 
@@ -42,13 +38,10 @@ class SemCKD(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 400.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
         temperature: float = 1.0,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature is {temperature}: give a number above 0")
         self.temperature = temperature

@@ -4,6 +4,7 @@ Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,6 @@ class SP(FeatureLoss):
 
     Args:
         weight: Of the similarities' difference, 0 or more; a number, or a schedule over epochs.
-        ce_weight: Of the cross-entropy; likewise.
-        label_smoothing: Share of each label spread evenly over the classes, in [0, 1).
-        student_features: Numbers of the student's features, 0 for the stem's; default: the last stage.
-        teacher_features: The same of the teacher, as many.
     """
 
     paper = "Tung and Mori, ICCV 2019, arXiv 1907.09682"
@@ -58,12 +55,9 @@ class SP(FeatureLoss):
     def __init__(
         self,
         weight: Weight = 3000.0,
-        ce_weight: Weight = 1.0,
-        label_smoothing: float = 0.0,
-        student_features: list[int] | None = None,
-        teacher_features: list[int] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(weight, ce_weight, label_smoothing, student_features, teacher_features)
+        super().__init__(weight, **others)
 
     def compare(self, student: Sequence[Tensor], teacher: Sequence[Tensor], outputs: StepOutputs) -> Tensor:  # noqa: ARG002
         """`sp_loss`."""

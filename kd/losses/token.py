@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from dalikd.kd.backbones.layers import shape_of
-from dalikd.kd.losses.base import DistillationLoss, LossContext, StepOutputs, cross_entropy
+from dalikd.kd.losses.base import DistillationLoss, LossContext, StepOutputs, check_smoothing, cross_entropy
 from dalikd.kd.losses.kd import check_temperature, kd_loss
 
 __all__ = ["DistillationToken"]
@@ -45,11 +45,15 @@ class DistillationToken(DistillationLoss):
             raise ValueError(f"weight is {weight}: give a number from 0 to 1")
         if target not in ("hard", "soft"):
             raise ValueError(f'target is {target}: give "hard" or "soft"')
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {label_smoothing}: give a number in [0, 1)")
+        check_smoothing(label_smoothing)
         check_temperature(temperature)
         self.weight, self.ce_weight, self.target = weight, 1 - weight, target
         self.temperature, self.label_smoothing = temperature, label_smoothing
+
+    @property
+    def uses_augmented(self) -> bool:
+        """Both tokens learn from the originals."""
+        return False
 
     def build(self, context: LossContext) -> None:
         """Check the heads.

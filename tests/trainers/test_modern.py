@@ -116,5 +116,7 @@ def test_tokens_learn_from_a_teacher_whose_features_nobody_asks_for(make_loop, d
     assert student.model.head_dist.weight.grad is not None
     cache: Any = SimpleNamespace()  # is no teacher, and has no features
     build_loss(DistillationToken(), loop.task.student, cache, loop.task.augmenter, 3, 12, [0] * 96)
+    with pytest.raises(ValueError, match="DistillationToken compares the original images alone"):
+        make_loop("mixed", options=distill_options(loss=DistillationToken(), augmentation="cutmix"), student=student)
     with pytest.raises(ValueError, match="DistillationToken needs a student with two heads of 3 classes"):
         make_loop("other", options=distill_options(loss=DistillationToken()), student=net("resnet8", 0))

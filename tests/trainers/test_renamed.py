@@ -1,3 +1,5 @@
+import pytest
+
 from dalikd.trainers import renamed as module
 from dalikd.trainers.renamed import new_name, take_old_names
 from dalikd.trainers.resume import check_same_run, identity
@@ -35,3 +37,9 @@ def test_a_run_is_the_same_by_the_new_names(tmp_path, monkeypatch):
         "distill", {"mix": {"mode": "a"}, "loss": {"init_args": {"temperature": 3, "first": 1, "second": 2}}}, {}
     )
     assert check_same_run(old, new, tmp_path) == []
+    switch = {"temperature": 3, "first": 1, "second": 2, "switch": False}  # what the class could not do before
+    off = identity("distill", {"mix": {"mode": "a"}, "loss": {"init_args": switch}}, {})
+    assert check_same_run(old, off, tmp_path) == []
+    on = identity("distill", {"mix": {"mode": "a"}, "loss": {"init_args": {**switch, "switch": True}}}, {})
+    with pytest.raises(ValueError, match=r"--loss\.switch was None, now it is True"):
+        check_same_run(old, on, tmp_path)
