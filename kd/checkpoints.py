@@ -23,6 +23,7 @@ __all__ = [
     "Origin",
     "backbone_weights",
     "class_order",
+    "has_heads",
     "load_backbone",
     "load_weights",
     "order_classes",
@@ -78,7 +79,7 @@ def load_weights(
     weights = read_state_dict(path, sha256=sha256)
     order = None if class_names is None else class_order(read_origin(path), class_names, str(path))
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if not _has_heads(expected):
+    if not has_heads(expected):
         weights = backbone_weights(weights)
     try:
         _check_keys(weights, expected, path, strict)
@@ -110,19 +111,20 @@ def load_backbone(net: AuxiliaryNet, path: str | Path, *, freeze: bool = True, *
 
 def backbone_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain net's state_dict of that of an `AuxiliaryNet`, without its heads; any other as it is."""
-    if not _has_heads(weights):
+    if not has_heads(weights):
         return weights
     return {key.removeprefix(_BACKBONE): value for key, value in weights.items() if key.startswith(_BACKBONE)}
 
 
-def _has_heads(weights: dict[str, Tensor]) -> bool:
+def has_heads(weights: dict[str, Tensor]) -> bool:
+    """Whether a state_dict is of a net with auxiliary heads."""
     return any(key.startswith(_HEADS) for key in weights)
 
 
 def _known_by_keys(weights: dict[str, Tensor], model: nn.Module) -> str | None:
     """What weights of other keys than the model's are, where that can be told."""
     net = getattr(model, "backbone", model)
-    if net is not model and not _has_heads(weights):
+    if net is not model and not has_heads(weights):
         return "of a net without auxiliary heads: load_backbone takes it as the backbone of one with them"
     telltales: dict[str, str] = getattr(net, "telltale_keys", {})
     return next((what for key, what in telltales.items() if not {key, _BACKBONE + key}.isdisjoint(weights)), None)

@@ -19,6 +19,7 @@ from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import Criterion, PoolOutputs, entropy, pick_rows
+from dalikd.kd.rotation import TURNS
 
 __all__ = ["Branch", "BranchOutputs", "Teacher", "TeacherPass", "batch_statistics", "entropies", "teacher_pass"]
 
@@ -151,6 +152,7 @@ class TeacherPass(NamedTuple):
     originals: NetOutput  # the teacher's
     branches: tuple[BranchOutputs, ...]
     student_logits: Tensor | None = None  # [B, C], on the originals, where the student is asked about them
+    turned: NetOutput | None = None  # the teacher's on the originals in all quarter turns, 4B rows, where wanted
 
 
 def teacher_pass(
@@ -163,6 +165,7 @@ def teacher_pass(
     student: Net | None = None,
     student_part: StudentPart = "candidates",
     images_per_call: int | None = None,
+    turned: NetOutput | None = None,
 ) -> TeacherPass:
     """Ask the teacher about originals and augmented images, and pick candidates. Training has one branch.
 
@@ -182,6 +185,8 @@ def teacher_pass(
             that the teacher's logits are given of.
         images_per_call: how many images a net is asked about at once at most, but never fewer than one run; default:
             all. Images that are mixed inside the nets need the originals in their call.
+        turned: what the teacher gives for the originals in all quarter turns, 4B rows in the order of `rotations`: it
+            is then not asked about the originals again.
 
     Raises:
         ValueError: more is picked than the pool holds.
@@ -196,10 +201,13 @@ def teacher_pass(
     teachers, students = (_Answers(net, shown, pools, images_per_call) for net in (teacher, student))
 
     everything, picks, alone = student_part == "everything", {}, {}
+    if turned is not None:
+        teachers.outputs = turned.map(lambda rows: rows[::TURNS])
+        teachers.logits[originals] = teachers.outputs.logits
     students.ask(sorted(scored | whole if everything else scored), originals=student_part != "candidates")
     for asked in (False, True):  # first what a student picks by itself
         if asked:
-            teachers.ask([*sorted(whole), *alone.values()], originals=True)
+            teachers.ask([*sorted(whole), *alone.values()], originals=turned is None)
         for number, (branch, pool) in enumerate(zip(branches, pools, strict=True)):
             if branch.criterion is None or branch.criterion.needs_teacher != asked:
                 continue
@@ -223,7 +231,7 @@ def teacher_pass(
         of_student = None if of_student is None else of_student[chosen]
         scoring = (teachers if asked else students).logits[pool]
         found.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring))
-    return TeacherPass(teachers.outputs, tuple(found), students.logits.get(originals))
+    return TeacherPass(teachers.outputs, tuple(found), students.logits.get(originals), turned)
 
 
 def entropies(originals: Tensor, outputs: BranchOutputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,6 +93,10 @@ class _Heads(nn.Module):
             for number, head in enumerate(heads, 1):
                 self.add_module(f"{kind}{number}", head[kind])
 
+    def __len__(self) -> int:
+        """How many heads there are."""
+        return len(self._names)
+
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Logits of each head, of the features that it branches off from."""
         found = []

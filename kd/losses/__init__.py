@@ -25,7 +25,7 @@ from dalikd.kd.losses.dkd import DKD, dkd_loss
 from dalikd.kd.losses.fitnet import FitNet, hint_loss
 from dalikd.kd.losses.fsp import FSP, fsp_loss
 from dalikd.kd.losses.ft import FT, ft_loss
-from dalikd.kd.losses.hsakd import hsakd_mutual_loss, hsakd_student_loss, hsakd_teacher_loss
+from dalikd.kd.losses.hsakd import HSAKD, hsakd_mutual_loss, hsakd_teacher_loss
 from dalikd.kd.losses.kd import KD, kd_loss
 from dalikd.kd.losses.kdsvd import KDSVD, kdsvd_loss
 from dalikd.kd.losses.logits import Logits, logits_loss
@@ -60,6 +60,7 @@ __all__ = [
     "DKD",
     "FSP",
     "FT",
+    "HSAKD",
     "KD",
     "KDSVD",
     "MLKD",
@@ -109,7 +110,6 @@ __all__ = [
     "hcl_loss",
     "hint_loss",
     "hsakd_mutual_loss",
-    "hsakd_student_loss",
     "hsakd_teacher_loss",
     "kd_loss",
     "kdsvd_loss",

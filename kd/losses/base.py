@@ -128,6 +128,8 @@ class StepOutputs(NamedTuple):
         ids: rows of the data set, int64 [B].
         epoch: epochs done, in fractions too; a float32 scalar.
         mixed: outputs on the augmented images x', if there are any.
+        turned: the student's and the teacher's on the originals in all four quarter turns, [4B] rows in the order of
+            `kd.rotation.rotations`, with their heads; where a loss needs them. `student` and `teacher` are a part.
     """
 
     student: NetOutput
@@ -136,6 +138,7 @@ class StepOutputs(NamedTuple):
     ids: Tensor
     epoch: Tensor
     mixed: MixedOutputs | None = None
+    turned: tuple[NetOutput, NetOutput] | None = None
 
 
 #: needs of a loss that is built for the shapes of the student's features
@@ -182,8 +185,8 @@ class DistillationLoss(nn.Module, ABC):
         paper: where it was published: authors, where, arXiv number.
         needs: what it takes beside logits and labels, and what is refused where it cannot be had: "features";
             "preactivations", "teacher_classifier", "student_classifier" and "teacher_norms", which bring the features
-            along; "heads", of the student; "ids"; "all_labels", of the whole training set; "augmented", one augmented
-            image for each original.
+            along; "heads", of the student; "turned", which brings the features along too; "ids"; "all_labels", of the
+            whole training set; "augmented", one augmented image for each original.
         local_buffers: names of buffers that processes do not share (memory banks): the loss keeps them equal itself.
     """
 
@@ -278,11 +281,10 @@ class LogitLoss(DistillationLoss):
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return "loss", "ce", "kd"; with augmented images also "ce_mix" and "kd_mix", where their shares are not 0."""
-        student, teacher, mixed, epoch = outputs.student.logits, outputs.teacher.logits, outputs.mixed, outputs.epoch
-        smoothing = self.label_smoothing
+        mixed, epoch, smoothing = outputs.mixed, outputs.epoch, self.label_smoothing
         terms = {
-            "ce": cross_entropy(student, outputs.labels, smoothing),
-            "kd": self.compare(*self._compared(student, teacher), outputs.labels, epoch).mean(),
+            "ce": cross_entropy(outputs.student.logits, outputs.labels, smoothing),
+            **self.compare_originals(outputs),
         }
         if mixed is not None:
             if self.shares["ce_mix"] != 0:
@@ -290,7 +292,7 @@ class LogitLoss(DistillationLoss):
                     mixed.student_logits, mixed.labels, mixed.partner_labels, mixed.lam, smoothing
                 )
             if self.shares["kd_mix"] != 0:
-                compared = self._compared(mixed.student_logits, mixed.teacher_logits)
+                compared = self.prepared(mixed.student_logits, mixed.teacher_logits)
                 own = self.compare(*compared, mixed.labels, epoch)
                 if own.dim():
                     lam = mixed.lam.to(own.dtype)
@@ -300,7 +302,13 @@ class LogitLoss(DistillationLoss):
         weights = {"ce": ce_weight, **{name: kd_weight * share for name, share in self.shares.items()}}
         return {"loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(), **terms}
 
-    def _compared(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def compare_originals(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """What is compared on original images: scalars, by the names of their shares."""
+        compared = self.prepared(outputs.student.logits, outputs.teacher.logits)
+        return {"kd": self.compare(*compared, outputs.labels, outputs.epoch).mean()}
+
+    def prepared(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both nets, standardised where that is asked for."""
         return (standardize_logits(student), standardize_logits(teacher)) if self.standardize else (student, teacher)
 
 
