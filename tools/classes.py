@@ -41,14 +41,18 @@ class Chosen:
     Args:
         parser: of the command; its defaults are set to those of the chosen classes.
         names: of its options.
+        model: that is trained; one with auxiliary heads has another loss by default.
         silent: whether nothing is said where another class is named.
     """
 
-    def __init__(self, parser: ArgumentParser, names: Collection[str], *, silent: bool) -> None:
+    def __init__(self, parser: ArgumentParser, names: Collection[str], model: Any, *, silent: bool) -> None:
         self._parser, self._silent = parser, silent
-        self._class = {option: default["class_path"] for option, (default, _) in CLASSES.items() if option in names}
+        self._defaults = {option: default for option, (default, _) in CLASSES.items() if option in names}
+        if "loss" in self._defaults and str(model).endswith("_aux"):
+            self._defaults["loss"] = {"class_path": "dalikd.kd.losses.HSAKD"}
+        self._class = {option: default["class_path"] for option, default in self._defaults.items()}
         self._given: dict[str, dict[str, tuple[Any, str]]] = {option: {} for option in self._class}
-        parser.set_defaults({option: CLASSES[option][0] for option in self._class})
+        parser.set_defaults(self._defaults)
 
     def settle(self, part: dict[str, Any], config: Namespace, place: str) -> None:
         """Leave out what was given to another class than the one that is named now, and say so once.
@@ -80,7 +84,7 @@ class Chosen:
             values = ", ".join(f"{name} {value}" for name, (value, _) in lost.items())
             places = ", ".join(dict.fromkeys(place for _, place in lost.values()))
             _say(f"dalikd: {where}: {values} of {former} ({places}) no longer hold, {named} has its own defaults")
-        default, _ = CLASSES[option]
+        default = self._defaults[option]
         own = found is None or _same_class(option, named, default["class_path"])
         self._parser.set_defaults({option: default if own else {"class_path": named}})
         self._class[option], self._given[option] = named, {}

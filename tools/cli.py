@@ -38,7 +38,7 @@ __all__ = ["build_parser", "guarded", "parse", "resolve", "run_command", "run_fu
 #: those that are not here come after them.
 _GROUPS: dict[str, tuple[str, ...]] = {
     "data": (),
-    "model": ("model", "model_args", "weights", "mean", "std", "reinit", "freeze_student"),
+    "model": ("model", "model_args", "weights", "mean", "std", "reinit", "freeze_student", "freeze_backbone", "peers"),
     "teacher": (),
     "method": (
         *("task", "augmentation", "loss", "joint_forward", "label_smoothing", "metric", "entropy_log_every"),
@@ -251,7 +251,10 @@ def _resolved(
         return make(**{name: value for name, value in values.items() if name not in ("config", "task")})
 
     # a run is not gone on with as another class: that is an error, and no note
-    chosen = Chosen(parser, form.names, silent=any("resume" in layer.content for layer in layers if not layer.place))
+    parts = [part for layer in layers for part in layer.parts(form.command, form.names)]
+    model = next((part["model"] for part in reversed(parts) if "model" in part), None)
+    resumes = any("resume" in layer.content for layer in layers if not layer.place)
+    chosen = Chosen(parser, form.names, model, silent=resumes)
     config, states = parser.get_defaults(), []
     for layer in layers:
         for part in layer.parts(form.command, form.names):

@@ -32,6 +32,7 @@ __all__ = [
 OPTIONS: dict[str, str] = {
     "train": "dalikd.trainers.tasks.supervised.TrainOptions",
     "distill": "dalikd.trainers.tasks.distill.DistillOptions",
+    "mutual": "dalikd.trainers.tasks.mutual.MutualOptions",
     "measure": "dalikd.trainers.measure.MeasureOptions",
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",

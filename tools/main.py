@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "write a data set into webdataset tars or TFRecords, which are read sequentially",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
+    "mutual": "train several nets together that imitate each other",
     "methods": "list the distillation losses: papers, default weights, what they need, configs that use them",
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",

@@ -1,5 +1,6 @@
 """What commands print at their end."""
 
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ def evaluation_line(val: dict[str, Any]) -> str:
     """What `evaluate` has found, in words."""
     replaced = val.get("replaced")  # runs of earlier versions do not say
     note = f"; {replaced} of them stand in for others that cannot be decoded" if replaced else ""
+    heads = [
+        f"\n  head {number}: class and turn {100 * val[f'head{number}_joint']:.2f} %, class "
+        f"{100 * val[f'head{number}_class']:.2f} %"
+        for number in takewhile(lambda number: f"head{number}_joint" in val, count(1))
+    ]
     return (
         f"top1 {100 * val['top1']:.2f} %, top5 {100 * val['top5']:.2f} %, loss {val['loss']:.4f} "
-        f"on {val['images']} images{note}"
+        f"on {val['images']} images{note}{''.join(heads)}"
     )
 
 

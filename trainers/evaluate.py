@@ -10,6 +10,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
+from dalikd.kd.backbones.layers import Normalized
+from dalikd.kd.rotation import TURNS, class_logits, joint_labels, rotations
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.draw_spec import Batch
@@ -17,7 +20,7 @@ from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.options import RunOptions
 from dalikd.trainers.progress import progress
 
-__all__ = ["EvaluateOptions", "accuracy_sums", "evaluate", "replaced_files"]
+__all__ = ["EvaluateOptions", "accuracy_sums", "evaluate", "net_sums", "replaced_files"]
 
 
 @dataclass
@@ -57,7 +60,7 @@ def evaluate(
         loader: over each row once (drop_last=False).
         accelerator: whose processes share the work.
         count: sums of a net over a batch's images, float64 scalars by name, "images" among them; default:
-            `accuracy_sums` of its logits.
+            `net_sums`.
         label: of the progress bar.
 
     Returns:
@@ -76,7 +79,7 @@ def evaluate(
         for batch in progress(accelerator, label, loader, leave=False):
             for name, net in nets.items() if len(batch) else ():
                 with accelerator.autocast():
-                    found = accuracy_sums(net(batch.pixels), batch.labels) if count is None else count(net, batch)
+                    found = (count or net_sums)(net, batch)
                 sums |= {
                     (name, figure): sums.get((name, figure), 0) + value.double() for figure, value in found.items()
                 }
@@ -123,6 +126,28 @@ def replaced_files(loaders: Sequence[Loader], accelerator: Accelerator) -> dict[
         path = loader.source.path
         found |= {printable(path(row)): printable(path(other)) for row, other in sorted(loader.replaced.items())}
     return found
+
+
+def net_sums(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """`accuracy_sums` of a net's logits; of one with auxiliary heads also how many images each of them gets right.
+
+    A head sees every image in its four quarter turns, and counts a quarter for each turn: "head1_joint" where class and
+    turn are right, "head1_class" where the class is, whose four joint logits are summed. Heads are numbered from the
+    shallowest on (Yang et al., IJCAI 2021, arXiv 2107.13715).
+
+    Args:
+        net: takes pixels.
+        batch: on its device.
+    """
+    if not (isinstance(net, Normalized) and isinstance(net.model, AuxiliaryNet)):
+        return accuracy_sums(net(batch.pixels), batch.labels)
+    found = net.outputs(rotations(batch.pixels), heads=True)
+    sums, joint = accuracy_sums(found.logits[::TURNS], batch.labels), joint_labels(batch.labels)
+    for number, head in enumerate(found.heads, start=1):
+        scores = {"joint": (head, joint), "class": (class_logits(head), joint // TURNS)}
+        for kind, (logits, wanted) in scores.items():
+            sums[f"head{number}_{kind}"] = (logits.argmax(1) == wanted).sum().double() / TURNS
+    return sums
 
 
 def accuracy_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

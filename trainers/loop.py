@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
@@ -435,10 +436,14 @@ class Loop:
         if self.accelerator.is_main_process:
             folder, classes = self.folder.path / name, self.loader.source.classes
             for net_name, net in self.task.nets.items():
-                save_weights(folder / self._file(net_name), net.model, net.normalisation, classes)
+                saved = {self._file(net_name): net.model}
                 if average := self.averages.get(net_name):
-                    file = folder / self._file(net_name, averaged=True)
-                    save_weights(file, average.module.get_submodule("model"), net.normalisation, classes)
+                    saved[self._file(net_name, averaged=True)] = average.module.get_submodule("model")
+                for file, model in saved.items():
+                    save_weights(folder / file, model, net.normalisation, classes)
+                    if isinstance(model, AuxiliaryNet):  # what a plain net of its name loads
+                        backbone = f"{file.removesuffix('.safetensors')}-backbone.safetensors"
+                        save_weights(folder / backbone, model.backbone, net.normalisation, classes)
 
     def _file(self, net: str, *, averaged: bool = False) -> str:
         """Where a net's weights, or their average, lie in a run's folder."""

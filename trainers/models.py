@@ -11,9 +11,18 @@ import torch
 from torch import nn
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalisation, Normalized
 from dalikd.kd.backbones.timm_models import input_statistics
-from dalikd.kd.checkpoints import Origin, class_order, load_weights, order_classes, read_origin
+from dalikd.kd.checkpoints import (
+    Origin,
+    class_order,
+    has_heads,
+    load_weights,
+    order_classes,
+    read_origin,
+    read_state_dict,
+)
 from dalikd.kd.known_weights import file_sha256, identify, published_classes, weights_digest
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import FilePath
@@ -88,7 +97,8 @@ def build_model(
         mean: of each channel, of pixels scaled to 0..1.
         std: of each channel, of pixels scaled to 0..1.
         sha256: checksum of the weights file, or its leading digits.
-        trained: whether it is only a start, which may be for other classes of the same number; a warning says so.
+        trained: whether it is only a start, which may be for other classes of the same number; a warning says so. Of a
+            net with auxiliary heads the weights may then be those of its backbone alone.
 
     Raises:
         ValueError: unknown name, impossible mean or std, or weights that do not fit, have another checksum or are for
@@ -111,7 +121,10 @@ def build_model(
     if file is not None:
         origin = read_origin(file)
         foreign = trained and not origin.published and set(origin.class_names or ()) - set(source.classes)
-        load_weights(model, file, sha256=sha256, class_names=None if foreign else source.classes)
+        part = model
+        if trained and isinstance(model, AuxiliaryNet) and not has_heads(read_state_dict(file, sha256=sha256)):
+            part = model.backbone  # what the heads start from, which are new
+        load_weights(part, file, sha256=sha256, class_names=None if foreign else source.classes)
         _remember(file, chosen=sha256 is not None)
         if foreign:
             warnings.warn(f"{file} is for other classes than the data: its last layer has to learn anew", stacklevel=2)

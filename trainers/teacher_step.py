@@ -110,22 +110,29 @@ class TeacherStep:
         self._student_part: StudentPart = student_part
         self._model, self._num_classes = teacher.model, num_classes
         self._teacher: Callable[..., Any] = teacher.__call__
-        if needs:
-            self._teacher = partial(teacher.outputs, preactivations="preactivations" in needs)
+        self._outputs: Callable[..., NetOutput] = partial(teacher.outputs, preactivations="preactivations" in needs)
+        if needs and "turned" not in needs:
+            self._teacher = self._outputs
         self._pass = self._pass_of_tensors
         if compile_mode == "off":
             return
         scores = any(branch.criterion is not None and branch.criterion.needs_student for branch in branches.branches)
         if scores and student is not None and student.learns:
             self._teacher = torch.compile(self._teacher, mode=compile_mode, dynamic=False)
+            self._outputs = torch.compile(self._outputs, mode=compile_mode, dynamic=False)
         else:
             self._pass = torch.compile(self._pass_of_tensors, mode=compile_mode, dynamic=False)
 
     @torch.no_grad()  # not inference_mode: the task's backward reads the result
-    def __call__(self, batch: Batch) -> TeacherPass:
-        """What the nets give for a batch, on its device; nothing for one that has no rows here."""
+    def __call__(self, batch: Batch, turned: Tensor | None = None) -> TeacherPass:
+        """What the nets give for a batch, on its device; nothing for one that has no rows here.
+
+        Args:
+            batch: on the device.
+            turned: its originals in all quarter turns, [4B, 3, S, S], where what the teacher gives for them is needed.
+        """
         if len(batch.labels):
-            return self._pass(batch.pixels, batch.augmented_pixels, batch.mix)
+            return self._pass(batch.pixels, batch.augmented_pixels, batch.mix, turned)
         dtype = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
         none, rows = torch.zeros(0, self._num_classes, dtype=dtype, device=batch.images.device), batch.labels
         of_student = none if self._student_part == "everything" else None
@@ -133,7 +140,11 @@ class TeacherStep:
         return TeacherPass(NetOutput(none), tuple(nothing for _ in self._branches.branches), of_student)
 
     def _pass_of_tensors(
-        self, pixels: Tensor, augmented: tuple[Tensor, ...], draws: tuple[MixDraws, ...]
+        self,
+        pixels: Tensor,
+        augmented: tuple[Tensor, ...],
+        draws: tuple[MixDraws, ...],
+        turned: Tensor | None = None,
     ) -> TeacherPass:
         return teacher_pass(
             self._teacher,
@@ -144,6 +155,7 @@ class TeacherStep:
             student=self._student,
             student_part=self._student_part,
             images_per_call=self._images_per_call,
+            turned=None if turned is None else self._outputs(turned),
         )
 
 

@@ -97,7 +97,8 @@ def try_training(
         if not trains:
             return
         logits = copy(_blank(size, device))
-        functional.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.int64, device=device)).backward()
+        if logits.requires_grad:  # else auxiliary heads alone are trained
+            functional.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.int64, device=device)).backward()
     try_step(optimizer(copy))
 
 

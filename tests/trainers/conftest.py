@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from dalikd.kd.backbones import factory
+from dalikd.kd.backbones import create_model, factory
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.losses import KD
 from dalikd.kd.teacher import Teacher
@@ -25,7 +26,7 @@ from dalikd.trainers.launch import Precision, autocast_type, start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import Distillation, DistillOptions
-from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
+from dalikd.trainers.tasks.supervised import HsakdTeacher, Supervised, TrainOptions
 from dalikd.trainers.tracking import RunFolder
 
 HALF = (0.5, 0.5, 0.5)
@@ -52,6 +53,17 @@ class SmallNet(nn.Module):
 def net(seed: int = 0, **options: Any) -> Normalized:
     torch.manual_seed(seed)
     return Normalized(SmallNet(**options), HALF, HALF)
+
+
+def net_with_heads(seed: int = 0) -> Normalized:
+    """A resnet8_aux without batch statistics."""
+    torch.manual_seed(seed)
+    model = create_model("resnet8_aux", 3)
+    for module in list(model.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    return Normalized(model, HALF, HALF)
 
 
 def tinted_images(count: int, classes: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +123,7 @@ def loop(
             labels=train.labels, batch=sampler.microbatch,
         )  # fmt: skip
     else:
-        task = Supervised(student, augmenter)
+        task = (HsakdTeacher if isinstance(student.model, AuxiliaryNet) else Supervised)(student, augmenter)
     loaders = (
         Loader(train, sampler, augmenter.draw_spec, device=accelerator.device),
         Loader(val, whole, same, device=accelerator.device),

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch.optim import SGD
 
 from dalikd.kd.backbones import factory
-from dalikd.kd.losses import KD, LossContext, StepOutputs
+from dalikd.kd.losses import HSAKD, KD, LossContext, StepOutputs
 from dalikd.pipelines.loader import BadFileError
 from dalikd.trainers import measure, setup
 from dalikd.trainers.augmentation import AUGMENTATIONS, MixOptions
@@ -57,7 +57,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         return {"measured": measured}
     return {
         "measured": measured,
-        "trained": {name: _train(accelerator, folder, name) for name in ("mixup", "cutmixpick_teacher")},
+        "trained": {name: _train(accelerator, folder, name) for name in ("mixup", "cutmixpick_teacher", "turned")},
         "evaluated": _evaluate(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
         "fixed": _observe(accelerator, folder),
@@ -67,14 +67,20 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 
 
 def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[str, Any]:
-    """Six accumulated steps of distillation at float64, without batch statistics."""
+    """Six accumulated steps of distillation at float64, without batch statistics; "turned" with auxiliary heads."""
+    loss, nets = KD(), [helpers.net(0, norm=False).double(), helpers.net(1).double()]
+    if augmentation == "turned":
+        augmentation, loss = "cutmixpick_teacher", HSAKD(kd_mix_share=1.0)
+        nets = [helpers.net_with_heads(seed).double() for seed in range(2)]
     options = DistillOptions(
         batch_size=32, mix=MixOptions(group=8), epochs=2, accumulation=2, augmentation=augmentation,
-        clip_grad_norm=1.0, ema=0.5,
+        clip_grad_norm=1.0, ema=0.5, loss=loss,
         optimizer=partial(SGD, lr=0.1, momentum=0.9),
     )  # fmt: skip
-    student, teacher = helpers.net(0, norm=False).double(), helpers.net(1).double()
-    loop = helpers.loop(folder / augmentation, accelerator, options=options, student=student, teacher=teacher)
+    student, teacher = nets
+    loop = helpers.loop(
+        folder / type(loss).__name__ / augmentation, accelerator, options=options, student=student, teacher=teacher
+    )
     loop.task.goodness.window = 64
     for step in range(6):
         loop.step()

@@ -57,7 +57,7 @@ def four(folder, start_joined) -> dict[str, Any]:
     return _shared(start_joined, folder, 4)
 
 
-@pytest.mark.parametrize("augmentation", ["mixup", "cutmixpick_teacher"])
+@pytest.mark.parametrize("augmentation", ["mixup", "cutmixpick_teacher", "turned"])
 def test_training_with_accumulation_gives_the_same_weights(one, two, augmentation):
     ours, theirs = one["trained"][augmentation], two["trained"][augmentation]
     for kind in ("weights", "average"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
-from dalikd.tools import distill, train
+from dalikd.tools import distill, mutual, train
 from dalikd.trainers import loop as loop_file
 from dalikd.trainers.loop import Loop
 
@@ -116,6 +116,18 @@ def test_a_killed_run_is_resumed_exactly(tree, teacher, tmp_path, monkeypatch, s
     _run(distill, "--resume", str(broken), kill_at=7, monkeypatch=monkeypatch)
     _run(distill, "--resume", str(broken), monkeypatch=monkeypatch)
     _assert_same_end(broken, whole)
+
+
+def test_a_killed_pair_is_resumed_exactly(tree, tmp_path, monkeypatch):
+    """Two nets with auxiliary heads, killed in the middle of an epoch."""
+    common = _arguments(tree, "--model", "resnet8_aux", "--epochs", "2", "--augmentation", "cutmix")
+    common += ["--checkpoint_every", "2", "--ema", "0.8"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(mutual, *common, "--output", str(whole), monkeypatch=monkeypatch)
+    _run(mutual, *common, "--output", str(broken), kill_at=3, monkeypatch=monkeypatch)
+    _run(mutual, "--resume", str(broken), monkeypatch=monkeypatch)
+    _assert_same_end(broken, whole)
+    assert len(list((whole / "last").glob("net[01]*.safetensors"))) == 8  # each, its average, and the backbones of both
 
 
 @pytest.fixture(scope="module")

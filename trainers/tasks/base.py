@@ -19,7 +19,7 @@ from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
 from dalikd.trainers.augmentation import Augmenter
-from dalikd.trainers.evaluate import accuracy_sums
+from dalikd.trainers.evaluate import net_sums
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import build_model, reinitialise
 from dalikd.trainers.options import ABOVE_0, FROM_1, AugmentingOptions, NumberRange, ScheduleConfig, check_numbers
@@ -222,7 +222,7 @@ class Task(nn.Module, ABC):
 
         "images", "loss" and "top1" must be among them: a run is watched and its best epoch chosen by these.
         """
-        return accuracy_sums(net(batch.pixels), batch.labels)
+        return net_sums(net, batch)
 
     def get_extra_state(self) -> dict[str, Any]:
         """State beside weights and buffers."""

@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
+from dalikd.kd.rotation import TURNS, rotations
 from dalikd.kd.teacher import Teacher, TeacherPass, entropies
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import write_atomically
@@ -125,12 +127,14 @@ def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str
 
 
 #: what a loss may need that brings the features of both nets along
-FEATURE_NEEDS = frozenset({"features", "preactivations", "teacher_classifier", "student_classifier", "teacher_norms"})
+FEATURE_NEEDS = frozenset(
+    {"features", "preactivations", "teacher_classifier", "student_classifier", "teacher_norms", "turned"}
+)
 
 
 class DistillationInputs(NamedTuple):
     """Images, and what the teacher gives for them. There may be more or fewer augmented images than originals, and in
-    another order."""
+    another order. Where the loss needs them, the originals come in all four quarter turns, 4B of them."""
 
     pixels: Tensor  # originals [B, 3, S, S]
     teacher: NetOutput  # on the originals
@@ -192,7 +196,8 @@ class Distillation(Task):
         self._features = bool(loss.needs & FEATURE_NEEDS) or "heads" in loss.needs
         self.student = student = loss.complete(student)
         self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
-        self._pass: Callable[[Batch], TeacherPass]
+        self._pass: Callable[..., TeacherPass]
+        self._turned = "turned" in loss.needs
         if isinstance(teacher, CachedTeacher):
             self._pass = teacher
         else:
@@ -230,7 +235,8 @@ class Distillation(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> DistillationInputs:
         """Pixels, labels and what the teacher gives; T. stddev and the log see the same."""
-        found = self._pass(batch)
+        pixels = rotations(batch.pixels) if self._turned else batch.pixels
+        found = self._pass(batch, pixels) if self._turned else self._pass(batch)
         (branch,) = found.branches
         if not self._asked:
             self._asked = True  # the first time, at the cost of a wait
@@ -248,8 +254,8 @@ class Distillation(Task):
             self._batches += 1
         mixed = branch.mixed
         return DistillationInputs(
-            batch.pixels,
-            found.originals,
+            pixels,
+            found.originals if found.turned is None else found.turned,
             batch.labels,
             batch.ids,
             torch.full((), epoch, device=batch.labels.device),
@@ -275,10 +281,15 @@ class Distillation(Task):
         else:
             student = self.student.outputs(pixels, **wanted)
             mixed_logits = student.logits if augmented is None else self.student(augmented)
+        teacher, turned = inputs.teacher, None
+        if self._turned:
+            turned = student, teacher
+            student, teacher = (net.map(lambda rows: rows[::TURNS]) for net in turned)
+            mixed_logits = student.logits if augmented is None else mixed_logits
         mixed = MixedOutputs(
             mixed_logits, inputs.augmented_logits, inputs.augmented_labels, inputs.partner_labels, inputs.lam
         )
-        terms = self.loss(StepOutputs(student, inputs.teacher, inputs.labels, inputs.ids, inputs.epoch, mixed))
+        terms = self.loss(StepOutputs(student, teacher, inputs.labels, inputs.ids, inputs.epoch, mixed, turned))
         return {**terms, "top1": (student.logits.argmax(1) == inputs.labels).float().mean()}
 
     def metrics(self) -> dict[str, float | int | None]:
@@ -333,6 +344,12 @@ def build_loss(
     name, needs = f"--loss {type(loss).__name__}", loss.needs
     of_teacher, before = needs & FEATURE_NEEDS, "preactivations" in needs
     check_views(loss, augmenter)
+    trained = any(values.requires_grad for values in student.parameters())
+    if isinstance(student.model, AuxiliaryNet) and trained and "turned" not in needs:
+        raise ValueError(
+            f"{name} leaves the student's auxiliary heads without training: take --loss HSAKD or a sum with it, or the "
+            "net without _aux"
+        )
     if not needs and type(loss).build is DistillationLoss.build:
         return
     if of_teacher and not isinstance(teacher, Teacher):
@@ -344,6 +361,11 @@ def build_loss(
         raise ValueError(
             f"{name} compares what comes before the stages' last ReLU, where {augmenter.name} does not mix: take "
             "another augmentation or loss"
+        )
+    if "turned" in needs and augmenter.mixes_hidden:
+        raise ValueError(
+            f"{name} turns the original images, whose hidden states {augmenter.name} mixes in unturned: take another "
+            "augmentation or loss"
         )
 
     def black(net: nn.Module) -> Tensor:

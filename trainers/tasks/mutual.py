@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalized
-from dalikd.kd.losses import kd_loss
+from dalikd.kd.losses import hsakd_mutual_loss, kd_loss
+from dalikd.kd.losses.hsakd import check_heads
 from dalikd.kd.losses.kd import check_temperature
+from dalikd.kd.rotation import TURNS
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.setup import Setup
-from dalikd.trainers.tasks.supervised import Supervised, SupervisedInputs, TrainOptions
+from dalikd.trainers.tasks.supervised import HsakdTeacher, Supervised, SupervisedInputs, TrainOptions
 
-__all__ = ["Mutual", "MutualOptions"]
+__all__ = ["HsakdMutual", "Mutual", "MutualOptions"]
 
 
 @dataclass
@@ -26,29 +29,33 @@ class MutualOptions(TrainOptions):
     Args:
         peers: architectures of the further nets, each made from a seed of its own; model_args, weights and reinit are
             of the first net alone. Default: one more net like the first.
-        temperature: divides the logits of all nets where they are compared.
+        temperature: divides the logits of all nets where they are compared; default: 1, and 3 for nets with auxiliary
+            heads (NAME_aux), which learn from each other's heads too (HSAKD's online form, Yang et al., IJCAI 2021).
     """
 
     peers: list[str] | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can work with."""
         super().__post_init__()
-        check_temperature(self.temperature, "--temperature")
+        if self.temperature is not None:
+            check_temperature(self.temperature, "--temperature")
         if self.peers is not None and not self.peers:
             raise ValueError("--peers []: name a further net at least, such as '[resnet32]'")
 
-    def build(self, setup: Setup) -> "Mutual":
+    def build(self, setup: Setup) -> "Mutual | HsakdMutual":
         """The nets and their augmentation."""
-        fresh = replace(self, weights=None, reinit=False)
+        fresh = replace(self, weights=None, reinit=False, freeze_backbone=False)
         args = self.model_args if self.peers is None else {}
         nets = [
             replace(fresh, model=name, model_args=args, seed=self.seed + number).build_student(setup)
             for number, name in enumerate(self.peers or [self.model], start=1)
         ]
-        augmenter = setup.augmenter(self.augmentation)
-        return Mutual([self.build_student(setup), *nets], augmenter, self.temperature, self.label_smoothing)
+        nets, augmenter = [self.build_student(setup), *nets], setup.augmenter(self.augmentation)
+        if any(isinstance(net.model, AuxiliaryNet) for net in nets):
+            return HsakdMutual(nets, augmenter, self.temperature or 3.0, self.label_smoothing)
+        return Mutual(nets, augmenter, self.temperature or 1.0, self.label_smoothing)
 
 
 class Mutual(Supervised):
@@ -91,3 +98,45 @@ class Mutual(Supervised):
             terms[f"kl{number}"] = torch.stack([kd_loss(own, other, self.temperature) for other in others]).mean()
         top1 = (logits[0].argmax(1) == inputs.labels).float().mean()
         return {"loss": torch.stack(list(terms.values())).sum(), **terms, "top1": top1}
+
+
+class HsakdMutual(HsakdTeacher):
+    """Several nets learn together, each as HSAKD's teachers do and from the others' logits and heads.
+
+    Yang et al., "Hierarchical Self-supervised Augmented Knowledge Distillation", IJCAI 2021, arXiv 2107.13715. All are
+    updated at once, by one optimizer, from one forward each, as published for two. With K nets each takes the mean over
+    the K - 1 others.
+
+    Args:
+        nets: take pixels; two or more, with equally many auxiliary heads.
+        augmenter: its images take the place of the originals, the same for all nets.
+        temperature: of the comparison; published: 3.
+        label_smoothing: as for `HsakdTeacher`.
+
+    Raises:
+        ValueError: numbers of heads that differ; or as `HsakdTeacher`.
+    """
+
+    def __init__(
+        self, nets: Sequence[Normalized], augmenter: Augmenter, temperature: float = 3.0, label_smoothing: float = 0.0
+    ) -> None:
+        counts = [len(net.model.auxiliary_classifier) if isinstance(net.model, AuxiliaryNet) else 0 for net in nets]
+        for number, count in enumerate(counts[1:], start=1):
+            check_heads(counts[0], count, "the first net", f"net{number}")
+        super().__init__(nets[0], augmenter, label_smoothing)
+        for net in nets[1:]:
+            assert isinstance(net.model, AuxiliaryNet)
+            net.model.detach_heads = False
+        self.peers, self.temperature = nn.ModuleList(nets[1:]), temperature
+
+    @property
+    def nets(self) -> dict[str, Normalized]:
+        """net0, net1 and so on; the first is that of --model."""
+        return {f"net{number}": net for number, net in enumerate((self.student, *self.peers))}  # pyright: ignore[reportReturnType]
+
+    def forward(self, inputs: SupervisedInputs) -> dict[str, Tensor]:
+        """Return "loss"; "ce", "ce_heads", "kd" and "kd_heads", summed over the nets; and the first one's "top1"."""
+        found = [net.outputs(inputs.pixels, heads=True) for net in self.nets.values()]
+        carried = inputs.labels, inputs.partner_labels, inputs.lam
+        terms = hsakd_mutual_loss(found, *carried, temperature=self.temperature, label_smoothing=self.label_smoothing)
+        return {**terms, "top1": (found[0].logits[::TURNS].argmax(1) == inputs.labels).float().mean()}

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalized
-from dalikd.kd.losses import cross_entropy, mixed_cross_entropy
+from dalikd.kd.losses import cross_entropy, hsakd_teacher_loss, mixed_cross_entropy
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
+from dalikd.kd.rotation import TURNS, rotations
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.options import NumberRange, check_numbers
@@ -16,7 +18,7 @@ from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.teacher_step import Branches
 
-__all__ = ["Supervised", "SupervisedInputs", "TrainOptions"]
+__all__ = ["HsakdTeacher", "Supervised", "SupervisedInputs", "TrainOptions"]
 
 
 @dataclass
@@ -25,9 +27,11 @@ class TrainOptions(TrainingOptions):
 
     Args:
         label_smoothing: share of each label spread evenly over the classes.
+        freeze_backbone: of a net with auxiliary heads train these alone: its backbone stays as its weights are.
     """
 
     label_smoothing: float = 0.0
+    freeze_backbone: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can work with."""
@@ -35,8 +39,30 @@ class TrainOptions(TrainingOptions):
         check_numbers(self, {"label_smoothing": NumberRange(lambda value: 0 <= value < 1, "a share from 0 to below 1")})
 
     def build(self, setup: Setup) -> "Supervised":
-        """The net and its augmentation."""
-        return Supervised(self.build_student(setup), setup.augmenter(self.augmentation), self.label_smoothing)
+        """The net and its augmentation. One with auxiliary heads learns as HSAKD's teachers do."""
+        student, augmenter = self.build_student(setup), setup.augmenter(self.augmentation)
+        task = HsakdTeacher if isinstance(student.model, AuxiliaryNet) else Supervised
+        return task(student, augmenter, self.label_smoothing)
+
+    def build_student(self, setup: Setup, *, frozen: bool = False) -> Normalized:
+        """The net that is trained, or its auxiliary heads alone.
+
+        Raises:
+            ValueError: as for all training; or what is to be frozen has no weights, or there are no heads.
+        """
+        if self.freeze_backbone and (self.weights is None or self.reinit):
+            raise ValueError(
+                "--freeze_backbone true keeps a backbone as its weights are: give them with --weights, without --reinit"
+            )
+        student = super().build_student(setup, frozen=frozen)
+        if self.freeze_backbone:
+            if not isinstance(student.model, AuxiliaryNet):
+                raise ValueError(
+                    f"--freeze_backbone true trains auxiliary heads alone, and {self.model} has none: take "
+                    f"{self.model}_aux, or dalikd probe for a linear classifier on a frozen net"
+                )
+            student.model.backbone.requires_grad_(False)
+        return student
 
 
 class SupervisedInputs(NamedTuple):
@@ -105,3 +131,39 @@ class Supervised(Task):
         if inputs.partner_labels is None or inputs.lam is None:
             return cross_entropy(logits, inputs.labels, self.label_smoothing)
         return mixed_cross_entropy(logits, inputs.labels, inputs.partner_labels, inputs.lam, self.label_smoothing)
+
+
+class HsakdTeacher(Supervised):
+    """A net learns the classes of unturned images, and each of its auxiliary heads class and turn of turned ones.
+
+    Yang et al., "Hierarchical Self-supervised Augmented Knowledge Distillation", IJCAI 2021, arXiv 2107.13715.
+
+    Args:
+        student: takes pixels; with auxiliary heads. Where its backbone is trained, the heads' gradient reaches it.
+        augmenter: its images take the place of the originals, and are then turned.
+        label_smoothing: share of each label spread evenly over the classes, or over the joint ones.
+
+    Raises:
+        ValueError: an augmentation that picks candidates, or mixes hidden states.
+    """
+
+    def __init__(self, student: Normalized, augmenter: Augmenter, label_smoothing: float = 0.0) -> None:
+        super().__init__(student, augmenter, label_smoothing)
+        if augmenter.mixes_hidden:
+            raise ValueError(
+                f"--augmentation {augmenter.name} mixes hidden states, not images that could be turned: take mixup, or "
+                "the net without _aux"
+            )
+        assert isinstance(student.model, AuxiliaryNet)
+        student.model.detach_heads = False
+
+    def prepare(self, batch: Batch, epoch: float) -> SupervisedInputs:
+        """Augmented images in all four quarter turns, 4B of them, and labels of the B images."""
+        inputs = super().prepare(batch, epoch)
+        return inputs._replace(pixels=rotations(inputs.pixels))
+
+    def forward(self, inputs: SupervisedInputs) -> dict[str, Tensor]:
+        """Return "loss", "ce", "ce_heads" and "top1"."""
+        found = self.student.outputs(inputs.pixels, heads=True)
+        terms = hsakd_teacher_loss(found, inputs.labels, inputs.partner_labels, inputs.lam, self.label_smoothing)
+        return {**terms, "top1": (found.logits[::TURNS].argmax(1) == inputs.labels).float().mean()}
