@@ -69,6 +69,8 @@ class DataConfig:
         class_seed: of that choice; default: 0. It has nothing to do with the seed of training.
         image_size: side of the training images in pixels; default: the data set's own (imagefolder: 224).
         limit: use only so many training images; seeded, class shares kept.
+        share: use only this share of each class's training images, or of those that limit leaves; seeded, rounded to
+            the nearest whole number.
         val_limit: use only so many validation images; seeded, class shares kept.
         download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
         crop: how training images are cut: random_resized_crop, pad_crop (pad, crop, flip), or auto: pad_crop up to
@@ -111,6 +113,7 @@ class DataConfig:
     class_seed: int | None = None
     image_size: int | None = None
     limit: int | None = None
+    share: float = 1.0
     val_limit: int | None = None
     download: bool = False
     crop: Literal["auto", "random_resized_crop", "pad_crop"] = "auto"
@@ -167,6 +170,7 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
         role,
         split=split,
         limit=limit,
+        share=config.share if train else 1.0,
         seed=seed,
         download=config.download,
         classes=config.classes,
@@ -182,6 +186,7 @@ def open_source(
     *,
     split: str | None = None,
     limit: int | None = None,
+    share: float = 1.0,
     seed: int = 0,
     download: bool = False,
     classes: str | Path | None = None,
@@ -196,15 +201,16 @@ def open_source(
         role: what the images are for; decides the split where none is named.
         split: the split's own name. For folder trees the folder, "." where `root` itself holds the class folders.
         limit: keep this many, stratified.
-        seed: of `limit`.
+        share: keep this share of each class, of what `limit` leaves.
+        seed: of `limit` and `share`.
         download: fetch what torchvision can fetch if it is missing.
         classes: file that lists the classes to keep; default: all, for imagenet100 a hundred chosen by `class_seed`.
         class_seed: of that choice; default: 0.
         train_split: the training split's own name, where Tiny-ImageNet's validation split finds its classes.
 
     Raises:
-        ValueError: unknown name, role, split or layout; a class without images or one that is not there; a limit out
-            of range; an option that does not go with the data set.
+        ValueError: unknown name, role, split or layout; a class without images or one that is not there; a limit or
+            share out of range; an option that does not go with the data set.
         FileNotFoundError, NotADirectoryError, FileExistsError: a folder or file is missing or in the way.
         ConnectionError: the download failed.
     """
@@ -235,7 +241,8 @@ def open_source(
             **default_statistics(name)._asdict(),
         )
     option = "--data.limit" if role == "train" else "--data.val_limit"
-    return source if limit is None else source.limit(limit, seed, option=option)
+    source = source if limit is None else source.limit(limit, seed, option=option)
+    return source.share(share, seed)
 
 
 def _check_options(name: str, root: Path | None, download: bool, classes: Path | None, class_seed: int | None) -> None:

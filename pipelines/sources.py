@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 
-from dalikd.pipelines.datasets.classes import check_equal_classes, shorten, stratified_rows
+from dalikd.pipelines.datasets.classes import check_equal_classes, share_rows, shorten, stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.shards.read import ShardSet
@@ -111,16 +112,47 @@ class Source:
             ValueError: `n` is smaller than the number of classes or larger than the source, `seed` is negative, or
                 the images are in shards.
         """
-        if self.shards is not None:
-            raise ValueError(
-                f"{option} {n}: shards are read whole; write smaller ones by `dalikd prepare {option} {n}`"
-            )
+        self._check_divisible(option, n)
         if not len(self.classes) <= n <= len(self):
             raise ValueError(
                 f"{option} {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
                 f"give a number from {len(self.classes)} to {len(self)}"
             )
-        rows = stratified_rows(self.labels, n, seed)
+        return self._take(stratified_rows(self.labels, n, seed))
+
+    def share(self, share: float, seed: int = 0) -> "Source":
+        """A subset with this share of each class, drawn class by class, in the same order.
+
+        A class of m images keeps share * m, rounded to the nearest whole number, a half up. With the same seed, a
+        smaller share is part of every larger one.
+
+        Raises:
+            ValueError: `share` is not above 0 and up to 1, or leaves a class without images, `seed` is negative, or
+                the images are in shards.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"--data.share {share}: give a share of the training images above 0, up to 1")
+        if share == 1:
+            return self
+        self._check_divisible("--data.share", share)
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        kept = np.floor(np.round(share * counts, 9) + 0.5).astype(np.int64)  # 0.29 * 50 is 14.499999999999998
+        if not kept.all():
+            fewest = int(counts.argmin())
+            least = ceil(500_000 / counts[fewest]) / 1_000_000  # half an image, in six digits
+            raise ValueError(
+                f"--data.share {share}: {self.name} {self.split} keeps no image of the class {self.classes[fewest]}, "
+                f"which has {counts[fewest]}; give at least {least:g}"
+            )
+        return self._take(share_rows(self.labels, kept, seed))
+
+    def _check_divisible(self, option: str, value: float) -> None:
+        if self.shards is not None:
+            raise ValueError(
+                f"{option} {value}: shards are read whole; write smaller ones by `dalikd prepare {option} {value}`"
+            )
+
+    def _take(self, rows: np.ndarray) -> "Source":
         files = None if self.files is None else self.files.take(rows)
         arrays = None if self.arrays is None else self.arrays[rows]
         return replace(self, labels=self.labels[rows], files=files, arrays=arrays)

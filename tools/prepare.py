@@ -30,6 +30,8 @@ class SourceConfig:
             class_seed.
         class_seed: of that choice; default: 0.
         limit: take only so many training images; seeded, class shares kept.
+        share: take only this share of each class's training images, or of those that limit leaves; seeded, rounded to
+            the nearest whole number.
         val_limit: take only so many validation images; seeded, class shares kept.
         download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
     """
@@ -43,6 +45,7 @@ class SourceConfig:
     classes: FilePath | None = None
     class_seed: int | None = None
     limit: int | None = None
+    share: float = 1.0
     val_limit: int | None = None
     download: bool = False
 
@@ -109,8 +112,9 @@ def check_published(options: PrepareOptions) -> dict[Role, Source]:
     if data.name in PUBLISHED_FILES:
         _report(data, published_set(data.name).verify(_root(data), [_split(data, role) for role in _roles(options)]))
     sources = open_splits(options) if sources is None else sources
-    limits, part = {"train": data.limit, "val": data.val_limit}, data.classes is not None
-    whole = ((_split(data, role), source) for role, source in sources.items() if limits[role] is None)
+    part = data.classes is not None
+    fewer = {"train": data.limit is not None or data.share < 1, "val": data.val_limit is not None}
+    whole = ((_split(data, role), source) for role, source in sources.items() if not fewer[role])
     _report(data, (check_count(source, split, part=part) for split, source in whole))
     if options.check and options.output is None:  # else they are decoded before they are written
         for source in sources.values():

@@ -21,6 +21,8 @@ _SAID = (
     *("epochs", "epoch_factor", "schedule", "optimizer", "clip_grad_norm", "eval_every", "precision", "sync_bn"),
     *("metric", "entropy_log_every"),
 )
+#: where an option that an earlier version did not have does nothing, if that is not 0, false or nothing
+_UNUSED = {"data.share": 1.0}
 
 
 def identity(command: str, config: Mapping[str, Any], told: Mapping[str, Any], **contents: Any) -> dict[str, Any]:
@@ -51,14 +53,14 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
     """
     refused, said = [], []
     before, now = renamed(saved.get("options", {})), own["options"]
-    # an option that a version did not have yet is not compared; nested ones that were not given are None, and what a
-    # class could not do yet was off
+    # an option that a version did not have yet is not compared where it does nothing: nested ones that were not given
+    # are None, and what a class could not do yet was off
     groups = {name.partition(".")[0] for name in before} & {name.partition(".")[0] for name in now}
     for name in sorted(before.keys() | now.keys()):
         was, value = before.get(name), now.get(name)
         if (
             was == value
-            or (name not in before and not value)
+            or (name not in before and (not value or value == _UNUSED.get(name)))
             or name.partition(".")[0] not in groups
             or _is_in(name, _FREE)
         ):

@@ -15,6 +15,7 @@ __all__ = [
     "in_order",
     "keep_listed",
     "read_class_list",
+    "share_rows",
     "shorten",
     "stratified_rows",
 ]
@@ -140,18 +141,47 @@ def stratified_rows(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: `seed` is negative.
     """
+    noise, by_class, rank = _shuffle_classes(labels, seed)
+    key = np.where(rank == 0, -1.0, (rank + 0.5) / np.bincount(labels)[labels[by_class]])
+    chosen = by_class[np.lexsort((noise[by_class], key))[:n]]
+    return np.sort(chosen).astype(np.int64)
+
+
+def share_rows(labels: np.ndarray, kept: np.ndarray, seed: int) -> np.ndarray:
+    """Rows of a random subset with so many of each class, ascending: int64 [sum of kept] out of labels int64 [N].
+
+    The first of each class in a random order of its own: with the same seed, more of a class hold those of fewer. The
+    order is another than that of `stratified_rows`, so that a subset of its subset is drawn evenly too.
+
+    Args:
+        labels: of all images.
+        kept: how many of each class, int64 [C], at most as many as there are.
+        seed: of the order.
+
+    Raises:
+        ValueError: `seed` is negative.
+    """
+    _, by_class, rank = _shuffle_classes(labels, seed, stream=1)
+    return np.sort(by_class[rank < kept[labels[by_class]]]).astype(np.int64)
+
+
+def _shuffle_classes(labels: np.ndarray, seed: int, stream: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Class after class, each in a random order: the noise of all rows, the rows, and of each its place in its class.
+
+    Each stream of a seed is a draw of its own.
+
+    Raises:
+        ValueError: `seed` is negative.
+    """
     if seed < 0:
         raise ValueError(f"seed {seed} is negative: give 0 or more")
-    # The raw bits of Philox, unlike a Generator's methods, are promised to stay the same between numpy versions.
-    noise = np.random.Philox(key=seed).random_raw(len(labels))
+    # The raw bits of Philox, unlike a Generator's methods, are promised to stay the same between numpy versions. Its
+    # key has 128 bits, of which seeds take 63.
+    noise = np.random.Philox(key=(stream << 64) + seed).random_raw(len(labels))
     by_class = np.lexsort((noise, labels))
     counts = np.bincount(labels)
     starts = np.cumsum(counts) - counts
-    ordered = labels[by_class]
-    rank = np.arange(len(labels)) - starts[ordered]
-    key = np.where(rank == 0, -1.0, (rank + 0.5) / counts[ordered])
-    chosen = by_class[np.lexsort((noise[by_class], key))[:n]]
-    return np.sort(chosen).astype(np.int64)
+    return noise, by_class, np.arange(len(labels)) - starts[labels[by_class]]
 
 
 def check_equal_classes(name: str, one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
+from dalikd.pipelines.data import DataConfig, as_used, evaluation_view, open_sources, open_split, training_view
 from dalikd.pipelines.datasets.info import default_statistics
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.policies import policy_name
@@ -108,6 +109,16 @@ def test_open_sources_takes_each_split_with_its_own_limit(tree):
     again, _ = open_sources(DataConfig(root=str(tree), limit=30), seed=1)
     other, _ = open_sources(DataConfig(root=str(tree), limit=30), seed=2)
     assert again.fingerprint == train.fingerprint != other.fingerprint
+
+
+def test_a_share_is_of_the_training_images_that_the_limit_leaves(tree):
+    train, val = open_sources(DataConfig(root=str(tree), share=0.25), seed=1)
+    assert (np.bincount(train.labels).tolist(), len(val)) == ([25, 25, 25], 300)
+    both = open_split(DataConfig(root=str(tree), limit=30, share=0.5), "train", seed=1)
+    assert np.bincount(both.labels).tolist() == [5, 5, 5]
+    other, _ = open_sources(DataConfig(root=str(tree), share=0.25), seed=2)
+    assert other.fingerprint != train.fingerprint
+    assert as_used(DataConfig(share=0.25), train, torch.device("cpu"))["share"] == 0.25
 
 
 def test_what_was_left_out_and_how_classes_are_ordered_is_printed_once(tmp_path, monkeypatch, capsys):

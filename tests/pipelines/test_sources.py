@@ -9,7 +9,7 @@ import pytest
 
 from dalikd.pipelines import sources
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.datasets.classes import stratified_rows
+from dalikd.pipelines.datasets.classes import share_rows, stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
 from dalikd.pipelines.sources import Source, check_count, check_same_classes, why_fingerprints_differ
@@ -249,6 +249,73 @@ class TestLimit:
     def test_negative_seed(self) -> None:
         with pytest.raises(ValueError, match="seed -1 is negative: give 0 or more"):
             self.source.limit(20, -1)
+
+
+class TestShare:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [100, 50, 41, 10, 3]))
+    source = make_source(labels.tolist())
+
+    def rows(self, share: float, seed: int = 0) -> list[int]:
+        part = self.source.share(share, seed)
+        return [int(Path(part.path(row)).stem) for row in range(len(part))]
+
+    @pytest.mark.parametrize(
+        ("share", "kept"),
+        [(0.25, [25, 13, 10, 3, 1]), (0.5, [50, 25, 21, 5, 2]), (0.29, [29, 15, 12, 3, 1]), (1, [100, 50, 41, 10, 3])],
+    )
+    def test_each_class_keeps_its_share_and_a_half_is_rounded_up(self, share: float, kept: list[int]) -> None:
+        assert np.bincount(self.source.share(share).labels).tolist() == kept
+
+    def test_a_smaller_share_is_part_of_a_larger_one(self) -> None:
+        parts = [set(self.rows(share, seed=3)) for share in (0.2, 0.25, 0.3, 0.5, 0.75, 0.99)]
+        assert all(small < large for small, large in pairwise(parts))
+
+    def test_the_seed_alone_chooses_and_the_order_stays(self) -> None:
+        assert self.rows(0.5, 1) == self.rows(0.5, 1) == sorted(self.rows(0.5, 1))
+        assert self.rows(0.5, 1) != self.rows(0.5, 2)
+        fingerprints = {self.source.share(share, seed).fingerprint for share in (0.5, 1.0) for seed in (1, 2)}
+        assert len(fingerprints) == 3
+        assert self.source.share(1.0).fingerprint == self.source.fingerprint
+
+    def test_values_of_this_version_stay(self) -> None:
+        assert share_rows(np.tile(np.arange(2), 10), np.array([3, 2]), 42).tolist() == [4, 9, 10, 12, 13]
+
+    def test_paths_and_labels_go_together(self) -> None:
+        assert self.source.share(0.5, 5).labels.tolist() == self.labels[self.rows(0.5, 5)].tolist()
+
+    def test_arrays_are_taken_along(self) -> None:
+        pixels = np.arange(len(self.labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+        part = replace(self.source, files=None, arrays=pixels).share(0.5, 5)
+        assert part.arrays is not None
+        assert part.arrays[:, 0, 0, 0].tolist() == self.rows(0.5, 5)
+
+    def test_every_image_of_a_limited_source_is_equally_likely(self) -> None:
+        """Two draws of one seed do not depend on each other."""
+        source, chosen = make_source([0] * 40), np.zeros(40)
+        for seed in range(1000):
+            part = source.limit(20, seed).share(0.5, seed)
+            chosen[[int(Path(part.path(row)).stem) for row in range(10)]] += 1
+        assert np.abs(chosen - 250).max() < 5 * np.sqrt(1000 * 0.25 * 0.75)
+
+    @pytest.mark.parametrize("share", [-0.5, 0, 1.01, float("nan")])
+    def test_out_of_range(self, share: float) -> None:
+        with pytest.raises(ValueError, match=rf"^--data\.share {share}: give a share of the training images above 0"):
+            self.source.share(share)
+
+    def test_a_class_without_images_and_the_least_share_that_leaves_it_one(self) -> None:
+        message = "imagefolder train keeps no image of the class class4, which has 3; give at least"
+        with pytest.raises(ValueError, match=rf"^--data\.share 0\.04: {message} 0\.166667$"):
+            self.source.share(0.04)
+        assert np.bincount(self.source.share(0.166667).labels)[4] == 1
+        with pytest.raises(ValueError, match=r"give at least 0\.166667$"):
+            self.source.share(0.166666)
+
+    @pytest.mark.parametrize("count", [1, 5, 7, 49, 500, 1300])
+    def test_the_least_share_does(self, count: int) -> None:
+        source = make_source([0] * count)
+        with pytest.raises(ValueError, match="give at least") as error:
+            source.share(0.4 / count)
+        assert len(source.share(float(str(error.value).split()[-1]))) == 1
 
 
 class TestCheckSameClasses:

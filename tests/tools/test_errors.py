@@ -93,6 +93,8 @@ def test_a_missing_folder(refused, data_options, teacher, weights, name):
         (["--batch_size", 64, "--accumulation", 3], ["--batch_size 64", "--accumulation 3", "multiple of 3"]),
         (["--data.limit", 2], ["--data.limit 2", "from 3 to 99"]),
         (["--data.limit", 1000], ["--data.limit 1000", "from 3 to 99"]),
+        (["--data.share", 0], ["--data.share 0", "above 0, up to 1"]),
+        (["--data.share", 0.01], ["--data.share 0.01", "no image of the class", "give at least 0.015152"]),
         (["--data.val_resize", 16], ["--data.val_resize 16 is smaller than the image size 32"]),
         (["--data.padding", 32], ["--data.padding 32 must lie between 1 and 31"]),
         (["--data.name", "imagefoldr"], ["data.name", "imagefoldr", "'imagefolder'"]),

@@ -52,6 +52,14 @@ def test_one_split_and_fewer_images(call, tree, tmp_path):
     assert sum(shard["images"] for shard in content["shards"]) == 12
 
 
+def test_a_share_of_the_training_images(call, tree, tmp_path):
+    assert call("--data.root", tree, "--output", tmp_path / "out", "--data.share", 0.5, "--seed", 3)[0] == 0
+    files = open_sources(DataConfig(root=str(tree), share=0.5), 3)
+    written = open_sources(DataConfig(name="webdataset", root=str(tmp_path / "out")), 0)
+    assert [len(source) for source in written] == [51, 30]  # 17 of each 33
+    assert [source.fingerprint for source in written] == [source.fingerprint for source in files]
+
+
 def test_trains_from_what_it_wrote(call, command, options, tree, tmp_path):
     assert call("--data.root", tree, "--output", tmp_path / "out")[0] == 0
     data = ["--data.name", "webdataset", "--data.root", tmp_path / "out"]

@@ -110,6 +110,7 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
             "teachers/resnet14: --optimizer LBFGS cannot do a step of its own on dense gradients",
         ),
         ({"data": {"root": "nowhere"}}, "", "nowhere"),
+        ({}, "--data.share 0.01", "--data.share 0.01: imagefolder train keeps no image of the class"),
         ({"batch_size": 20}, "", "20"),
         ({"batch_size": 128}, "", "--batch_size 128 is larger than the data set (99 images)"),
         ({"epochs": 0}, "", "study.yaml: --epochs 0: give at least 1"),
@@ -186,6 +187,19 @@ def test_a_given_teacher_is_built_as_the_runs_build_it(content, tmp_path, teache
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=rf"(pairs\[0\].teacher|teachers/resnet8.json): .*({next(iter(teacher))}|SHA)"):
         make_ready(read_study(["--config", str(path)]))
+
+
+def test_students_of_shares_learn_from_a_teacher_of_all_images(content, tmp_path):
+    students = [{"name": "resnet8", "label": f"resnet8-{share}", "data": {"share": share}} for share in (0.5, 1.0)]
+    content["study"]["pairs"] = [{"teacher": "resnet14", "student": student} for student in students]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    work = make_ready(read_study(["--config", str(path)])).work
+    assert {name.partition("/x")[0]: done.trained for name, done in work.items() if done.trained} == {
+        "teachers/resnet14": 96,  # of 99, in batches of 16
+        **{f"students/resnet8-{share}": images for share, images in ((0.5, 48), (1.0, 96))},
+        **{f"distill/resnet14_resnet8-{share}": 2 * images for share, images in ((0.5, 48), (1.0, 96))},
+    }
 
 
 def test_options_for_another_machine_can_be_planned(content, tmp_path, capsys):

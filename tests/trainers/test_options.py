@@ -39,6 +39,7 @@ def _with(options: type, name: str, value: Any) -> Any:
         (EVERY, "data.prefetch", [1], [0], "at least 1"),
         (EVERY, "data.limit", [1, None], [0, -3], "at least 1"),
         (EVERY, "data.val_limit", [1, None], [0], "at least 1"),
+        (EVERY, "data.share", [0.01, 1], [0, -0.1, 1.1, NAN], "a share of the training images above 0, up to 1"),
         (EVERY, "data.image_size", [1, None], [0], "at least 1"),
         (EVERY, "data.val_resize", [1, None], [0], "at least 1"),
         (EVERY, "data.class_seed", [0, None], [-1], "0 or more"),

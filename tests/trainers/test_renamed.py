@@ -43,3 +43,12 @@ def test_a_run_is_the_same_by_the_new_names(tmp_path, monkeypatch):
     on = identity("distill", {"mix": {"mode": "a"}, "loss": {"init_args": {**switch, "switch": True}}}, {})
     with pytest.raises(ValueError, match=r"--loss\.switch was None, now it is True"):
         check_same_run(old, on, tmp_path)
+
+
+def test_a_run_of_a_version_without_shares_had_all_images(tmp_path):
+    before, whole, half = (
+        identity("train", {"data": {"limit": 9, **share}}, {}) for share in ({}, {"share": 1.0}, {"share": 0.5})
+    )
+    assert check_same_run(before, whole, tmp_path) == []
+    with pytest.raises(ValueError, match=r"--data\.share was None, now it is 0\.5"):
+        check_same_run(before, half, tmp_path)

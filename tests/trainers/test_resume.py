@@ -252,6 +252,7 @@ CHANGES = {
     "--seed 1": "--seed was 0, now it is 1",
     "--batch_size 16": "--batch_size was 32, now it is 16",
     "--data.limit 90": "--data.limit was None, now it is 90",
+    "--data.share 0.5": "--data.share was 1.0, now it is 0.5",
     "--data.val_limit 9": "--data.val_limit was None, now it is 9",
     "--data.image_size 28": "--data.image_size was 32, now it is 28",
     "--model resnet8": "--model was small, now it is resnet8",

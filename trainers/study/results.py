@@ -19,7 +19,7 @@ _FIGURES = ("loss", "top1", "top5")
 _MEASURED = ("stddev", "stderr", "entropy", "windows")
 #: what says, besides the seed where images are chosen, which images a split has
 _CHOICE = ("name", "classes", "class_seed")
-_LIMITS = {"train": "limit", "val": "val_limit"}
+_PARTS = {"train": ("limit", "share"), "val": ("val_limit",)}
 _LISTED = 5
 _SETTINGS = ("mode", "mix_group", "window", "epochs", "seed", "precision")
 
@@ -203,9 +203,9 @@ def _asked_for(result: dict[str, Any], split: str) -> str:
     """The images that a run asks for, by its options; where they are a share, the seed chooses it."""
     config = result.get("config", result)
     data = config.get("data", {})
-    limit = data.get(_LIMITS[split])
+    part = {key: data[key] for key in _PARTS[split] if data.get(key) not in (None, 1.0)}  # a share of 1: all
     choice = {key: data.get(key) for key in (*_CHOICE, f"{split}_split")}
-    return json.dumps([split, choice, limit, config.get("seed") if limit else None])
+    return json.dumps([split, choice, part, config.get("seed") if part else None])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -214,7 +214,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _fingerprints(done: _Results, split: str) -> Iterable[str]:
-    """Of the data that nets were trained and evaluated on; with --data.limit each seed has its own."""
+    """Of the data that nets were trained and evaluated on; with --data.limit or --data.share each seed has its own."""
     runs = [result for name, result in done.items() if result and not name.endswith(".json")]
     return (result["fingerprint"][split] for result in runs)
 

@@ -75,6 +75,8 @@ def test_the_source_is_that_of_the_files(written):
 def test_a_part_cannot_be_taken(written):
     with pytest.raises(ValueError, match=r"--data\.limit 30: .* `dalikd prepare --data\.limit 30`"):
         open_source(written.format, written.folder.parent, "train", limit=30)
+    with pytest.raises(ValueError, match=r"--data\.share 0\.5: .* `dalikd prepare --data\.share 0\.5`"):
+        open_source(written.format, written.folder.parent, "train", share=0.5)
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,16 @@ def test_shares_are_compared_by_seed_and_size_and_not_by_folder():
         {"a": _result("x", 0, limit=5), "b": _result("y", 1, limit=5), "c": _result("z", 0, limit=6), "d": None}
     )
     check_images({"a": _result("x", 0, name="svhn"), "b": _result("y", 0, name="stl10")})
+    check_images(
+        {"a": _result("x", 0, share=0.5), "b": _result("y", 1, share=0.5), "c": _result("z", 0), "d": _result("z", 1)}
+    )
     check_images({"a": _result("x", 0, root="here"), "b": _result("x", 1, root="there")})
     with pytest.raises(ValueError, match="x: a; y: b: name the same data"):
         check_images({"a": _result("x", 0, limit=5, root="here"), "b": _result("y", 0, limit=5, root="there")})
+    with pytest.raises(ValueError, match="x: a; y: b: name the same data"):
+        check_images({"a": _result("x", 0, share=0.5), "b": _result("y", 0, share=0.5)})
+    with pytest.raises(ValueError, match="x: a; y: b: name the same data"):
+        check_images({"a": _result("x", 0, share=1.0), "b": _result("y", 0)})  # of an earlier version
     with pytest.raises(ValueError, match="x: a; y: b: name the same data"):
         check_images({"a": _result("x", 0), "b": _result("y", 1)})  # all images: the seed does not choose
 

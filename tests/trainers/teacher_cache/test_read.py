@@ -115,6 +115,8 @@ def test_another_run_is_refused(opened, options, message):
 def test_other_data_are_refused(opened, make_source):
     with pytest.raises(ValueError, match=r"data.images: cache has 96, this run has 48; data.fingerprint: cache has "):
         opened(source=make_source(96).limit(48))
+    with pytest.raises(ValueError, match=r"data.images: cache has 96, this run has 48; data.fingerprint: cache has "):
+        opened(source=make_source(96).share(0.5))
     with pytest.raises(ValueError, match=r"run: data.fingerprint: cache has \w{16}, this run has \w{16}\. Set"):
         opened(source=make_source(seed=3))
 
