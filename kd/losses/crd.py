@@ -135,6 +135,7 @@ class CRD(FeatureLoss):
         temperature: Divides the products of embeddings, above 0.
         momentum: Share of what a memory keeps of an image's row when the image comes again, in [0, 1).
         negatives: exact: images of other classes, which needs the labels of all; relaxed: any other images.
+        mode: exact: the positive is the image itself; relax: a random one of its class, which needs the labels of all.
     """
 
     paper = "Tian et al., ICLR 2020, arXiv 1910.10699"
@@ -161,6 +162,7 @@ class CRD(FeatureLoss):
         temperature: float = 0.07,
         momentum: float = 0.5,
         negatives: Literal["exact", "relaxed"] = "exact",
+        mode: Literal["exact", "relax"] = "exact",
         **others: Any,
     ) -> None:
         super().__init__(weight, **others)
@@ -172,13 +174,16 @@ class CRD(FeatureLoss):
             raise ValueError(f"momentum is {momentum}: give a number in [0, 1)")
         if negatives not in ("exact", "relaxed"):
             raise ValueError(f"negatives is {negatives!r}: give exact or relaxed")
+        if mode not in ("exact", "relax"):
+            raise ValueError(f"mode is {mode!r}: give exact or relax")
         self.feat_dim, self.nce_k, self.temperature = feat_dim, nce_k, temperature
-        self.momentum, self.negatives = momentum, negatives
+        self.momentum, self.negatives, self.mode = momentum, negatives, mode
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Features and ids; for exact negatives the labels of all images."""
-        return frozenset({"features", "ids"} | ({"all_labels"} if self.negatives == "exact" else set()))
+        """Features and ids; for exact negatives, and for positives of the class, the labels of all images."""
+        by_class = self.negatives == "exact" or self.mode == "relax"
+        return frozenset({"features", "ids"} | ({"all_labels"} if by_class else set()))
 
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:
         """Embeddings, memories and the images of each class."""
@@ -227,13 +232,15 @@ class CRD(FeatureLoss):
         Returns:
             rows of the data set, int64 [B, K + 1]: the positive, then the negatives.
         """
-        draws = crd_draws(self.seed, self.steps, ids, self.nce_k + 1)
+        draws = crd_draws(self.seed, self.steps, ids, self.nce_k + 2)
         ids, labels = ids[:, None], labels[:, None]
-        exact = self.negatives == "exact"
+        exact, positives = self.negatives == "exact", ids
+        if self.mode == "relax":
+            positives = self.order[self.class_starts[labels] + draws[:, -1:] % self.class_sizes[labels]]
         starts, sizes = (self.class_starts[labels], self.class_sizes[labels]) if exact else (ids, torch.ones_like(ids))
-        places = crd_places(draws, len(self.student_memory) - sizes)
+        places = crd_places(draws[:, :-1], len(self.student_memory) - sizes)
         places = places + (places >= starts) * sizes  # past what is left out
-        return torch.cat((ids, self.order[places] if exact else places), 1)
+        return torch.cat((positives, self.order[places] if exact else places), 1)
 
     def contrast(self, student: Tensor, teacher: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         """The loss of both embeddings; in training they are remembered, for the steps to come.

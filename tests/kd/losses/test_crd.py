@@ -1,4 +1,4 @@
-"""CRD against published steps; its negatives, memories, processes and resumes.
+"""CRD against published steps; its positives and negatives, memories, processes and resumes.
 
 Run by itself under torchrun: FILE, where what the memories hold is written.
 """
@@ -24,6 +24,7 @@ from dalikd.kd.losses import CRD, LossContext, StepOutputs, WeightedSum, crd_dra
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "losses_relations.json").read_text())
 MEMORIES = ("student_memory", "teacher_memory")
+MODES = ("exact", "relax")
 
 
 def build(
@@ -189,9 +190,10 @@ def draws_of_steps(count: int, **options: Any) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("negatives", ["exact", "relaxed"])
-def test_negatives_are_even_and_never_what_is_left_out(negatives: Any):
-    found = draws_of_steps(1500, nce_k=4, negatives=negatives)[..., 1:]
+def test_negatives_are_even_and_never_what_is_left_out(negatives: Any, mode: Any):
+    found = draws_of_steps(1500, nce_k=4, negatives=negatives, mode=mode)[..., 1:]
     assert (found.sort().values.diff() > 0).all()
     for row in range(10):
         left_out = (LABELS[row] == LABELS) if negatives == "exact" else torch.arange(10) == row
@@ -201,14 +203,37 @@ def test_negatives_are_even_and_never_what_is_left_out(negatives: Any):
         assert (shares - 1).abs().max() < 0.12  # four standard deviations of 1,500 draws of 4 of 9
 
 
-def test_draws_do_not_depend_on_the_batch_but_on_step_and_seed():
-    loss, ids = build(), torch.tensor([3, 17, 29])
+def test_positives_are_the_image_or_any_of_its_class():
+    ids = torch.arange(10)
+    assert (draws_of_steps(20)[..., 0] == ids).all()
+    found = draws_of_steps(1500, mode="relax", nce_k=1)[..., 0]
+    assert torch.equal(LABELS[found], LABELS.expand(1500, 10))
+    for row in range(10):
+        own = LABELS[row] == LABELS
+        shares = torch.bincount(found[:, row], minlength=10)[own] / 1500 * own.sum()
+        assert (shares - 1).abs().max() < 0.18  # four standard deviations of 1,500 draws of 1 of 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_draws_do_not_depend_on_the_batch_but_on_step_and_seed(mode: Any):
+    loss, ids = build(mode=mode), torch.tensor([3, 17, 29])
     found = loss.draw(ids, ids % 4)
     assert torch.equal(loss.draw(ids.flip(0)[:2], ids.flip(0)[:2] % 4), found.flip(0)[:2])
-    assert torch.equal(build().draw(ids, ids % 4), found)
-    assert not torch.equal(build(seed=4).draw(ids, ids % 4), found)
+    assert torch.equal(build(mode=mode).draw(ids, ids % 4), found)
+    assert not torch.equal(build(mode=mode, seed=4).draw(ids, ids % 4), found)
     loss(steps(1)[0])
     assert not torch.equal(loss.draw(ids, ids % 4), found)
+
+
+def test_a_relaxed_positive_is_compared_and_the_image_is_remembered():
+    loss, (given,) = build(mode="relax", momentum=0.0), steps(1)
+    rows, before = loss.draw(given.ids, given.labels), loss.student_memory.clone()
+    assert (rows[:, 0] != given.ids).any()
+    plain = build(momentum=0.0)
+    expected = plain.contrast(given.student.features[0], given.teacher.features[0], given.ids, rows)
+    assert loss(given)["crd"].item() == expected.item()
+    written = (loss.student_memory != before).any(1).nonzero().flatten()
+    assert written.tolist() == given.ids.unique().tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- memories
@@ -248,12 +273,13 @@ def test_evaluation_writes_nothing():
     assert torch.equal(loss.log_constants, constants)
 
 
-def test_a_resumed_run_goes_on_as_the_other():
-    straight, first = build(), build()
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_goes_on_as_the_other(mode: Any):
+    straight, first = build(mode=mode), build(mode=mode)
     for given in (batches := steps(4))[:2]:
         straight(given)
         first(given)
-    resumed = build(seed=11)  # another seed: that of the draws is saved
+    resumed = build(seed=11, mode=mode)  # another seed: that of the draws is saved
     resumed.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
     assert set(first.state_dict()) == {
         *MEMORIES, "log_constants", "steps", "seed", "student_embed.weight", "student_embed.bias",
@@ -272,6 +298,7 @@ def test_buffers_are_named_for_several_processes():
     assert {name for name, _ in whole.named_buffers()} == set(whole.local_buffers)
     assert whole.needs == {"features", "ids", "all_labels"}
     assert build(negatives="relaxed").needs == {"features", "ids"}
+    assert build(negatives="relaxed", mode="relax").needs == {"features", "ids", "all_labels"}
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -280,18 +307,18 @@ def test_buffers_are_named_for_several_processes():
 class _Net(nn.Module):
     """A student and its loss, as a task holds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
         super().__init__()
-        self.loss = build()
+        self.loss = build(mode=mode)
         self.student = nn.Linear(6, 6).double()
 
     def forward(self, given: StepOutputs) -> Tensor:
         return self.loss(outputs(self.student(given.student.features[0]), given.teacher.features[0], given.ids))["loss"]
 
 
-def train(rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def train(mode: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """Four steps of SGD on this process's share of each batch; the state afterwards."""
-    net = _Net()
+    net = _Net(mode)
     model: Callable[[StepOutputs], Tensor] = net
     if world > 1:
         names = [f"loss.{name}" for name in net.loss.local_buffers]
@@ -315,14 +342,15 @@ def test_two_processes_remember_what_one_does(tmp_path: Path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     ones, others = torch.load(tmp_path / "state.pt")
-    for key, value in train().items():
-        assert torch.equal(ones[key], others[key]), key
-        torch.testing.assert_close(ones[key], value, rtol=0, atol=1e-12, msg=key)
+    for mode in MODES:
+        for key, value in train(mode).items():
+            assert torch.equal(ones[mode][key], others[mode][key]), key
+            torch.testing.assert_close(ones[mode][key], value, rtol=0, atol=1e-12, msg=key)
 
 
 @pytest.mark.slow
 def test_it_compiles_into_one_graph():
-    loss, plain = build(), build()
+    loss, plain = build(mode="relax"), build(mode="relax")
     compiled = torch.compile(loss.forward, fullgraph=True)
     for given in steps(3):
         found = []
@@ -351,8 +379,10 @@ def test_it_compiles_into_one_graph():
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"momentum": 1.0}, r"momentum is 1.0: give a number in \[0, 1\)"),
         ({"negatives": "relax"}, "negatives is 'relax': give exact or relaxed"),
+        ({"mode": "relaxed"}, "mode is 'relaxed': give exact or relax"),
         ({"labels": torch.ones(40, dtype=torch.int64)}, r"all 40 images have the label 1.*--loss.negatives relaxed"),
         ({"labels": torch.zeros(39, dtype=torch.int64)}, "39 labels of 40 images"),
+        ({"labels": torch.zeros(39, dtype=torch.int64), "negatives": "relaxed", "mode": "relax"}, "39 labels of 40"),
         ({"images": 1, "negatives": "relaxed"}, "there are 1 images"),
         ({"student_features": [0, 0], "teacher_features": [0, 0]}, "is given 2: name one of each"),
     ],
@@ -366,7 +396,7 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, train(rank, len(found)))
+    distributed.all_gather_object(found, {mode: train(mode, rank, len(found)) for mode in MODES})
     if rank == 0:
         torch.save(found, sys.argv[1])
     distributed.destroy_process_group()
