@@ -17,7 +17,7 @@ from dalikd.kd.losses.base import (
 )
 from dalikd.kd.losses.catkd import CATKD, class_attention
 from dalikd.kd.losses.cc import CC, cc_loss
-from dalikd.kd.losses.crd import CRD, crd_draws, crd_loss, crd_scores
+from dalikd.kd.losses.crd import CRD, crd_draws, crd_loss, crd_places, crd_scores
 from dalikd.kd.losses.crld import CRLD, crld_loss
 from dalikd.kd.losses.ctkd import CTKD
 from dalikd.kd.losses.dist import DIST, dist_loss
@@ -100,6 +100,7 @@ __all__ = [
     "class_attention",
     "crd_draws",
     "crd_loss",
+    "crd_places",
     "crd_scores",
     "crld_loss",
     "cross_entropy",

@@ -1,4 +1,4 @@
-"""CRD against published steps; its negatives, memories, processes and resumes.
+"""CRD against published steps; its positives and negatives, memories, processes and resumes.
 
 Run by itself under torchrun: FILE, where what the memories hold is written.
 """
@@ -20,10 +20,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dalikd.kd.backbones import NetOutput
-from dalikd.kd.losses import CRD, LossContext, StepOutputs, WeightedSum, crd_draws, crd_loss, crd_scores
+from dalikd.kd.losses import CRD, LossContext, StepOutputs, WeightedSum, crd_draws, crd_loss, crd_places, crd_scores
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "losses_relations.json").read_text())
 MEMORIES = ("student_memory", "teacher_memory")
+MODES = ("exact", "relax")
 
 
 def build(
@@ -78,7 +79,7 @@ def test_three_steps_equal_the_published_ones():
         negatives = torch.from_numpy(random.randint(0, images, (batch, hyper["nce_k"])))
         assert ids.tolist() == wanted["idx"]
         loss.zero_grad()
-        found = loss.contrast(student.requires_grad_(), teacher, ids, negatives)
+        found = loss.contrast(student.requires_grad_(), teacher, ids, torch.cat((ids[:, None], negatives), 1))
         found.backward()
         assert found.item() == pytest.approx(wanted["loss"], rel=1e-9)
         assert loss.log_constants.exp().tolist() == pytest.approx([wanted["Z_v1"], wanted["Z_v2"]], rel=1e-9)
@@ -131,7 +132,7 @@ def _float32(given: StepOutputs) -> StepOutputs:
     return given._replace(student=given.student.map(Tensor.float), teacher=given.teacher.map(Tensor.float))
 
 
-# ------------------------------------------------------------------------------------------------------ negatives
+# ---------------------------------------------------------------------------------------------- positives and negatives
 
 
 def _hash(bits: int) -> int:
@@ -152,29 +153,87 @@ def test_draws_are_a_hash_of_seed_step_id_and_place():
     assert _hash(golden) == 0xE220A8397B1DCDAF
 
 
+@pytest.mark.parametrize(("count", "number"), [(1, 7), (5, 7), (7, 7), (7, 1), (20, 7), (6, 5)])
+def test_places_are_equally_likely_and_never_twice(count: int, number: int):
+    """Over all moves around the circle every number comes equally often, whatever is taken of the stretches."""
+    draws = torch.randint(0, 2**62, (1, count + 1)).repeat(number, 1)
+    draws[:, -1] = torch.arange(number) + 10 * number
+    found = crd_places(draws, torch.full((number, 1), number))
+    assert torch.bincount(found.flatten(), minlength=number).tolist() == [count] * number
+    for row in found:
+        times = torch.bincount(row, minlength=number)
+        assert times.min() >= count // number
+        assert times.max() <= -(-count // number)
+
+
+def test_places_are_one_of_each_stretch():
+    numbers, count = [1_281_167, 1_279_867], 16_384
+    draws = torch.randint(0, 2**62, (2, count + 1))
+    for row, given, number in zip(
+        crd_places(draws, torch.tensor(numbers)[:, None]), draws.tolist(), numbers, strict=True
+    ):
+        cuts = [k * number // count for k in range(count + 1)]
+        expected = [(cuts[k] + given[k] % (cuts[k + 1] - cuts[k]) + given[-1]) % number for k in range(count)]
+        assert row.tolist() == expected
+        assert len(set(expected)) == count
+
+
+LABELS = torch.tensor([2, 0, 1, 2, 2, 0, 3, 1, 2, 0])
+
+
+def draws_of_steps(count: int, **options: Any) -> Tensor:
+    """What ten images are compared with in so many steps, [count, 10, K + 1]."""
+    loss, found = build(10, labels=LABELS, **options), []
+    for step in range(count):
+        loss.steps.fill_(step)
+        found.append(loss.draw(torch.arange(10), LABELS))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("negatives", ["exact", "relaxed"])
-def test_negatives_are_even_and_never_what_is_left_out(negatives: Any):
-    labels = torch.tensor([2, 0, 1, 2, 2, 0, 3, 1, 2, 0])
-    loss = build(10, labels=labels, nce_k=20_000, negatives=negatives)
-    ids = torch.arange(10)
-    found = loss.draw(ids, labels)
-    assert found.shape == (10, 20_000)
+def test_negatives_are_even_and_never_what_is_left_out(negatives: Any, mode: Any):
+    found = draws_of_steps(1500, nce_k=4, negatives=negatives, mode=mode)[..., 1:]
+    assert (found.sort().values.diff() > 0).all()
     for row in range(10):
-        left_out = labels == labels[row] if negatives == "exact" else ids == row
-        counts = torch.bincount(found[row], minlength=10)
+        left_out = (LABELS[row] == LABELS) if negatives == "exact" else torch.arange(10) == row
+        counts = torch.bincount(found[:, row].flatten(), minlength=10)
         assert counts[left_out].sum() == 0
-        shares = counts[~left_out] / 20_000 * (~left_out).sum()
-        assert (shares - 1).abs().max() < 0.08  # four standard deviations of 2,200 draws
+        shares = counts[~left_out] / 6000 * (~left_out).sum()
+        assert (shares - 1).abs().max() < 0.12  # four standard deviations of 1,500 draws of 4 of 9
 
 
-def test_negatives_do_not_depend_on_the_batch_but_on_step_and_seed():
-    loss, ids = build(), torch.tensor([3, 17, 29])
+def test_positives_are_the_image_or_any_of_its_class():
+    ids = torch.arange(10)
+    assert (draws_of_steps(20)[..., 0] == ids).all()
+    found = draws_of_steps(1500, mode="relax", nce_k=1)[..., 0]
+    assert torch.equal(LABELS[found], LABELS.expand(1500, 10))
+    for row in range(10):
+        own = LABELS[row] == LABELS
+        shares = torch.bincount(found[:, row], minlength=10)[own] / 1500 * own.sum()
+        assert (shares - 1).abs().max() < 0.18  # four standard deviations of 1,500 draws of 1 of 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_draws_do_not_depend_on_the_batch_but_on_step_and_seed(mode: Any):
+    loss, ids = build(mode=mode), torch.tensor([3, 17, 29])
     found = loss.draw(ids, ids % 4)
     assert torch.equal(loss.draw(ids.flip(0)[:2], ids.flip(0)[:2] % 4), found.flip(0)[:2])
-    assert torch.equal(build().draw(ids, ids % 4), found)
-    assert not torch.equal(build(seed=4).draw(ids, ids % 4), found)
+    assert torch.equal(build(mode=mode).draw(ids, ids % 4), found)
+    assert not torch.equal(build(mode=mode, seed=4).draw(ids, ids % 4), found)
     loss(steps(1)[0])
     assert not torch.equal(loss.draw(ids, ids % 4), found)
+
+
+def test_a_relaxed_positive_is_compared_and_the_image_is_remembered():
+    loss, (given,) = build(mode="relax", momentum=0.0), steps(1)
+    rows, before = loss.draw(given.ids, given.labels), loss.student_memory.clone()
+    assert (rows[:, 0] != given.ids).any()
+    plain = build(momentum=0.0)
+    expected = plain.contrast(given.student.features[0], given.teacher.features[0], given.ids, rows)
+    assert loss(given)["crd"].item() == expected.item()
+    written = (loss.student_memory != before).any(1).nonzero().flatten()
+    assert written.tolist() == given.ids.unique().tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- memories
@@ -214,12 +273,13 @@ def test_evaluation_writes_nothing():
     assert torch.equal(loss.log_constants, constants)
 
 
-def test_a_resumed_run_goes_on_as_the_other():
-    straight, first = build(), build()
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_goes_on_as_the_other(mode: Any):
+    straight, first = build(mode=mode), build(mode=mode)
     for given in (batches := steps(4))[:2]:
         straight(given)
         first(given)
-    resumed = build(seed=11)  # another seed: that of the draws is saved
+    resumed = build(seed=11, mode=mode)  # another seed: that of the draws is saved
     resumed.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
     assert set(first.state_dict()) == {
         *MEMORIES, "log_constants", "steps", "seed", "student_embed.weight", "student_embed.bias",
@@ -238,6 +298,7 @@ def test_buffers_are_named_for_several_processes():
     assert {name for name, _ in whole.named_buffers()} == set(whole.local_buffers)
     assert whole.needs == {"features", "ids", "all_labels"}
     assert build(negatives="relaxed").needs == {"features", "ids"}
+    assert build(negatives="relaxed", mode="relax").needs == {"features", "ids", "all_labels"}
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -246,18 +307,18 @@ def test_buffers_are_named_for_several_processes():
 class _Net(nn.Module):
     """A student and its loss, as a task holds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
         super().__init__()
-        self.loss = build()
+        self.loss = build(mode=mode)
         self.student = nn.Linear(6, 6).double()
 
     def forward(self, given: StepOutputs) -> Tensor:
         return self.loss(outputs(self.student(given.student.features[0]), given.teacher.features[0], given.ids))["loss"]
 
 
-def train(rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def train(mode: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """Four steps of SGD on this process's share of each batch; the state afterwards."""
-    net = _Net()
+    net = _Net(mode)
     model: Callable[[StepOutputs], Tensor] = net
     if world > 1:
         names = [f"loss.{name}" for name in net.loss.local_buffers]
@@ -281,14 +342,15 @@ def test_two_processes_remember_what_one_does(tmp_path: Path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     ones, others = torch.load(tmp_path / "state.pt")
-    for key, value in train().items():
-        assert torch.equal(ones[key], others[key]), key
-        torch.testing.assert_close(ones[key], value, rtol=0, atol=1e-12, msg=key)
+    for mode in MODES:
+        for key, value in train(mode).items():
+            assert torch.equal(ones[mode][key], others[mode][key]), key
+            torch.testing.assert_close(ones[mode][key], value, rtol=0, atol=1e-12, msg=key)
 
 
 @pytest.mark.slow
 def test_it_compiles_into_one_graph():
-    loss, plain = build(), build()
+    loss, plain = build(mode="relax"), build(mode="relax")
     compiled = torch.compile(loss.forward, fullgraph=True)
     for given in steps(3):
         found = []
@@ -298,6 +360,9 @@ def test_it_compiles_into_one_graph():
             found.append((term, *torch.autograd.grad(term, (student, *module.parameters()))))
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    # products of up to 2e10
+    large, ids = build(1_281_167, nce_k=16_384, feat_dim=1, negatives="relaxed"), torch.tensor([5, 1_281_166])
+    assert torch.equal(torch.compile(large.draw, fullgraph=True)(ids, ids % 4), large.draw(ids, ids % 4))
     torch.compiler.reset()
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(loss.state_dict()[key], value)
@@ -314,8 +379,10 @@ def test_it_compiles_into_one_graph():
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"momentum": 1.0}, r"momentum is 1.0: give a number in \[0, 1\)"),
         ({"negatives": "relax"}, "negatives is 'relax': give exact or relaxed"),
+        ({"mode": "relaxed"}, "mode is 'relaxed': give exact or relax"),
         ({"labels": torch.ones(40, dtype=torch.int64)}, r"all 40 images have the label 1.*--loss.negatives relaxed"),
         ({"labels": torch.zeros(39, dtype=torch.int64)}, "39 labels of 40 images"),
+        ({"labels": torch.zeros(39, dtype=torch.int64), "negatives": "relaxed", "mode": "relax"}, "39 labels of 40"),
         ({"images": 1, "negatives": "relaxed"}, "there are 1 images"),
         ({"student_features": [0, 0], "teacher_features": [0, 0]}, "is given 2: name one of each"),
     ],
@@ -329,7 +396,7 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, train(rank, len(found)))
+    distributed.all_gather_object(found, {mode: train(mode, rank, len(found)) for mode in MODES})
     if rank == 0:
         torch.save(found, sys.argv[1])
     distributed.destroy_process_group()
