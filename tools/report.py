@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-__all__ = ["evaluation_line", "next_steps", "print_training", "ranking_table"]
+__all__ = ["evaluation_line", "next_steps", "print_training", "ranking_table", "students_table"]
 
 
 def evaluation_line(val: dict[str, Any]) -> str:
@@ -37,6 +37,18 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
         print(f"T. stddev while training: too few windows ({last['windows']} of at least 2; 640 teacher outputs each)")
     print(f"weights: {results['folder']}/last/{results['evaluated']}")
     print(f"run folder: {results['folder']}")
+
+
+def students_table(students: dict[str, dict[str, Any]]) -> str:
+    """Several students' last evaluation, as a Markdown table."""
+    lines = ["| student | model | loss | top1 | top5 |", "|:--|:--|--:|--:|--:|"]
+    for name, results in students.items():
+        val = results["last"]["val"]
+        lines.append(
+            f"| {name} | {results['model']} | {val['loss']:.4f} | {100 * val['top1']:.2f} % | "
+            f"{100 * val['top5']:.2f} % |"
+        )
+    return "\n".join(lines)
 
 
 def ranking_table(points: list[dict[str, Any]]) -> str:

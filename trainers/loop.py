@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
 
 from dalikd.kd.backbones.auxiliary import AuxiliaryNet
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import read_state, save_state, save_weights
@@ -29,7 +30,7 @@ from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, s
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tracking import RunFolder, versions
 
-__all__ = ["Loop", "Meter", "learning_rate_factor", "make_optimizer", "parameter_groups"]
+__all__ = ["Loop", "Meter", "learning_rate_factor", "make_optimizer", "parameter_groups", "run_together"]
 
 
 @dataclass
@@ -141,8 +142,9 @@ class Loop:
         self.averages = {name: MovingAverage(net, options.ema) for name, net in task.nets.items() if options.ema}
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
-        self._stops = StopSignals(accelerator)
+        self.stops = StopSignals(accelerator)
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
+        self.clock = _Clock(loader)
         self._threads = torch.get_num_threads()  # outside of this run
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.total_steps = options.length * self.steps_per_epoch
@@ -151,23 +153,35 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ the step
 
-    def step(self) -> None:
-        """One optimizer step. Nothing in here waits for the device, but for an optimizer that is not fused in fp16: the
-        scaler asks first whether gradients have overflowed.
+    def next_batches(self) -> list[Batch]:
+        """The microbatches of the next step, which several loops may share.
 
         Raises:
-            BadFileError, Interrupted: as `StopSignals.together`; nothing was done.
+            BadFileError, Interrupted: as `StopSignals.together`.
         """
-        batches = self._stops.together(lambda: [self.loader.next() for _ in range(self.options.accumulation)])
+        batches = self.stops.together(lambda: [self.loader.next() for _ in range(self.options.accumulation)])
         if self.options.compile != "off":
             # CUDA graphs may now overwrite the last step's outputs. Not between microbatches, whose gradients add up.
             torch.compiler.cudagraph_mark_step_begin()
+        return batches
+
+    def step(self, batches: Sequence[Batch] | None = None) -> None:
+        """One optimizer step. Nothing in here waits for the device, but for an optimizer that is not fused in fp16: the
+        scaler asks first whether gradients have overflowed.
+
+        Args:
+            batches: its microbatches; default: the next ones.
+
+        Raises:
+            BadFileError, Interrupted: as `next_batches`; nothing was done.
+        """
+        batches = self.next_batches() if batches is None else batches
         step, rank = self.progress.step, self.accelerator.process_index
         factor = learning_rate_factor(self.schedule, step, self.steps_per_epoch, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         # whatever a net draws (dropout) is a function of the step too
-        torch.manual_seed((self.options.seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63))
+        torch.manual_seed((self.options.net_seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63))
         for part, batch in enumerate(batches, start=1):
             with torch.no_grad():
                 inputs = self.task.prepare(batch, step / self.steps_per_epoch)
@@ -190,74 +204,55 @@ class Loop:
     # ------------------------------------------------------------------------------------------- the run
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, from the start or from where `load` put it.
+        """Train to the end, from the start or from where `load` put it; as `run_together`, alone.
 
         Returns:
             the content of results.json.
-
-        Raises:
-            BadFileError: an image cannot be decoded; the state is saved.
-            Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
-            MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A
-                step that was under way is done again, and running statistics and metrics have seen a part of it twice.
         """
+        return run_together([self])[0]
+
+    def begin(self) -> None:
+        """Before the first step: do what a stop in the middle of an evaluation has left."""
         self.model.train()
-        try:
-            with self._stops:  # until the state is saved: a launcher hands on what its processes have had already
-                try:
-                    self._run_steps()
-                except (BadFileError, Interrupted) as stop:
-                    save_after(stop, self.save, f"go on with --resume {self.folder.path}")
-                    self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
-                    raise
-                except (RuntimeError, MemoryError) as error:
-                    if (words := lack_of_memory(error)) is None:
-                        raise
-                    lack = MemoryError(words)
-                    if self.accelerator.is_main_process:  # the others may not have met it, and wait
-                        save_after(lack, self._write, f"the state is saved, go on with --resume {self.folder.path}")
-                    raise lack from error
-        finally:
-            torch.set_num_threads(self._threads)
-            self.loader.close()
-            self.val_loader.close()
-            self.folder.close()
-            if self.options.compile != "off":
-                torch.compiler.reset()  # what many runs of one process leave behind would pass torch's limit
+        self.clock.restart(self.progress.step)
+        if self.progress.step == (self.progress.epochs + 1) * self.steps_per_epoch:
+            self.end_epoch()
+
+    def follow(self, bar: tqdm) -> None:
+        """After a step: log, evaluate and save where it is time."""
+        step, options = self.progress.step, self.options
+        end_of_epoch = step % self.steps_per_epoch == 0
+        if step % options.log_every == 0 or end_of_epoch:
+            self._log_interval(bar)
+        if end_of_epoch:
+            self.end_epoch()
+            self.clock.restart()
+        elif options.checkpoint_every and step % options.checkpoint_every == 0:
+            self.save()
+
+    def close(self) -> None:
+        """Let go of what the run holds, whether it has come to its end or not."""
+        torch.set_num_threads(self._threads)
+        self.loader.close()
+        self.val_loader.close()
+        self.folder.close()
+        if self.options.compile != "off":
+            torch.compiler.reset()  # what many runs of one process leave behind would pass torch's limit
+
+    def finish(self) -> dict[str, Any]:
+        """Write results.json after the last step, and return its content."""
         results = {**self._results(finished=True), "sha256": self.folder.checksums()}
         self.folder.results(results)
         return results
 
-    def _run_steps(self) -> None:
-        options, progress = self.options, self.progress
-        bar = progress_bar(
-            self.accelerator, self.folder.path.name, total=self.total_steps, initial=progress.step, unit="step"
-        )
-        clock = _Clock(self.loader, progress.step)
-        with bar:
-            if progress.step == (progress.epochs + 1) * self.steps_per_epoch:  # stopped in the middle of its evaluation
-                self._end_epoch()
-            while progress.step < self.total_steps:
-                self.step()
-                bar.update()
-                end_of_epoch = progress.step % self.steps_per_epoch == 0
-                if progress.step % options.log_every == 0 or end_of_epoch:
-                    self._log_interval(clock, bar)
-                if end_of_epoch:
-                    self._end_epoch()
-                    clock.restart()
-                elif options.checkpoint_every and progress.step % options.checkpoint_every == 0:
-                    self.save()
-            self._stops.together(lambda: None)  # a signal in the last step is for what comes after the run
-
-    def _log_interval(self, clock: "_Clock", bar: tqdm) -> None:
+    def _log_interval(self, bar: tqdm) -> None:
         self.meter.share(self.accelerator)
         terms = self.meter.means()
         self.meter.reset()
         if self.accelerator.scaler is None:  # which skips the steps that overflow in fp16
             self._check_loss(terms["loss"])
-        images = clock.steps(self.progress.step) * self.loader.sampler.batch_size
-        seconds, waited = clock.read()
+        images = self.clock.steps(self.progress.step) * self.loader.sampler.batch_size
+        seconds, waited = self.clock.read()
         entry = {
             "epoch": self.progress.step / self.steps_per_epoch,
             "train": terms,
@@ -275,7 +270,8 @@ class Loop:
                 "--clip_grad_norm or --schedule.warmup_epochs"
             )
 
-    def _end_epoch(self) -> None:
+    def end_epoch(self) -> None:
+        """Evaluate where it is time, log the epoch, and save."""
         progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
         done = progress.step == self.total_steps
         if done or epoch % self.options.eval_every == 0:
@@ -336,9 +332,10 @@ class Loop:
         # every process must come here: what one of them has replaced, the main process writes down
         self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
         if self.accelerator.is_main_process:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """The same by the main process alone, with meters that are shared already."""
         # the state last: after a kill in between, the run goes on from the one before and writes these weights again
         self._save_weights("last")
         save_state(self.folder.state_file, self.state_dict())
@@ -365,6 +362,10 @@ class Loop:
             "val_loader": self.val_loader.state_dict(),
             "replaced_files": dict(self.replaced_files),
         }
+
+    def saved_step(self) -> int:
+        """How many steps the saved state has done."""
+        return int(read_state(self.folder.state_file)["step"])
 
     def load(self) -> None:
         """Take up the folder's saved state, and say what goes on otherwise than before.
@@ -452,16 +453,85 @@ class Loop:
         return "ema.safetensors" if len(self.task.nets) == 1 else f"{net}-ema.safetensors"
 
 
+def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
+    """Train loops over the same steps to their end, each from the start or from where `load` put it.
+
+    They share loader, validation images and processes; each does with a step's batches what it would do alone. One that
+    is ahead of the others waits for them.
+
+    Returns:
+        the content of results.json of each.
+
+    Raises:
+        BadFileError: an image cannot be decoded; the state is saved.
+        Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
+        MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A step
+            that was under way is done again, and running statistics and metrics have seen a part of it twice.
+        ValueError: training has diverged; that of others goes on to its end first.
+    """
+    first, failed = loops[0], dict[Loop, ValueError]()
+    how = f"--resume {first.folder.path}" if len(loops) == 1 else "the same command"
+
+    def save(one: Callable[[Loop], None]) -> None:
+        for loop in loops:
+            if loop not in failed:
+                one(loop)
+
+    try:
+        with first.stops:  # until the state is saved: a launcher hands on what its processes have had already
+            try:
+                _run_steps(loops, failed)
+            except (BadFileError, Interrupted) as stop:
+                save_after(stop, lambda: save(Loop.save), f"go on with {how}")
+                first.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+                raise
+            except (RuntimeError, MemoryError) as error:
+                if (words := lack_of_memory(error)) is None:
+                    raise
+                lack = MemoryError(words)
+                if first.accelerator.is_main_process:  # the others may not have met it, and wait
+                    save_after(lack, lambda: save(Loop.write), f"the state is saved, go on with {how}")
+                raise lack from error
+    finally:
+        for loop in loops:
+            loop.close()
+    results = [loop.finish() for loop in loops if loop not in failed]
+    if failed:
+        raise next(iter(failed.values()))
+    return results
+
+
+def _run_steps(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:
+    first, start = loops[0], min(loop.progress.step for loop in loops)
+    name = first.folder.path.name if len(loops) == 1 else f"{len(loops)} students"
+    with progress_bar(first.accelerator, name, total=first.total_steps, initial=start, unit="step") as bar:
+        for loop in loops:
+            loop.begin()
+        for step in range(start, first.total_steps):
+            batches = first.next_batches()
+            for loop in loops:
+                if loop.progress.step == step and loop not in failed:
+                    try:
+                        loop.step(batches)
+                        loop.follow(bar)
+                    except ValueError as error:
+                        if len(loops) == 1:
+                            raise
+                        failed[loop] = ValueError(f"{loop.folder.path.name}: {error}")
+            bar.update()
+        first.stops.together(lambda: None)  # a signal in the last step is for what comes after the run
+
+
 class _Clock:
     """Wall time and data-wait time of an interval of training."""
 
-    def __init__(self, loader: Loader, step: int) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._step = step
-        self.restart()
+        self.restart(0)
 
-    def restart(self) -> None:
-        """Leave out what happened since the last reading (evaluation, checkpoints)."""
+    def restart(self, step: int | None = None) -> None:
+        """Leave out what happened since the last reading (evaluation, checkpoints); `step` are done."""
+        self._step = self._step if step is None else step
         self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
 
     def steps(self, step: int) -> int:

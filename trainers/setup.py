@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ class Setup:
     accelerator: Accelerator
     source: Source
     val: Source
+    _teachers: dict[str, Teacher] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def view(self) -> View:
@@ -146,11 +147,13 @@ class Setup:
 
     def teacher(self, config: TeacherConfig) -> Teacher:
         """A frozen teacher on this process's device, whose weights are for these classes in their order. They are kept
-        in the compute type of mixed precision where its answers stay the same.
+        in the compute type of mixed precision where its answers stay the same. Asked for again, it is the same one.
 
         Raises:
             ValueError: it is not named, its weights do not fit, or it cannot take such images or answers with NaN.
         """
+        if (known := self._teachers.get(str(config))) is not None:
+            return known
         device, precision, view = self.accelerator.device, self.options.precision, self.val_view
         teacher, name = open_teacher(config, self.source, view, device, precision), f"the teacher {config.name}"
         try_net(teacher, name, view.size, len(self.source.classes), device)
@@ -163,6 +166,7 @@ class Setup:
                 flush=True,
             )
         self._check_class_order(teacher, name, config.weights)
+        self._teachers[str(config)] = teacher
         return teacher
 
     def check_net(self, net: Callable[[Tensor], Tensor], name: str, weights: str | None, view: View) -> None:

@@ -17,7 +17,7 @@ from dalikd.kd.picking import entropy, pick_rows
 from dalikd.kd.teacher import Branch, batch_statistics, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws
 from dalikd.trainers.augmentation import MixOptions
-from dalikd.trainers.tasks.distill import DistillationInputs
+from dalikd.trainers.tasks.distill import DistillationInputs, SharedPass
 from dalikd.trainers.teacher_step import StudentScores, gather_outputs, score_groups, score_groups_at_once
 
 GROUP = 8
@@ -220,7 +220,7 @@ def test_hidden_states_are_mixed_in_both_nets(make_loop, distill_options, joint)
     )
     pixels, mixed = _mixed_pool(32, runs=1)
     batch = loop.loader.next()
-    loop.task._pass = lambda _: teacher_pass(loop.task.teacher, pixels, [mixed], [Branch((0,))])
+    loop.task._pass = SharedPass(lambda _: teacher_pass(loop.task.teacher, pixels, [mixed], [Branch((0,))]))
     fed = loop.task.prepare(batch, 0.0)._replace(pixels=pixels)
     expected = mixed_forward(teacher, pixels, mixed.images, mixed.hidden, joint=True)
     expected = expected[0].logits, expected[1]
@@ -356,7 +356,7 @@ def test_entropies_are_logged_by_the_net_that_picks(make_loop, distill_options, 
     task = loop.task
     task.entropy_log = EntropyLog(2)
     batch = loop.loader.next()
-    logits = task._pass(batch).originals.logits
+    logits = task._pass(batch, turned=False)[0].originals.logits
     by_student = augmentation == "cutmixpick_student"
     expected = score_groups(task.student, batch.pixels, 32, 8) if by_student else logits
     task.prepare(batch, 0.0)

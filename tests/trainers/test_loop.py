@@ -247,12 +247,12 @@ def test_on_a_gpu_the_optimizer_is_fused_unless_it_is_told_otherwise(device, fus
 def test_the_validation_pipeline_is_closed_after_an_evaluation_on_a_gpu(make_loop, monkeypatch):
     loop, closed = make_loop(), []
     loop.val_loader.close = lambda: closed.append(loop.accelerator.device.type)
-    loop._end_epoch()
+    loop.end_epoch()
     val = loop.progress.last["val"]
     monkeypatch.setattr(type(loop.accelerator), "device", torch.device("cuda"))
     monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_: {"student": val})
     monkeypatch.setattr("dalikd.trainers.loop.versions", lambda _: {})
-    loop._end_epoch()
+    loop.end_epoch()
     assert closed == ["cuda"]
 
 

@@ -69,10 +69,10 @@ class _Killed(BaseException):
 def _run(command: Any, *arguments: str, kill_at: int | None = None, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Loop.step
 
-    def stepping(loop: Loop) -> None:
+    def stepping(loop: Loop, *batches: Any) -> None:
         if loop.progress.step == kill_at:
             raise _Killed
-        step(loop)
+        step(loop, *batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "step", stepping)
@@ -185,10 +185,10 @@ def test_sigterm_saves_says_so_and_ends_with_an_error(tree, whole, tmp_path, mon
     broken = tmp_path / "broken"
     step = Loop.step
 
-    def stepping(loop: Loop) -> None:
-        if loop.progress.step == 5:
+    def stepping(loop: Loop, *batches: Any) -> None:
+        if loop.progress.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        step(loop)
+        step(loop, *batches)
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -329,8 +329,8 @@ def test_settings_of_the_optimizer_are_those_of_the_call(finished, monkeypatch, 
     """No option is read and then ignored: a saved state does not bring old settings back."""
     seen, step = [], Loop.step
 
-    def stepping(loop: Loop) -> None:
-        step(loop)
+    def stepping(loop: Loop, *batches: Any) -> None:
+        step(loop, *batches)
         (group,) = loop.optimizer.param_groups
         seen.append((group["lr"], group["weight_decay"], group["momentum"]))
 

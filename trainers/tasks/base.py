@@ -30,6 +30,7 @@ __all__ = ["Task", "TrainingOptions"]
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 
 _TRAINING = {
+    "init_seed": NumberRange(lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1"),
     "epochs": FROM_1,
     "epoch_factor": ABOVE_0,
     "accumulation": FROM_1,
@@ -61,6 +62,8 @@ class TrainingOptions(AugmentingOptions, ABC):
         model_args: options of that architecture.
         weights: weights the net starts from: a file, or "pretrained" for timm's own.
         reinit: after that, make its convolutions, linear layers and batch norms anew, as torch does, from the seed.
+        init_seed: of its fresh weights and of what it draws itself (dropout), where images and augmentations are to
+            stay those of --seed; default: the same.
         mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
             trained, where they or dalikd's list of published files say it, else as the data set is.
         std: as mean; give both or none.
@@ -92,6 +95,7 @@ class TrainingOptions(AugmentingOptions, ABC):
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: FilePath | None = None
     reinit: bool = False
+    init_seed: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
     augmentation: str = "identity"
@@ -125,6 +129,11 @@ class TrainingOptions(AugmentingOptions, ABC):
     def length(self) -> int:
         """Epochs that are trained in all."""
         return round(self.epochs * self.epoch_factor)
+
+    @property
+    def net_seed(self) -> int:
+        """The seed of what is drawn for the net alone."""
+        return self.seed if self.init_seed is None else self.init_seed
 
     def check_machine(self, accelerator: Accelerator) -> None:
         """Check what the options ask for beyond their own numbers.
@@ -161,13 +170,13 @@ class TrainingOptions(AugmentingOptions, ABC):
         """
         if self.model is None:
             raise ValueError("no model given: name its architecture with --model, e.g. --model resnet20")
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.net_seed)
         student = build_model(
             self.model, setup.source, weights=self.weights, args=self.model_args, mean=self.mean, std=self.std,
             trained=not frozen,
         )  # fmt: skip
         if self.reinit:
-            reinitialise(student.model, self.seed)
+            reinitialise(student.model, self.net_seed)
         student.to(model_type(self.precision))
         return student.requires_grad_(False) if frozen else student
 

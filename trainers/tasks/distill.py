@@ -1,5 +1,6 @@
 """Distillation: the student learns from labels and from what the teacher gives for originals and augmented images."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.rotation import TURNS, rotations
 from dalikd.kd.teacher import Teacher, TeacherPass, entropies
+from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
@@ -32,7 +34,7 @@ from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views"]
+__all__ = ["DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views", "share_pass"]
 
 
 @dataclass
@@ -41,6 +43,9 @@ class DistillOptions(TrainingOptions):
 
     Args:
         teacher: the net that is imitated.
+        students: YAML file of a list of students, each {name, model, seed of its weights, loss, optimizer, …}, that are
+            distilled together: the teacher is asked once a step for all of them, and each ends as it would alone. Their
+            run folders are OUTPUT/NAME, their weights OUTPUT/last/NAME.safetensors.
         freeze_student: leave the student as its weights are: losses, T. stddev and evaluation are observed, and nothing
             of it is trained.
         loss: class of the distillation loss, with its options as --loss.temperature and so on.
@@ -52,6 +57,7 @@ class DistillOptions(TrainingOptions):
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    students: FilePath | None = None
     freeze_student: bool = False
     loss: DistillationLoss = field(default_factory=KD)
     joint_forward: bool = False
@@ -196,14 +202,12 @@ class Distillation(Task):
         self._features = bool(loss.needs & FEATURE_NEEDS) or "heads" in loss.needs
         self.student = student = loss.complete(student)
         self._scores = StudentScores(student, accelerator, augmenter.group, augmenter.runs, compile_mode)
-        self._pass: Callable[..., TeacherPass]
         self._turned = "turned" in loss.needs
-        if isinstance(teacher, CachedTeacher):
-            self._pass = teacher
-        else:
-            self._pass = TeacherStep(
-                teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs & FEATURE_NEEDS
-            )
+        self._compile_mode: CompileMode = compile_mode
+        ask: Callable[..., TeacherPass] = teacher  # type: ignore[assignment]
+        if isinstance(teacher, Teacher):
+            ask = TeacherStep(teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs & FEATURE_NEEDS)
+        self._pass = SharedPass(ask)
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.entropy_log, self._batches = entropy_log, 0
         self.title = augmenter.name  # of its plots
@@ -235,19 +239,18 @@ class Distillation(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> DistillationInputs:
         """Pixels, labels and what the teacher gives; T. stddev and the log see the same."""
-        pixels = rotations(batch.pixels) if self._turned else batch.pixels
-        found = self._pass(batch, pixels) if self._turned else self._pass(batch)
+        found, pixels, fresh = self._pass(batch, turned=self._turned)
         (branch,) = found.branches
         if not self._asked:
             self._asked = True  # the first time, at the cost of a wait
             check_finite(torch.cat((found.originals.logits, branch.logits)), "the teacher")
         group = self.augmenter.group
-        if self.goodness is not None:
+        if self.goodness is not None and fresh:
             outputs = [(found.originals.logits, None), (branch.logits, self.augmenter.n_pick)]
             logits, augmented = gather_outputs(self._accelerator, outputs, len(batch.labels), batch.total, group)
             self.goodness.update(logits, augmented, group)
         if self.entropy_log is not None:
-            if self.entropy_log.due(self._batches):
+            if fresh and self.entropy_log.due(self._batches):
                 by_student = self.augmenter.picked_by_student and branch.pool_logits is not None
                 scored = self._scores.originals(batch.pixels) if by_student else found.originals.logits
                 self.entropy_log.add(self._batches, *entropies(scored, branch))
@@ -314,6 +317,68 @@ class Distillation(Task):
             self.entropy_log.load_state_dict(state["entropy_log"])
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
+
+
+class SharedPass:
+    """What the teacher gives for a batch, asked once for all tasks that learn from it.
+
+    Args:
+        ask: a batch, and its originals in all quarter turns where they are wanted, -> what the teacher gives.
+    """
+
+    def __init__(self, ask: Callable[..., TeacherPass]) -> None:
+        self._ask = ask
+        self._known: deque[tuple[Batch, TeacherPass, Tensor]] = deque()
+        self._kept = 0
+
+    def keep(self, batches: int) -> None:
+        """Remember so many batches, those of a step; none where nobody else asks."""
+        self._kept = batches
+
+    def __call__(self, batch: Batch, *, turned: bool) -> tuple[TeacherPass, Tensor, bool]:
+        """What the teacher gives, the originals' pixels, all four turns of them where wanted, and whether it was asked
+        now."""
+        for known, found, pixels in self._known:
+            if known is batch:
+                return found, pixels, False
+        if self._known and len(self._known) == self._kept:
+            self._known.popleft()  # the device needs its memory now
+        pixels = rotations(batch.pixels) if turned else batch.pixels
+        found = self._ask(batch, pixels) if turned else self._ask(batch)
+        if self._kept:
+            self._known.append((batch, found, pixels))
+        return found, pixels, True
+
+
+def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
+    """Ask the teacher once a batch for several tasks, which have the same teacher, images and augmentation.
+
+    Those whose losses turn the originals share a pass of their own. T. stddev and the log of entropies are then one's.
+
+    Args:
+        tasks: each with a student and a loss of its own.
+        accumulation: batches of a step.
+
+    Raises:
+        ValueError: students pick for themselves.
+    """
+    for turned in (False, True):
+        alike = [task for task in tasks if task._turned is turned]
+        if not alike:
+            continue
+        first = alike[0]
+        if first.augmenter.criterion is not None and first.augmenter.criterion.needs_student:
+            raise ValueError(
+                f"--augmentation {first.augmenter.name} lets each student pick its own images, so that they have no "
+                "teacher pass in common: take cutmixpick_teacher, or distil the students one by one"
+            )
+        if isinstance(first.teacher, Teacher):
+            needs = frozenset().union(*(task.loss.needs for task in alike)) & FEATURE_NEEDS
+            branches = Branches([first.augmenter])
+            first._pass = SharedPass(TeacherStep(first.teacher, branches, None, first._compile_mode, needs))
+        first._pass.keep(accumulation)
+        for task in alike[1:]:
+            task._pass, task.goodness, task.entropy_log = first._pass, first.goodness, first.entropy_log
 
 
 def build_loss(

@@ -49,7 +49,7 @@ class MutualOptions(TrainOptions):
         fresh = replace(self, weights=None, reinit=False, freeze_backbone=False)
         args = self.model_args if self.peers is None else {}
         nets = [
-            replace(fresh, model=name, model_args=args, seed=self.seed + number).build_student(setup)
+            replace(fresh, model=name, model_args=args, init_seed=self.net_seed + number).build_student(setup)
             for number, name in enumerate(self.peers or [self.model], start=1)
         ]
         nets, augmenter = [self.build_student(setup), *nets], setup.augmenter(self.augmentation)
