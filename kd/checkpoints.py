@@ -72,7 +72,7 @@ def load_weights(
         sha256: checksum that the file must have, or its leading digits.
         class_names: of the data, index = label. A file of the same classes in another order is loaded in theirs, with
             a warning; one that does not know its classes is taken as it is.
-        keep_classifier: leave the model's classifier as it is; the file's has the same keys, and may have other classes.
+        keep_classifier: leave the model's classifier as it is; the file's has the same keys, and any classes.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the

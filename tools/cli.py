@@ -39,7 +39,8 @@ __all__ = ["build_parser", "guarded", "parse", "resolve", "run_command", "run_fu
 _GROUPS: dict[str, tuple[str, ...]] = {
     "data": (),
     "model": (
-        *("run", "model", "model_args", "weights", "mean", "std", "reinit", "freeze_student", "freeze_backbone", "peers"),
+        *("run", "model", "model_args", "weights", "mean", "std", "reinit"),
+        *("freeze_student", "freeze_backbone", "peers"),
     ),
     "teacher": (),
     "method": (
