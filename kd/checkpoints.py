@@ -23,6 +23,7 @@ __all__ = [
     "Origin",
     "backbone_weights",
     "class_order",
+    "find_classifier",
     "has_heads",
     "load_backbone",
     "load_weights",
@@ -57,6 +58,7 @@ def load_weights(
     strict: bool = True,
     sha256: str | None = None,
     class_names: Sequence[str] | None = None,
+    keep_classifier: bool = False,
 ) -> None:
     """Loads the weights of a file into a model; the model is untouched if they do not fit.
 
@@ -70,19 +72,22 @@ def load_weights(
         sha256: checksum that the file must have, or its leading digits.
         class_names: of the data, index = label. A file of the same classes in another order is loaded in theirs, with
             a warning; one that does not know its classes is taken as it is.
+        keep_classifier: leave the model's classifier as it is; the file's has the same keys, and any classes.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the
-            shapes are not those of the model, or the classes not those of the data. It says what the file is, where
-            that is known.
+            shapes are not those of the model, or the classes not those of the data; or the classifier is to be kept and
+            the model names none. It says what the file is, where that is known.
     """
     weights = read_state_dict(path, sha256=sha256)
     order = None if class_names is None else class_order(read_origin(path), class_names, str(path))
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     if not has_heads(expected):
         weights = backbone_weights(weights)
+    kept = tuple(f"{name}." for name in find_classifier(model)) if keep_classifier else ()
     try:
         _check_keys(weights, expected, path, strict)
+        weights = {key: value for key, value in weights.items() if not key.startswith(kept)}
         _check_shapes(weights, expected, path, _last_layers(model))
     except ValueError as error:
         known = identify(path) or _known_by_keys(weights, model)
@@ -90,6 +95,24 @@ def load_weights(
     if order is not None:
         weights = order_classes(weights, model, order, str(path))
     model.load_state_dict(weights, strict=False)
+
+
+def find_classifier(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that make a net's logits of its pooled features, by their names in it; most nets have one.
+
+    Raises:
+        ValueError: the net names none.
+    """
+    layers = _named_classifiers(model)
+    named = {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    if not named:
+        raise ValueError(f"{type(model).__name__} names no classifier: it needs a method get_classifier that gives it")
+    return named
+
+
+def _named_classifiers(model: nn.Module) -> list[nn.Module]:
+    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    return [found] if isinstance(found, nn.Module) else list(found or ())
 
 
 def load_backbone(net: AuxiliaryNet, path: str | Path, *, freeze: bool = True, **options: Any) -> None:
@@ -373,9 +396,9 @@ def _check_shapes(
 
 def _last_layers(model: nn.Module) -> list[str]:
     """Names of the layers that give logits; those of auxiliary heads come last."""
-    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    layers = [found] if isinstance(found, nn.Module) else list(found or ())
-    layers = [part for layer in layers for part in (layer if isinstance(layer, nn.Sequential) else [layer])]
+    layers = [
+        part for layer in _named_classifiers(model) for part in (layer if isinstance(layer, nn.Sequential) else [layer])
+    ]
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     heads = [name for name in linear if name.startswith(_HEADS) and name.count(".") == 1]

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import yaml
@@ -41,13 +42,16 @@ class Chosen:
     Args:
         parser: of the command; its defaults are set to those of the chosen classes.
         names: of its options.
+        options: its options class, whose own defaults come before those of CLASSES.
         model: that is trained; one with auxiliary heads has another loss by default.
         silent: whether nothing is said where another class is named.
     """
 
-    def __init__(self, parser: ArgumentParser, names: Collection[str], model: Any, *, silent: bool) -> None:
+    def __init__(
+        self, parser: ArgumentParser, names: Collection[str], options: Callable[..., Any], model: Any, *, silent: bool
+    ) -> None:
         self._parser, self._silent = parser, silent
-        self._defaults = {option: default for option, (default, _) in CLASSES.items() if option in names}
+        self._defaults = {option: _default(option, options) for option in CLASSES if option in names}
         if "loss" in self._defaults and str(model).endswith("_aux"):
             self._defaults["loss"] = {"class_path": "dalikd.kd.losses.HSAKD"}
         self._class = {option: default["class_path"] for option, default in self._defaults.items()}
@@ -89,6 +93,12 @@ class Chosen:
         self._parser.set_defaults({option: default if own else {"class_path": named}})
         self._class[option], self._given[option] = named, {}
         config[option] = self._parser.get_defaults()[option]
+
+
+def _default(option: str, options: Callable[..., Any]) -> dict[str, Any]:
+    """What a class option is without a word: an options class may have another `partial` of the same class."""
+    default, own = CLASSES[option][0], getattr(options, option, None)
+    return {**default, "init_args": dict(own.keywords)} if isinstance(own, partial) else default
 
 
 def _same_class(option: str, one: str, other: str) -> bool:

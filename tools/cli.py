@@ -38,10 +38,13 @@ __all__ = ["build_parser", "guarded", "parse", "resolve", "run_command", "run_fu
 #: those that are not here come after them.
 _GROUPS: dict[str, tuple[str, ...]] = {
     "data": (),
-    "model": ("model", "model_args", "weights", "mean", "std", "reinit", "freeze_student", "freeze_backbone", "peers"),
+    "model": (
+        *("run", "model", "model_args", "weights", "mean", "std", "reinit"),
+        *("freeze_student", "freeze_backbone", "peers"),
+    ),
     "teacher": (),
     "method": (
-        *("task", "augmentation", "loss", "joint_forward", "label_smoothing", "metric", "entropy_log_every"),
+        *("task", "augmentation", "loss", "joint_forward", "label_smoothing", "knn", "metric", "entropy_log_every"),
         *("window", "metrics", "confidence", "stop_confidence", "per_class"),
     ),
     "mix": (),
@@ -254,7 +257,7 @@ def _resolved(
     parts = [part for layer in layers for part in layer.parts(form.command, form.names)]
     model = next((part["model"] for part in reversed(parts) if "model" in part), None)
     resumes = any("resume" in layer.content for layer in layers if not layer.place)
-    chosen = Chosen(parser, form.names, model, silent=resumes)
+    chosen = Chosen(parser, form.names, make, model, silent=resumes)
     config, states = parser.get_defaults(), []
     for layer in layers:
         for part in layer.parts(form.command, form.names):

@@ -33,6 +33,7 @@ OPTIONS: dict[str, str] = {
     "train": "dalikd.trainers.tasks.supervised.TrainOptions",
     "distill": "dalikd.trainers.tasks.distill.DistillOptions",
     "mutual": "dalikd.trainers.tasks.mutual.MutualOptions",
+    "probe": "dalikd.trainers.tasks.probe.ProbeOptions",
     "measure": "dalikd.trainers.measure.MeasureOptions",
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
     "mutual": "train several nets together that imitate each other",
+    "probe": "train a linear classifier on a frozen net's features, for other images; k-NN beside it",
     "methods": "list the distillation losses: papers, default weights, what they need, configs that use them",
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",

@@ -83,6 +83,7 @@ def build_model(
     std: Sequence[float] | None = None,
     sha256: str | None = None,
     trained: bool = False,
+    fresh_classifier: bool = False,
 ) -> Normalized:
     """Build a net for the classes of a data set, in their order where its weights say for which classes they are.
 
@@ -99,6 +100,7 @@ def build_model(
         sha256: checksum of the weights file, or its leading digits.
         trained: whether it is only a start, which may be for other classes of the same number; a warning says so. Of a
             net with auxiliary heads the weights may then be those of its backbone alone.
+        fresh_classifier: take all but the classifier of the weights, which may be for any classes.
 
     Raises:
         ValueError: unknown name, impossible mean or std, or weights that do not fit, have another checksum or are for
@@ -114,9 +116,9 @@ def build_model(
     if sha256 is not None and file is None:
         raise ValueError("sha256 is the checksum of a weights file: leave it out, or give the file")
     if weights == _PRETRAINED:
-        check_pretrained(name, classes)
+        check_pretrained(name, None if fresh_classifier else classes)
         args["pretrained"] = True
-    model = create_model(name, classes, **args)
+    model: Any = create_model(name, classes, **args)
     origin = Origin()
     if file is not None:
         origin = read_origin(file)
@@ -124,10 +126,13 @@ def build_model(
         part = model
         if trained and isinstance(model, AuxiliaryNet) and not has_heads(read_state_dict(file, sha256=sha256)):
             part = model.backbone  # what the heads start from, which are new
-        load_weights(part, file, sha256=sha256, class_names=None if foreign else source.classes)
+        class_names = None if foreign or fresh_classifier else source.classes
+        load_weights(part, file, sha256=sha256, class_names=class_names, keep_classifier=fresh_classifier)
         _remember(file, chosen=sha256 is not None)
-        if foreign:
+        if foreign and not fresh_classifier:
             warnings.warn(f"{file} is for other classes than the data: its last layer has to learn anew", stacklevel=2)
+    elif weights == _PRETRAINED and fresh_classifier:
+        model.reset_classifier(classes)  # timm keeps its own where the number of classes is the same
     elif weights == _PRETRAINED and classes == _IMAGENET_CLASSES:
         imagenet = Origin(class_names=published_classes("ImageNet"), published=True)
         order = class_order(imagenet, source.classes, f"{name}, pretrained,")
@@ -254,13 +259,13 @@ def _given_normalisation(mean: Sequence[float] | None, std: Sequence[float] | No
     return Normalisation(means, stds)
 
 
-def check_pretrained(name: str, classes: int) -> None:
+def check_pretrained(name: str, classes: int | None) -> None:
     if not name.startswith("timm:"):
         raise ValueError(f'{name} has no pretrained weights to download: give a file, or a model named "timm:..."')
     import timm
 
     config = timm.get_pretrained_cfg(name.removeprefix("timm:").removesuffix("_aux"))
-    if config is not None and config.num_classes != classes:
+    if config is not None and classes is not None and config.num_classes != classes:
         raise ValueError(
             f"{name}'s pretrained weights have {config.num_classes} classes, the data set has {classes}: "
             "give weights trained on it"

@@ -17,6 +17,7 @@ from dalikd.kd.checkpoints import (
     Origin,
     backbone_weights,
     class_order,
+    find_classifier,
     load_backbone,
     load_weights,
     order_classes,
@@ -236,6 +237,34 @@ def test_another_number_of_classes_is_said_in_so_many_words(strict, source, tmp_
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth: the weights have 10 classes, the model 100$"):
         load_weights(make_model(100), tmp_path / "w.pth", strict=strict)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet8_aux", "MobileNetV2", "timm:deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("classes", [3, 5])
+def test_a_classifier_may_be_kept_and_the_files_be_of_any_classes(name, classes, tmp_path):
+    """Also where the number of classes is the same."""
+    args = {"img_size": 32, "depth": 1} if name.startswith("timm:") else {}
+    theirs = create_model(name, classes, **args).state_dict()
+    torch.save({"net": theirs}, tmp_path / "net.pt")
+    model = create_model(name.removesuffix("_aux"), 3, **args)
+    before = copy.deepcopy(model.state_dict())
+    load_weights(model, tmp_path / "net.pt", keep_classifier=True)
+    own = tuple(f"{part}." for part in find_classifier(model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key.startswith(own) else backbone_weights(theirs)[key]), key
+
+
+def test_a_classifier_that_is_kept_tells_nets_apart_all_the_same(tmp_path):
+    """Of the two MobileNetV2 nothing else differs."""
+    torch.save(create_model("mobilenetV2", 5).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="the file is of mobilenetV2, HSAKD's own"):
+        load_weights(create_model("MobileNetV2", 3), tmp_path / "net.pt", keep_classifier=True)
+
+
+def test_a_net_that_names_no_classifier(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="Sequential names no classifier: it needs a method get_classifier"):
+        load_weights(make_model(), tmp_path / "net.pt", keep_classifier=True)
 
 
 def test_other_shapes_are_listed(source, tmp_path):

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalikd.kd.backbones import factory
-from dalikd.tools import cache, distill, evaluate, measure, train
+from dalikd.tools import cache, distill, evaluate, measure, probe, train
 
 COMMANDS = {
     "train": train.main,
     "distill": distill.main,
+    "probe": probe.main,
     "measure": measure.main,
     "cache": cache.main,
     "evaluate": evaluate.main,

@@ -29,6 +29,7 @@ from dalikd.trainers.loop import Interrupted
 from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.renamed import RENAMED
 from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.probe import ProbeOptions
 from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.teacher_cache.fill import CacheOptions
 
@@ -138,6 +139,7 @@ def test_help_of_the_classes_lists_their_options(capsys):
     [
         ("train", TrainOptions),
         ("distill", DistillOptions),
+        ("probe", ProbeOptions),
         ("measure", MeasureOptions),
         ("cache", CacheOptions),
         ("evaluate", EvaluateOptions),
@@ -160,6 +162,15 @@ def test_the_default_optimizer_and_loss_are_those_of_the_options(make_parameter)
     assert type(options.loss) is KD
     assert (options.loss.kd_weight, options.loss.shares) == (0.9, KD().shares)
     assert plain["optimizer"]["class_path"] == "torch.optim.SGD"
+
+
+@pytest.mark.parametrize("words", [[], ["--optimizer", "AdamW", "--optimizer", "SGD"]])
+def test_an_options_class_may_have_an_optimizer_of_its_own(make_parameter, words):
+    """Others keep theirs, also where they come later."""
+    for command, expected in (("probe", ProbeOptions), ("train", TrainOptions)):
+        found, own = parse(command, words)[0].optimizer([make_parameter()]), expected().optimizer([make_parameter()])
+        assert found.defaults == own.defaults
+    assert parse("probe", ["--optimizer.lr", "0.5"])[0].optimizer([make_parameter()]).defaults["nesterov"] is True
 
 
 @pytest.fixture
@@ -429,7 +440,7 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 #: every option that is a path
 PATHS = {
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
-    *("checkpoint", "entropy_log", "points", "plot", "root", "folder", "target"),
+    *("run", "checkpoint", "entropy_log", "points", "plot", "root", "folder", "target"),
 }
 #: the options of commands that share no configs
 ALONE = {

@@ -47,6 +47,35 @@ def test_train_then_evaluate_gives_the_same_figures(command, training, options, 
     assert evaluated.out == f"{figures} on 30 images\nwritten: {report}\n"
 
 
+def test_probe_takes_the_net_of_a_run_and_prints_both_figures(command, tree, data_options, tmp_path, monkeypatch):
+    """The folder's name, and its config, say which net it is: a run of it is probed by that alone, too."""
+    monkeypatch.chdir(tmp_path)
+    short = [*data_options(tree), "--batch_size", 32, "--mix.group", 8, "--epochs", 1]
+    assert command("train", *short, "--model", "resnet8", "--output", "source").code == 0
+    ended = command("probe", *short, "--run", "source")
+    assert (ended.code, ended.err) == (0, "")
+    run = tmp_path / "runs" / "probe-imagefolder-resnet8"
+    results = json.loads((run / "results.json").read_text())
+    last = results["last"]
+    assert set(last) == {"epoch", "train", "val", "knn"}
+    top1, knn = f"{100 * last['val']['top1']:.2f} %", f"{100 * last['knn']:.2f} %"
+    assert ended.out.splitlines()[-3:] == [
+        "run folder: runs/probe-imagefolder-resnet8",
+        f"linear probe: top1 {top1}, of a linear classifier on the frozen features of resnet8",
+        f"k-NN: top1 {knn}, of a vote of the 20 nearest training images",
+    ]
+    source = "source/last/student.safetensors"
+    assert results["backbone"] == {"weights": source, "sha256": file_sha256(source), "known_as": None}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["run"], config["model"], config["weights"]) == (None, "resnet8", source)
+    before, after = load_file(source), load_file(run / "last" / "student.safetensors")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"fc.weight", "fc.bias"}
+
+    again = command("probe", *short, "--run", run, "--knn", 0, "--output", "again")
+    assert again.out.splitlines()[-1].startswith("linear probe: top1 ")
+    assert command("probe", "--resume", "again", "--epochs", 2).code == 0
+
+
 def test_distill_streams_the_metric(command, training, teacher, weights, tmp_path):
     run = tmp_path / "run"
     arguments = ["--augmentation", "cutmixpick_teacher", "--mix.mode", "per_batch", "--loss.ce_mix_share", "0.5"]

@@ -59,10 +59,22 @@ def _there_is(net: str) -> None:
         create_model(net, 10)
 
 
+PROBING = [path for path in RECIPES if "probe" in [command for command, _ in _commands(path)]]
 DISTILLING = [path for path in RECIPES if "distill" in [command for command, _ in _commands(path)]]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=_name)
+@pytest.mark.parametrize("path", PROBING, ids=_name)
+def test_a_recipe_of_a_probe_has_the_published_protocol(path):
+    """Which is that of the defaults; the net is named with the command."""
+    options, plain = _parsed("probe", path)
+    assert (options.model, options.weights, options.run) == (None, None, None)
+    defaults, ours = parse("probe", [])[1], ("optimizer", "schedule", "epochs", "batch_size", "augmentation", "knn")
+    assert {name: plain[name] for name in ours} == {name: defaults[name] for name in ours}
+    assert (options.data.image_size, options.data.crop) == (32, "random_resized_crop")
+    assert len(options.mean) == len(options.std) == 3
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in PROBING], ids=_name)
 def test_a_recipe_parses_for_every_command(path):
     measured = "measure" in [command for command, _ in _commands(path)]
     commands = ["train", *["distill"] * (path in DISTILLING), *["measure", "evaluate"] * measured]
@@ -122,7 +134,8 @@ def test_the_commands_in_the_header_parse(path, monkeypatch):
     for command, arguments in _commands(path):
         plain = arguments == ["--config", f"configs/{_name(path)}", "--data.root", "DATA"]
         options, _ = _parsed(command, path) if plain else parse(command, arguments)
-        assert options.teacher.name if command != "train" else options.model
+        net = {"train": "model", "probe": "run" if "--run" in arguments else "weights"}.get(command, "teacher.name")
+        assert attrgetter(net)(options)
         if command == "distill" and options.augmentation == "identity":
             # the comparison on augmented images would be that on the originals, over again
             losses = getattr(options.loss, "losses", [options.loss])

@@ -165,6 +165,23 @@ def test_a_teacher_must_have_a_name_and_weights(refused, training, tmp_path, nam
     assert "the weights have 10 classes, the model 3" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["no net given", "--run", "--model", "--weights"]),
+        (["--run", "/nowhere"], ["--run /nowhere: there is no run"]),
+        (["--model", "small", "--weights", "WEIGHTS"], ["--model small", "SmallNet names no classifier"]),
+        (["--model", "resnet8", "--weights", "WEIGHTS"], ["--model resnet8", "small.pt is not of this model"]),
+        (["--model", "resnet8", "--weights", "nowhere.pt"], ["there is no weights file nowhere.pt"]),
+        (["--model", "small", "--weights", "WEIGHTS", "--knn", 100], ["--knn 100", "training images, 99"]),
+    ],
+)
+def test_what_a_probe_needs(refused, tree, data_options, weights, arguments, words):
+    given = [weights if word == "WEIGHTS" else word for word in arguments]
+    error = refused("probe", *data_options(tree), "--batch_size", 16, "--mix.group", 8, *given)
+    assert [word for word in words if word not in error] == []
+
+
 def test_evaluate_needs_weights(refused, options, tree, data_options, weights):
     assert "--weights" in refused("evaluate", *options)
     assert "--model" in refused("evaluate", *data_options(tree), "--weights", weights)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim import SGD
 
-from dalikd.kd.backbones import factory
+from dalikd.kd.backbones import create_model, factory
 from dalikd.kd.losses import HSAKD, KD, LossContext, StepOutputs
 from dalikd.pipelines.loader import BadFileError
 from dalikd.trainers import measure, setup
@@ -23,11 +23,14 @@ from dalikd.trainers.augmentation import AUGMENTATIONS, MixOptions
 from dalikd.trainers.checkpoint import read_state, save_state
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.launch import start
+from dalikd.trainers.loop import Loop
 from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.probe import ProbeOptions
 from dalikd.trainers.tasks.supervised import TrainOptions
+from dalikd.trainers.tracking import RunFolder
 
 # images, mode, picks of a mix group. With 90 images the second of two processes gets no rows of the last batch
 SETTINGS = [(110, "per_sample", None), (90, "per_batch", 11)]
@@ -59,6 +62,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         "measured": measured,
         "trained": {name: _train(accelerator, folder, name) for name in ("mixup", "cutmixpick_teacher", "turned")},
         "evaluated": _evaluate(accelerator, folder),
+        "probed": _probe(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
         "fixed": _observe(accelerator, folder),
         "remembered": _remember(accelerator, folder),
@@ -139,6 +143,26 @@ def _evaluate(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     loop = helpers.loop(folder / "evaluate", accelerator, val=helpers.source(101))
     seen = gather_object([row for batch in loop.val_loader for row in batch.ids.tolist()])
     return {**evaluate({"student": loop.task.student}, loop.val_loader, accelerator)["student"], "seen": sorted(seen)}
+
+
+def _probe(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """What neighbours among 101 images say of 101 others; and the classifier after six steps."""
+    weights = folder / "probed.pt"
+    if accelerator.is_main_process:
+        torch.manual_seed(0)
+        torch.save(create_model("resnet8", 7).state_dict(), weights)
+    accelerator.wait_for_everyone()
+    options = ProbeOptions(
+        model="resnet8", weights=str(weights), batch_size=32, mix=MixOptions(group=8), knn=5, precision="fp64"
+    )
+    at = setup.Setup(options, accelerator, helpers.source(101), helpers.source(101, seed=1))
+    task = options.build(at)
+    loaders = task.loader(at), at.val_loader()
+    loop = Loop(task, *loaders, options, accelerator, RunFolder(folder / "probe", accelerator.is_main_process), {})
+    loop.model.train()
+    for _ in range(6):
+        loop.step()
+    return {**task.metrics(), "weights": {key: value.clone() for key, value in task.student.model.state_dict().items()}}
 
 
 def _run_with_batch_norm(accelerator: Accelerator, folder: Path) -> dict[str, float]:

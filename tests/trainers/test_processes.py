@@ -91,6 +91,15 @@ def test_evaluation_sees_every_image_once(one, two):
         assert two["evaluated"][key] == pytest.approx(one["evaluated"][key], rel=0, abs=1e-9)
 
 
+def test_a_probe_finds_the_same_neighbours_and_the_same_classifier(one, two):
+    """Each process looks for those of its share of the images among all."""
+    ours, theirs = one["probed"], two["probed"]
+    assert theirs["knn"] == ours["knn"]
+    assert 0.4 < ours["knn"] < 1
+    for key, value in ours["weights"].items():
+        torch.testing.assert_close(theirs["weights"][key], value, rtol=0, atol=1e-9)
+
+
 def test_what_is_evaluated_is_what_is_saved(two, folder, make_net, make_loop, accelerator):
     """Running statistics differ between processes after a step; the main process's are evaluated, and saved."""
     net = make_net()

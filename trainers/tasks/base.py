@@ -25,7 +25,7 @@ from dalikd.trainers.models import build_model, reinitialise
 from dalikd.trainers.options import ABOVE_0, FROM_1, AugmentingOptions, NumberRange, ScheduleConfig, check_numbers
 from dalikd.trainers.setup import Setup
 
-__all__ = ["Task", "TrainingOptions"]
+__all__ = ["OptimizerFactory", "Task", "TrainingOptions"]
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -162,8 +162,13 @@ class TrainingOptions(AugmentingOptions, ABC):
             ValueError, OSError: the nets, the augmentation or the loss are not as they should be.
         """
 
-    def build_student(self, setup: Setup, *, frozen: bool = False) -> Normalized:
+    def build_student(self, setup: Setup, *, frozen: bool = False, fresh_classifier: bool = False) -> Normalized:
         """The net that is trained, the same on every process; without gradient where it is frozen.
+
+        Args:
+            setup: gives the classes.
+            frozen: whether it is observed alone.
+            fresh_classifier: take all but the classifier of its weights, which may be for any classes.
 
         Raises:
             ValueError: no or an unknown model, or weights that do not fit.
@@ -173,7 +178,7 @@ class TrainingOptions(AugmentingOptions, ABC):
         torch.manual_seed(self.net_seed)
         student = build_model(
             self.model, setup.source, weights=self.weights, args=self.model_args, mean=self.mean, std=self.std,
-            trained=not frozen,
+            trained=not frozen, fresh_classifier=fresh_classifier,
         )  # fmt: skip
         if self.reinit:
             reinitialise(student.model, self.net_seed)
@@ -241,7 +246,7 @@ class Task(nn.Module, ABC):
         """Take it from a saved run."""
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Running figures beside the terms. May wait for the device."""
+        """Running figures beside the terms. May wait for the device, and for other processes: all of them ask."""
         return {}
 
     def finish(self, folder: Path) -> None:
