@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dalikd.kd.backbones import factory
 from dalikd.tools import cache, distill, evaluate, measure, probe, train
+from dalikd.tools.cli import build_parser
 
 COMMANDS = {
     "train": train.main,
@@ -53,6 +54,12 @@ def small_model() -> Iterator[None]:
     factory._BUILDERS["small"] = SmallNet
     yield
     factory._BUILDERS.pop("small", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_parsers() -> None:
+    """Parsers that remember no class of another test."""
+    build_parser.cache_clear()
 
 
 @pytest.fixture

@@ -38,12 +38,6 @@ from dalikd.trainers.teacher_cache.fill import CacheOptions
 SNAPSHOT = Path(__file__).parents[1] / "data" / "options.txt"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fresh_parsers() -> None:
-    """Parsers that remember no class of another test."""
-    build_parser.cache_clear()
-
-
 def _write(path: Path, content: Any) -> str:
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return str(path)
