@@ -20,9 +20,10 @@ from dalikd.tools.layers import Grammar, Layer, grammar, nested, read_layers
 from dalikd.tools.measure import measure
 from dalikd.tools.signature import expand_paths
 from dalikd.tools.train import train
-from dalikd.trainers.augmentation import augmentation_names
+from dalikd.trainers.augmentation import augmentation_names, picks_by_student
 from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
+from dalikd.trainers.run import OWN, Planned, run_students
 from dalikd.trainers.study.plan import Cell, Reading, Study
 from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready
 from dalikd.trainers.study.report import print_plan, write_report
@@ -33,7 +34,7 @@ from dalikd.trainers.study.state import check_config, keep_config, read_result
 _FUNCTIONS = {"train": train, "evaluate": evaluate_net, "measure": measure, "distill": distill}
 #: options that no layer of a study may have, in any section, and where they stand instead
 _ELSEWHERE = {
-    **dict.fromkeys(("model", "model_args", "weights"), "nets are named in `pairs`"),
+    **dict.fromkeys(("model", "model_args", "weights", "students"), "nets are named in `pairs`"),
     **{f"teacher.{name}": "teachers stand in `pairs`" for name in ("name", "weights", "args", "sha256", "cache")},
     **dict.fromkeys(("output", "json", "resume", "overwrite"), "it has a folder, --output"),
 }
@@ -153,8 +154,11 @@ def run(study: Study) -> None:
         write_report(study)
         return
     accelerator = _begin(study)
-    queue = Queue(study.cells, study.folder, study.shards, study.reading.options.share()[0])
-    run_cells(queue, partial(_run_cell, study), accelerator, study.reading.options.poll_seconds)
+    options = study.reading.options
+    alike = partial(_alike, study) if options.share_teacher else lambda _: None
+    queue = Queue(study.cells, study.folder, study.shards, options.share()[0], alike)
+    together = partial(_run_together, study, accelerator)
+    run_cells(queue, partial(_run_cell, study), accelerator, options.poll_seconds, together)
     _end(study, queue, accelerator)
 
 
@@ -187,11 +191,29 @@ def _check_images(study: Study) -> None:
         check_images({**done, **here})
 
 
-def _run_cell(study: Study, cell: Cell, resumed: Path | None) -> None:
+def _alike(study: Study, cell: Cell) -> str | None:
+    """What students of one teacher pass have in common; None: this cell has one of its own."""
+    if cell.command != "distill" or picks_by_student(cell.settings["augmentation"]):
+        return None
+    given = cell.options(study.folder)
+    return json.dumps({name: given[name] for name in sorted(given) if name.partition(".")[0] not in OWN})
+
+
+def _run_together(study: Study, accelerator: Accelerator, step: Sequence[tuple[Cell, Path | None]]) -> None:
+    run_students({cell.name: Planned(*_options(study, cell, resumed)) for cell, resumed in step}, accelerator)
+
+
+def _options(study: Study, cell: Cell, resumed: Path | None) -> tuple[Any, dict[str, Any]]:
+    """Of a cell's call, and the same as plain values."""
     options, config = study.reading.read(cell.command, cell.options(study.folder))
     if resumed is not None:
         # not --resume, which would read the config.yaml that a kill may have cut off
         options = replace(options, resume=str(resumed))
+    return options, config
+
+
+def _run_cell(study: Study, cell: Cell, resumed: Path | None) -> None:
+    options, config = _options(study, cell, resumed)
     _FUNCTIONS[cell.command](options, config)
     if cell.command == "measure":
         (study.folder / cell.checkpoint).unlink(missing_ok=True)

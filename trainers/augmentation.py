@@ -183,6 +183,16 @@ def augmentation_named(name: str) -> Augmentation:
     )
 
 
+def picks_by_student(name: str) -> bool:
+    """Whether an augmentation of that name needs the student, so that each student has images of its own.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    pick = augmentation_named(name).pick
+    return pick is not None and CRITERIA[pick[1]].needs_student
+
+
 class Part(NamedTuple):
     """One run of an augmentation, which gives one image for each original. Equal parts give equal images."""
 

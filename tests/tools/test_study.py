@@ -218,8 +218,8 @@ def test_a_study_cut_off_again_and_again_ends_the_same(finished, finished_once, 
                 call(config, "--output", finished)
         return capsys.readouterr().out
 
-    def killing(step: int) -> Callable[[Loop], None]:
-        return lambda loop: _raise_killed() if loop.progress.step == step else stepping(loop)
+    def killing(step: int) -> Callable[..., None]:
+        return lambda loop, *batches: _raise_killed() if loop.progress.step == step else stepping(loop, *batches)
 
     for step in (2, 4):
         out = cut_off("dalikd.trainers.loop.Loop.step", killing(step))
@@ -231,9 +231,9 @@ def test_a_study_cut_off_again_and_again_ends_the_same(finished, finished_once, 
     assert not (finished / measurement).exists()
     assert (finished / measurement).with_suffix(".pt").exists()
 
-    def stopped(loop: Loop) -> None:
+    def stopped(loop: Loop, *batches: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        stepping(loop)
+        stepping(loop, *batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "step", stopped)
@@ -295,7 +295,8 @@ def test_a_plan_names_each_run_its_command_and_the_work(config, call, tmp_path):
 
 
 def test_methods_are_compared(call, config, weights, tmp_path):
-    """By several losses, on the same images in the same order; their table is ordered by accuracy."""
+    """By several losses, on the same images in the same order, on one teacher pass, which changes nothing; their table
+    is ordered by accuracy."""
     folder, kd = tmp_path / "out", "dalikd.kd.losses.KD"
     methods = {"kd": {"loss": {"class_path": kd}}, "ce": {"loss": {"class_path": kd, "init_args": {"kd_weight": 0.0}}}}
     pairs = [{"teacher": {"name": "small", "label": "given", "weights": str(weights)}, "student": "small"}]
@@ -314,6 +315,13 @@ def test_methods_are_compared(call, config, weights, tmp_path):
     assert "| kd | flip |" in text
     assert "T. stddev" not in text
     assert call(content, "--output", folder).out.count("| kd | flip |") == 1
+    assert ended.out.count("on the same teacher pass: ") == 1
+    alone = call(content, "--output", tmp_path / "alone", "--share_teacher", "false")
+    assert "on the same teacher pass: " not in alone.out
+    assert results_of(tmp_path / "alone")["groups"] == results["groups"]
+    for run in runs:
+        saved = Path("last") / "student.safetensors"
+        assert (run / saved).read_bytes() == (tmp_path / "alone" / run.relative_to(folder) / saved).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ class StudyOptions:
         epoch_factor: how much longer students are trained than --epochs says, one or several factors.
         pair: only these pairs now, as TEACHER/STUDENT.
         shard: this call's share of the work, as 2/8. The folder is the same for all shards.
+        share_teacher: distil students that have teacher, images, seed, augmentation and length in common at once, so
+            that the teacher is asked about each image once for all of them; each ends as it would alone.
         dry_run: print what would be done, and do nothing.
         report: write the tables and plots of what there is, and do nothing else.
         poll_seconds: how often a shard looks for what another shard makes.
@@ -46,6 +48,7 @@ class StudyOptions:
     epoch_factor: list[float] = field(default_factory=lambda: [1.0])
     pair: list[str] = field(default_factory=list)
     shard: str = "1/1"
+    share_teacher: bool = True
     dry_run: bool = False
     report: bool = False
     poll_seconds: float = 30.0

@@ -17,6 +17,10 @@ __all__ = ["Queue", "run_cells"]
 
 #: runs a cell; the second argument is the run folder to go on with, or None
 RunCell = Callable[[Cell, Path | None], object]
+#: runs several cells at once, each with such a folder or None
+RunTogether = Callable[[Sequence[tuple[Cell, Path | None]]], object]
+
+_MOST = 12  # students on one teacher pass
 
 
 class Queue:
@@ -29,6 +33,7 @@ class Queue:
         folder: of the study.
         shards: the shard of each cell, by its name.
         shard: this one.
+        alike: what cells have in common that may be run at once; None: this one is run alone.
 
     Attributes:
         folder: of the study.
@@ -36,13 +41,21 @@ class Queue:
         failed: what was wrong with those that failed, by their names.
     """
 
-    def __init__(self, cells: Sequence[Cell], folder: Path, shards: Mapping[str, int], shard: int) -> None:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        folder: Path,
+        shards: Mapping[str, int],
+        shard: int,
+        alike: Callable[[Cell], str | None] = lambda _: None,
+    ) -> None:
         self.folder = folder
         self.own = [cell for cell in cells if shards[cell.name] == shard]
         self.failed: dict[str, str] = {}
         self._cells, self._shards = {cell.name: cell for cell in cells}, shards
         self._done: set[str] = set()
-        self._lock: IO[str] | None = None
+        self._alike, self._alone = alike, set[str]()
+        self._locks: list[IO[str]] = []
 
     def is_done(self, name: str) -> bool:
         """Whether a cell is done, whoever did it; what is done stays so."""
@@ -62,23 +75,37 @@ class Queue:
                 left.append(cell)
         return left
 
-    def take(self) -> Cell | None:
-        """The first of them whose needs are there and that no other call has taken; locked until `release`."""
+    def take(self) -> list[Cell]:
+        """The first of them whose needs are there and that no other call has taken, and those that may be run with it;
+        locked until `release`. None: wait, or nothing is left."""
+        taken: list[Cell] = []
         for cell in self._ready():
+            if taken and not self._go_together(taken[0], cell):
+                continue
             lock = take_lock(self._lock_path(cell))
             if lock is None:
                 continue
-            if not self.is_done(cell.name):
-                self._lock = lock
-                return cell
-            lock.close()  # another call ended it between the look and the lock
-        return None
+            if self.is_done(cell.name):
+                lock.close()  # another call ended it between the look and the lock
+                continue
+            self._locks.append(lock)
+            taken.append(cell)
+            if len(taken) == _MOST or self._alike(cell) is None:
+                break
+        return taken
+
+    def _go_together(self, one: Cell, other: Cell) -> bool:
+        alone = self._alone & {one.name, other.name}
+        return not alone and self._alike(one) is not None and self._alike(one) == self._alike(other)
 
     def release(self) -> None:
-        """Let other calls have the cell that was taken."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let other calls have what was taken."""
+        while self._locks:
+            self._locks.pop().close()
+
+    def part(self, cells: Sequence[Cell]) -> None:
+        """Cells that failed together are run one by one, so that the one that is at fault is found."""
+        self._alone.update(cell.name for cell in cells)
 
     def missing(self) -> list[str]:
         """Names of the cells of all shards that are not done."""
@@ -99,7 +126,13 @@ class Queue:
         return self.folder / ".locks" / f"{cell.name}.lock"
 
 
-def run_cells(queue: Queue, run: RunCell, accelerator: Accelerator, poll_seconds: float) -> None:
+def run_cells(
+    queue: Queue,
+    run: RunCell,
+    accelerator: Accelerator,
+    poll_seconds: float,
+    together: RunTogether | None = None,
+) -> None:
     """Do what is not done yet of one shard. All processes do the same cells; the main one says which.
 
     A cell that fails does not keep the others from being done. Several processes stop at once, however: when one of
@@ -110,6 +143,7 @@ def run_cells(queue: Queue, run: RunCell, accelerator: Accelerator, poll_seconds
         run: does a cell.
         accelerator: joins the processes.
         poll_seconds: between two looks for what another call makes.
+        together: does several cells at once, where the queue gives some.
 
     Raises:
         ValueError: cells failed; names them.
@@ -117,32 +151,34 @@ def run_cells(queue: Queue, run: RunCell, accelerator: Accelerator, poll_seconds
     """
     said: set[str] = set()
     while (step := _agreed(_next_step(queue) if accelerator.is_main_process else None)) is not None:
-        cell, resumed = step
-        if cell is None:
+        if not step:
             _wait(queue, said, accelerator, poll_seconds)
             continue
         number = len(queue.own) - len(queue.left()) + 1
-        goes_on = " (goes on)" if resumed else ""
-        accelerator.print(f"\n[{number}/{len(queue.own)}] {cell.name}{goes_on}", flush=True)
+        for place, (cell, resumed) in enumerate(step):
+            goes_on = " (goes on)" if resumed else ""
+            begin = "\n" if place == 0 else "  on the same teacher pass: "
+            accelerator.print(f"{begin}[{number + place}/{len(queue.own)}] {cell.name}{goes_on}", flush=True)
         try:
-            _run(cell, resumed, run)
+            _run(step, run, together)
         except ValueError as error:
             if accelerator.num_processes > 1:
                 raise
-            queue.failed[cell.name] = str(error)
             accelerator.print(f"failed: {error}", flush=True)
+            if len(step) == 1:
+                queue.failed[step[0][0].name] = str(error)
+            else:
+                queue.part([cell for cell, _ in step])
         finally:
             queue.release()
         accelerator.wait_for_everyone()
     _raise_failures(queue)
 
 
-def _next_step(queue: Queue) -> tuple[Cell | None, Path | None] | None:
-    """The next cell and the run folder that it goes on with; no cell: wait; None: nothing is left."""
-    cell = queue.take()
-    if cell is not None:
-        return cell, clear_unsaved(queue.folder, cell)
-    return (None, None) if queue.left() else None
+def _next_step(queue: Queue) -> list[tuple[Cell, Path | None]] | None:
+    """The next cells, each with the run folder that it goes on with; no cell: wait; None: nothing is left."""
+    taken = [(cell, clear_unsaved(queue.folder, cell)) for cell in queue.take()]
+    return taken if taken or queue.left() else None
 
 
 def _wait(queue: Queue, said: set[str], accelerator: Accelerator, seconds: float) -> None:
@@ -155,9 +191,13 @@ def _wait(queue: Queue, said: set[str], accelerator: Accelerator, seconds: float
     time.sleep(seconds)
 
 
-def _run(cell: Cell, resumed: Path | None, run: RunCell) -> None:
+def _run(step: Sequence[tuple[Cell, Path | None]], run: RunCell, together: RunTogether | None) -> None:
+    cell = step[0][0]
     try:
-        run(cell, resumed)
+        if len(step) == 1 or together is None:
+            run(*step[0])
+        else:
+            together(step)
     except Interrupted as stop:
         reason = str(stop).partition(";")[0]
         raise Interrupted(f"{cell.name} {reason}; the same command goes on there", stop.signal) from None

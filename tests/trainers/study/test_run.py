@@ -147,13 +147,56 @@ def test_a_cell_ended_by_another_call_meanwhile_is_not_taken(tmp_path, monkeypat
 
     monkeypatch.setattr("dalikd.trainers.study.run.take_lock", late)
     queue = _queue(tmp_path)
-    taken = queue.take()
-    assert taken is not None
-    assert taken.name == "students/b"
+    assert [cell.name for cell in queue.take()] == ["students/b"]
     assert take_lock(tmp_path / ".locks/students/b.lock") is None
     queue.release()
     for name in ("teachers/a", "students/b"):
         _lock(tmp_path, name).close()
+
+
+# ----------------------------------------------------------------------------------------------- one teacher pass
+
+
+STUDENTS = [Cell(f"distill/{name}", "distill", {"of": name[0]}, ("teachers/a",)) for name in ("a1", "b1", "a2", "a3")]
+
+
+def _sharing(folder: Path) -> Queue:
+    cells = [CELLS[0], *STUDENTS]
+    return Queue(cells, folder, {cell.name: 1 for cell in cells}, 1, lambda cell: cell.settings.get("of"))
+
+
+def test_students_alike_are_done_at_once_but_for_those_that_others_do(tmp_path, accelerator, capsys):
+    worker, together = _Worker(tmp_path), []
+    _Worker(tmp_path)(STUDENTS[2], None)  # done before
+
+    def do(step: Any) -> None:
+        together.append([cell.name for cell, _ in step])
+        for cell, resumed in step:
+            worker(cell, resumed)
+
+    run_cells(_sharing(tmp_path), worker, accelerator, 0.01, do)
+    assert together == [["distill/a1", "distill/a3"]]
+    assert [name for name, _ in worker.did] == ["teachers/a", "distill/a1", "distill/a3", "distill/b1"]
+    assert "on the same teacher pass: [4/5] distill/a3" in capsys.readouterr().out
+    for cell in STUDENTS:
+        _lock(tmp_path, cell.name).close()
+
+
+def test_what_fails_together_is_tried_one_by_one(tmp_path, accelerator):
+    worker = _Worker(tmp_path)
+
+    def alone(cell: Cell, resumed: Path | None) -> None:
+        if cell.name == "distill/a2":
+            raise ValueError("the loss is nan")
+        worker(cell, resumed)
+
+    def do(step: Any) -> None:
+        worker(*step[0])
+        raise ValueError("one of them: the loss is nan")
+
+    with pytest.raises(ValueError, match=r"1 of 5 runs failed.*distill/a2: the loss is nan"):
+        run_cells(_sharing(tmp_path), alone, accelerator, 0.01, do)
+    assert [name for name, _ in worker.did] == ["teachers/a", "distill/a1", "distill/b1", "distill/a3"]
 
 
 # ------------------------------------------------------------------------------------------------------ failures
