@@ -25,8 +25,8 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
         )
         if report["heads"]:
             print(
-                "heads: over the same images in all four quarter turns, of joint labels of class and turn; compare "
-                "augmentations and heads, not heads with logits"
+                "heads: of joint labels of class and turn, over the same images in all four quarter turns; compare "
+                "augmentations within a column"
             )
         if report["student_weights"]:
             print(f"student: {report['student']}, weights: {report['student_weights']}")

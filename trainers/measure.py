@@ -90,8 +90,8 @@ class MeasureOptions(AugmentingOptions):
         heads: also measure each auxiliary head of a teacher NAME_aux, on what HSAKD's students imitate: its joint
             probabilities of class and turn, of originals and augmented images in all four quarter turns. An image
             counts with the mean of its four, so that windows hold the same images as those of the logits, and T. stddev
-            is the mean over joint labels: compare augmentations, or heads; a head that is certain has a quarter of the
-            T. stddev that certain logits have. The teacher sees four times as many images. Not with manifold_mixup.
+            is the mean over joint labels. Compare augmentations within a head: one that is certain, and right, has a
+            quarter of what such logits have. The teacher sees four times as many images. Not with manifold_mixup.
         confidence: of the intervals, and of the comparison of neighbours in the ranking.
         stop_confidence: stop as soon as all neighbours in the ranking are told apart at this confidence; the epochs are
             the most that are passed.
