@@ -135,6 +135,10 @@ class TeacherStddev:
     share of a row counting as such. With as many picks as originals row i of both is a pair, and a window holds
     `window` rows exactly.
 
+    Where a net gives several rows of logits for an image, such as an auxiliary head for its quarter turns, the mean of
+    their probabilities is the image's row here, so that windows hold the same images as those of one row each; entropy
+    is the mean over all that is given.
+
     Windows are dealt in turn to 20 groups, each with its own running mean and sum of squares (Welford), which are
     merged when asked for (Chan, Golub and LeVeque, 1983). `stderr` is the standard error of T. stddev by the jackknife
     that leaves out one group at a time, with weights for groups of unequal size (Busing, Meijer and van der Leeden,
@@ -149,18 +153,24 @@ class TeacherStddev:
         num_classes: Columns of the logits.
         window: Rows in a window, even; the published protocol has 640.
         device: Where the logits will be.
+        rows_per_image: Consecutive rows of logits that an image has.
 
     Raises:
-        ValueError: window not even or not positive, or num_classes below 1.
+        ValueError: window not even or not positive, or num_classes or rows_per_image below 1.
     """
 
-    def __init__(self, num_classes: int, window: int = 640, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_classes: int, window: int = 640, device: torch.device | str = "cpu", rows_per_image: int = 1
+    ) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}: give at least 1")
         if window < 2 or window % 2:
             raise ValueError(f"window is {window}: give a positive even number of rows, it holds whole pairs")
+        if rows_per_image < 1:
+            raise ValueError(f"rows_per_image is {rows_per_image}: give at least 1")
         self.num_classes = num_classes
         self.window = window
+        self.rows_per_image = rows_per_image
         # Python numbers: they follow from the shapes alone, so that reading them does not wait for the device.
         self._rows_per_unit = 0  # 1 for rows, 2 for originals with augmented rows, 0 before the first update
         self._images = 0
@@ -192,10 +202,12 @@ class TeacherStddev:
         """Consume the next rows of the stream.
 
         Args:
-            logits: [B, C] of the teacher, in global sample order.
-            augmented: [n, C] on the augmented images. With n = B row i of both is a pair. Else the originals are whole
-                mix groups, the last of an epoch possibly shorter, and the rows of each group's picks lie together, in
-                the order of the groups. A stream is with augmented rows or without them throughout.
+            logits: [B, C] of the teacher, in global sample order; [rows_per_image * B, C], image by image, where that
+                is more than 1.
+            augmented: [n, C] on the augmented images, or so many times that. With n = B row i of both is a pair. Else
+                the originals are whole mix groups, the last of an epoch possibly shorter, and the rows of each group's
+                picks lie together, in the order of the groups. A stream is with augmented rows or without them
+                throughout.
             group: originals in a mix group; without influence where n = B.
 
         Raises:
@@ -203,23 +215,26 @@ class TeacherStddev:
         """
         given = {"logits": logits} if augmented is None else {"logits": logits, "augmented logits": augmented}
         for name, rows in given.items():
-            if rows.dim() != 2 or rows.shape[1] != self.num_classes:
-                raise ValueError(f"{name} have shape {tuple(rows.shape)}: give [rows, {self.num_classes}]")
+            if rows.dim() != 2 or rows.shape[1] != self.num_classes or len(rows) % self.rows_per_image:
+                of = f" with {self.rows_per_image} rows an image" if self.rows_per_image > 1 else ""
+                raise ValueError(f"{name} have shape {tuple(rows.shape)}: give [rows, {self.num_classes}]{of}")
         entropy_sum = self._tensors["entropy_sum"]
         if logits.device != (device := entropy_sum.device):
             raise ValueError(f"logits are on {logits.device}, T. stddev on {device}: call .to({str(logits.device)!r})")
         if self._rows_per_unit not in (0, len(given)):
             raise ValueError("the stream changes between rows and pairs: give augmented logits always or never")
-        blocks = [PickedGroups(1, len(logits), len(logits))]
+        originals = len(logits) // self.rows_per_image
+        blocks = [PickedGroups(1, originals, originals)]
         if augmented is not None and len(augmented) != len(logits):
-            blocks = picked_groups(len(logits), len(augmented), group)
+            blocks = picked_groups(originals, len(augmented) // self.rows_per_image, group)
         self._rows_per_unit = len(given)
-        self._originals += len(logits)
-        probabilities = []  # in the accumulators' precision
+        self._originals += originals
+        probabilities = []  # of images, in the accumulators' precision
         for rows in given.values():
             entropy_sum.add_(entropy(rows).sum(dtype=entropy_sum.dtype))
-            self._images += len(rows)
-            probabilities.append(functional.softmax(full_precision(rows), dim=1).to(entropy_sum.dtype))
+            images = functional.softmax(full_precision(rows), dim=1).unflatten(0, (-1, self.rows_per_image))
+            probabilities.append(images.mean(dim=1, dtype=entropy_sum.dtype))  # of one row each: the same, cast
+            self._images += len(images)
         own = probabilities[0]
         if augmented is None:
             self._consume(own, 1)
@@ -243,7 +258,8 @@ class TeacherStddev:
             stddev, per_class = deviations.mean().item(), deviations.tolist()
             if len(counts) >= FEWEST_GROUPS:
                 stderr = _jackknife(counts, means, squares).stderr()
-        mean_entropy = self._tensors["entropy_sum"].item() / self._images if self._images else None
+        rows = self._images * self.rows_per_image
+        mean_entropy = self._tensors["entropy_sum"].item() / rows if rows else None
         return GoodnessResult(stddev, mean_entropy, self._windows, stderr, per_class, self._images, self.window)
 
     def jackknife(self) -> Jackknife:
@@ -258,7 +274,7 @@ class TeacherStddev:
 
     def to(self, device: torch.device | str) -> Self:
         """Move the accumulators to `device`, in place."""
-        moved = TeacherStddev(self.num_classes, self.window, device)
+        moved = TeacherStddev(self.num_classes, self.window, device, self.rows_per_image)
         moved.load_state_dict(self.state_dict())
         self._tensors = moved._tensors
         return self
@@ -269,6 +285,7 @@ class TeacherStddev:
             "version": _STATE_VERSION,
             "num_classes": self.num_classes,
             "window": self.window,
+            "rows_per_image": self.rows_per_image,
             "rows_per_unit": self._rows_per_unit,
             "images": self._images,
             "originals": self._originals,
@@ -282,12 +299,13 @@ class TeacherStddev:
         """Go on where `state_dict` was taken, on any device. States of version 1 are read as well.
 
         Raises:
-            ValueError: the state is of another number of classes, another window or a later version.
+            ValueError: the state is of other numbers of classes or of rows an image, another window or a later version.
         """
         if state.get("version", 1) > _STATE_VERSION:
             raise ValueError(f"saved T. stddev is of version {state['version']}: update dalikd to resume it")
-        for name, own in (("num_classes", self.num_classes), ("window", self.window)):
-            if state[name] != own:
+        state = {"rows_per_image": 1, **state}
+        for name in ("num_classes", "window", "rows_per_image"):
+            if state[name] != (own := getattr(self, name)):
                 raise ValueError(f"saved T. stddev has {name} {state[name]}, this one {own}: resume with the same")
         self._rows_per_unit = state["rows_per_unit"]
         self._images = state["images"]

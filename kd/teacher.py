@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.folding import fold_batch_norms
 from dalikd.kd.known_weights import weights_digest
+from dalikd.kd.losses.base import full_precision
 from dalikd.kd.manifold import hidden_mixing
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import Criterion, PoolOutputs, entropy, pick_rows
-from dalikd.kd.rotation import TURNS
+from dalikd.kd.rotation import TURNS, rotations
 
 __all__ = ["Branch", "BranchOutputs", "Teacher", "TeacherPass", "batch_statistics", "entropies", "teacher_pass"]
 
@@ -47,6 +48,7 @@ class Teacher:
         norms: batch norms before the last ReLU of its stages, as they were before they were folded; none where the net
             does not name them.
         folded: how many batch norms were folded.
+        heads: how many auxiliary heads it has.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Teacher:
         named = getattr(net, "norms_before_last_relu", None)
         self.norms: tuple[nn.BatchNorm2d, ...] = () if named is None else tuple(named())
         self.folded = fold_batch_norms(net) if fold_bn else 0
+        self.heads = len(getattr(net, "auxiliary_classifier", ()))
         self._device_type = torch.device(device).type
         self._autocast = autocast
         self._digest = ""  # of the weights in use, before they were cast
@@ -125,6 +128,18 @@ class Teacher:
         assert isinstance(self.model, Normalized)
         return self(pixels, hidden, partial(self.model.outputs, features=True, preactivations=preactivations))
 
+    def turned_heads(self, pixels: Tensor) -> NetOutput:
+        """Logits [n, C], and those of each auxiliary head on the images in all four quarter turns, [n, 4, 4C]: one call
+        about 4n images, of which those that are not turned give the logits.
+
+        Raises:
+            ValueError: it has no heads.
+        """
+        assert isinstance(self.model, Normalized)
+        found = self(rotations(pixels), net=partial(self.model.outputs, heads=True))
+        heads = (full_precision(head).unflatten(0, (-1, TURNS)) for head in found.heads)
+        return NetOutput(found.logits[::TURNS], heads=tuple(heads))
+
 
 class Branch(NamedTuple):
     """One augmentation: the runs it is made of, and how candidates are picked out of several."""
@@ -144,6 +159,7 @@ class BranchOutputs(NamedTuple):
     student_logits: Tensor | None = None  # [n, C], where the student is asked about everything
     picks: Tensor | None = None  # int64 [n], where something is picked: places in the pool
     pool_logits: Tensor | None = None  # [runs * B, C], then; of the net that scores: the teacher, or the student alone
+    heads: tuple[Tensor, ...] = ()  # [n, ...] each, the teacher's, where it is asked for them
 
 
 class TeacherPass(NamedTuple):
@@ -223,14 +239,18 @@ def teacher_pass(
         mixed, of_student = shown[pool], students.logits[pool] if everything and student is not None else None
         if branch.criterion is None:
             assert len(pool) == 1
-            found.append(BranchOutputs(mixed, own, teachers.logits[pool], of_student))
+            heads = teachers.heads.get(pool, ())
+            found.append(BranchOutputs(mixed, own, teachers.logits[pool], of_student, heads=heads))
             continue
-        chosen, images = picks[number], (alone.get(number, _ORIGINALS),)
+        chosen, images, rows = picks[number], pool, picks[number]
+        if number in alone:  # what was asked about is all of it picks
+            images, rows = (alone[number],), slice(None)
         mixed = shown[images] if number in alone else mixed.take(chosen)
-        logits = teachers.logits[images] if number in alone else teachers.logits[pool][chosen]
+        logits = teachers.logits[images][rows]
+        heads = tuple(head[rows] for head in teachers.heads.get(images, ()))
         of_student = None if of_student is None else of_student[chosen]
         scoring = (teachers if asked else students).logits[pool]
-        found.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring))
+        found.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring, heads))
     return TeacherPass(teachers.outputs, tuple(found), students.logits.get(originals), turned)
 
 
@@ -280,6 +300,7 @@ class _Answers:
     most: int | None  # images in a call; None for all
     outputs: Any = None  # on the originals
     logits: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by number, and of whole pools
+    heads: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)  # the same, where the net gives them
 
     def ask(self, numbers: Iterable[int], *, originals: bool) -> None:
         """Ask about those, as many at once as a call may hold; first about what is not mixed inside the net."""
@@ -296,6 +317,8 @@ class _Answers:
         for pool in self.pools:
             if pool not in self.logits and all((run,) in self.logits for run in pool):
                 self.logits[pool] = torch.cat([self.logits[(run,)] for run in pool])
+                heads = zip(*(self.heads.get((run,), ()) for run in pool), strict=True)
+                self.heads[pool] = tuple(map(torch.cat, heads))
                 if pool not in shown:
                     shown[pool] = Mixed.join([shown[(run,)] for run in pool])
 
@@ -307,8 +330,11 @@ class _Answers:
         hidden = [part.hidden for part in parts if part.layer is not None]
         found = self.net(images, *([HiddenMix(*map(torch.cat, zip(*hidden, strict=True)))] if hidden else []))
         logits = found if isinstance(found, Tensor) else found.logits
-        pieces = logits.split([len(part.images) for part in parts])
+        heads, sizes = () if isinstance(found, Tensor) else found.heads, [len(part.images) for part in parts]
+        pieces = logits.split(sizes)
         self.logits |= {(number,): piece for number, piece in zip(call, pieces, strict=True)}
+        of_heads = zip(*(head.split(sizes) for head in heads), strict=True)
+        self.heads |= {(number,): pieces for number, pieces in zip(call, of_heads, strict=False)}
         batch = 0
         if call[0] == _ORIGINALS:
             batch = len(parts[0].images)
@@ -320,4 +346,5 @@ class _Answers:
         rest = tuple(call[1:] if batch else call)
         if len(rest) > 1 and rest in self.pools:  # joined already
             self.logits[rest] = logits[batch:]
+            self.heads[rest] = tuple(head[batch:] for head in heads)
             self.shown[rest] = Mixed.join(parts[len(call) - len(rest) :], images[batch:])

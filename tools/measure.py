@@ -23,6 +23,11 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
             f"({report['epochs']} epoch(s) of {report['data']['images']} at most), {report['mode']}, mix group "
             f"{report['mix_group']}; lower is better."
         )
+        if report["heads"]:
+            print(
+                "heads: of joint labels of class and turn, over the same images in all four quarter turns; compare "
+                "augmentations within a column"
+            )
         if report["student_weights"]:
             print(f"student: {report['student']}, weights: {report['student_weights']}")
         print(comparison(report))

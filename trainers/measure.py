@@ -17,6 +17,7 @@ from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import FEWEST_GROUPS, TeacherStddev
 from dalikd.kd.known_weights import weights_digest
+from dalikd.kd.rotation import TURNS
 from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import StudentPart, Teacher, TeacherPass, entropies
 from dalikd.pipelines.data import FilePath, as_used
@@ -86,11 +87,17 @@ class MeasureOptions(AugmentingOptions):
         metrics: what is measured beside T. stddev and entropy: probability_covariance (of the teacher's outputs, over
             samples and classes), cross_entropy_covariance (between samples, of teacher and --model, and its
             approximation by the teacher alone; without --model that alone).
+        heads: also measure each auxiliary head of a teacher NAME_aux, on what HSAKD's students imitate: its joint
+            probabilities of class and turn, of originals and augmented images in all four quarter turns. An image
+            counts with the mean of its four, so that windows hold the same images as those of the logits, and T. stddev
+            is the mean over joint labels. Compare augmentations within a head: one that is certain, and right, has a
+            quarter of what such logits have. The teacher sees four times as many images. Not with manifold_mixup.
         confidence: of the intervals, and of the comparison of neighbours in the ranking.
         stop_confidence: stop as soon as all neighbours in the ranking are told apart at this confidence; the epochs are
             the most that are passed.
         per_class: also write the T. stddev of each class.
-        images_per_call: images that a net sees at once at most, if the batch is not larger.
+        images_per_call: images that a net sees at once at most, if the batch is not larger; with --heads each turn of
+            an image counts.
         entropy_log: a folder for the entropies of originals, candidates and picks, as arrays and as a plot, of every
             --entropy_log_every-th batch; the main process's share of it.
         entropy_log_every: batches from one to the next.
@@ -107,6 +114,7 @@ class MeasureOptions(AugmentingOptions):
     epochs: int = 10
     window: int = 640
     metrics: list[MetricName] = field(default_factory=list)
+    heads: bool = False
     confidence: float = 0.95
     stop_confidence: float | None = None
     per_class: bool = False
@@ -173,8 +181,12 @@ def measure_branches(
 
     Returns:
         "results": of each augmentation "augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images"
-        (originals), "window", and "per_class" by the class's name; "separation", "stopped", "entropy_plots" and
-        "replaced_files".
+        (originals), "window", "per_class" by the class's name, and, where the options say so, "heads", from the
+        shallowest on: "stddev", "stderr", "interval" and "entropy" of each; "separation", "stopped", "entropy_plots"
+        and "replaced_files".
+
+    Raises:
+        ValueError: heads are to be measured, and the teacher has none.
     """
     run = _Pass(branches, loader, teacher, accelerator, student, options)
     run.go()
@@ -208,9 +220,11 @@ class _Pass:
             part = "everything"
         self.teacher_step = TeacherStep(
             teacher, branches, scores, options.compile, student_part=part, images_per_call=options.images_per_call,
-            num_classes=classes,
+            num_classes=classes, heads=options.heads,
         )  # fmt: skip
-        self.measurement = Measurement(branches, classes, accelerator, options, student=part == "everything")
+        self.measurement = Measurement(
+            branches, classes, accelerator, options, student=part == "everything", heads=options.heads * teacher.heads
+        )
         self.logs: dict[str, EntropyLog] = {}  # by augmentation, where this process logs
         if options.entropy_log is not None and accelerator.is_main_process:
             self.logs = {augmenter.name: EntropyLog(options.entropy_log_every) for augmenter in self.augmenters}
@@ -254,6 +268,8 @@ class _Pass:
         found = self.teacher_step(batch)
         if self.batches == 0:  # at the cost of a wait
             check_finite(torch.cat([found.originals.logits, *(of.logits for of in found.branches)]), "the teacher")
+            for number, rows in enumerate(found.originals.heads, start=1):
+                check_finite(rows.flatten(1), f"the teacher's head {number}")
         self.measurement.update(found, batch, self.loader.sampler.microbatch)
         for log, augmenter, branch in zip(self.logs.values(), self.augmenters, found.branches, strict=False):
             if log.due(self.batches) and len(batch):
@@ -362,6 +378,7 @@ class Measurement:
         accelerator: whose processes share each batch.
         options: the window of T. stddev, and what is measured beside it and entropy.
         student: whether there are a student's outputs.
+        heads: how many auxiliary heads of the teacher there are outputs of.
 
     Attributes:
         images: originals so far.
@@ -369,7 +386,14 @@ class Measurement:
     """
 
     def __init__(
-        self, branches: Branches, num_classes: int, accelerator: Accelerator, options: MeasureOptions, *, student: bool
+        self,
+        branches: Branches,
+        num_classes: int,
+        accelerator: Accelerator,
+        options: MeasureOptions,
+        *,
+        student: bool,
+        heads: int = 0,
     ) -> None:
         device, names = accelerator.device, [augmenter.name for augmenter in branches.augmenters]
         self._accelerator, self._student, self.images = accelerator, student, 0
@@ -388,6 +412,11 @@ class Measurement:
             "probability_covariance": self._probabilities,
             "cross_entropy_covariance": self._cross_entropies,
         }
+        self._heads = [  # of each head by augmentation
+            {name: TeacherStddev(TURNS * num_classes, options.window, device, TURNS) for name in names}
+            for _ in range(heads)
+        ]
+        self._metrics |= {f"head{number}": metrics for number, metrics in enumerate(self._heads, start=1)}
 
     @property
     def windows(self) -> int:
@@ -418,7 +447,17 @@ class Measurement:
                 self._probabilities[name].update(logits, of)
             if name in self._cross_entropies and not self._cross_entropies[name].complete:  # as published, and bounded
                 self._cross_entropies[name].update(logits, of, student, of_student)
+        self._update_heads(found, batch, microbatch)
         self.images += batch.total
+
+    def _update_heads(self, found: TeacherPass, batch: Batch, microbatch: int) -> None:
+        outputs = list(zip((found.originals, *found.branches), (None, *self._n_picks), strict=True))
+        for number, metrics in enumerate(self._heads):
+            rows = [(of.heads[number].flatten(1), n_pick) for of, n_pick in outputs]
+            every = gather_outputs(self._accelerator, rows, microbatch, batch.total, self._group)
+            logits, *augmented = (images.unflatten(1, (TURNS, -1)).flatten(0, 1) for images in every)
+            for metric, of in zip(metrics.values(), augmented, strict=True):
+                metric.update(logits, of, self._group)
 
     def results(self, confidence: float, class_names: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The figures of each augmentation. Waits for the device.
@@ -437,6 +476,17 @@ class Measurement:
             for kind in ("probability_covariance", "cross_entropy_covariance"):
                 if self._metrics[kind]:
                     figures[kind] = asdict(self._metrics[kind][name].compute())
+            if self._heads:
+                heads = [metrics[name].compute() for metrics in self._heads]
+                figures["heads"] = [
+                    {
+                        "stddev": head.stddev,
+                        "stderr": head.stderr,
+                        "interval": head.interval(confidence),
+                        "entropy": head.entropy,
+                    }
+                    for head in heads
+                ]
             results.append({"augmentation": name, **figures})
         return results
 
@@ -487,8 +537,12 @@ _MORE_COLUMNS = (
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table, best (lowest T. stddev) first."""
-    rows = sorted(results, key=lambda result: (result["stddev"] is None, result["stddev"]))
+    rows = [
+        {**result, **{f"head {number}": head for number, head in enumerate(result.get("heads", ()), start=1)}}
+        for result in sorted(results, key=lambda result: (result["stddev"] is None, result["stddev"]))
+    ]
     columns = [*_COLUMNS, *(column for column in _MORE_COLUMNS if column.keys[0] in rows[0])]
+    columns += [_Column(f"T. stddev of {key}", (key, "stddev"), ".6f") for key in rows[0] if key.startswith("head ")]
     lines = [
         f"| augmentation | {' | '.join(column.title for column in columns)} |",
         "|:--|" + "--:|" * len(columns),
@@ -501,10 +555,23 @@ def check_measuring(options: MeasureOptions, names: Sequence[str]) -> None:
     """Check what the options say beyond their own numbers.
 
     Raises:
-        ValueError: there is no ranking to stop by, or the checkpoint cannot be written.
+        ValueError: there is no ranking to stop by, there are no heads or no images to turn for them, or the checkpoint
+            cannot be written.
     """
     if options.stop_confidence is not None and len(names) < 2:
         raise ValueError("--stop_confidence: there is no ranking of one augmentation; name at least two")
+    teacher = options.teacher.name
+    if options.heads and teacher is not None and not teacher.endswith("_aux"):
+        raise ValueError(
+            f"--heads true measures auxiliary heads, and {teacher} has none: take {teacher}_aux with weights of "
+            "its heads too, as dalikd train makes them"
+        )
+    hidden = [name for name in names if name.partition("+")[0] == "manifold_mixup"]
+    if options.heads and hidden:
+        raise ValueError(
+            f"--heads true: {hidden[0]} mixes hidden states, not images that could be turned: leave it out of "
+            "--augmentation, where all means it too"
+        )
     if options.checkpoint is not None:
         check_writable("--checkpoint", Path(options.checkpoint))
 
@@ -540,6 +607,7 @@ def _header(options: MeasureOptions, setup: Setup, teacher: Teacher, student: No
         "mix_group": options.mix.group,
         "mix": asdict(options.mix),
         "window": options.window,
+        "heads": options.heads,
         "epochs": options.epochs,
         "seed": options.seed,
         "precision": options.precision,
@@ -565,4 +633,5 @@ def _identity(options: MeasureOptions, view: View, teacher: Teacher, student: No
         "student": None if student is None else weights_digest(student),
         **{name: getattr(options, name) for name in ("seed", "window", "precision", "stop_confidence")},
         "metrics": list(options.metrics),
+        "heads": options.heads or None,  # what was saved before there were heads has none
     }

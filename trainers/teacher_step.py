@@ -15,6 +15,7 @@ from dalikd.kd.losses.base import full_precision
 from dalikd.kd.manifold import hidden_mixing, mixed_forward
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import pick_count
+from dalikd.kd.rotation import TURNS
 from dalikd.kd.teacher import Branch, BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
 from dalikd.pipelines.draw_spec import Batch, MixDraws
 from dalikd.trainers.augmentation import Augmenter, joint_draws
@@ -86,8 +87,11 @@ class TeacherStep:
         compile_mode: of torch.compile, or off.
         needs: what a loss wants of the teacher beside logits, as `DistillationLoss.needs` names it.
         student_part: as of `teacher_pass`.
-        images_per_call: how many images a net is asked about at once at most; None for all of a batch's.
+        images_per_call: how many images a net is asked about at once at most; None for all of a batch's. With `heads`
+            each turn of an image counts.
         num_classes: of the nets, where batches may have no rows on this process.
+        heads: also ask for the teacher's auxiliary heads on all turns of originals and augmented images, as
+            `Teacher.turned_heads` gives them. No image may be mixed inside the nets then.
 
     Raises:
         ValueError: something is to be compiled and there is no compiler.
@@ -104,15 +108,20 @@ class TeacherStep:
         student_part: StudentPart = "candidates",
         images_per_call: int | None = None,
         num_classes: int = 0,
+        heads: bool = False,
     ) -> None:
         check_compiler(compile_mode)
         self._branches, self._student, self._images_per_call = branches, student, images_per_call
         self._student_part: StudentPart = student_part
+        self._heads = teacher.heads if heads else 0
         self._model, self._num_classes = teacher.model, num_classes
         self._teacher: Callable[..., Any] = teacher.__call__
         self._outputs: Callable[..., NetOutput] = partial(teacher.outputs, preactivations="preactivations" in needs)
         if needs and "turned" not in needs:
             self._teacher = self._outputs
+        if heads:
+            self._teacher = teacher.turned_heads
+            self._images_per_call = None if images_per_call is None else images_per_call // TURNS
         self._pass = self._pass_of_tensors
         if compile_mode == "off":
             return
@@ -136,8 +145,10 @@ class TeacherStep:
         dtype = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
         none, rows = torch.zeros(0, self._num_classes, dtype=dtype, device=batch.images.device), batch.labels
         of_student = none if self._student_part == "everything" else None
-        nothing = BranchOutputs(Mixed(batch.pixels, rows, rows), rows, none, of_student)
-        return TeacherPass(NetOutput(none), tuple(nothing for _ in self._branches.branches), of_student)
+        heads = (none.new_zeros(0, TURNS, TURNS * self._num_classes),) * self._heads
+        nothing = BranchOutputs(Mixed(batch.pixels, rows, rows), rows, none, of_student, heads=heads)
+        originals = NetOutput(none, heads=heads)
+        return TeacherPass(originals, tuple(nothing for _ in self._branches.branches), of_student)
 
     def _pass_of_tensors(
         self,

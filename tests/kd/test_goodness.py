@@ -343,6 +343,48 @@ def test_picks_of_pick_rows_form_groups():
         assert batch < group or blocks[0] == PickedGroups(batch // group, group, keep)
 
 
+@pytest.mark.parametrize("picks", [None, 22, 14])
+def test_several_rows_of_an_image_count_as_their_mean(picks: int | None):
+    """Four an image, of 22 images in windows of 4; augmented ones as many, or 5 of a group of 8 and 4 of the last 6."""
+    counts = [22] if picks is None else [22, picks]
+    rows = [torch.randn(4 * count, 5, dtype=torch.float64) for count in counts]
+    means = [torch.softmax(of, dim=1).reshape(-1, 4, 5).mean(dim=1).log() for of in rows]
+    whole, before, after = (TeacherStddev(5, window=4, rows_per_image=4) for _ in range(3))
+    plain = TeacherStddev(5, window=4)
+    whole.update(*rows, group=8)
+    plain.update(*means, group=8)
+    found, expected = whole.compute(), plain.compute()
+    assert found.per_class == pytest.approx(expected.per_class, rel=1e-12)
+    assert (found.windows, found.images) == (expected.windows, expected.images) == (22 * len(counts) // 4, sum(counts))
+    assert found.entropy == pytest.approx(brute_force(torch.cat(rows), 1)[1], rel=1e-12)
+    cuts = [4 * (16 if count == 22 else 10) for count in counts]  # behind the second group
+    before.update(*(of[:cut] for of, cut in zip(rows, cuts, strict=True)), group=8)
+    after.load_state_dict(before.state_dict())
+    after.to("cpu").update(*(of[cut:] for of, cut in zip(rows, cuts, strict=True)), group=8)
+    assert after.compute().per_class == pytest.approx(found.per_class, rel=1e-12)
+
+
+def test_rows_that_make_no_images_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(7, 5\): give \[rows, 5\] with 4 rows an image"):
+        TeacherStddev(5, rows_per_image=4).update(torch.randn(7, 5))
+    with pytest.raises(ValueError, match="rows_per_image is 0: give at least 1"):
+        TeacherStddev(5, rows_per_image=0)
+
+
+def test_a_certain_head_has_a_quarter_of_what_certain_logits_have():
+    """Of class and turn: each joint label has a quarter of the class's share of a window."""
+    labels = torch.randint(10, (640,), generator=torch.Generator().manual_seed(3))
+    joint = (4 * labels[:, None] + torch.arange(4)).flatten()
+    head, logits = TeacherStddev(40, window=64, rows_per_image=4), TeacherStddev(10, window=64)
+    for metric, of, count in ((head, joint, 40), (logits, labels, 10)):
+        rows = 500.0 * torch.nn.functional.one_hot(of, count)
+        metric.update(rows, rows)
+    assert head.windows == logits.windows == 20
+    expected = logits.compute().stddev
+    assert expected is not None
+    assert head.compute().stddev == pytest.approx(expected / 4, rel=1e-12)
+
+
 def test_resuming_between_groups_with_a_split_window():
     originals, picks = torch.randn(64, 5), torch.randn(48, 5)
     whole = with_picks(TeacherStddev(5, window=6), originals, picks, 4, 3)
@@ -414,7 +456,9 @@ def test_a_jackknife_needs_four_windows():
         metric.jackknife()
 
 
-@pytest.mark.parametrize("other", [TeacherStddev(8, window=20), TeacherStddev(7, window=40)])
+@pytest.mark.parametrize(
+    "other", [TeacherStddev(8, window=20), TeacherStddev(7, window=40), TeacherStddev(7, window=20, rows_per_image=4)]
+)
 def test_a_state_of_another_metric_is_refused(other: TeacherStddev):
     with pytest.raises(ValueError, match="resume with the same"):
         TeacherStddev(7, window=20).load_state_dict(other.state_dict())

@@ -150,6 +150,11 @@ def make_net() -> Callable[..., Normalized]:
 
 
 @pytest.fixture
+def make_net_with_heads() -> Callable[..., Normalized]:
+    return net_with_heads
+
+
+@pytest.fixture
 def make_source() -> Callable[..., Source]:
     return source
 

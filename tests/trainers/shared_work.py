@@ -34,6 +34,7 @@ from dalikd.trainers.tracking import RunFolder
 
 # images, mode, picks of a mix group. With 90 images the second of two processes gets no rows of the last batch
 SETTINGS = [(110, "per_sample", None), (90, "per_batch", 11)]
+WITH_HEADS = (74, "per_sample", 11)  # likewise; of a teacher with auxiliary heads
 POLICIES = ["autoaugment", "randaugment", "trivialaugment"]  # one suffices: graphs that take a second to build
 MEASURED = [name for name in [*AUGMENTATIONS, "mixup+kld", "flip+dissimilarity"] if name not in POLICIES[1:]]
 METRICS = ["probability_covariance", "cross_entropy_covariance"]
@@ -55,7 +56,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """All results, on the main process as on every other; of four processes or more what they measure."""
     factory._BUILDERS["small"] = helpers.SmallNet
     folder.mkdir(exist_ok=True)
-    measured = {setting: _measure(accelerator, folder, *setting) for setting in SETTINGS}
+    measured = {setting: _measure(accelerator, folder, *setting) for setting in (*SETTINGS, WITH_HEADS)}
     if accelerator.num_processes > 2:
         return {"measured": measured}
     return {
@@ -121,14 +122,17 @@ def _remember(accelerator: Accelerator, folder: Path) -> list[list[float]]:
 
 def _measure(accelerator: Accelerator, folder: Path, images: int, mode: Any, picks: int | None) -> dict[str, Any]:
     """All augmentations in one pass; batches of 64 with mix groups of 16, the last of each short."""
-    weights = folder / "teacher.pt"
+    heads = (images, mode, picks) == WITH_HEADS
+    teacher, weights = "resnet8_aux" if heads else "small", folder / f"teacher{images}.pt"
     if accelerator.is_main_process:
-        torch.save(helpers.net(1).model.state_dict(), weights)
+        torch.manual_seed(1)
+        torch.save(create_model(teacher, 3).state_dict(), weights)
     accelerator.wait_for_everyone()
     names = MEASURED if picks is None else [name for name in MEASURED if name not in POLICIES]
+    names = ["flip", "cutmixpick_student"] if heads else names
     setup.open_split = lambda *_: helpers.source(images)
     options = MeasureOptions(
-        teacher=TeacherConfig("small", str(weights)), model="small", batch_size=64,
+        teacher=TeacherConfig(teacher, str(weights)), heads=heads, model="small", batch_size=64,
         mix=MixOptions(group=16, mode=mode, n_pick=picks), epochs=2,
         window=40, precision="fp64", augmentation=names, metrics=METRICS, per_class=True,
     )  # fmt: skip

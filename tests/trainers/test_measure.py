@@ -20,7 +20,7 @@ from dalikd.trainers.checkpoint import read_state
 from dalikd.trainers.measure import Measurement, MeasureOptions, measure_all, measure_branches, results_table
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.stopping import Interrupted
-from dalikd.trainers.teacher_step import Branches
+from dalikd.trainers.teacher_step import Branches, TeacherStep
 
 RESULT_FIELDS = {"augmentation", "stddev", "stderr", "interval", "entropy", "windows", "images", "window"}
 #: picks of each criterion on other bases
@@ -98,6 +98,94 @@ def test_a_certain_teacher_gives_the_spread_of_the_classes(make_source, accelera
     assert result["stddev"] == pytest.approx(expected, abs=3 * result["stderr"])
     assert result["stderr"] < 0.05 * expected
     assert result["entropy"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------- the heads
+
+
+def _heads_pass(net, source, accelerator, names, **options):
+    """Batches of 24 of 44 images, mix groups of 8 and windows of 4 originals: the last of each is short."""
+    view = View(source.image_size, "pad_crop", padding=1)
+    branches = Branches([Augmenter(name, MixOptions(group=8), source, view, seed=3) for name in names])
+    loader = Loader(source, Sampler(44, 24, 3, drop_last=False, group=8), branches.draw_spec, threads=1)
+    options = MeasureOptions(epochs=1, window=8, **options)
+    report = measure_branches(branches, loader, Teacher(net), accelerator, options)
+    loader.seek(0)
+    found = [(batch, TeacherStep(Teacher(net), branches)(batch)) for batch in (loader.next(), loader.next())]
+    loader.close()
+    return report["results"], found
+
+
+def test_heads_are_measured_on_all_turns(make_net_with_heads, make_source, accelerator):
+    """By brute force: every image is turned, each window has the mean of its originals and augmented images."""
+    net, source, names = make_net_with_heads().double(), make_source(44), ["identity", "flip", "mixup"]
+    names.append("cutmixpick_teacher")
+    measured, found = _heads_pass(net, source, accelerator, names, heads=True)
+    plain, _ = _heads_pass(net, source, accelerator, names)
+
+    def probabilities(images):
+        """Of each head, [n, 4, 12]."""
+        turned = torch.stack([torch.rot90(images, turn, (2, 3)) for turn in range(4)], dim=1).flatten(0, 1)
+        return [head.softmax(dim=1).reshape(-1, 4, 12) for head in net.outputs(turned, heads=True).heads]
+
+    for number, (result, without) in enumerate(zip(measured, plain, strict=True)):
+        for key in ("stddev", "stderr", "entropy"):
+            assert result[key] == pytest.approx(without.pop(key), rel=1e-11)
+        assert len(result["heads"]) == 3
+        with torch.no_grad():
+            pairs = [
+                zip(probabilities(batch.pixels), probabilities(of.branches[number].mixed.images), strict=True)
+                for batch, of in found
+            ]
+        for head, parts in zip(result["heads"], zip(*pairs, strict=True), strict=True):
+            both = torch.cat([torch.stack(part) for part in parts], dim=1)  # [2, 44, 4, 12]
+            windows = both.transpose(0, 1).reshape(11, 4 * 2 * 4, 12).mean(dim=1)
+            assert head["stddev"] == pytest.approx(windows.std(dim=0).mean().item(), rel=1e-10)
+            assert head["entropy"] == pytest.approx(-(both * both.log()).sum(dim=3).mean().item(), rel=1e-10)
+            assert head["interval"][0] < head["stddev"] < head["interval"][1]
+            assert head["stderr"] > 0
+    title = results_table(measured).splitlines()[0]
+    assert title.endswith("| windows | T. stddev of head 1 | T. stddev of head 2 | T. stddev of head 3 |")
+    assert (
+        results_table(measured)
+        .splitlines()[2]
+        .endswith(
+            " | ".join(f"{head['stddev']:.6f}" for head in min(measured, key=lambda row: row["stddev"])["heads"]) + " |"
+        )
+    )
+    net.model.auxiliary_classifier.fc2.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the teacher's head 2 answers with NaN"):
+        _heads_pass(net, source, accelerator, names, heads=True)
+
+
+def test_heads_of_a_net_without_any_are_refused(make_net, make_source, accelerator):
+    with pytest.raises(ValueError, match="SmallNet has no auxiliary heads: take the net NAME_aux"):
+        _heads_pass(make_net(), make_source(44), accelerator, ["flip"], heads=True)
+
+
+def test_measuring_heads_goes_on_where_it_was_cut_off(data, tmp_path, accelerator, monkeypatch):
+    torch.save(create_model("resnet8_aux", 3).state_dict(), tmp_path / "heads.pt")
+    options = MeasureOptions(
+        data=replace(data, limit=30), teacher=TeacherConfig("resnet8_aux", str(tmp_path / "heads.pt")), heads=True,
+        augmentation=["flip"], epochs=1, window=4, batch_size=8, mix=MixOptions(group=8), checkpoint_every=2,
+    )  # fmt: skip
+    whole, original, steps = measure_all(options, accelerator), Measurement.update, []
+    assert whole["heads"]
+    options.checkpoint = str(tmp_path / "state.pt")
+
+    def die(self, *arguments):
+        steps.append(None)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    monkeypatch.setattr(Measurement, "update", die)
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(options, accelerator)
+    assert measure_all(options, accelerator)["results"] == whole["results"]
+    assert len(steps) == 6
+    with pytest.raises(ValueError, match="was saved with heads True, now it is None: measure with the same options"):
+        measure_all(replace(options, heads=False), accelerator)
 
 
 # -------------------------------------------------------------------------------------------------- the one pass
@@ -408,6 +496,11 @@ def test_the_table_has_the_best_first():
         ({"confidence": 1.0}, "--confidence 1.0: give a share between 0 and 1"),
         ({"stop_confidence": 0.0}, "--stop_confidence 0.0: give a share between 0 and 1"),
         ({"stop_confidence": 0.9}, "--stop_confidence: there is no ranking of one augmentation"),
+        ({"heads": True}, "--heads true measures auxiliary heads, and resnet8 has none: take resnet8_aux with weights"),
+        (
+            {"heads": True, "teacher": TeacherConfig("resnet8_aux"), "augmentation": ["flip", "manifold_mixup+kld"]},
+            r"--heads true: manifold_mixup\+kld mixes hidden states, not images that could be turned: leave it out of",
+        ),
         ({"images_per_call": 0}, "--images_per_call 0: give at least 1"),
         ({"checkpoint_every": 0}, "--checkpoint_every 0: give at least 1"),
     ],

@@ -82,6 +82,11 @@ def test_measuring_gives_the_same_figures(one, processes, request):
             for key in ("stddev", "stderr", "entropy", "per_class", "probability_covariance"):
                 assert theirs[key] == pytest.approx(ours[key], rel=0, abs=1e-9), (setting, name, key)
             assert theirs["cross_entropy_covariance"] == ours["cross_entropy_covariance"]
+            heads = list(zip(ours.get("heads", ()), theirs.get("heads", ()), strict=True))
+            assert len(heads) == (3 if images == 2 * 74 else 0)
+            for own, other in heads:
+                assert other["stddev"] == pytest.approx(own["stddev"], rel=0, abs=1e-9), (setting, name)
+                assert other["entropy"] == pytest.approx(own["entropy"], rel=0, abs=1e-9), (setting, name)
 
 
 def test_evaluation_sees_every_image_once(one, two):

@@ -80,6 +80,44 @@ def test_a_batch_without_rows_gives_outputs_without_rows(batches, nets):
         assert all((branch.student_logits is not None) == of_student for branch in found.branches)
 
 
+@pytest.mark.parametrize(
+    ("names", "images", "most"),  # how many of each original the teacher sees, and rows at once
+    [
+        (("identity", "flip", "mixup", "cutmix", "cutmixpick_teacher", "cutmixpick_student"), 5, 100),
+        (("flip", "cutmixpick_teacher"), 4, None),
+        (("cutmixpick_student",), 2, None),
+    ],
+)
+def test_heads_see_all_turns_of_what_is_asked_about_once(batches, nets, make_net_with_heads, names, images, most):
+    (branches, found), (_, student), net = batches(*names), nets, make_net_with_heads().double()
+    teacher, calls = Teacher(net), []
+    ask = TeacherStep(teacher, branches, student, images_per_call=most, heads=True)
+    plain = TeacherStep(teacher, branches, student)
+    for batch in found:
+        hook = net.model.backbone.conv1.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        given = ask(batch)
+        hook.remove()
+        assert sum(calls) == 4 * images * len(batch)
+        assert len(calls) == (1 if most is None else images)
+        calls.clear()
+        expected = plain(batch)
+        _same(given.originals.logits, expected.originals.logits)
+        for branch, logits in zip(given.branches, expected.branches, strict=True):
+            _same(branch._replace(heads=()), logits)
+        for of, shown in [(given.originals, batch.pixels), *((of, of.mixed.images) for of in given.branches)]:
+            turned = torch.stack([torch.rot90(shown, turn, (2, 3)) for turn in range(4)], dim=1)
+            heads = net.outputs(turned.flatten(0, 1), heads=True).heads
+            _same(of.heads, tuple(head.reshape(-1, 4, 12) for head in heads))
+
+
+def test_a_batch_without_rows_gives_heads_without_rows(batches, nets, make_net_with_heads):
+    (branches, (batch, _)), (_, student) = batches("cutmix", "cutmixpick_student"), nets
+    empty = replace(batch, images=batch.images[:0], labels=batch.labels[:0])
+    found = TeacherStep(Teacher(make_net_with_heads()), branches, student, num_classes=3, heads=True)(empty)
+    for of in (found.originals, *found.branches):
+        assert [tuple(head.shape) for head in of.heads] == [(0, 4, 12)] * 3
+
+
 @pytest.fixture
 def compiled_graphs():
     """How many graphs were compiled; none of them is cut."""

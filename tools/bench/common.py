@@ -115,6 +115,7 @@ class TeacherOptions(MeasureOptions):
     json: FilePath | None = field(default=None, init=False)
     confidence: float = field(default=0.95, init=False)
     stop_confidence: float | None = field(default=None, init=False)
+    heads: bool = field(default=False, init=False)
     per_class: bool = field(default=False, init=False)
     entropy_log: FilePath | None = field(default=None, init=False)
     entropy_log_every: int = field(default=100, init=False)

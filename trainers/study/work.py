@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalikd.kd.backbones import create_model
+from dalikd.kd.rotation import TURNS
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.measure import MeasureOptions
@@ -60,12 +61,12 @@ def _flops(options: Any, done: Work, sizes: Sizes) -> float:
 
 
 def _measuring(options: MeasureOptions, sizes: Sizes, augmenters: Sequence[Augmenter]) -> Work:
-    """The originals and equal images of several augmentations go through a net once."""
-    images = options.epochs * sizes.train_images
+    """The originals and equal images of several augmentations go through a net once, in all turns for its heads."""
+    images, turns = options.epochs * sizes.train_images, TURNS if options.heads else 1
     asked = len({part for augmenter in augmenters if _teacher_sees_all(augmenter) for part in augmenter.parts})
     picked = sum(_share(augmenter) for augmenter in augmenters if not _teacher_sees_all(augmenter))
     scored = len({part for augmenter in augmenters if _student_scores(augmenter) for part in augmenter.parts})
-    return Work(asked=round(images * (1 + asked + picked)), scored=images * scored)
+    return Work(asked=round(images * turns * (1 + asked + picked)), scored=images * scored)
 
 
 def _training(options: TrainingOptions, sizes: Sizes, augmenters: Sequence[Augmenter]) -> Work:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from dalikd.pipelines.draw_spec import View
@@ -69,6 +71,7 @@ def test_measuring_asks_about_the_originals_once(augmenters):
     assert _counts(work(options, SIZES, augmenters(options, "identity"))) == (0, 200, 0, 0)
     several = augmenters(options, "identity", "flip", "mixup")
     assert _counts(work(options, SIZES, several)) == (0, 200 * 3, 0, 0)
+    assert _counts(work(replace(options, heads=True), SIZES, several)) == (0, 4 * 200 * 3, 0, 0)
     options.model = "resnet8"
     assert _counts(work(options, SIZES, augmenters(options, "cutmixpick_student"))) == (0, 200 * 2, 200 * 2, 0)
 
