@@ -11,11 +11,11 @@ from dalikd.kd.backbones import NetOutput, create_model
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
 from dalikd.kd.entropy_log import EntropyLog
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, MixedOutputs, StepOutputs, hsakd_mutual_loss, hsakd_student_loss
+from dalikd.kd.losses import HSAKD, KD, MixedOutputs, StepOutputs, hsakd_mutual_loss
 from dalikd.kd.manifold import manifold_mixup, mixed_forward
 from dalikd.kd.mixing import cutmix, cutout, masking, mixup, patchmix, random_erasing, same
 from dalikd.kd.picking import dissimilarity, entropy, kl_divergence, pick, pick_rows
-from dalikd.kd.rotation import class_logits, rotations
+from dalikd.kd.rotation import TURNS, class_logits, rotations
 from dalikd.pipelines.draw_spec import MixDraws
 
 FILL = (129.3, 124.1, 112.4)
@@ -28,8 +28,9 @@ def mix_inside(net: nn.Module, images: Tensor, draws: MixDraws, joint: bool) -> 
 
 
 def imitate_itself(net: nn.Module, images: Tensor, labels: Tensor) -> None:
-    found = net(rotations(images).float())
-    terms = [hsakd_student_loss(found, found, labels), hsakd_mutual_loss(found, found, labels)]
+    found, epoch = net(rotations(images).float()), torch.zeros((), device=images.device)
+    step = StepOutputs(*[found.map(lambda rows: rows[::TURNS])] * 2, labels, labels, epoch, None, (found, found))
+    terms = [HSAKD()(step), hsakd_mutual_loss([found, found._replace()], labels)]
     (terms[0]["loss"] + terms[1]["loss"] + class_logits(found.heads[0]).sum()).backward()
 
 
