@@ -2,10 +2,11 @@
 
 All take turns on the same kept batches. "nets alone" is the teacher's forward, and the student's forward and backward
 with the cross-entropy of the labels; a method's step is that of `dalikd distill`, with its loss, the metric and the
-optimizer. Kept: what a step keeps for its backward pass, beside weights. Own: the loss's weights, memories, constants.
+optimizer. "one pass" is a step of all methods of one augmentation, as `dalikd distill --students` does it. Kept: what a
+step keeps for its backward pass, beside weights. Own: the loss's weights, memories, constants.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import isabstract
@@ -28,9 +29,9 @@ from dalikd.tools.bench.step import keep_batches, setting, step_round
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.tasks import distill
-from dalikd.trainers.tasks.distill import Distillation, build_loss
+from dalikd.trainers.tasks.distill import Distillation, build_loss, share_pass
 
-_ALONE = "nets alone"
+_ALONE, _TOGETHER = "nets alone", "one pass"
 
 
 @dataclass
@@ -95,15 +96,24 @@ def run(options: MethodsOptions, config: dict[str, Any]) -> None:
     steps = {_ALONE: (loops[first], takes[first], partial(_alone, loops[first]))}
     steps |= {name: (loop, takes[name], None) for name, loop in loops.items()}
 
+    shared = [name for name in loops if cast(Distillation, loops[name].task).augmenter.name == options.augmentation]
+    tasks = [cast(Distillation, loops[name].task) for name in shared]
+    if len(shared) > 1:
+        share_pass(tasks, options.accumulation)
+        steps[_TOGETHER] = (loops[shared[0]], takes[shared[0]], partial(_together, [loops[name] for name in shared]))
+
     def rate(name: str) -> float:
+        for task in tasks:
+            task.remember(options.accumulation if name == _TOGETHER else 0)
         loop, take, step = steps[name]
         return step_round(loop, take, *options.counts, step).rate
 
     rates = alternate({name: partial(rate, name) for name in steps}, options.rounds)
+    record.notes += _of_one_pass(shared, rates)
     for name, (loop, *_) in steps.items():
         row: dict[str, Any] = {"method": name, "images/s": summary(rates[name])}
         row["time of the nets alone"] = ratio(rates[_ALONE], rates[name])
-        if name != _ALONE:
+        if name in loops:
             loss = cast(Distillation, loop.task).loss
             own = [*loss.parameters(), *loss.buffers()]
             row |= {"kept MiB": kept[name] / 2**20, "own MiB": sum(part.nbytes for part in own) / 2**20}
@@ -144,6 +154,27 @@ def _alone(loop: Loop) -> None:
     loop.accelerator.backward(cross_entropy(logits, batch.labels))
     for values in task.parameters():
         values.grad = None
+
+
+def _of_one_pass(shared: Sequence[str], rates: Mapping[str, Sequence[float]]) -> list[str]:
+    """How much cheaper that is than one after the other, in words; nothing where no two methods share one."""
+    if _TOGETHER not in rates:
+        return []
+    one_by_one = [
+        1 / sum(1 / rate for rate in rounds) for rounds in zip(*(rates[name] for name in shared), strict=True)
+    ]
+    cheaper = ratio(rates[_TOGETHER], one_by_one)["median"]
+    return [
+        f"{len(shared)} students on one teacher pass ({', '.join(shared)}) are {cheaper:.2f} times as fast as one after "
+        "the other (median of the rounds' own ratios; the loader, which they share too, is not counted)."
+    ]
+
+
+def _together(loops: Sequence[Loop]) -> None:
+    """A step of each on the same batch."""
+    batches = [loops[0].loader.next() for _ in range(loops[0].options.accumulation)]
+    for loop in loops:
+        loop.step(batches)
 
 
 def _kept(loop: Loop, batch: Batch) -> int:

@@ -218,6 +218,10 @@ class Distillation(Task):
         """The student alone."""
         return {"student": self.student}
 
+    def remember(self, batches: int) -> None:
+        """Keep what the teacher gives for so many batches, those of a step, for tasks that share the pass; 0: none."""
+        self._pass.keep(batches)
+
     def loader(self, setup: Setup, accumulation: int = 1) -> Loader:
         """The batches, with what a cache holds of the teacher; after its last epoch the first comes again."""
         spec, cached = self.augmenter.draw_spec, self.teacher
@@ -334,6 +338,7 @@ class SharedPass:
     def keep(self, batches: int) -> None:
         """Remember so many batches, those of a step; none where nobody else asks."""
         self._kept = batches
+        self._known.clear()
 
     def __call__(self, batch: Batch, *, turned: bool) -> tuple[TeacherPass, Tensor, bool]:
         """What the teacher gives, the originals' pixels, all four turns of them where wanted, and whether it was asked
@@ -376,7 +381,7 @@ def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
             needs = frozenset().union(*(task.loss.needs for task in alike)) & FEATURE_NEEDS
             branches = Branches([first.augmenter])
             first._pass = SharedPass(TeacherStep(first.teacher, branches, None, first._compile_mode, needs))
-        first._pass.keep(accumulation)
+        first.remember(accumulation)
         for task in alike[1:]:
             task._pass, task.goodness, task.entropy_log = first._pass, first.goodness, first.entropy_log
 
