@@ -262,7 +262,7 @@ def _row(path: Path, command: str, options: Any) -> tuple[Any, ...]:
         assert (type(options.loss), options.loss.temperature, options.model) == (losses.HSAKD, 3.0, f"{net}_aux")
         teacher, weights = options.teacher.name.removesuffix("_aux"), options.teacher.weights
         (kind,) = (kind for kind in ("joint", "frozen") if weights.startswith(f"runs/hsakd/{kind}/{teacher}_aux/last/"))
-        return command, teacher, net, kind, options.data.share or 1.0
+        return command, teacher, net, kind, options.data.share
     kind = ("frozen" if frozen else "joint") if options.model.endswith("_aux") else "alone"
     assert kind == "alone" or options.output == f"runs/hsakd/{kind}/{net}_aux"  # where the students' recipes look
     assert (options.weights is not None) == frozen
