@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalisation
-from dalikd.kd.known_weights import check_sha256, file_and_member, identify, open_weights, published_classes
+from dalikd.kd.known_weights import (
+    NET_NAME,
+    check_sha256,
+    file_and_member,
+    file_and_net,
+    identify,
+    open_weights,
+    published_classes,
+)
 from dalikd.kd.rotation import TURNS
 
 __all__ = [
@@ -261,25 +269,26 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str,
     The prefixes "module." and "_orig_mod." are removed where every key has them.
 
     Args:
-        path: the file; a torch file may be a member of a tar, FILE.tar:MEMBER.
+        path: the file; a torch file may be a member of a tar, FILE.tar:MEMBER. Of nets that learned together and lie
+            in one file, all their keys beginning with "net1." or "net2.", FILE:net1 takes the first.
         sha256: checksum that it must have, or its leading digits; it is read only if it has.
 
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
         ValueError: the file is damaged, has another checksum, is not a checkpoint, needs unsafe unpickling, or holds
-            no state_dict.
+            no state_dict; or it holds several nets and none of them is named, or the other way round.
     """
-    path = _existing(path)
+    net, path = file_and_net(path)[1], _existing(path)
     if sha256 is not None:
         check_sha256(path, sha256)
     identify(path)  # a known file's name with another content is an error
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-    return _strip_prefixes(_find_state_dict(content, path))
+    return _one_net(_strip_prefixes(_find_state_dict(content, path)), net, path)
 
 
 def _existing(path: str | Path) -> Path:
-    path, (file, member) = Path(path), file_and_member(path)
+    path, (file, member) = file_and_net(path)[0], file_and_member(path)
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name the weights file in it")
     if not file.is_file():
@@ -363,6 +372,18 @@ def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in weights)), None):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
+
+
+def _one_net(weights: dict[str, Tensor], net: str, path: Path) -> dict[str, Tensor]:
+    """The net that is named, of a file of several; of any other file the only one."""
+    nets = list(dict.fromkeys(key.partition(".")[0] for key in weights))
+    if len(nets) < 2 or not all(re.fullmatch(NET_NAME, name) for name in nets):
+        if net:
+            raise ValueError(f"{path} holds one net alone: leave out :{net}")
+        return weights
+    if net not in nets:
+        raise ValueError(f"{path} holds {len(nets)} nets: name one of them, {' or '.join(f'{path}:{n}' for n in nets)}")
+    return {key.removeprefix(f"{net}."): value for key, value in weights.items() if key.startswith(f"{net}.")}
 
 
 def _check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path, strict: bool) -> None:

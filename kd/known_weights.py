@@ -5,7 +5,8 @@ the file or by the digits that its publisher put into its name, the net by its p
 published training script or log. Files whose checksum nobody published are known by the folders that their publisher
 puts them in. Other files work as well; what they need is said by hand.
 
-A file may be a member of a tar, `FILE.tar:MEMBER`, which is read without unpacking it.
+A file may be a member of a tar, `FILE.tar:MEMBER`, which is read without unpacking it. Of a file of several nets one is
+meant by its name, `FILE:net1`.
 """
 
 import hashlib
@@ -27,9 +28,11 @@ from dalikd.kd.backbones.layers import Normalisation
 __all__ = [
     "KNOWN",
     "LAYOUTS",
+    "NET_NAME",
     "KnownWeights",
     "check_sha256",
     "file_and_member",
+    "file_and_net",
     "file_sha256",
     "identify",
     "open_weights",
@@ -37,6 +40,8 @@ __all__ = [
     "weights_digest",
 ]
 
+#: what nets that learned together are called in one file
+NET_NAME = r"net\d+"
 _FEWEST_DIGITS = 8  # of a checksum, as in published file names
 
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -173,7 +178,7 @@ def identify(path: str | Path) -> KnownWeights | None:
     Raises:
         ValueError: it has the name of a known file and another content.
     """
-    path = Path(path)
+    path = file_and_net(path)[0]
     digest = file_sha256(path)
     for known in KNOWN:
         if digest.startswith(known.sha256):
@@ -222,8 +227,16 @@ def _sha256(path: Path, size: int, changed: int, inode: int) -> str:  # noqa: AR
 
 def file_and_member(path: str | Path) -> tuple[Path, str]:
     """The file on the disk, and which member of it is meant where it is a tar; empty: the file itself."""
+    path = file_and_net(path)[0]
     tar, _, member = str(path).partition(".tar:")
-    return (Path(f"{tar}.tar"), member) if member and not Path(path).exists() else (Path(path), "")
+    return (Path(f"{tar}.tar"), member) if member and not Path(path).exists() else (path, "")
+
+
+def file_and_net(path: str | Path) -> tuple[Path, str]:
+    """The path of a file, and which of several nets in it is meant, as in FILE:net1; empty: the only one."""
+    file, _, net = str(path).rpartition(":")
+    chosen = re.fullmatch(NET_NAME, net) and not Path(path).exists()
+    return (Path(file), net) if chosen else (Path(path), "")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dalikd.kd.losses import WeightedSum
 from dalikd.tools.bench.commands import BENCHMARKS
 from dalikd.tools.cli import parse
 from dalikd.tools.layers import OPTIONS, options_class
@@ -111,6 +112,15 @@ def test_command_lines_parse(command: str, arguments: list[str], workplace: Path
         )
     options = read_study(arguments).options if command == "study" else parse(command, arguments)[0]
     assert isinstance(options, options_class(command))
+
+
+def test_losses_in_the_guides_parse(workplace: Path) -> None:
+    blocks = [block for block in _blocks("yaml") if block.startswith("distill:")]
+    assert len(blocks) > 1
+    for block in blocks:
+        (workplace / "loss.yaml").write_text(block, encoding="utf-8")
+        options, _ = parse("distill", ["--config", "my.yaml", "--config", "loss.yaml"])
+        assert isinstance(options.loss, WeightedSum)
 
 
 def test_every_command_is_shown() -> None:

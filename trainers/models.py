@@ -51,8 +51,8 @@ class TeacherConfig:
 
     Args:
         name: its architecture, such as resnet56, wrn_40_2 or timm:resnet34.
-        weights: its weights file (.pt, .pth, .th, .safetensors), also one in a tar, as FILE.tar:MEMBER; or "pretrained"
-            for timm's own.
+        weights: its weights file (.pt, .pth, .th, .safetensors), also one in a tar, as FILE.tar:MEMBER; of a file of
+            two nets that learned together one is FILE:net1; or "pretrained" for timm's own.
         args: options of the architecture.
         sha256: checksum that the weights file must have, or its leading digits (at least 8).
         mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were

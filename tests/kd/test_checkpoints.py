@@ -322,6 +322,51 @@ def test_a_plain_net_becomes_the_backbone_of_one_with_heads(freeze, nets, tmp_pa
         load_weights(headed, tmp_path / "w.pth")
 
 
+@pytest.fixture(scope="module")
+def pair(nets, tmp_path_factory):
+    """The file of two nets that learned together, as published ones are, and the nets."""
+    torch.manual_seed(1)
+    both = nn.ModuleDict({"net1": copy.deepcopy(nets[0]), "net2": create_model("resnet8_aux", 3)})
+    path = tmp_path_factory.mktemp("pair") / "resnet8_resnet8.pth.tar"
+    torch.save({"net": both.state_dict(), "acc": 78.2, "epoch": 239, "optimizer": {"state": {}}}, path)
+    return path, both
+
+
+@pytest.mark.parametrize("name", ["net1", "net2"])
+@pytest.mark.parametrize("place", ["file", "tar", "safetensors"])
+def test_of_a_pairs_file_one_net_is_named(pair, name, place, tmp_path):
+    path, both = pair
+    if place == "tar":
+        with tarfile.open(tmp_path / "pairs.tar", "w") as archive:
+            archive.add(path, f"pairs/{path.name}")
+        path = f"{tmp_path / 'pairs.tar'}:{path.name}"
+    elif place == "safetensors":
+        path = tmp_path / "pair.safetensors"
+        save_file(prefixed(both.state_dict(), "module."), path)
+    headed, plain = create_model("resnet8_aux", 3), create_model("resnet8", 3)
+    for net, part in ((headed, both[name]), (plain, both[name].backbone)):
+        load_weights(net, f"{path}:{name}")
+        assert_same(net, part)
+    load_backbone(headed, f"{path}:{name}")
+    assert known_weights.file_sha256(f"{path}:{name}") == known_weights.file_sha256(path)
+
+
+def test_a_pairs_file_without_a_name_and_a_name_without_a_pair_are_refused(pair, nets, tmp_path):
+    path, _ = pair
+    for wrong in ("", ":net0"):
+        with pytest.raises(ValueError, match=rf"holds 2 nets: name one of them, {path}:net1 or {path}:net2$"):
+            load_weights(nets[1], f"{path}{wrong}")
+    torch.save(nets[1].state_dict(), alone := tmp_path / "alone.pth")
+    with pytest.raises(ValueError, match=r"alone\.pth holds one net alone: leave out :net1$"):
+        read_state_dict(f"{alone}:net1")
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*absent\.pth$"):
+        read_state_dict(f"{tmp_path / 'absent.pth'}:net1")
+    odd = tmp_path / "odd:net1"  # a file of that name
+    torch.save(nets[1].state_dict(), odd)
+    assert read_state_dict(odd).keys() == nets[1].state_dict().keys()
+    assert read_origin(f"{path}:net1") == Origin()
+
+
 @pytest.mark.parametrize(("file", "net"), [("MobileNetV2", "mobilenetV2"), ("mobilenetV2", "MobileNetV2")])
 @pytest.mark.parametrize("suffix", ["", "_aux"])
 def test_the_two_mobilenets_are_told_apart(file, net, suffix, tmp_path):

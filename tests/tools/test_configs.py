@@ -40,7 +40,8 @@ def _name(path: Path) -> str:
 def _commands(path: Path) -> list[tuple[str, list[str]]]:
     """Command and arguments of each command line in the header, of `dalikd` itself or of a launcher."""
     pattern = re.compile(r"^#   (?:dalikd |.*-m dalikd\.tools\.)(\w+) +(.*)$", re.MULTILINE)
-    return [(command, shlex.split(arguments)) for command, arguments in pattern.findall(path.read_text("utf-8"))]
+    lines = re.sub(r" \\\n#    ", "", path.read_text("utf-8"))  # one line each
+    return [(command, shlex.split(arguments)) for command, arguments in pattern.findall(lines)]
 
 
 def test_there_are_recipes():
@@ -49,8 +50,14 @@ def test_there_are_recipes():
 
 
 @cache
-def _parsed(command: str, path: Path) -> tuple[Any, dict[str, Any]]:
-    return parse(command, ["--config", str(path)])
+def _parsed(command: str, path: Path, *words: str) -> tuple[Any, dict[str, Any]]:
+    return parse(command, ["--config", str(path), *words])
+
+
+def _options(command: str, path: Path, arguments: list[str]) -> Any:
+    """Of a command line in a recipe's header."""
+    _, _, *words = arguments
+    return _parsed(command, path, *([] if words == ["--data.root", "DATA"] else words))[0]
 
 
 @cache
@@ -77,7 +84,8 @@ def test_a_recipe_of_a_probe_has_the_published_protocol(path):
 @pytest.mark.parametrize("path", [path for path in RECIPES if path not in PROBING], ids=_name)
 def test_a_recipe_parses_for_every_command(path):
     measured = "measure" in [command for command, _ in _commands(path)]
-    commands = ["train", *["distill"] * (path in DISTILLING), *["measure", "evaluate"] * measured]
+    mutual = "mutual" in [command for command, _ in _commands(path)]
+    commands = ["train", *["distill"] * (path in DISTILLING), *["measure", "evaluate"] * measured, *["mutual"] * mutual]
     parsed = {command: _parsed(command, path)[0] for command in commands}
     nets, names = [parsed["train"].model], [parsed["train"].augmentation]
     if path in DISTILLING:
@@ -89,7 +97,7 @@ def test_a_recipe_parses_for_every_command(path):
         assert parsed["distill"].data.name == parsed["measure"].data.name
         names += parsed["measure"].augmentation
     assert augmentation_names(names)
-    for options in (parsed[command] for command in ("train", "distill") if command in parsed):
+    for options in (parsed[command] for command in ("train", "distill", "mutual") if command in parsed):
         parameter = torch.nn.Parameter(torch.zeros(1))
         assert options.optimizer([parameter]).param_groups[0]["lr"] > 0
     for name in nets:
@@ -112,7 +120,8 @@ def test_the_recipes_of_cifar100_have_one_protocol(path, command):
     """Whether a recipe spells it out or leaves it to the defaults."""
     options, plain = _parsed(command, path)
     assert {name: attrgetter(name)(options) for name in _CRD} == _CRD
-    rate = 0.01 if options.model in ("MobileNetV2", "ShuffleV1", "ShuffleV2") else 0.05
+    slow = ("MobileNetV2", "mobilenetV2", "ShuffleV1", "ShuffleV2")
+    rate = 0.01 if options.model.removesuffix("_aux") in slow else 0.05
     expected = {"lr": rate, "momentum": 0.9, "weight_decay": 0.0005}
     assert plain["optimizer"]["init_args"].items() >= expected.items()
 
@@ -125,16 +134,15 @@ def test_a_recipe_says_what_it_is_for(path):
     assert "Hardware:" in text
     commands = _commands(path)
     assert commands
-    assert all(f"configs/{_name(path)}" in arguments for _, arguments in commands)
+    assert all(arguments[:2] == ["--config", f"configs/{_name(path)}"] for _, arguments in commands)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
-def test_the_commands_in_the_header_parse(path, monkeypatch):
-    monkeypatch.chdir(FOLDER.parent)
+def test_the_commands_in_the_header_parse(path):
     for command, arguments in _commands(path):
-        plain = arguments == ["--config", f"configs/{_name(path)}", "--data.root", "DATA"]
-        options, _ = _parsed(command, path) if plain else parse(command, arguments)
-        net = {"train": "model", "probe": "run" if "--run" in arguments else "weights"}.get(command, "teacher.name")
+        options = _options(command, path, arguments)
+        probed = "run" if "--run" in arguments else "weights"
+        net = {"train": "model", "mutual": "model", "probe": probed}.get(command, "teacher.name")
         assert attrgetter(net)(options)
         if command == "distill" and options.augmentation == "identity":
             # the comparison on augmented images would be that on the originals, over again
@@ -149,16 +157,50 @@ METHODS = [
 ]
 
 
+def _few(tree: Path) -> list[str]:
+    """Options: few and small images, on a CPU."""
+    words = ["--data.name", "imagefolder", "--data.root", str(tree), "--data.threads", "1", "--data.val_limit", "3"]
+    return [
+        *words,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--batch_size",
+        "8",
+        "--mix.group",
+        "8",
+        "--compile",
+        "off",
+    ]
+
+
+def _trains_two_steps(options: Any, folder: Path) -> None:
+    setup = open_run(options, start("cpu", "fp32"))
+    task = options.build(setup)
+    loader = task.loader(setup)
+    loop = Loop(task, loader, loader, options, setup.accelerator, RunFolder(folder, writes=False), {})
+    loop.model.train()
+    trained = torch.nn.ModuleDict(task.nets)
+    before = [values.clone() for values in trained.parameters()]
+    for _ in range(2):
+        loop.step()
+    loader.close()
+    terms = loop.meter.means()
+    assert all(map(math.isfinite, terms.values())), terms
+    assert len(terms) > 2
+    assert any((old != new).any() for old, new in zip(before, trained.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recipe_of_each_method_trains_two_steps(method, tree, tmp_path):
     """The first one that names it, on few and small images; of large nets smaller ones."""
     text = rf"class_path: dalikd\.kd\.losses\.{method}\b"
     path = min(
-        (path for path in DISTILLING if re.search(text, path.read_text())), key=lambda path: "imagenet" in path.parts
+        (path for path in DISTILLING if re.search(text, path.read_text())),
+        key=lambda path: ("imagenet" in path.parts, "ResNet50" in path.stem),
     )
-    words = ["--data.name", "imagefolder", "--data.root", str(tree), "--data.threads", "1", "--data.val_limit", "3"]
-    words += ["--device", "cpu", "--precision", "fp32", "--batch_size", "8", "--mix.group", "8", "--compile", "off"]
-    options, _ = parse("distill", ["--config", str(path), *words])
+    options, _ = parse("distill", ["--config", str(path), *_few(tree)])
     large = options.teacher.name.startswith("timm:")
     name, side, args = ("timm:resnet18", 64, {"img_size": 64}) if large else (options.teacher.name, 32, {})
     torch.manual_seed(0)
@@ -170,19 +212,72 @@ def test_a_recipe_of_each_method_trains_two_steps(method, tree, tmp_path):
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     asked = replace(options.teacher, name=name, weights=str(tmp_path / "teacher.pt"))
     options = replace(options, teacher=asked, data=replace(options.data, image_size=side), model_args=args)
-    setup = open_run(options, start("cpu", "fp32"))
-    task = options.build(setup)
-    loader = task.loader(setup)
-    loop = Loop(task, loader, loader, options, setup.accelerator, RunFolder(tmp_path, writes=False), {})
-    loop.model.train()
-    before = [values.clone() for values in task.nets["student"].parameters()]
-    for _ in range(2):
-        loop.step()
-    loader.close()
-    terms = loop.meter.means()
-    assert all(map(math.isfinite, terms.values())), terms
-    assert len(terms) > 2
-    assert any((old != new).any() for old, new in zip(before, task.nets["student"].parameters(), strict=True))
+    _trains_two_steps(options, tmp_path)
+
+
+def test_the_recipe_of_nets_that_learn_together_trains_two_steps(tree, tmp_path):
+    words = ["--config", str(FOLDER / "hsakd/cifar100/mutual.yaml"), *_few(tree), "--model", "resnet8_aux"]
+    options, _ = parse("mutual", [*words, "--data.image_size", "32"])
+    _trains_two_steps(options, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- HSAKD
+
+HSAKD = [path for path in RECIPES if path.parent.parent.name == "hsakd"]
+_CIFAR_PAIRS = (
+    *("wrn_40_2 wrn_16_2", "wrn_40_2 wrn_40_1", "resnet56 resnet20", "resnet32x4 resnet8x4", "vgg13_bn mobilenetV2"),
+    *("ResNet50 mobilenetV2", "wrn_40_2 ShuffleV1", "resnet32x4 ShuffleV2"),
+)
+_IMAGENET_PAIR = "resnet34_imagenet resnet18_imagenet"
+_ONLINE = "wrn_40_2 wrn_40_1 resnet56 resnet32x4 vgg13_bn mobilenetV2 ShuffleV1 ShuffleV2 resnet18_imagenet"
+#: what the published tables have a row or a column of: the command and its nets, and how the teacher has learned
+_ROWS = {
+    *(
+        ("distill", *pair.split(), kind, 1.0)
+        for pair in (*_CIFAR_PAIRS, _IMAGENET_PAIR)
+        for kind in ("joint", "frozen")
+    ),
+    *(("distill", "resnet56", "resnet20", "joint", share) for share in (0.25, 0.5, 0.75)),
+    *(("train", pair.split()[0], kind) for pair in (*_CIFAR_PAIRS, _IMAGENET_PAIR) for kind in ("joint", "frozen")),
+    *(("train", pair.split()[1], "alone") for pair in (*_CIFAR_PAIRS, _IMAGENET_PAIR)),
+    *(("mutual", net) for net in _ONLINE.split()),
+}
+
+
+def _row(path: Path, command: str, options: Any) -> tuple[Any, ...]:
+    """What a command of a recipe trains, by the published settings; its nets by their names without heads."""
+    large, net = "imagenet" in path.parts, options.model.removesuffix("_aux")
+    frozen, rate = command == "train" and options.freeze_backbone, 0.05
+    if net in ("mobilenetV2", "ShuffleV1", "ShuffleV2"):
+        rate = 0.01
+    group = options.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    settings = (group["lr"], group["nesterov"], group["weight_decay"], options.batch_size)
+    assert settings == ((0.1, False, 1e-4, 256) if large else (rate, True, 5e-4, 64))
+    length = (options.epochs, options.schedule.milestones)
+    assert length == ((100, [30, 60, 90]) if large or frozen else (240, [150, 180, 210]))
+    if command == "mutual":
+        assert (options.temperature, options.model) == (3.0, f"{net}_aux")
+        return command, net
+    if command == "distill":
+        assert (type(options.loss), options.loss.temperature, options.model) == (losses.HSAKD, 3.0, f"{net}_aux")
+        teacher, weights = options.teacher.name.removesuffix("_aux"), options.teacher.weights
+        (kind,) = (kind for kind in ("joint", "frozen") if weights.startswith(f"runs/hsakd/{kind}/{teacher}_aux/last/"))
+        return command, teacher, net, kind, options.data.share
+    kind = ("frozen" if frozen else "joint") if options.model.endswith("_aux") else "alone"
+    assert kind == "alone" or options.output == f"runs/hsakd/{kind}/{net}_aux"  # where the students' recipes look
+    assert (options.weights is not None) == frozen
+    return command, net, kind
+
+
+def test_hsakds_recipes_are_every_row_of_its_tables_each_in_a_folder_of_its_own():
+    folders: dict[str, tuple[Any, ...]] = {}
+    for path in HSAKD:
+        for command, arguments in _commands(path):
+            options = _options(command, path, arguments)
+            row = _row(path, command, options)
+            folder = options.output or f"{command}-{options.data.name}-{options.model}"
+            assert folders.setdefault(folder, row) == row  # a teacher serves several pairs
+    assert {*folders.values()} == _ROWS
 
 
 # ------------------------------------------------------------------------------------------------------- studies

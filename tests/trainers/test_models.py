@@ -333,6 +333,42 @@ def test_hsakds_checkpoints_and_wrong_nets_say_what_they_are(make_source, monkey
         build_teacher(TeacherConfig("resnet20", str(path)), make_source(classes=100))
 
 
+HEADED = ("resnet8_aux", "train_teacher_cifar_arch_resnet8_aux_dataset_cifar100_seed0/resnet8_aux.pth.tar")
+PAIR = ("resnet8_aux", "train_online_kd_cifar_arch_resnet8_resnet8_dataset_cifar100_seed0/resnet8_resnet8.pth.tar")
+
+
+@pytest.mark.parametrize(("name", "file", "member"), [(*HEADED, ""), (*PAIR, ":net1"), (*PAIR, ":net2")])
+def test_hsakds_nets_with_heads_and_pairs_of_them_teach_and_are_evaluated(
+    make_source, monkeypatch, tmp_path, name, file, member
+):
+    monkeypatch.setenv("DALIKD_CACHE", str(tmp_path / "cache"))
+    source, path, net = make_source(classes=10), tmp_path / file, create_model(name, 10)
+    path.parent.mkdir()
+    both = torch.nn.ModuleDict({"net1": create_model(name, 10), "net2": create_model(name, 10)})
+    both[member[1:] or "net1"] = net
+    torch.save({"net": (both if member else net).state_dict(), "acc": 78.5, "epoch": 239}, path)
+    config = TeacherConfig(name, f"{path}{member}")
+    teacher = build_teacher(config, source)
+    for found in (teacher, build_model(name, source, weights=config.weights)):
+        assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.model.state_dict().items())
+    assert _statistics(teacher)[0] == pytest.approx([0.5071, 0.4867, 0.4408])
+    described = describe_teacher(config, teacher)
+    assert described["sha256"] == file_sha256(path)
+    assert described["known_as"].endswith("trained on CIFAR-100 (https://github.com/winycg/HSAKD)")
+
+
+@pytest.mark.parametrize("container", ["model", "state_dict", None])
+def test_a_published_plain_net_is_the_backbone_that_heads_start_from(make_source, tmp_path, container):
+    """As CRD's files, SSKD's and torchvision's hold it."""
+    plain = create_model("resnet8", 10)
+    content = {container: plain.state_dict(), "epoch": 240} if container else plain.state_dict()
+    torch.save(content, tmp_path / "plain.pth")
+    net = build_model("resnet8_aux", make_source(classes=10), weights=str(tmp_path / "plain.pth"), trained=True).model
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in net.backbone.state_dict().items())
+    with pytest.raises(ValueError, match="the file is of a net without auxiliary heads"):
+        build_teacher(TeacherConfig("resnet8_aux", str(tmp_path / "plain.pth")), make_source(classes=10))
+
+
 # ------------------------------------------------------------------------- how pretrained weights want to see
 
 
