@@ -165,8 +165,8 @@ def _of_one_pass(shared: Sequence[str], rates: Mapping[str, Sequence[float]]) ->
     ]
     cheaper = ratio(rates[_TOGETHER], one_by_one)["median"]
     return [
-        f"{len(shared)} students on one teacher pass ({', '.join(shared)}) are {cheaper:.2f} times as fast as one after "
-        "the other (median of the rounds' own ratios; the loader, which they share too, is not counted)."
+        f"{len(shared)} students on one teacher pass ({', '.join(shared)}) are {cheaper:.2f} times as fast as one "
+        "after the other (median of the rounds' own ratios; the loader, which they share too, is not counted)."
     ]
 
 
