@@ -166,3 +166,21 @@ def test_students_that_pick_for_themselves_share_no_pass(common, tmp_path, capsy
 def test_the_file_is_an_option_like_others(common):
     options, config = parse("distill", [*common, "--students", "some.yaml"])
     assert (options.students, config["students"]) == ("some.yaml", "some.yaml")
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_pass_as_well(common, tmp_path, start_joined):
+    entries = [{"name": "first", "model": "resnet8"}, {"name": "second", "model": "resnet8", "seed": 1, "ema": 0.5}]
+    words = [*common, "--epochs", "1", "--schedule.milestones", "[]", "--accumulation", "1", "--augmentation", "cutmix"]
+    together = ["--students", students_file(tmp_path, entries), "--output", str(tmp_path / "together")]
+    alone = ["--model", "resnet8", "--init_seed", "1", "--ema", "0.5", "--output", str(tmp_path / "alone")]
+    for name, own in (("together", together), ("alone", alone)):
+        for process in start_joined(2, tmp_path / f"printed-{name}", "distill", *words, *own):
+            process.end()
+    for name in ("student", "ema"):
+        ours, theirs = (
+            load_file(folder / "last" / f"{name}.safetensors")
+            for folder in (tmp_path / "together" / "second", tmp_path / "alone")
+        )
+        assert all(torch.equal(value, ours[key]) for key, value in theirs.items())
+    assert (tmp_path / "together" / "last" / "first.safetensors").is_file()
