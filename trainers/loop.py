@@ -240,9 +240,11 @@ class Loop:
             torch.compiler.reset()  # what many runs of one process leave behind would pass torch's limit
 
     def finish(self) -> dict[str, Any]:
-        """Write results.json after the last step, and return its content."""
+        """Write what there is after the last step, and return the content of results.json."""
         results = {**self._results(finished=True), "sha256": self.folder.checksums()}
         self.folder.results(results)
+        if self.accelerator.is_main_process:
+            self.task.finish(self.folder.path)
         return results
 
     def _log_interval(self, bar: tqdm) -> None:

@@ -114,9 +114,6 @@ def _run(
         loop.folder.start(config, None if options.resume is None else loop.progress.step)
     accelerator.wait_for_everyone()
     results = run_together(loops)
-    if accelerator.is_main_process:
-        for loop in loops:
-            loop.task.finish(loop.folder.path)
     return [{**found, "folder": str(loop.folder.path)} for found, loop in zip(results, loops, strict=True)]
 
 
