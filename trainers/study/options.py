@@ -22,11 +22,12 @@ class StudyOptions:
 
     Args:
         pairs: teachers and students, each a net's name, or {name, args, label} and any option of training for that net
-            alone; a teacher may have weights (a file, or "pretrained"), otherwise it is trained. Equal names with
-            different settings need a label each.
+            alone; a teacher may have weights (a file, or "pretrained"), otherwise it is trained; with freeze_backbone
+            true its auxiliary heads are, on these weights. Equal names with different settings need a label each.
         augmentation: names as for measure.
-        methods: ways to distil by their names, each with options of distill, as {at: {loss: AT}}; default: the one that
-            the study's own options say.
+        methods: ways to distil by their names, each with options of distill, as {at: {loss: AT}}; with heads: true the
+            student has auxiliary heads (NAME_aux), as {hsakd: {heads: true}}. Default: the one that the study's own
+            options say.
         stddev: measure T. stddev; false: compare the students alone.
         seeds: of the students; teacher and measure use --seed.
         epoch_factor: how much longer students are trained than --epochs says, one or several factors.
@@ -70,6 +71,8 @@ class StudyOptions:
                 raise ValueError(
                     f"methods: {name!r}: {settings!r}: give names of letters and digits, each with options of distill"
                 )
+            if not isinstance(settings.get("heads", False), bool):
+                raise ValueError(f"methods.{name}.heads is {settings['heads']!r}: give true or false")
         if not (math.isfinite(self.poll_seconds) and self.poll_seconds > 0):
             raise ValueError(f"--poll_seconds {self.poll_seconds:g}: give seconds above 0")
         self.share()
@@ -94,7 +97,8 @@ class Net:
         label: its name in tables and folders.
         weights: its weights, or None if it is to be trained.
         args: options of the architecture.
-        settings: options of training for this net alone, by their dotted names; where it has weights, of a teacher.
+        settings: options of training for this net alone, by their dotted names, weights that it starts from among them;
+            where it has weights, of a teacher.
         taken: of each command the settings that it takes too: train, evaluate.
     """
 

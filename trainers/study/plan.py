@@ -35,7 +35,8 @@ class Axes:
         augmentations: their names, and of each whether a student scores its candidates.
         seeds: of the students; the student that scores candidates has the first.
         factors: of the students' epochs; the student that scores candidates has the first.
-        methods: their names, and of each the options of distill, by their dotted names.
+        methods: their names, and of each the options of distill, by their dotted names; "heads" is none of them, and
+            says whether the student has auxiliary heads.
         stddev: whether T. stddev is measured.
     """
 
@@ -89,7 +90,8 @@ class Work:
     """Images that go through nets.
 
     Attributes:
-        trained: forward and backward through the net that is trained.
+        trained: forward and backward through the net that is trained; each quarter turn counts.
+        turned: of these, quarter turns, whose auxiliary heads are computed, in the teacher too.
         asked: through the teacher.
         scored: through a student that ranks candidates.
         evaluated: through the net that is evaluated.
@@ -101,10 +103,11 @@ class Work:
     scored: int = 0
     evaluated: int = 0
     flops: float = 0.0
+    turned: int = 0
 
     def __add__(self, other: Self) -> "Work":
         """Both."""
-        names = ("trained", "asked", "scored", "evaluated", "flops")
+        names = ("trained", "asked", "scored", "evaluated", "flops", "turned")
         return Work(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
@@ -268,6 +271,8 @@ def _distill(
 ) -> Cell:
     asked, needs = _asked(pair.teacher, folder, ema)
     settings = {**_model(pair.student), **asked, **pair.student.settings, **of_it}
+    if settings.pop("heads", False):
+        settings["model"] = pair.student.name.removesuffix("_aux") + "_aux"  # the same net without them: a fair row
     settings |= {"augmentation": augmentation, "epoch_factor": factor, "seed": seed}
     return Cell(distill_name(pair, factor, augmentation, seed, method), "distill", settings, needs)
 

@@ -59,7 +59,7 @@ def _names(options: type) -> set[str]:
 
 _TRAINED_TEACHER = _names(TrainOptions) - _SET_BY_THE_STUDY
 _STUDENT = _names(DistillOptions) - _SET_BY_THE_STUDY
-_METHOD = _STUDENT - {"data"}
+_METHOD = _STUDENT - {"data"} | {"heads"}
 _GIVEN_TEACHER = _names(TeacherConfig) - {"name", "weights", "args", "cache"}
 
 #: the commands that cells are calls of
@@ -197,7 +197,7 @@ def read_pairs(options: StudyOptions, trains_teachers: bool) -> list[Pair]:
         raise ValueError("a study needs pairs: give a config with `pairs: [{teacher: resnet56, student: resnet20}]`")
     pairs = [_read_pair(f"pairs[{index}]", entry) for index, entry in enumerate(options.pairs)]
     for index, pair in enumerate(pairs):
-        if pair.teacher.weights is None and not trains_teachers:
+        if pair.teacher.weights is None and "weights" not in pair.teacher.settings and not trains_teachers:
             raise ValueError(
                 f"pairs[{index}]: the teacher {pair.teacher.label} has no weights, and the config no `train:` section "
                 "to train it by: give one of them"
@@ -242,11 +242,14 @@ def _read_net(place: str, entry: Any, allowed: set[str]) -> Net:
         if not isinstance(value, kind):
             raise ValueError(f"{place}.{key} is {value!r}: give a {'group of options' if kind is dict else 'text'}")
     settings = dict(_dotted({key: value for key, value in given.items() if key not in _OF_A_NET}))
-    _check_settings(place, settings, allowed if weights is None else _GIVEN_TEACHER)
+    started = weights is not None and settings.get("freeze_backbone") is True  # its heads are trained on its weights
+    _check_settings(place, settings, allowed if weights is None or started else _GIVEN_TEACHER)
     taken = {
         command: {key: value for key, value in settings.items() if key.split(".")[0] in names}
         for command, names in (("train", _names(TrainOptions)), ("evaluate", _names(EvaluateOptions)))
     }
+    if started:
+        settings, weights = {**settings, "weights": weights}, None
     return Net(given["name"], re.sub(r"[^\w.+-]+", "-", label), weights, args, settings, taken)
 
 
@@ -258,9 +261,15 @@ def _check_settings(place: str, settings: dict[str, Any], allowed: set[str]) -> 
 
 def _known(allowed: set[str]) -> str:
     if allowed is _METHOD:
-        return "a method takes options of distill for the student, such as loss; nets, augmentations and seeds are axes"
+        return (
+            "a method takes options of distill for the student, such as loss, and heads (true: the student NAME_aux); "
+            "nets, augmentations and seeds are axes"
+        )
     if allowed is _GIVEN_TEACHER:
-        return f"a teacher with weights is not trained, and takes name, weights, args, label, {', '.join(allowed)}"
+        return (
+            f"a teacher with weights is not trained, and takes name, weights, args, label, {', '.join(allowed)}; with "
+            "freeze_backbone: true its auxiliary heads are, and it takes options of training"
+        )
     return "a net takes name, args, label and options of training, such as optimizer.lr"
 
 
@@ -358,7 +367,7 @@ def _check_options(options: Any, opened: Opened) -> list[Augmenter]:
         try_step(options.optimizer([weights]))
     augmenters = [opened.augmenter(name, options) for name in names]
     _check_batches(options, opened.sizes(options))
-    parts = ("model", "model_args", "mean", "std", "reinit", "freeze_student", "compile")
+    parts = ("model", "model_args", "weights", "mean", "std", "reinit", "freeze_backbone", "freeze_student", "compile")
     key = [type(options).__name__, names, asdict(options.data), *(getattr(options, part, None) for part in parts)]
     if isinstance(options, DistillOptions):
         key += [type(options.loss).__name__, sorted(options.loss.needs), str(vars(options.loss)), options.teacher.name]
@@ -373,7 +382,8 @@ def _check_nets(options: TrainingOptions | MeasureOptions, opened: Opened, augme
     nets = [(options.model, options.model_args)]
     if isinstance(options, DistillOptions | MeasureOptions):
         nets.append((options.teacher.name, options.teacher.args))
-    with torch.device("meta"):
+    starts = isinstance(options, TrainingOptions) and options.weights is not None  # a file is read to see if it fits
+    with torch.device("cpu" if starts else "meta"):
         if isinstance(options, TrainingOptions):
             student = options.build_student(Setup(options, cast(Accelerator, _AnyMachine()), *opened.sources(options)))
             if isinstance(options, TrainOptions):
@@ -389,7 +399,7 @@ def _check_loss(options: DistillOptions, model: str, teacher: str, source: Sourc
     """The nets give what the loss needs, and go together in it; and it goes with the augmentation."""
     built = deepcopy(options.loss)
     check_views(built, augmenter)
-    if not built.needs and type(built).build is DistillationLoss.build:
+    if not built.needs and type(built).build is DistillationLoss.build and not model.endswith("_aux"):
         return
     student, asked = (
         Normalized(create_model(name, len(source.classes), **args), (0.5,) * 3, (0.5,) * 3)

@@ -92,6 +92,10 @@ def _explanation(results: dict[str, Any]) -> str:
         f"Students: {spread} {seeds}, on all validation images. `last` is the last epoch. `best` is the epoch with the "
         "highest top1 on these images themselves, which flatters it: compare by `last`."
     )
+    if headed := [name for name, settings in study["methods"].items() if settings.get("heads")]:
+        lines.append(
+            f"Students of {', '.join(headed)} are trained with auxiliary heads; the figures are of their own logits."
+        )
     if study["stddev"]:
         lines.append(
             "Bars in the plots: the standard error of T. stddev across, the spread over the seeds up and down."

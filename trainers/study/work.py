@@ -15,6 +15,7 @@ from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.study.plan import Work
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.trial import ask
 
 __all__ = ["Sizes", "forward_flops", "work"]
@@ -44,7 +45,7 @@ def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Wo
         ValueError: an unknown net, or options that it does not take.
     """
     if isinstance(options, EvaluateOptions):
-        done = Work(evaluated=sizes.val_images)
+        done = Work(evaluated=_evaluated(options, sizes))
     elif isinstance(options, MeasureOptions):
         done = _measuring(options, sizes, augmenters)
     else:
@@ -53,11 +54,27 @@ def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Wo
 
 
 def _flops(options: Any, done: Work, sizes: Sizes) -> float:
-    own = (1 + _BACKWARD) * done.trained + done.scored + done.evaluated
-    total = own * forward_flops(options.model, options.model_args, sizes) if options.model else 0.0
+    total, learnt = 0.0, (1 + _BACKWARD) * done.trained
+    if isinstance(options, TrainOptions) and options.freeze_backbone:
+        learnt = done.trained
+    if options.model:
+        net = options.model, options.model_args, sizes
+        total += (learnt + done.scored + done.evaluated) * forward_flops(*net)
+        if _has_heads(options.model):
+            total += ((1 + _BACKWARD) * done.turned + done.evaluated) * heads_flops(*net)
     if done.asked:
-        total += done.asked * forward_flops(options.teacher.name, options.teacher.args, sizes)
+        teacher = options.teacher.name, options.teacher.args, sizes
+        total += done.asked * forward_flops(*teacher) + (done.turned and done.turned * heads_flops(*teacher))
     return total
+
+
+def _has_heads(name: str | None) -> bool:
+    return name is not None and name.endswith("_aux")
+
+
+def _evaluated(options: Any, sizes: Sizes) -> int:
+    """Auxiliary heads are evaluated on all quarter turns."""
+    return sizes.val_images * (TURNS if _has_heads(options.model) else 1)
 
 
 def _measuring(options: MeasureOptions, sizes: Sizes, augmenters: Sequence[Augmenter]) -> Work:
@@ -73,14 +90,17 @@ def _training(options: TrainingOptions, sizes: Sizes, augmenters: Sequence[Augme
     epochs = round(options.epochs * options.epoch_factor)
     images = epochs * (sizes.train_images // options.batch_size * options.batch_size)  # the short last step is dropped
     evaluations = sum(epoch % options.eval_every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
-    evaluated = evaluations * sizes.val_images
+    evaluated = evaluations * _evaluated(options, sizes)
     if not isinstance(options, DistillOptions):
-        return Work(trained=images, evaluated=evaluated)
+        turned = TURNS * images if _has_heads(options.model) else 0
+        return Work(trained=turned or images, evaluated=evaluated, turned=turned)
     (augmenter,) = augmenters
     shown = _share(augmenter) if augmenter.makes_candidates else 0.0
     asked = augmenter.runs if _teacher_sees_all(augmenter) else shown
     scored = augmenter.runs if _student_scores(augmenter) else 0
-    return Work(round(images * (1 + shown)), round(images * (1 + asked)), images * scored, evaluated)
+    turned = TURNS * images if "turned" in options.loss.needs else 0
+    trained, answered = (round((turned or images) + images * share) for share in (shown, asked))
+    return Work(trained, answered, images * scored, evaluated, turned=turned)
 
 
 def _teacher_sees_all(augmenter: Augmenter) -> bool:
@@ -97,20 +117,31 @@ def _share(augmenter: Augmenter) -> float:
     return 1.0 if augmenter.n_pick is None else augmenter.n_pick / augmenter.group
 
 
-def forward_flops(name: str, args: dict[str, Any], sizes: Sizes) -> float:
+def heads_flops(name: str, args: dict[str, Any], sizes: Sizes) -> float:
+    """`forward_flops` of the auxiliary heads alone."""
+    return forward_flops(name, args, sizes, heads=True) - forward_flops(name, args, sizes)
+
+
+def forward_flops(name: str, args: dict[str, Any], sizes: Sizes, *, heads: bool = False) -> float:
     """Floating-point operations of a net for one image, without computing anything.
+
+    Args:
+        name: of the net.
+        args: its options.
+        sizes: of the images.
+        heads: whether auxiliary heads are computed, where the net has any.
 
     Raises:
         ValueError: an unknown net, options that it does not take, or images.
     """
-    key = (name, repr(args), sizes.classes, sizes.side)
+    key = (name, repr(args), sizes.classes, sizes.side, heads)
     if key not in _FLOPS:
         with torch.device("meta"):
             net = create_model(name, sizes.classes, **args).eval()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                ask(getattr(net, "logits", net), torch.empty(1, 3, sizes.side, sizes.side), name)
+                ask(net if heads else getattr(net, "logits", net), torch.empty(1, 3, sizes.side, sizes.side), name)
         _FLOPS[key] = float(counter.get_total_flops())
     return _FLOPS[key]
 
 
-_FLOPS: dict[tuple[str, str, int, int], float] = {}
+_FLOPS: dict[tuple[str, str, int, int, bool], float] = {}
