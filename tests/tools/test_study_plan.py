@@ -37,6 +37,11 @@ def _pairs(*pairs: Any) -> dict[str, Any]:
     return {"study": {"pairs": list(pairs)}}
 
 
+def _with_heads(methods: dict[str, Any], teacher: Any = "resnet14_aux") -> dict[str, Any]:
+    pair = {"teacher": teacher, "student": "resnet8"}
+    return {"study": {"pairs": [pair], "augmentation": ["identity"], "methods": methods, "stddev": False}}
+
+
 def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return {
         key: {**content.get(key, {}), **change[key]} if isinstance(change.get(key), dict) else change.get(key, value)
@@ -138,6 +143,23 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
             "--dry_run true",
             "pairs[0].teacher: timm:resnet18's pretrained weights have 1000 classes, the data set has 3",
         ),
+        (
+            _with_heads({"kd": {"heads": True, "loss": {"class_path": "dalikd.kd.losses.KD"}}}),
+            "",
+            "distill/resnet14_aux_resnet8/x1/identity/kd/seed0: --loss KD leaves the student's auxiliary heads without",
+        ),
+        (
+            _with_heads({"hsakd": {"loss": {"class_path": "dalikd.kd.losses.HSAKD"}}}),
+            "",
+            "/hsakd/seed0: the student has no auxiliary heads, the teacher 3",
+        ),
+        (_with_heads({"hsakd": {"heads": True}}, teacher="resnet14"), "", "3 auxiliary heads, the teacher none"),
+        (_with_heads({"hsakd": {"model": "vgg8_aux"}}), "", "methods.hsakd.model cannot be set here; a method takes"),
+        (
+            _with_heads({"hsakd": {"heads": True}}, teacher={"name": "resnet14_aux", "freeze_backbone": True}),
+            "",
+            "teachers/resnet14_aux: --freeze_backbone true keeps a backbone as its weights are: give them",
+        ),
         ({}, "--pair resnet14/vgg8", "--pair resnet14/vgg8: there is no such pair, there are resnet14/resnet8"),
         ({"epochs": "many"}, "", "epochs"),
         ({}, "--report true", "--report true: there is no study in"),
@@ -200,6 +222,49 @@ def test_students_of_shares_learn_from_a_teacher_of_all_images(content, tmp_path
         **{f"students/resnet8-{share}": images for share, images in ((0.5, 48), (1.0, 96))},
         **{f"distill/resnet14_resnet8-{share}": 2 * images for share, images in ((0.5, 48), (1.0, 96))},
     }
+
+
+def test_hsakd_is_a_row_beside_other_methods(content, tmp_path, recwarn):
+    """All rows ask one teacher, whose heads are trained on given weights."""
+    torch.manual_seed(0)
+    torch.save(create_model("resnet14", 3).state_dict(), tmp_path / "plain.pt")
+    losses = "dalikd.kd.losses"
+    parts = [{"class_path": f"{losses}.HSAKD"}, {"class_path": f"{losses}.AT", "init_args": {"ce_weight": 0}}]
+    methods = {
+        "kd": {"loss": {"class_path": f"{losses}.KD", "init_args": {"kd_mix_share": 0}}},
+        "hsakd": {"heads": True},
+        "both": {"heads": True, "loss": {"class_path": f"{losses}.WeightedSum", "init_args": {"losses": parts}}},
+    }
+    teacher = {"name": "resnet14_aux", "weights": str(tmp_path / "plain.pt"), "freeze_backbone": True, "epochs": 2}
+    del content["train"]
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump(_over(content, _with_heads(methods, teacher))))
+    ready = make_ready(read_study(["--config", str(path), "--output", str(folder)]))
+    keep_config(folder, ready.reading.config)
+    made = {cell.name: parse(cell.command, shlex.split(command_line(ready, cell))[2:])[0] for cell in ready.cells}
+    trained = made.pop("teachers/resnet14_aux")
+    assert (trained.weights, trained.freeze_backbone, trained.epochs) == (str(tmp_path / "plain.pt"), True, 2)
+    assert made.pop("students/resnet8/x1/seed0").model == "resnet8"
+    found = {name.split("/")[-2]: (options.model, type(options.loss).__name__) for name, options in made.items()}
+    assert found == {
+        "kd": ("resnet8", "KD"),
+        "hsakd": ("resnet8_aux", "HSAKD"),
+        "both": ("resnet8_aux", "WeightedSum"),
+    }
+    assert {options.teacher.name for options in made.values()} == {"resnet14_aux"}
+    assert not [warning for warning in recwarn if "no-op" in str(warning.message)]  # of weights that are read in vain
+
+
+def test_a_frozen_backbones_weights_are_read_before_any_work(content, tmp_path):
+    torch.save(create_model("resnet8", 3).state_dict(), tmp_path / "plain.pt")
+    teacher = {"name": "resnet14_aux", "weights": str(tmp_path / "plain.pt"), "freeze_backbone": True}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(_over(content, _with_heads({"hsakd": {"heads": True}}, teacher))))
+    with pytest.raises(ValueError, match=r"teachers/resnet14_aux: .*plain.pt"):
+        make_ready(read_study(["--config", str(path)]))
+    (tmp_path / "plain.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"plain.pt"):
+        make_ready(read_study(["--config", str(path)]))
 
 
 def test_options_for_another_machine_can_be_planned(content, tmp_path, capsys):

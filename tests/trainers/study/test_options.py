@@ -19,6 +19,30 @@ def test_another_shard_is_refused(shard):
         StudyOptions(shard=shard)
 
 
+def test_heads_are_there_or_not():
+    assert StudyOptions(methods={"hsakd": {"heads": True}}).methods["hsakd"] == {"heads": True}
+    with pytest.raises(ValueError, match=r"methods.hsakd.heads is 3: give true or false"):
+        StudyOptions(methods={"hsakd": {"heads": 3}})
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (
+            {"teacher": {"name": "vgg13_aux", "weights": "x", "freeze_backbone": False}},
+            r"teacher.freeze_backbone cannot be set here; a teacher with weights is not .* with freeze_backbone: true",
+        ),
+        (
+            {"student": {"name": "vgg8_aux", "weights": "x", "freeze_backbone": True}},
+            "student.freeze_backbone cannot be",
+        ),
+    ],
+)
+def test_a_frozen_backbone_is_a_trained_teachers(net, message):
+    with pytest.raises(ValueError, match=rf"pairs\[0\].{message}"):
+        _read({"teacher": "vgg13_aux", "student": "vgg8", **net})
+
+
 def test_a_net_is_a_name_or_says_more():
     (pair,) = _read(
         {

@@ -63,6 +63,46 @@ def test_the_options_of_a_cell_say_where_it_goes():
     assert cells["measure"].result == "measure/vgg13_vgg8.json"
 
 
+def test_a_method_may_train_the_student_with_heads():
+    methods = {"kd": {}, "hsakd": {"heads": True, "loss": "HSAKD"}, "plain": {"heads": False}}
+    axes = Axes({"identity": False}, (0,), (1.0,), methods, stddev=False)
+    pairs = _pairs(
+        ("vgg13_aux", {"name": "vgg8", "args": {"x": 1}}), ("vgg13_aux", "wrn_16_2"), ("vgg13_aux", "vgg8_aux")
+    )
+    cells = {cell.name: cell.settings for cell in plan(pairs, axes, FOLDER)}
+    models = {
+        name.removeprefix("distill/vgg13_aux_"): found["model"] for name, found in cells.items() if "distill" in name
+    }
+    assert models == {
+        f"{student}/x1/identity/{method}/seed0": model
+        for student, plain in (("vgg8", "vgg8"), ("wrn_16_2", "wrn_16_2"), ("vgg8_aux", "vgg8_aux"))
+        for method, model in (("kd", plain), ("hsakd", f"{student.removesuffix('_aux')}_aux"), ("plain", plain))
+    }
+    assert not any("heads" in found for found in cells.values())
+    made = cells["distill/vgg13_aux_vgg8/x1/identity/hsakd/seed0"]
+    assert (made["loss"], made["model_args"], made["teacher.name"]) == ("HSAKD", {"x": 1}, "vgg13_aux")
+    assert cells["students/vgg8/x1/seed0"]["model"] == "vgg8"  # labels alone
+
+
+def test_heads_are_trained_on_given_weights():
+    teacher = {"name": "vgg13_aux", "weights": "file.pt", "freeze_backbone": True, "epochs": 3, "ema": 0.9}
+    cells = {cell.name: cell for cell in plan(_pairs((teacher, "vgg8"), trains=False), AXES, FOLDER)}
+    made = cells["teachers/vgg13_aux"]
+    assert (made.command, made.settings) == (
+        "train",
+        {"model": "vgg13_aux", "weights": "file.pt", "freeze_backbone": True, "epochs": 3, "ema": 0.9},
+    )
+    asking = cells["distill/vgg13_aux_vgg8/x1/flip/seed7"]
+    assert asking.needs == ("teachers/vgg13_aux",)
+    assert asking.settings["teacher.weights"] == "out/teachers/vgg13_aux/last/ema.safetensors"
+    (evaluated,) = [
+        cell
+        for cell in plan(_pairs(({**teacher, "label": "b"}, "vgg8"), ("vgg13_aux", "vgg8")), AXES, FOLDER)
+        if cell.name == "teachers/vgg13_aux"
+    ]
+    assert "weights" not in evaluated.settings  # heads and backbone from nothing, jointly
+
+
 def test_the_stop_rule_is_left_out_where_there_is_nothing_to_rank():
     def measured(**names):
         cells = plan(_pairs(("vgg13", "vgg8")), Axes(names, (0,), (1.0,)), FOLDER, stops_early=True)

@@ -45,6 +45,15 @@ def test_the_csv_holds_every_figure(folder, collected):
     assert (rows[0]["loss_last_mean"], rows[0]["t_stddev"], rows[1]["t_windows"]) == ("0.5", "", "")
 
 
+def test_figures_of_students_with_heads_are_explained(folder, collected):
+    results = collected(folder)
+    text = "auxiliary heads; the figures are of their own logits"
+    assert text not in markdown(results, "title", {})
+    methods = {"kd": {}, "hsakd": {"heads": True}, "hsakd_at": {"heads": True}, "none": {"heads": False}}
+    results["config"] = {"study": {**results["config"]["study"], "methods": methods}}
+    assert f"Students of hsakd, hsakd_at are trained with {text}." in markdown(results, "title", {})
+
+
 def _explained(results, *measurements):
     results["measured"]["measurements"] = [
         dict(zip(("cell", "images", "confidence", "not_told_apart"), one, strict=True)) for one in measurements

@@ -2,13 +2,14 @@ from dataclasses import replace
 
 import pytest
 
+from dalikd.kd.losses import HSAKD
 from dalikd.pipelines.draw_spec import View
 from dalikd.trainers.augmentation import Augmenter, MixOptions
 from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.study.plan import Work
-from dalikd.trainers.study.work import Sizes, forward_flops, work
+from dalikd.trainers.study.work import Sizes, forward_flops, heads_flops, work
 from dalikd.trainers.tasks.distill import DistillOptions
 from dalikd.trainers.tasks.supervised import TrainOptions
 
@@ -66,6 +67,47 @@ def test_distilling_shows_images_and_asks_the_teacher(augmenters, name, expected
     assert done.flops == pytest.approx((3 * done.trained + done.scored + 30) * own + done.asked * asked)
 
 
+def test_heads_are_the_stages_behind_them_over_again():
+    def conv(given, made, kernel, side):
+        return 2 * given * made * kernel**2 * side**2
+
+    second = conv(16, 32, 3, 16) + conv(32, 32, 3, 16) + conv(16, 32, 1, 16)
+    third = conv(32, 64, 3, 8) + conv(64, 64, 3, 8) + conv(32, 64, 1, 8)
+    deepest, linear = 2 * conv(64, 64, 3, 8), 2 * 64 * 4 * 10
+    assert heads_flops("resnet8_aux", {}, SIZES) == second + 2 * third + deepest + 3 * linear
+    assert forward_flops("resnet8_aux", {}, SIZES) == forward_flops("resnet8", {}, SIZES)
+
+
+@pytest.mark.parametrize(("name", "augmented"), [("identity", 0), ("cutmix", 1)])
+def test_quarter_turns_count_fourfold_and_go_through_the_heads(augmenters, name, augmented):
+    options = DistillOptions(
+        model="resnet8_aux",
+        teacher=TeacherConfig("resnet14_aux"),
+        loss=HSAKD(kd_mix_share=1.0),
+        augmentation=name,
+        batch_size=32,
+        mix=MixOptions(group=8),
+        epochs=1,
+    )
+    done = work(options, SIZES, augmenters(options, name))
+    assert _counts(done) == (96 * (4 + augmented), 96 * (4 + augmented), 0, 4 * 30)
+    (own, own_heads), (asked, asked_heads) = (
+        (forward_flops(net, {}, SIZES), heads_flops(net, {}, SIZES)) for net in ("resnet8_aux", "resnet14_aux")
+    )
+    turned = 4 * 96
+    expected = (3 * done.trained + 120) * own + (3 * turned + 120) * own_heads
+    assert done.flops == pytest.approx(expected + done.asked * asked + turned * asked_heads)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_teachers_with_heads_train_all_or_these_alone(frozen):
+    options = TrainOptions(model="resnet8_aux", batch_size=32, epochs=1, freeze_backbone=frozen, weights="file.pt")
+    done = work(options, SIZES)
+    assert _counts(done) == (4 * 96, 0, 0, 4 * 30)
+    own, heads = forward_flops("resnet8", {}, SIZES), heads_flops("resnet8_aux", {}, SIZES)
+    assert done.flops == pytest.approx(((1 if frozen else 3) * 384 + 120) * own + (3 * 384 + 120) * heads)
+
+
 def test_measuring_asks_about_the_originals_once(augmenters):
     options = MeasureOptions(teacher=TeacherConfig("resnet14"), batch_size=32, mix=MixOptions(group=8), epochs=2)
     assert _counts(work(options, SIZES, augmenters(options, "identity"))) == (0, 200, 0, 0)
@@ -83,7 +125,7 @@ def test_evaluating_sees_every_image_once():
 
 
 def test_work_adds_up():
-    assert Work(1, 2, 3, 4, 5.0) + Work(10, 20, 30, 40, 50.0) == Work(11, 22, 33, 44, 55.0)
+    assert Work(1, 2, 3, 4, 5.0, 6) + Work(10, 20, 30, 40, 50.0, 60) == Work(11, 22, 33, 44, 55.0, 66)
 
 
 def test_an_unknown_net_is_named():
