@@ -15,7 +15,6 @@ from dalikd.trainers.measure import MeasureOptions
 from dalikd.trainers.study.plan import Work
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import DistillOptions
-from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.trial import ask
 
 __all__ = ["Sizes", "forward_flops", "work"]
@@ -54,12 +53,10 @@ def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Wo
 
 
 def _flops(options: Any, done: Work, sizes: Sizes) -> float:
-    total, learnt = 0.0, (1 + _BACKWARD) * done.trained
-    if isinstance(options, TrainOptions) and options.freeze_backbone:
-        learnt = done.trained
+    total, backward = 0.0, 0.0 if getattr(options, "freeze_backbone", False) else _BACKWARD
     if options.model:
         net = options.model, options.model_args, sizes
-        total += (learnt + done.scored + done.evaluated) * forward_flops(*net)
+        total += ((1 + backward) * done.trained + done.scored + done.evaluated) * forward_flops(*net)
         if _has_heads(options.model):
             total += ((1 + _BACKWARD) * done.turned + done.evaluated) * heads_flops(*net)
     if done.asked:

@@ -101,7 +101,7 @@ def test_quarter_turns_count_fourfold_and_go_through_the_heads(augmenters, name,
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_teachers_with_heads_train_all_or_these_alone(frozen):
-    options = TrainOptions(model="resnet8_aux", batch_size=32, epochs=1, freeze_backbone=frozen, weights="file.pt")
+    options = TrainOptions(model="resnet8_aux", batch_size=32, epochs=1, freeze_backbone=frozen)
     done = work(options, SIZES)
     assert _counts(done) == (4 * 96, 0, 0, 4 * 30)
     own, heads = forward_flops("resnet8", {}, SIZES), heads_flops("resnet8_aux", {}, SIZES)
