@@ -123,10 +123,10 @@ class Teacher:
             return found
         return found.float() if isinstance(found, Tensor) else found._replace(logits=found.logits.float())
 
-    def outputs(self, pixels: Tensor, hidden: HiddenMix | None = None, *, preactivations: bool = False) -> NetOutput:
-        """The same with the features of the stages, and with what comes before their last ReLU where that is wanted."""
+    def outputs(self, pixels: Tensor, hidden: HiddenMix | None = None, **wanted: bool) -> NetOutput:
+        """The same with the features of the stages, and with what else of `Normalized.outputs` is wanted."""
         assert isinstance(self.model, Normalized)
-        return self(pixels, hidden, partial(self.model.outputs, features=True, preactivations=preactivations))
+        return self(pixels, hidden, partial(self.model.outputs, features=True, **wanted))
 
     def turned_heads(self, pixels: Tensor) -> NetOutput:
         """Logits [n, C], and those of each auxiliary head on the images in all four quarter turns, [n, 4, 4C]: one call

@@ -116,7 +116,8 @@ class TeacherStep:
         self._heads = teacher.heads if heads else 0
         self._model, self._num_classes = teacher.model, num_classes
         self._teacher: Callable[..., Any] = teacher.__call__
-        self._outputs: Callable[..., NetOutput] = partial(teacher.outputs, preactivations="preactivations" in needs)
+        wanted = {"preactivations": "preactivations" in needs, "heads": "turned" in needs}
+        self._outputs: Callable[..., NetOutput] = partial(teacher.outputs, **wanted)
         if needs and "turned" not in needs:
             self._teacher = self._outputs
         if heads:

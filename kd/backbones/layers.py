@@ -92,21 +92,24 @@ class Normalized(nn.Module):
 
         Args:
             pixels: uint8 or float, 0..255.
-            features: of the stages; auxiliary heads come with them, where the net has any.
+            features: of the stages.
             preactivations: before the stages' last ReLU; they come with the features.
-            heads: of a net that has them; they come with the features.
+            heads: auxiliary ones of a net that has them; they come with the features.
 
         Raises:
             ValueError: the net does not give them.
         """
         if not (features or preactivations or heads):
             return NetOutput(self(pixels))
-        if heads and not hasattr(self.model, "auxiliary_classifier"):
-            raise ValueError(f"{type(self.model).__name__} has no auxiliary heads: take the net NAME_aux")
-        given = getattr(self.model, "preactivations" if preactivations else "outputs", None)
+        model, has_heads = self.model, hasattr(self.model, "auxiliary_classifier")
+        if heads and not has_heads:
+            raise ValueError(f"{type(model).__name__} has no auxiliary heads: take the net NAME_aux")
+        if has_heads and not heads:
+            model = model.backbone
+        given = getattr(model, "preactivations" if preactivations else "outputs", None)
         if given is None:
             kind = "features before their last ReLU" if preactivations else "stage features"
-            raise ValueError(f"{type(self.model).__name__} gives no {kind}: take another net, or a loss without them")
+            raise ValueError(f"{type(model).__name__} gives no {kind}: take another net, or a loss without them")
         return given(self.normalize(pixels))
 
     def normalize(self, pixels: Tensor) -> Tensor:

@@ -278,6 +278,7 @@ class Distillation(Task):
         """Named terms: the loss's, and the accuracy on the originals."""
         pixels, augmented, joint = inputs.pixels, inputs.augmented, self.joint_forward
         wanted = {"features": self._features, "preactivations": "preactivations" in self.loss.needs}
+        wanted["heads"] = self._turned
         if inputs.hidden is not None and augmented is not None:
             student, mixed_logits = mixed_forward(
                 self.student, pixels, augmented, inputs.hidden, joint=joint, features=self._features
@@ -444,10 +445,13 @@ def build_loss(
     modes = {part: part.training for part in student.modules()}
     with torch.no_grad():
         featured = bool(of_teacher) or "heads" in needs
-        own = student.eval().outputs(black(student), features=featured, preactivations=before)
+        wanted = {"features": featured, "preactivations": before}
+        heads = "turned" in needs and isinstance(student.model, AuxiliaryNet)
+        own = student.eval().outputs(black(student), **wanted, heads=heads)
         given, classifier, norms = NetOutput(torch.zeros(2, num_classes)), None, ()
         if isinstance(teacher, Teacher) and of_teacher:
-            given = teacher.outputs(black(teacher.model), preactivations=before)
+            heads = "turned" in needs and isinstance(teacher.model.model, AuxiliaryNet)
+            given = teacher.outputs(black(teacher.model), preactivations=before, heads=heads)
             classifier = _classifier(teacher.model) if "teacher_classifier" in needs else None
             norms = teacher.norms if "teacher_norms" in needs else ()
     for part, training in modes.items():

@@ -171,13 +171,16 @@ def test_with_pixels_logits_cost_no_head_and_heads_come_where_asked_for():
     assert torch.equal(net.outputs(pixels).logits, logits)
     torch.testing.assert_close(Teacher(copy.deepcopy(net))(pixels), logits)
     assert calls == []
-    for wanted in ({"heads": True}, {"features": True}, {"preactivations": True}):
+    for wanted in ({"features": True}, {"preactivations": True}):
         found = net.outputs(pixels, **wanted)
+        with_heads = net.outputs(pixels, **wanted, heads=True)
         assert torch.equal(found.logits, logits)
-        assert [head.shape for head in found.heads] == [(2, 12)] * 3
-        assert len(found.preactivations) == (3 if "preactivations" in wanted else 0)
-    assert len(calls) == 3
-    assert len(Teacher(net).outputs(pixels).heads) == 3
+        assert (found.heads, [head.shape for head in with_heads.heads]) == ((), [(2, 12)] * 3)
+        assert len(found.features) == len(with_heads.features) == 5
+        assert len(found.preactivations) == len(with_heads.preactivations) == (3 if "preactivations" in wanted else 0)
+    assert len(calls) == 2
+    teacher = Teacher(net)
+    assert (len(teacher.outputs(pixels).heads), len(teacher.outputs(pixels, heads=True).heads)) == (0, 3)
     plain = Normalized(create_model("resnet8", 3), (0.5,) * 3, (0.2,) * 3)
     with pytest.raises(ValueError, match="ResNet has no auxiliary heads: take the net NAME_aux"):
         plain.outputs(pixels, heads=True)
