@@ -4,6 +4,7 @@ Augmentations share runs: what CutMix makes is also the first candidate of CutMi
 originals and about each run in one call, or a few large ones, and what it gives for each pool and pick is gathered.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,16 @@ from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import Criterion, PoolOutputs, entropy, pick_rows
 from dalikd.kd.rotation import TURNS, rotations
 
-__all__ = ["Branch", "BranchOutputs", "Teacher", "TeacherPass", "batch_statistics", "entropies", "teacher_pass"]
+__all__ = [
+    "Branch",
+    "BranchOutputs",
+    "Teacher",
+    "TeacherPass",
+    "Teachers",
+    "batch_statistics",
+    "entropies",
+    "teacher_pass",
+]
 
 Net = Callable[..., Any]  # pixels [n, 3, S, S] -> logits [n, C], or NetOutput; perhaps with a HiddenMix
 StudentPart = Literal["candidates", "originals", "everything"]
@@ -141,6 +151,59 @@ class Teacher:
         return NetOutput(found.logits[::TURNS], heads=tuple(heads))
 
 
+class Teachers:
+    """Several teachers that answer as one: with a weighted mean of their logits.
+
+    softmax(sum_k w_k z_k / T) is the weighted geometric mean of the teachers' softened distributions, renormalised, by
+    the same weights at every temperature T. Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv
+    1503.02531, take the arithmetic or the geometric mean of an ensemble's distributions as targets.
+
+    By entropy, the weights are of each image: w_k exp(-H_k), renormalised, where H_k in nats is the entropy of the
+    teacher's distribution at temperature 1, so that a teacher which is sure counts more. Kwon et al., "Adaptive
+    Knowledge Distillation Based on Entropy", ICASSP 2020, give teachers of lower entropy a larger share; this form of
+    it is dalikd's own.
+
+    Args:
+        teachers: at least one, for the same classes, on one device.
+        names: of them, for people.
+        weights: one above 0 for each; what counts is their ratio. Default: equal.
+        by_entropy: whether the weights are multiplied by exp(-H) for each image.
+
+    Attributes:
+        teachers: all of them.
+        weights: theirs; their sum is 1.
+        model: their nets.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        *,
+        by_entropy: bool = False,
+    ) -> None:
+        weights = weights or [1.0] * len(teachers)
+        self.teachers, self.names, self.by_entropy = tuple(teachers), tuple(names), by_entropy
+        self.weights = tuple(weight / math.fsum(weights) for weight in weights)
+        self.model = nn.ModuleList([teacher.model for teacher in teachers])
+
+    def __call__(self, pixels: Tensor, hidden: HiddenMix | None = None) -> NetOutput:
+        """Their logits as one [n, C], and those of each; arguments as of a Teacher, asked once each."""
+        each = tuple(teacher(pixels, hidden) for teacher in self.teachers)
+        return NetOutput(self.combine(each), each=each)
+
+    def combine(self, each: Sequence[Tensor]) -> Tensor:
+        """One logits [n, C] of those of each teacher, [n, C]."""
+        shares: Iterable[Any] = self.weights
+        if self.by_entropy:
+            pairs = zip(self.weights, each, strict=True)
+            sure = torch.stack([math.log(weight) - entropy(logits) for weight, logits in pairs])
+            shares = sure.softmax(dim=0).unsqueeze(2)  # [teachers, n, 1]
+        parts = [share * logits for share, logits in zip(shares, each, strict=True)]
+        return torch.stack(parts).sum(dim=0)
+
+
 class Branch(NamedTuple):
     """One augmentation: the runs it is made of, and how candidates are picked out of several."""
 
@@ -160,6 +223,7 @@ class BranchOutputs(NamedTuple):
     picks: Tensor | None = None  # int64 [n], where something is picked: places in the pool
     pool_logits: Tensor | None = None  # [runs * B, C], then; of the net that scores: the teacher, or the student alone
     heads: tuple[Tensor, ...] = ()  # [n, ...] each, the teacher's, where it is asked for them
+    each: tuple[Tensor, ...] = ()  # [n, C] each, of several teachers, whose combination `logits` are
 
 
 class TeacherPass(NamedTuple):
@@ -219,7 +283,7 @@ def teacher_pass(
     everything, picks, alone = student_part == "everything", {}, {}
     if turned is not None:
         teachers.outputs = turned.map(lambda rows: rows[::TURNS])
-        teachers.logits[originals] = teachers.outputs.logits
+        teachers.given[originals] = teachers.outputs
     students.ask(sorted(scored | whole if everything else scored), originals=student_part != "candidates")
     for asked in (False, True):  # first what a student picks by itself
         if asked:
@@ -227,7 +291,7 @@ def teacher_pass(
         for number, (branch, pool) in enumerate(zip(branches, pools, strict=True)):
             if branch.criterion is None or branch.criterion.needs_teacher != asked:
                 continue
-            outputs = PoolOutputs(teachers.logits.get(pool), students.logits.get(pool), teachers.logits.get(originals))
+            outputs = PoolOutputs(teachers.logits(pool), students.logits(pool), teachers.logits(originals))
             scores = branch.criterion.score(outputs, group).reshape(-1, len(pixels))
             picks[number] = pick_rows(scores, group, branch.n_pick)
             if not asked and not whole.issuperset(pool):  # the teacher is asked about the picks alone
@@ -236,22 +300,21 @@ def teacher_pass(
 
     found = []
     for number, (branch, pool, asked) in enumerate(zip(branches, pools, by_teacher, strict=True)):
-        mixed, of_student = shown[pool], students.logits[pool] if everything and student is not None else None
+        mixed, of_student = shown[pool], students.logits(pool) if everything and student is not None else None
         if branch.criterion is None:
             assert len(pool) == 1
-            heads = teachers.heads.get(pool, ())
-            found.append(BranchOutputs(mixed, own, teachers.logits[pool], of_student, heads=heads))
+            given = teachers.given[pool]
+            found.append(BranchOutputs(mixed, own, given.logits, of_student, heads=given.heads, each=given.each))
             continue
         chosen, images, rows = picks[number], pool, picks[number]
         if number in alone:  # what was asked about is all of it picks
             images, rows = (alone[number],), slice(None)
         mixed = shown[images] if number in alone else mixed.take(chosen)
-        logits = teachers.logits[images][rows]
-        heads = tuple(head[rows] for head in teachers.heads.get(images, ()))
+        given, scoring = teachers.given[images].take(rows), (teachers if asked else students).logits(pool)
         of_student = None if of_student is None else of_student[chosen]
-        scoring = (teachers if asked else students).logits[pool]
-        found.append(BranchOutputs(mixed, chosen % len(pixels), logits, of_student, chosen, scoring, heads))
-    return TeacherPass(teachers.outputs, tuple(found), students.logits.get(originals), turned)
+        stems, beside = chosen % len(pixels), (given.heads, given.each)
+        found.append(BranchOutputs(mixed, stems, given.logits, of_student, chosen, scoring, *beside))
+    return TeacherPass(teachers.outputs, tuple(found), students.logits(originals), turned)
 
 
 def entropies(originals: Tensor, outputs: BranchOutputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,8 +362,11 @@ class _Answers:
     pools: Sequence[tuple[int, ...]]  # numbers whose images and logits are wanted together
     most: int | None  # images in a call; None for all
     outputs: Any = None  # on the originals
-    logits: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by number, and of whole pools
-    heads: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)  # the same, where the net gives them
+    given: dict[tuple[int, ...], NetOutput] = field(default_factory=dict)  # by number, and for whole pools; no features
+
+    def logits(self, pool: tuple[int, ...]) -> Tensor | None:
+        """On the images of these numbers; None where it was not asked about them."""
+        return self.given[pool].logits if pool in self.given else None
 
     def ask(self, numbers: Iterable[int], *, originals: bool) -> None:
         """Ask about those, as many at once as a call may hold; first about what is not mixed inside the net."""
@@ -315,10 +381,8 @@ class _Answers:
         for call in filter(None, calls):
             self._call(call)
         for pool in self.pools:
-            if pool not in self.logits and all((run,) in self.logits for run in pool):
-                self.logits[pool] = torch.cat([self.logits[(run,)] for run in pool])
-                heads = zip(*(self.heads.get((run,), ()) for run in pool), strict=True)
-                self.heads[pool] = tuple(map(torch.cat, heads))
+            if pool not in self.given and all((run,) in self.given for run in pool):
+                self.given[pool] = NetOutput.join([self.given[(run,)] for run in pool])
                 if pool not in shown:
                     shown[pool] = Mixed.join([shown[(run,)] for run in pool])
 
@@ -329,22 +393,22 @@ class _Answers:
         images = parts[0].images if len(parts) == 1 else torch.cat([part.images for part in parts])  # may become float
         hidden = [part.hidden for part in parts if part.layer is not None]
         found = self.net(images, *([HiddenMix(*map(torch.cat, zip(*hidden, strict=True)))] if hidden else []))
-        logits = found if isinstance(found, Tensor) else found.logits
-        heads, sizes = () if isinstance(found, Tensor) else found.heads, [len(part.images) for part in parts]
-        pieces = logits.split(sizes)
-        self.logits |= {(number,): piece for number, piece in zip(call, pieces, strict=True)}
-        of_heads = zip(*(head.split(sizes) for head in heads), strict=True)
-        self.heads |= {(number,): pieces for number, pieces in zip(call, of_heads, strict=False)}
-        batch = 0
+        outputs = NetOutput(found) if isinstance(found, Tensor) else found
+        given, stop, batch = _without_features(outputs), 0, 0
+        for number, part in zip(call, parts, strict=True):
+            start, stop = stop, stop + len(part.images)
+            self.given[(number,)] = given.take(slice(start, stop))
         if call[0] == _ORIGINALS:
             batch = len(parts[0].images)
-            if isinstance(found, Tensor):
-                self.outputs = NetOutput(pieces[0])
-            else:  # copied: a part of it would keep the features of the whole pool through the student's step
-                self.outputs = found if len(call) == 1 else found.first(batch).map(torch.clone)
-            self.logits[(_ORIGINALS,)] = self.outputs.logits
+            self.outputs = outputs if len(call) == 1 else outputs.first(batch)
+            if len(call) > 1 and outputs.features:  # a part would keep those of the whole pool through a student's step
+                self.outputs = self.outputs.map(torch.clone)
+            self.given[(_ORIGINALS,)] = _without_features(self.outputs)
         rest = tuple(call[1:] if batch else call)
         if len(rest) > 1 and rest in self.pools:  # joined already
-            self.logits[rest] = logits[batch:]
-            self.heads[rest] = tuple(head[batch:] for head in heads)
+            self.given[rest] = given.take(slice(batch, None))
             self.shown[rest] = Mixed.join(parts[len(call) - len(rest) :], images[batch:])
+
+
+def _without_features(outputs: NetOutput) -> NetOutput:
+    return outputs._replace(features=(), preactivations=())

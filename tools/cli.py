@@ -44,7 +44,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "teacher": (),
     "method": (
-        *("task", "augmentation", "loss", "joint_forward", "label_smoothing", "knn", "metric", "entropy_log_every"),
+        *("task", "teachers", "teacher_weights", "teacher_ensemble"),
+        *("augmentation", "loss", "joint_forward", "label_smoothing", "knn", "metric", "entropy_log_every"),
         *("window", "metrics", "confidence", "stop_confidence", "per_class"),
     ),
     "mix": (),

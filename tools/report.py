@@ -33,6 +33,8 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
     last = results["last"]
     if last.get("t_stddev") is not None:
         print(f"T. stddev while training: {last['t_stddev']:.6f}")
+        for teacher in last.get("teachers", ()):
+            print(f"  {teacher['name']} alone: {teacher['t_stddev']:.6f}")
     elif "windows" in last:
         print(f"T. stddev while training: too few windows ({last['windows']} of at least 2; 640 teacher outputs each)")
     print(f"weights: {results['folder']}/last/{results['evaluated']}")

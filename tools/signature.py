@@ -92,7 +92,7 @@ def expand_path(option: str, path: str) -> str:
 
 
 def expand_paths(values: dict[str, Any], types: Mapping[str, Any], prefix: str = "", place: str = "--") -> None:
-    """Expand the paths among options, in place.
+    """Expand the paths among options, in place; in lists of groups too, which may still be the text of a command line.
 
     Args:
         values: of options, as nested dictionaries; names may be dotted.
@@ -101,13 +101,33 @@ def expand_paths(values: dict[str, Any], types: Mapping[str, Any], prefix: str =
         place: what comes before their names in messages.
 
     Raises:
-        ValueError: as `expand_path`.
+        ValueError: as `expand_path`; or a list of groups holds something else.
     """
     for key, value in values.items():
-        if isinstance(value, dict):
+        name = f"{prefix}{key}".removesuffix("+")
+        group = element(types.get(name))
+        if isinstance(group, type) and is_dataclass(group):
+            values[key] = _expanded_groups(value, group, f"{place}{name}")
+        elif isinstance(value, dict):
             expand_paths(value, types, f"{prefix}{key}.", place)
-        elif isinstance(value, str | Path) and is_path(types.get(f"{prefix}{key}")):
+        elif isinstance(value, str | Path) and is_path(types.get(name)):
             values[key] = type(value)(expand_path(f"{place}{prefix}{key}", str(value)))
+
+
+def _expanded_groups(given: Any, group: type, option: str) -> Any:
+    """A list of groups of options, or one of them, with paths expanded; read first if it is text."""
+    try:
+        found = yaml.safe_load(given) if isinstance(given, str) else given
+    except yaml.YAMLError:
+        return given  # the parser says what is wrong with it
+    types = option_types(group)
+    for number, entry in enumerate(found if isinstance(found, list) else [found], start=1):
+        if entry is not None and not isinstance(entry, dict):
+            raise ValueError(
+                f"{option}, entry {number} is {entry}: give its options, {{{next(iter(types))}: VALUE, …}}"
+            )
+        expand_paths(entry or {}, types, place=f"{option}, entry {number}: ")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- words and lists

@@ -16,7 +16,16 @@ from dalikd.kd.manifold import hidden_mixing, mixed_forward
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import pick_count
 from dalikd.kd.rotation import TURNS
-from dalikd.kd.teacher import Branch, BranchOutputs, StudentPart, Teacher, TeacherPass, batch_statistics, teacher_pass
+from dalikd.kd.teacher import (
+    Branch,
+    BranchOutputs,
+    StudentPart,
+    Teacher,
+    TeacherPass,
+    Teachers,
+    batch_statistics,
+    teacher_pass,
+)
 from dalikd.pipelines.draw_spec import Batch, MixDraws
 from dalikd.trainers.augmentation import Augmenter, joint_draws
 from dalikd.trainers.launch import CompileMode, check_compiler
@@ -81,7 +90,7 @@ class TeacherStep:
     `torch.compiler.cudagraph_mark_step_begin()`, which the caller calls once a step.
 
     Args:
-        teacher: frozen.
+        teacher: frozen; or several, which are asked for logits alone.
         branches: the augmentations; training has one.
         student: as `teacher_pass` calls it; for criteria that need it, and for `student_part`.
         compile_mode: of torch.compile, or off.
@@ -99,7 +108,7 @@ class TeacherStep:
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: Teacher | Teachers,
         branches: Branches,
         student: "StudentScores | None" = None,
         compile_mode: CompileMode = "off",
@@ -113,16 +122,18 @@ class TeacherStep:
         check_compiler(compile_mode)
         self._branches, self._student, self._images_per_call = branches, student, images_per_call
         self._student_part: StudentPart = student_part
-        self._heads = teacher.heads if heads else 0
+        self._heads = 0
         self._model, self._num_classes = teacher.model, num_classes
         self._teacher: Callable[..., Any] = teacher.__call__
-        wanted = {"preactivations": "preactivations" in needs, "heads": "turned" in needs}
-        self._outputs: Callable[..., NetOutput] = partial(teacher.outputs, **wanted)
-        if needs and "turned" not in needs:
-            self._teacher = self._outputs
-        if heads:
-            self._teacher = teacher.turned_heads
-            self._images_per_call = None if images_per_call is None else images_per_call // TURNS
+        self._outputs: Callable[..., NetOutput] = teacher.__call__
+        if isinstance(teacher, Teacher):
+            wanted = {"preactivations": "preactivations" in needs, "heads": "turned" in needs}
+            self._outputs = partial(teacher.outputs, **wanted)
+            if needs and "turned" not in needs:
+                self._teacher = self._outputs
+            if heads:
+                self._heads, self._teacher = teacher.heads, teacher.turned_heads
+                self._images_per_call = None if images_per_call is None else images_per_call // TURNS
         self._pass = self._pass_of_tensors
         if compile_mode == "off":
             return

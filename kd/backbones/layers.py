@@ -30,12 +30,20 @@ class NetOutput(NamedTuple):
             classifier sees.
         preactivations: of each stage, before its last ReLU, [n, C, H, W].
         heads: logits of auxiliary heads, [n, classes of the head] each.
+        each: of several nets that answer as one, the logits of each, [n, classes].
     """
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
     preactivations: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
+    each: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def join(outputs: "Sequence[NetOutput]") -> "NetOutput":
+        """What nets gave for images in several calls, one after the other."""
+        logits, *others = zip(*outputs, strict=True)
+        return NetOutput(torch.cat(logits), *(tuple(map(torch.cat, zip(*parts, strict=True))) for parts in others))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "NetOutput":
         """The same with every tensor changed."""
@@ -43,7 +51,11 @@ class NetOutput(NamedTuple):
 
     def first(self, count: int) -> "NetOutput":
         """What belongs to the first images alone."""
-        return self.map(lambda part: part[:count])
+        return self.take(slice(count))
+
+    def take(self, rows: Tensor | slice) -> "NetOutput":
+        """What belongs to some of the images, by their places."""
+        return self.map(lambda part: part[rows])
 
 
 class Normalisation(NamedTuple):

@@ -13,7 +13,7 @@ from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.manifold import manifold_mixup
 from dalikd.kd.mixing import Mixed, cutmix, mixup
 from dalikd.kd.picking import CRITERIA, STUDENT_ENTROPY, TEACHER_ENTROPY, Criterion, PoolOutputs, entropy, pick_rows
-from dalikd.kd.teacher import Branch, Teacher, TeacherPass, batch_statistics, entropies, teacher_pass
+from dalikd.kd.teacher import Branch, Teacher, TeacherPass, Teachers, batch_statistics, entropies, teacher_pass
 from dalikd.pipelines.draw_spec import MixDraws
 
 HALF = (0.5, 0.5, 0.5)
@@ -358,6 +358,96 @@ def test_features_are_those_of_the_originals_alone(student, pixels, runs, criter
     torch.testing.assert_close(found.branches[0].logits, plain.logits, rtol=0, atol=1e-10)
     for features in (*found.originals.features, *found.originals.preactivations):
         assert features.untyped_storage().nbytes() == features.nbytes
+
+
+# ----------------------------------------------------------------------------------------------- several teachers
+
+SHARES = (0.2, 0.5, 0.3)
+
+
+@pytest.fixture(scope="module")
+def several() -> list[Teacher]:
+    found = []
+    for seed in range(3):
+        torch.manual_seed(10 + seed)
+        found.append(Teacher(Normalized(_net(), (0.1 * (seed + 4),) * 3, HALF).double()))
+        found[-1].model.model[-1].weight.mul_(10)  # sure enough to differ in entropy
+    return found
+
+
+def _teachers(several: list[Teacher], by_entropy: bool) -> Teachers:
+    return Teachers(several, "abc"[: len(several)], [10 * share for share in SHARES], by_entropy=by_entropy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_mean_of_logits_is_the_geometric_mean_of_distributions(several, pixels, temperature):
+    found = _teachers(several, by_entropy=False)(pixels)
+    given = np.stack([teacher(pixels).numpy() for teacher in several])
+    powers = np.exp(given / temperature)
+    powers /= powers.sum(2, keepdims=True)
+    geometric = np.prod([distribution**share for distribution, share in zip(powers, SHARES, strict=True)], axis=0)
+    expected = geometric / geometric.sum(1, keepdims=True)
+    np.testing.assert_allclose((found.logits / temperature).softmax(1).numpy(), expected, rtol=1e-12)
+    assert all(torch.equal(own, teacher(pixels)) for own, teacher in zip(found.each, several, strict=True))
+
+
+def test_a_teacher_that_is_sure_of_an_image_counts_more_there(several, pixels):
+    found = _teachers(several, by_entropy=True)(pixels).logits
+    given = [teacher(pixels).numpy() for teacher in several]
+    for row, logits in enumerate(found.numpy()):
+        weights = []
+        for share, own in zip(SHARES, given, strict=True):
+            distribution = np.exp(own[row]) / np.exp(own[row]).sum()
+            weights.append(share * np.exp((distribution * np.log(distribution)).sum()))
+        expected = sum(weight * own[row] for weight, own in zip(weights, given, strict=True)) / sum(weights)
+        np.testing.assert_allclose(logits, expected, rtol=1e-10)
+    certain = torch.tensor([[50.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 40.0]])
+    combined = Teachers(several[:2], "ab", by_entropy=True).combine(certain)
+    torch.testing.assert_close(combined, torch.tensor([[100.0 / 3, 0.0], [0.0, 80.0 / 3]]))  # exp(-ln 2) is a half
+
+
+@pytest.mark.parametrize("by_entropy", [False, True])
+def test_one_of_several_is_itself(several, pixels, by_entropy):
+    alone = Teachers(several[:1], "a", by_entropy=by_entropy)
+    assert torch.equal(alone(pixels).logits, several[0](pixels))
+
+
+@pytest.mark.parametrize("by_entropy", [False, True])
+def test_several_pick_by_what_they_say_together_and_are_asked_once(several, pixels, by_entropy):
+    teachers, rows = _teachers(several, by_entropy), []
+    hooks = [net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))) for net in teachers.model]
+    found = _pass(teachers, pixels, criterion=TEACHER_ENTROPY)
+    for hook in hooks:
+        hook.remove()
+    assert rows == [3 * len(pixels)] * 3
+    (branch,) = found.branches
+    candidates = _candidates(pixels).images
+    pool = teachers(candidates)
+    picks = _brute_force_picks(entropy(pool.logits), len(pixels))
+    assert branch.picks is not None
+    assert branch.picks.tolist() == picks
+    assert picks != _brute_force_picks(entropy(pool.each[0]), len(pixels))
+    torch.testing.assert_close(branch.logits, pool.logits[picks])
+    torch.testing.assert_close(branch.each, tuple(own[picks] for own in pool.each))
+    torch.testing.assert_close(found.originals.each, teachers(pixels).each)
+    torch.testing.assert_close(found.originals.logits, teachers(pixels).logits)
+
+
+@pytest.mark.parametrize("criterion", [None, TEACHER_ENTROPY, STUDENT_ENTROPY])
+def test_the_pass_of_several_compiles_whole(several, student, pixels, criterion):
+    teachers, torn = _teachers(several, by_entropy=True), _runs(pixels, 1 if criterion is None else 2)
+    branch = Branch(tuple(range(len(torn))), criterion)
+
+    def ask(pixels: Tensor) -> TeacherPass:
+        return teacher_pass(teachers.__call__, pixels, torn, [branch], group=GROUP, student=student)
+
+    torch.compiler.reset()
+    found, expected = torch.compile(ask, fullgraph=True, backend="eager")(pixels), ask(pixels)
+    torch.compiler.reset()
+    assert len(found.branches[0].each) == 3
+    torch.testing.assert_close(found.originals, expected.originals)
+    torch.testing.assert_close(found.branches[0].logits, expected.branches[0].logits)
+    torch.testing.assert_close(found.branches[0].each, expected.branches[0].each)
 
 
 # --------------------------------------------------------------------------------------------------- teacher

@@ -1,6 +1,6 @@
 """Small images, nets and loops for the trainers' tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dalikd.kd.backbones import create_model, factory
 from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.losses import KD
-from dalikd.kd.teacher import Teacher
+from dalikd.kd.teacher import Teacher, Teachers
 from dalikd.pipelines.data import DataConfig
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import Loader
@@ -97,7 +97,7 @@ def loop(
     *,
     options: TrainingOptions | None = None,
     student: Normalized | None = None,
-    teacher: Normalized | None = None,
+    teacher: Normalized | Sequence[Normalized] | None = None,
     train: Source | None = None,
     val: Source | None = None,
 ) -> Loop:
@@ -116,7 +116,11 @@ def loop(
     same = DrawSpec(View(val.image_size, "center_crop", resize=val.image_size))
     if isinstance(options, DistillOptions):
         autocast = autocast_type(accelerator.mixed_precision)
-        seen_by = Teacher(teacher or net(1), accelerator.device, autocast, fold_bn=options.teacher.fold_bn)
+        nets = [teacher or net(1)] if not isinstance(teacher, Sequence) else teacher
+        asked = [Teacher(one, accelerator.device, autocast, fold_bn=options.teacher.fold_bn) for one in nets]
+        by_entropy, names = options.teacher_ensemble == "entropy", [f"net{number}" for number in range(len(nets))]
+        several = Teachers(asked, names, options.teacher_weights, by_entropy=by_entropy)
+        seen_by = several if isinstance(teacher, Sequence) else asked[0]
         task: Any = Distillation(
             student, seen_by, options.loss, augmenter, accelerator, len(train.classes), metric=options.metric,
             joint_forward=options.joint_forward, compile_mode=options.compile, side=train.image_size,

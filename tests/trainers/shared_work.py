@@ -72,7 +72,8 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 
 
 def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[str, Any]:
-    """Six accumulated steps of distillation at float64, without batch statistics; "turned" with auxiliary heads."""
+    """Six accumulated steps of distillation at float64, without batch statistics; "turned" with auxiliary heads, mixup
+    with two teachers."""
     loss, nets = KD(), [helpers.net(0, norm=False).double(), helpers.net(1).double()]
     if augmentation == "turned":
         augmentation, loss = "cutmixpick_teacher", HSAKD(kd_mix_share=1.0)
@@ -84,9 +85,11 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     )  # fmt: skip
     student, teacher = nets
     loop = helpers.loop(
-        folder / type(loss).__name__ / augmentation, accelerator, options=options, student=student, teacher=teacher
-    )
-    loop.task.goodness.window = 64
+        folder / type(loss).__name__ / augmentation, accelerator, options=options, student=student,
+        teacher=[teacher, helpers.net(2).double()] if augmentation == "mixup" else teacher,
+    )  # fmt: skip
+    for metric in (loop.task.goodness, *loop.task.goodness_of_each):
+        metric.window = 64
     for step in range(6):
         loop.step()
         if step == 2:
@@ -94,7 +97,10 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     loop.meter.share(accelerator)
     weights = {key: value.detach().clone() for key, value in student.model.state_dict().items()}
     average = {key: value.clone() for key, value in loop.averages["student"].module.state_dict().items()}
-    return {"weights": weights, "average": average, "metrics": loop.task.metrics(), "terms": loop.meter.means()}
+    metrics = loop.task.metrics()
+    for number, teacher in enumerate(metrics.pop("teachers", ())):
+        metrics |= {f"{name}{number}": value for name, value in teacher.items() if name != "name"}
+    return {"weights": weights, "average": average, "metrics": metrics, "terms": loop.meter.means()}
 
 
 class _Seen(KD):

@@ -66,6 +66,7 @@ def test_training_with_accumulation_gives_the_same_weights(one, two, augmentatio
             torch.testing.assert_close(theirs[kind][key], value, rtol=0, atol=1e-9)
     assert ours["metrics"]["windows"] == 6
     assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=0, abs=1e-9)
+    assert ("t_stddev1" in ours["metrics"]) == (augmentation == "mixup")
     assert theirs["terms"] == pytest.approx(ours["terms"], rel=0, abs=1e-9)  # of all images, not of one process's
     assert {"loss", "ce", "kd", "top1"} <= theirs["terms"].keys()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from dalikd.trainers.augmentation import Augmenter, MixOptions
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.measure import MeasureOptions
-from dalikd.trainers.models import build_teacher
+from dalikd.trainers.models import TeacherConfig, build_teacher
 from dalikd.trainers.options import FROM_0, FROM_1, check_numbers
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.tasks.base import Task
@@ -50,6 +50,9 @@ class StepOptions(DistillOptions):
     steps: int = 50
     rounds: int = 5
     warmup: int = 10
+    teachers: list[TeacherConfig] = field(default_factory=list, init=False)
+    teacher_weights: list[float] | None = field(default=None, init=False)
+    teacher_ensemble: Literal["mean", "entropy"] = field(default="mean", init=False)
     resume: FilePath | None = field(default=None, init=False)
     overwrite: bool = field(default=False, init=False)
     log_every: int = field(default=50, init=False)

@@ -49,6 +49,7 @@ __all__ = [
 _OF_A_NET = ("name", "weights", "args", "label")
 _SET_BY_THE_STUDY = {
     *("model", "model_args", "weights", "teacher", "augmentation", "epoch_factor", "seed"),
+    *("teachers", "teacher_weights", "teacher_ensemble"),
     *("output", "resume", "overwrite", "students", "init_seed"),
 }
 

@@ -245,7 +245,7 @@ class Task(nn.Module, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it from a saved run."""
 
-    def metrics(self) -> dict[str, float | int | None]:
+    def metrics(self) -> dict[str, Any]:
         """Running figures beside the terms. May wait for the device, and for other processes: all of them ask."""
         return {}
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, St
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.rotation import TURNS, rotations
-from dalikd.kd.teacher import Teacher, TeacherPass, entropies
+from dalikd.kd.teacher import Teacher, TeacherPass, Teachers, entropies
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import write_atomically
@@ -27,7 +27,7 @@ from dalikd.pipelines.loader import Loader
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import CompileMode
 from dalikd.trainers.models import TeacherConfig, describe_teacher
-from dalikd.trainers.options import NumberRange, check_numbers
+from dalikd.trainers.options import ABOVE_0, NumberRange, check_numbers
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
@@ -43,6 +43,14 @@ class DistillOptions(TrainingOptions):
 
     Args:
         teacher: the net that is imitated.
+        teachers: several nets that are imitated at once, in place of the one: a list of what the options of --teacher
+            say, [{name: resnet56, weights: a.pt}, {name: wrn_40_2, weights: b.pt}]. The student imitates a weighted
+            mean of their logits, which is the geometric mean of their distributions at every temperature; T. stddev is
+            also that of each.
+        teacher_weights: of the teachers in that mean, a number above 0 for each; what counts is their ratio. Default:
+            equal.
+        teacher_ensemble: mean: the same weights for all images; entropy: multiplied by exp(-H) for each image, where H
+            is the entropy of the teacher's distribution, so that a teacher which is sure counts more.
         students: YAML file of a list of students, each {name, model, seed of its weights, loss, optimizer, …}, that are
             distilled together: the teacher is asked once a step for all of them, and each ends as it would alone. Their
             run folders are OUTPUT/NAME, their weights OUTPUT/last/NAME.safetensors.
@@ -57,6 +65,9 @@ class DistillOptions(TrainingOptions):
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    teacher_weights: list[float] | None = None
+    teacher_ensemble: Literal["mean", "entropy"] = "mean"
     students: FilePath | None = None
     freeze_student: bool = False
     loss: DistillationLoss = field(default_factory=KD)
@@ -65,9 +76,25 @@ class DistillOptions(TrainingOptions):
     entropy_log_every: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that no training can work with."""
+        """Raises ValueError for numbers that no training can work with, and for teachers that do not go together."""
         super().__post_init__()
         check_numbers(self, {"entropy_log_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for no log")})
+        count = len(self.teachers)
+        if count and any(config.cache is not None for config in (self.teacher, *self.teachers)):
+            raise ValueError("a teacher cache holds the answers of one teacher: leave it out, or --teachers")
+        if count and self.teacher != TeacherConfig():
+            raise ValueError(
+                "--teacher and --teachers are both given: name one teacher with --teacher.name and so on, or all of "
+                "several in --teachers"
+            )
+        if not count and self.teacher_ensemble != "mean":
+            raise ValueError(f"--teacher_ensemble {self.teacher_ensemble} weighs several teachers: name --teachers")
+
+        def fit(weights: list[float]) -> bool:
+            return len(weights) == count and all(map(ABOVE_0.fits, weights))
+
+        words = f"a number above 0 for each of --teachers, {count} in all"
+        check_numbers(self, {"teacher_weights": NumberRange(fit, words)})
 
     def build_student(self, setup: Setup, *, frozen: bool = False) -> Normalized:
         """The net that is trained, or observed as its weights are."""
@@ -79,12 +106,16 @@ class DistillOptions(TrainingOptions):
         return super().build_student(setup, frozen=frozen or self.freeze_student)
 
     def build(self, setup: Setup) -> "Distillation":
-        """Both nets, joined. Where a cache holds what the teacher says, none is opened."""
+        """The nets, joined. Where a cache holds what the teacher says, no teacher is opened."""
         augmenter = setup.augmenter(self.augmentation)
-        teacher, header, digest, answers = self._teacher(setup, augmenter)
+        teacher, header, digest, answers = (
+            self._several_teachers(setup) if self.teachers else self._teacher(setup, augmenter)
+        )
         student = self.build_student(setup)
         asked = teacher.model if isinstance(teacher, Teacher) else None
-        augmenter.check_nets(self.compile, ("the teacher", asked), ("the student", student))
+        named = zip(teacher.names, teacher.model, strict=True) if isinstance(teacher, Teachers) else ()
+        several = [(f"the teacher {name}", net) for name, net in named]
+        augmenter.check_nets(self.compile, ("the teacher", asked), *several, ("the student", student))
         task = Distillation(
             student,
             teacher,
@@ -126,6 +157,28 @@ class DistillOptions(TrainingOptions):
         source = f"from a cache of {layout.epochs} epochs ({layout.storage})"
         return cached, {"teacher_cache": described}, _digest(weights, mean, std), source
 
+    def _several_teachers(self, setup: Setup) -> tuple[Teachers, dict[str, Any], str, str]:
+        """The same of several teachers."""
+        opened = []
+        for number, config in enumerate(self.teachers, start=1):
+            try:
+                opened.append(setup.teacher(config))
+            except ValueError as error:
+                raise ValueError(f"--teachers, entry {number}: {error}") from error
+        teachers = Teachers(
+            opened,
+            [str(config.name) for config in self.teachers],
+            self.teacher_weights,
+            by_entropy=self.teacher_ensemble == "entropy",
+        )
+        described, digests = [], []
+        for config, asked in zip(self.teachers, opened, strict=True):
+            assert isinstance(asked.model, Normalized)
+            described.append(describe_teacher(config, asked.model))
+            digests.append(_digest(asked.digest, *asked.model.normalisation))
+        header = {"teachers": described, "teacher_weights": list(teachers.weights)}
+        return teachers, header, f"{len(opened)} of them: {'; '.join(digests)}", "from the teachers themselves"
+
 
 def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str:
     """What a teacher's outputs depend on in the teacher; the same whether it is asked or read from a cache."""
@@ -156,11 +209,12 @@ class DistillationInputs(NamedTuple):
 
 
 class Distillation(Task):
-    """The student learns from one teacher pass a batch, and T. stddev is streamed from the same pass.
+    """The student learns from one teacher pass a batch, and T. stddev is streamed from the same pass; with several
+    teachers, that of each too.
 
     Args:
         student: takes pixels.
-        teacher: frozen; or what a cache holds of one.
+        teacher: frozen; or several of them, or what a cache holds of one.
         loss: of the outputs; parameters of its own are trained along.
         augmenter: makes the candidates.
         accelerator: processes that share each step.
@@ -180,7 +234,7 @@ class Distillation(Task):
     def __init__(
         self,
         student: Normalized,
-        teacher: Teacher | CachedTeacher,
+        teacher: Teacher | Teachers | CachedTeacher,
         loss: DistillationLoss,
         augmenter: Augmenter,
         accelerator: Accelerator,
@@ -205,10 +259,12 @@ class Distillation(Task):
         self._turned = "turned" in loss.needs
         self._compile_mode: CompileMode = compile_mode
         ask: Callable[..., TeacherPass] = teacher  # type: ignore[assignment]
-        if isinstance(teacher, Teacher):
+        if not isinstance(teacher, CachedTeacher):
             ask = TeacherStep(teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs & FEATURE_NEEDS)
         self._pass = SharedPass(ask)
+        self._names = teacher.names if isinstance(teacher, Teachers) and metric else ()
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
+        self.goodness_of_each = [TeacherStddev(num_classes, device=accelerator.device) for _ in self._names]
         self.entropy_log, self._batches = entropy_log, 0
         self.title = augmenter.name  # of its plots
         self._asked = False
@@ -225,7 +281,7 @@ class Distillation(Task):
     def loader(self, setup: Setup, accumulation: int = 1) -> Loader:
         """The batches, with what a cache holds of the teacher; after its last epoch the first comes again."""
         spec, cached = self.augmenter.draw_spec, self.teacher
-        if isinstance(cached, Teacher):
+        if not isinstance(cached, CachedTeacher):
             return setup.loader(spec, accumulation=accumulation)
         repeat = cached.cache.layout.epochs
         return setup.loader(spec, accumulation=accumulation, repeat=repeat, attach=cached.attach)
@@ -250,9 +306,12 @@ class Distillation(Task):
             check_finite(torch.cat((found.originals.logits, branch.logits)), "the teacher")
         group = self.augmenter.group
         if self.goodness is not None and fresh:
-            outputs = [(found.originals.logits, None), (branch.logits, self.augmenter.n_pick)]
-            logits, augmented = gather_outputs(self._accelerator, outputs, len(batch.labels), batch.total, group)
-            self.goodness.update(logits, augmented, group)
+            outputs = [(rows, None) for rows in (found.originals.logits, *found.originals.each)]
+            outputs += [(rows, self.augmenter.n_pick) for rows in (branch.logits, *branch.each)]
+            rows = gather_outputs(self._accelerator, outputs, len(batch.labels), batch.total, group)
+            metrics = [self.goodness, *self.goodness_of_each]
+            for number, metric in enumerate(metrics):
+                metric.update(rows[number], rows[len(metrics) + number], group)
         if self.entropy_log is not None:
             if fresh and self.entropy_log.due(self._batches):
                 by_student = self.augmenter.picked_by_student and branch.pool_logits is not None
@@ -300,17 +359,23 @@ class Distillation(Task):
         terms = self.loss(StepOutputs(student, teacher, inputs.labels, inputs.ids, inputs.epoch, mixed, turned))
         return {**terms, "top1": (student.logits.argmax(1) == inputs.labels).float().mean()}
 
-    def metrics(self) -> dict[str, float | int | None]:
-        """T. stddev and entropy so far."""
+    def metrics(self) -> dict[str, Any]:
+        """T. stddev and entropy so far; of several teachers, what they give together, and "teachers", a list of name
+        and figures of each."""
         if self.goodness is None:
             return {}
-        result = self.goodness.compute()
-        return {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": result.windows}
+        result, each = self.goodness.compute(), []
+        for name, metric in zip(self._names, self.goodness_of_each, strict=True):
+            own = metric.compute()
+            each.append({"name": name, "t_stddev": own.stddev, "t_entropy": own.entropy})
+        figures = {"t_stddev": result.stddev, "t_entropy": result.entropy, "windows": result.windows}
+        return {**figures, "teachers": each} if each else figures
 
     def get_extra_state(self) -> dict[str, Any]:
         """The state of metric and log."""
         return {
             **({} if self.goodness is None else {"goodness": self.goodness.state_dict()}),
+            **{f"goodness{number}": metric.state_dict() for number, metric in enumerate(self.goodness_of_each)},
             **({} if self.entropy_log is None else {"entropy_log": self.entropy_log.state_dict()}),
             **({} if self.entropy_log is None else {"batches": self._batches}),
         }
@@ -322,6 +387,8 @@ class Distillation(Task):
             self.entropy_log.load_state_dict(state["entropy_log"])
         if self.goodness is not None and "goodness" in state:
             self.goodness.load_state_dict(state["goodness"])
+            for number, metric in enumerate(self.goodness_of_each):
+                metric.load_state_dict(state[f"goodness{number}"])
 
 
 class SharedPass:
@@ -378,19 +445,20 @@ def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
                 f"--augmentation {first.augmenter.name} lets each student pick its own images, so that they have no "
                 "teacher pass in common: take cutmixpick_teacher, or distil the students one by one"
             )
-        if isinstance(first.teacher, Teacher):
+        if not isinstance(first.teacher, CachedTeacher):
             needs = frozenset().union(*(task.loss.needs for task in alike)) & FEATURE_NEEDS
             branches = Branches([first.augmenter])
             first._pass = SharedPass(TeacherStep(first.teacher, branches, None, first._compile_mode, needs))
         first.remember(accumulation)
         for task in alike[1:]:
-            task._pass, task.goodness, task.entropy_log = first._pass, first.goodness, first.entropy_log
+            task._pass, task.entropy_log = first._pass, first.entropy_log
+            task.goodness, task.goodness_of_each = first.goodness, first.goodness_of_each
 
 
 def build_loss(
     loss: DistillationLoss,
     student: Normalized,
-    teacher: Teacher | CachedTeacher,
+    teacher: Teacher | Teachers | CachedTeacher,
     augmenter: Augmenter,
     num_classes: int,
     side: int,
@@ -402,7 +470,7 @@ def build_loss(
     Args:
         loss: to be built.
         student: takes pixels.
-        teacher: frozen; or what a cache holds of one.
+        teacher: frozen; or several of them, or what a cache holds of one.
         augmenter: makes the augmented images.
         num_classes: of both nets.
         side: of the images in pixels.
@@ -423,6 +491,11 @@ def build_loss(
         )
     if not needs and type(loss).build is DistillationLoss.build:
         return
+    if of_teacher and isinstance(teacher, Teachers):
+        raise ValueError(
+            f"{name} needs the teacher's {', '.join(sorted(of_teacher))}, and several teachers have their logits alone "
+            "in common: take a loss on logits, such as KD, or one teacher with --teacher.name"
+        )
     if of_teacher and not isinstance(teacher, Teacher):
         raise ValueError(
             f"{name} needs the teacher's {', '.join(sorted(of_teacher))}, and a cache holds its logits alone: distil "
