@@ -1,5 +1,6 @@
 """What is wrong with a study is said before any work."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,12 @@ def _over(content: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
             "",
             "/hsakd/seed0: the student has no auxiliary heads, the teacher 3",
         ),
+        (
+            _with_heads({"at": {}, "crd": {}}),
+            "",
+            "the study has no method 'kd' to compare with: name one with --reference, of at, crd",
+        ),
+        ({}, "--reference kd", "reference: the study has no method 'kd' to compare with: leave it out"),
         (_with_heads({"hsakd": {"heads": True}}, teacher="resnet14"), "", "3 auxiliary heads, the teacher none"),
         (_with_heads({"hsakd": {"model": "vgg8_aux"}}), "", "methods.hsakd.model cannot be set here; a method takes"),
         (
@@ -265,6 +272,36 @@ def test_a_frozen_backbones_weights_are_read_before_any_work(content, tmp_path):
     (tmp_path / "plain.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"plain.pt"):
         make_ready(read_study(["--config", str(path)]))
+
+
+def test_gains_of_methods_are_reported(content, tmp_path, capsys, monkeypatch):
+    """Of made-up results, from two references in turn: the folder stays the same study."""
+    monkeypatch.setattr(Loop, "step", None)
+    loss = {"class_path": "dalikd.kd.losses.KD"}
+    methods = {"warm": {"loss": {**loss, "init_args": {"temperature": 9}}}, "kd": {"loss": loss}}
+    own = {"augmentation": ["flip", "identity"], "seeds": [0, 1], "methods": methods, "stddev": False}
+    path, folder = tmp_path / "study.yaml", tmp_path / "new"
+    path.write_text(yaml.safe_dump({**_over(content, {"study": own}), "confidence": 0.9}))
+    words = ["--config", str(path), "--output", str(folder)]
+    ready = make_ready(read_study(words))
+    keep_config(folder, ready.reading.config)
+    for cell in ready.cells:
+        gain = 0.1 * ("/warm/" in cell.name) + 0.2 * ("/flip/" in cell.name) + 0.05 * cell.settings.get("seed", 0)
+        epoch = {"epoch": 1, "val": {"loss": 1.0, "top1": 0.25 + gain, "top5": 1.0}}
+        made = {"fingerprint": {"train": "t", "val": "v"}, "versions": {}, "epochs": 1, "last": epoch, "best": epoch}
+        write_json(folder / cell.result, made)
+    study.main([*words, "--report", "true"])
+    assert "table.csv, gains.csv, results.json" in capsys.readouterr().out
+    text = (folder / "table.md").read_text()
+    assert "\n\n## Where the gains come from\n\nGains in points of top1, last epoch, over the" in text
+    assert "| warm | flip | 57.50 | +30.00 ± 0.00 | +10.00 ± 0.00 | +20.00 ± 0.00 | +10.00 ± 0.00 |  | no | 2 |" in text
+    assert "![Shares of the gain of each method](plots/gains.png)" in text
+    assert (folder / "plots/gains.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "gains.csv").read_text().count("\n") == 1 + 4
+    (found,) = json.loads((folder / "results.json").read_text())["gains"]
+    assert (found["reference"]["method"], found["confidence"], len(found["cells"])) == ("kd", 0.9, 4)
+    study.main([*words, "--report", "true", "--reference", "warm"])
+    assert "over the reference: warm, identity, x1." in (folder / "table.md").read_text()
 
 
 def test_options_for_another_machine_can_be_planned(content, tmp_path, capsys):

@@ -28,6 +28,7 @@ class StudyOptions:
         methods: ways to distil by their names, each with options of distill, as {at: {loss: AT}}; with heads: true the
             student has auxiliary heads (NAME_aux), as {hsakd: {heads: true}}. Default: the one that the study's own
             options say.
+        reference: the method that the others' gains are counted from; default: kd, or the only one that there is.
         stddev: measure T. stddev; false: compare the students alone.
         seeds: of the students; teacher and measure use --seed.
         epoch_factor: how much longer students are trained than --epochs says, one or several factors.
@@ -44,6 +45,7 @@ class StudyOptions:
     pairs: list[dict[str, Any]] = field(default_factory=list)
     augmentation: list[str] = field(default_factory=lambda: ["published"])
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reference: str | None = None
     stddev: bool = True
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     epoch_factor: list[float] = field(default_factory=lambda: [1.0])

@@ -24,7 +24,7 @@ __all__ = [
 
 
 #: options of the study that do not change what comes out
-ONE_CALL = ("pair", "shard", "share_teacher", "dry_run", "report", "poll_seconds", "output")
+ONE_CALL = ("pair", "reference", "shard", "share_teacher", "dry_run", "report", "poll_seconds", "output")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dalikd.trainers.launch import check_compiler, start
 from dalikd.trainers.measure import MeasureOptions, check_measuring
 from dalikd.trainers.models import TeacherConfig, build_model, build_teacher, check_pretrained
 from dalikd.trainers.setup import Setup
+from dalikd.trainers.study.gains import choose_reference
 from dalikd.trainers.study.options import Net, Pair, StudyOptions
 from dalikd.trainers.study.plan import Axes, Cell, Reading, Study, Work, deal, plan
 from dalikd.trainers.study.work import Sizes, work
@@ -156,6 +157,8 @@ def _axes(options: StudyOptions, measured: MeasureOptions, opened: Opened) -> Ax
     methods = {name: dict(_dotted(settings)) for name, settings in options.methods.items()} or {"": {}}
     for name, settings in methods.items():
         _check_settings(f"methods.{name}", settings, _METHOD)
+    if options.methods or options.reference is not None:
+        choose_reference(options.reference, options.methods)
     return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor), methods, options.stddev)
 
 

@@ -5,6 +5,8 @@ from typing import Any, BinaryIO
 
 from dalikd.kd.correlation import Coefficient, Correlation, draw
 from dalikd.pipelines.files import write_atomically
+from dalikd.trainers.study.gain_tables import draw_gains, gains_csv, gains_markdown
+from dalikd.trainers.study.gains import gains
 from dalikd.trainers.study.plan import Cell, Study, Work
 from dalikd.trainers.study.results import collect, points_of
 from dalikd.trainers.study.state import is_done
@@ -40,7 +42,8 @@ def print_plan(study: Study, command_line: Callable[[Cell], str]) -> None:
 
 
 def write_report(study: Study) -> dict[str, Any]:
-    """Write table.md, table.csv, plots/ and results.json from what there is, and say what is missing.
+    """Write table.md, table.csv, plots/ and results.json from what there is, and say what is missing; of a study of
+    methods gains.csv and plots/gains.png too.
 
     Returns:
         the content of results.json.
@@ -59,11 +62,33 @@ def write_report(study: Study) -> dict[str, Any]:
     text = markdown(
         results, f"{'T. stddev and students' if study.axes.stddev else 'Students'}: {study.folder.name}", by_number
     )
+    results["gains"] = _gains(study, results["groups"])
+    section = _write_gains(study, results["gains"])
+    text += section and f"\n{section}"
     write_atomically(study.folder / "table.md", text.encode())
     write_atomically(study.folder / "table.csv", csv_table(results).encode())
     write_json(study.folder / "results.json", results)
-    print(f"\n{text}\nwritten: {study.folder}/table.md, table.csv, results.json and {len(drawn)} plot(s) in plots/")
+    written = f"table.md, table.csv, {'gains.csv, ' if section else ''}results.json and plots/"
+    print(f"\n{text}\nwritten: {study.folder}/{written}")
     return results
+
+
+def _gains(study: Study, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """None in a study without methods."""
+    options, (measured, _) = study.reading.options, study.reading.read("measure", {})
+    return gains(groups, options.reference, measured.confidence) if options.methods else []
+
+
+def _write_gains(study: Study, found: list[dict[str, Any]]) -> str:
+    """Write gains.csv, and the plot where there is anything to draw; return the section of table.md."""
+    if not any(pair["factors"] for pair in found):
+        return ""
+    write_atomically(study.folder / "gains.csv", gains_csv(found).encode())
+    plot = "plots/gains.png" if any(cell["seeds"] for pair in found for cell in pair["cells"]) else None
+    if plot is not None:
+        figure = draw_gains(found)
+        write_atomically(study.folder / plot, lambda file: figure.savefig(file, format="png", dpi=160))
+    return gains_markdown(found, plot)
 
 
 def _where_options_stand(study: Study) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -67,3 +68,32 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def collected() -> Callable[[Path], dict[str, Any]]:
     return lambda folder: collect(PAIRS, AXES, plan(PAIRS, AXES, folder), folder, CONFIG)
+
+
+@pytest.fixture
+def groups() -> Callable[..., list[dict[str, Any]]]:
+    """Groups of a study of methods, from top1 by (method, augmentation, factor, seed); None: the run is missing."""
+
+    def build(
+        top1: Callable[[str, str, float, int], float | None],
+        methods: tuple[str, ...] = ("at", "kd"),
+        augmentations: tuple[str, ...] = ("cutmix", "identity"),
+        factors: tuple[float, ...] = (2.0, 1.0),
+        seeds: tuple[int, ...] = (3, 4),
+        stddev: dict[str, float] | None = None,
+        student: str = "vgg8",
+    ) -> list[dict[str, Any]]:
+        def row(method: str, name: str, factor: float) -> dict[str, Any]:
+            found = {seed: top1(method, name, factor, seed) for seed in seeds}
+            runs = [{"seed": seed, "last": {"top1": value}} for seed, value in found.items() if value is not None]
+            last = {"top1": {"mean": mean(run["last"]["top1"] for run in runs)}} if runs else None
+            return {"augmentation": name, "t_stddev": stddev and stddev[name], "last": last, "runs": runs}
+
+        return [
+            {"teacher": "vgg13", "student": student, "method": method, "epoch_factor": factor}
+            | {"augmentations": [row(method, name, factor) for name in augmentations]}
+            for factor in factors
+            for method in methods
+        ]
+
+    return build
