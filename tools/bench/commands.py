@@ -24,7 +24,7 @@ step       step.run              a training step: real data against resident bat
 host       host.run              the main thread in a training step: microseconds of Python an image, operators a step
 teacher    teacher.run           dalikd measure against its teacher alone: cost of loading, mixing, picking and metric
 passes     teacher.run_passes    dalikd measure: all augmentations in one pass over the data against a pass for each
-published  published.run         the training step against the published CutMixPick loop, one ablation at a time
+published  published.run         the training step against the loop of CutMixPick or HSAKD, one ablation at a time
 methods    methods.run           the step of each distillation method against its nets alone: time and memory
 scaling    scaling.run           one process against several: images a second and efficiency
 first-hour first_hour.run        what a new GPU machine is asked first, within nine minutes

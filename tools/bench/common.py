@@ -85,10 +85,11 @@ class ScalingOptions(StepOptions):
 
 @dataclass
 class PublishedOptions(StepOptions):
-    """Compare the training step with that of the published CutMixPick loop, one ablation at a time.
+    """Compare the training step with that of a published loop, one ablation at a time: HSAKD's where the loss turns
+    images, else CutMixPick's.
 
-    Takes the configs of `dalikd distill`, their `distill` section too. The augmentation is always cutmixpick_teacher.
-    A teacher without weights is a fresh one from the seed: its speed is the same.
+    Takes the configs of `dalikd distill`, their `distill` section too. The augmentation is always that of the published
+    loop: none, or cutmixpick_teacher. A teacher without weights is a fresh one from the seed: its speed is the same.
 
     Args:
         metric: also measure the step that streams T. stddev, which the published loop does not.
@@ -96,6 +97,15 @@ class PublishedOptions(StepOptions):
 
     warmup: int = 1
     augmentation: str = field(default="cutmixpick_teacher", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.augmentation = "identity" if self.turned else "cutmixpick_teacher"
+
+    @property
+    def turned(self) -> bool:
+        """Whether images are turned, as in HSAKD's loop."""
+        return "turned" in self.loss.needs
 
 
 @dataclass

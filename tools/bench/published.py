@@ -1,4 +1,4 @@
-"""dalikd against the published CutMixPick loop, at equal work: a series of ablations.
+"""dalikd against the published loop of CutMixPick, or of HSAKD, at equal work: a series of ablations.
 
 What the published code of Wang et al. (NeurIPS 2022, arXiv 2012.02909) does in a step of N images: a DataLoader over
 Pillow decodes and normalises. The student sees the N originals, then the teacher does. Two runs of CutMix, drawn on the
@@ -6,10 +6,15 @@ host, make a pool of 2 N candidates, which the teacher sees in a call of its own
 teacher sees these again, then the student. The host reads each term of the loss before the backward pass. That makes
 4 N teacher images a step. Left out is what the published code computes and never reads.
 
-The first variant is that loop, written anew from its description. Every further one changes one thing more, up to
-`dalikd distill`'s own step. Nets, loss, optimizer, batch size and precision are the same, and all train; from the third
-on, where the draws come along with the batch, with the same losses up to rounding. Before dalikd's own step the
-learning rate is constant, as it is inside an epoch of the published loop.
+Where the loss is of turned images, the loop is that of Yang et al. (IJCAI 2021, arXiv 2107.13715). It turns normalised
+images by a copy for each turn, and stacks these. The student sees all 4 N with its heads, then the teacher does. After
+the optimizer's step the host reads each term of the loss, and hits are counted of every head: of its joint classes, and
+of their sums over the turns.
+
+The first variant is the published loop, written anew from its description. Every further one changes one thing more, up
+to `dalikd distill`'s own step. Nets, loss, optimizer, batch size and precision are the same, and all train; where the
+draws come along with the batch, with the same losses up to rounding. Before dalikd's own step the learning rate is
+constant, as it is inside an epoch of the published loop.
 """
 
 import json
@@ -29,11 +34,13 @@ from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.losses import DistillationLoss, MixedOutputs, StepOutputs
 from dalikd.kd.mixing import Mixed
 from dalikd.kd.picking import TEACHER_ENTROPY, entropy, pick_rows
+from dalikd.kd.rotation import TURNS, class_logits, joint_labels, rotations
 from dalikd.kd.teacher import Branch, Teacher, teacher_pass
+from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
 from dalikd.tools.bench.common import PublishedOptions, describe_run, teacher_net, training_loop
 from dalikd.tools.bench.machine import cores, settle
-from dalikd.tools.bench.record import alternate, begin, finish, ratio, summary, timed
+from dalikd.tools.bench.record import Watch, alternate, begin, finish, ratio, summary, timed
 from dalikd.tools.bench.sides import Job, cannot, torchvision_batches
 from dalikd.tools.bench.step import step_flops
 from dalikd.trainers.augmentation import Augmenter
@@ -54,10 +61,15 @@ _CHANGES = {
     "channels_last": "channels_first",  # images and weights lie in memory channel by channel
     "batch norms folded": "batch_norms",  # the teacher computes its batch norms
 }
+_TURNED_CHANGES = {name: _CHANGES[name] for name in ("dalikd's loader", "no host waits")}
+_TURNED_CHANGES["turned by one gather"] = "stacked_turns"  # each turn is a copy, and their stack another
+_TURNED_CHANGES |= {name: _CHANGES[name] for name in ("uint8 until the net", "channels_last", "batch norms folded")}
+
 #: The variants below `dalikd distill`'s own step, lowest first, by what each still does as the published loop.
-ABLATIONS: dict[str, frozenset[str]] = {
-    name: frozenset([*_CHANGES.values()][number:]) for number, name in enumerate(("published", *_CHANGES))
-}
+ABLATIONS, TURNED_ABLATIONS = (
+    {name: frozenset([*changes.values()][number:]) for number, name in enumerate(("published", *changes))}
+    for changes in (_CHANGES, _TURNED_CHANGES)
+)
 
 
 def host_cutmix(images: Tensor, random: np.random.Generator) -> Mixed:
@@ -86,7 +98,7 @@ def host_cutmix(images: Tensor, random: np.random.Generator) -> Mixed:
 class AblatedLoop:
     """Trains a student as the published loop does, or as far as `published` says."""
 
-    published: frozenset[str]  # one of ABLATIONS
+    published: frozenset[str]  # one of ABLATIONS, or of TURNED_ABLATIONS
     batches: Iterator[
         tuple[Tensor, Tensor, Any]
     ]  # images (normalised float, or pixels), labels, draws if there are any
@@ -144,15 +156,73 @@ class AblatedLoop:
         again = self.teacher(picked.images) if "looks_again" in self.published else pool_logits[picks]
         return logits, picked, again, picks % len(images)
 
-    def _count(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        """Add up the terms, and how many labels are the best class (as published, also among the five best)."""
+    def _count(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, heads: tuple[Tensor, ...] = ()) -> None:
+        """Add up the terms, and how many labels are the best class; as published, also among the five best, and of
+        every head."""
         if "host_waits" not in self.published:
             self.meter.add({**terms, "top1": (logits.argmax(1) == labels).float().mean()})
             return
-        read = {name: term.item() for name, term in terms.items()}  # waits for the device, as published
-        hits = (logits.detach().topk(min(5, logits.shape[1])).indices == labels[:, None]).float().sum(0).cumsum(0)
-        for name, value in {**read, "top1": hits[0], "top5": hits[-1]}.items():
+        # waits for the device, as published
+        found: dict[str, Any] = {name: term.item() for name, term in terms.items()}
+        scored = {"": (logits, labels)}
+        for number, head in enumerate(heads, start=1):
+            scored[f"head{number}_joint_"] = head, joint_labels(labels)
+            scored[f"head{number}_class_"] = class_logits(head), labels.repeat_interleave(TURNS)
+        for name, (rows, wanted) in scored.items():
+            hits = (rows.detach().topk(min(5, rows.shape[1])).indices == wanted[:, None]).float().sum(0).cumsum(0)
+            found |= {f"{name}top1": hits[0], f"{name}top5": hits[-1]}
+        for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+class TurnedLoop(AblatedLoop):
+    """The same for HSAKD's published loop."""
+
+    teacher: Teacher
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimizer step. Returns the terms of the loss."""
+        images, labels, _ = next(self.batches)
+        if "stacked_turns" in self.published:
+            turned = torch.stack([torch.rot90(images, turn, (2, 3)) for turn in range(TURNS)], dim=1).flatten(0, 1)
+        else:
+            turned = rotations(images)
+        self.optimizer.zero_grad()
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            student = _with_heads(self.student, turned)
+        teacher = self.teacher(turned, net=partial(_with_heads, self.teacher.model))
+        own, given = (net.map(lambda rows: rows[::TURNS]) for net in (student, teacher))
+        one, epoch = (make((), device=labels.device) for make in (torch.ones, torch.zeros))
+        mixed = MixedOutputs(own.logits, given.logits, labels, labels, one.expand(len(labels)))  # nothing is augmented
+        terms = self.loss(StepOutputs(own, given, labels, labels, epoch, mixed, (student, teacher)))
+        terms["loss"].backward()
+        self.optimizer.step()
+        self._count(terms, own.logits, labels, student.heads)
+        return terms
+
+
+def _with_heads(net: Any, images: Tensor) -> NetOutput:
+    return net.outputs(images, heads=True) if isinstance(net, Normalized) else net.outputs(images)
+
+
+def operators(variant: "Variant", images: Tensor, autocast: torch.dtype | None) -> dict[str, int]:
+    """How many operators torch dispatches in a step on turned images, views left out: in the teacher's own forward, in
+    the student's own forward and backward, in the optimizer's step, and in the rest. `images` are any normalised ones,
+    in the memory format that the nets see."""
+    loop, watch = variant.loop, Watch()
+    student = loop.student if isinstance(loop, AblatedLoop) else loop.task.nets["student"]
+    nets: Any = [net.model if isinstance(net, Normalized) else net for net in (variant.teacher.model, student)]
+    with watch, watch.over([(loop.optimizer, "step", "optimizer")]):
+        watch.of("rest", loop.step)()
+        loop.optimizer.zero_grad()  # gradients that add up are operators more
+        watch.of("teacher", variant.teacher)(images, net=nets[0].outputs)
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            found = watch.of("student", nets[1].outputs)(images)
+        given = [found.logits, *found.heads]
+        watch.of("student", torch.autograd.backward)(given, [torch.ones_like(one) for one in given])
+    loop.optimizer.zero_grad()
+    watch.operators["rest"] -= watch.operators["teacher"] + watch.operators["student"]
+    return watch.operators
 
 
 class Variant(NamedTuple):
@@ -166,7 +236,8 @@ class Variant(NamedTuple):
     def asked(self) -> list[int] | None:
         """Sizes of the batches that the teacher sees in a step; None where compiled code would not tell."""
         sizes: list[int] = []
-        hook = self.teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        first = next(part for part in self.teacher.model.modules() if isinstance(part, nn.Conv2d | nn.Linear))
+        hook = first.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         if not self.compiled:
             self.loop.step()
         hook.remove()
@@ -195,7 +266,8 @@ def open_variants(
     if reason := cannot("torchvision-pil", job):
         raise ValueError(f"--data.name {options.data.name}: the published loop's DataLoader lacks {reason}")
     autocast, ahead, variants = autocast_type(options.precision), options.data.prefetch + 1, {}
-    for name, published in ABLATIONS.items():
+    nets[0].model.detach_heads = False  # heads teach the backbone, where there are any
+    for name, published in (TURNED_ABLATIONS if options.turned else ABLATIONS).items():
         if not (published or options.teacher.fold_bn):  # batch norms that stay make no variant
             continue
         student, net = deepcopy(nets)
@@ -210,7 +282,7 @@ def open_variants(
         of_pil = "pil_loader" in published
         batches = _pil_batches(job, student) if of_pil else _batches(published, loader, student, layout)
         parts = trained, teacher, loss, optimizer, augmenter
-        loop = AblatedLoop(published, batches, *parts, autocast, options.seed)
+        loop = (TurnedLoop if options.turned else AblatedLoop)(published, batches, *parts, autocast, options.seed)
         variants[name] = Variant(loop, teacher, 2 * workers + 1 if of_pil else ahead)
     plain = replace(options, metric=False)
     own = {_OWN: replace(plain, compile="off")}
@@ -251,7 +323,7 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> None:
         raise ValueError("--precision fp16: no losses are scaled here; give fp32, tf32, bf16 or fp64")
     accelerator, plotted = start(options.device, options.precision), "images/s"
     record = begin("published", options, accelerator, config, labels=("rung", "loop"), plotted=plotted)
-    record.title = "dalikd against the published CutMixPick loop: "
+    record.title = f"dalikd against the published {'HSAKD' if options.turned else 'CutMixPick'} loop: "
     torch.backends.cudnn.benchmark = True  # as published, and for every variant
     variants, loader = open_variants(options, accelerator, record)
     record.warm_up = f"a round, and before each round {options.warmup} step(s), or as many as batches may lie ready."
@@ -265,11 +337,11 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> None:
     try:
         asked = {name: variant.asked() for name, variant in variants.items()}
         flops = step_flops(variants[_OWN].loop, loader.next())  # type: ignore[arg-type]
+        notes = _operators_told(variants, loader.next(), options) if options.turned else []
         rates = alternate({name: partial(rate, variant) for name, variant in variants.items()}, options.rounds, settle)
     finally:
         loader.close()
-    # one forward of the teacher, of three; a forward and a backward of the student, of two
-    teacher, student = flops["teacher"] / 3e9, flops["student"] / 2e9
+    teacher, student = flops["teacher"] / 1e9 / (TURNS if options.turned else 3), flops["student"] / 1e9
     before = None
     for number, (name, values) in enumerate(rates.items(), start=1):
         sizes = asked[name]
@@ -278,16 +350,29 @@ def run(options: PublishedOptions, config: dict[str, Any]) -> None:
         row["to the published"] = None if before is None else ratio(values, rates["published"])
         row["to the rung before"] = None if before is None else ratio(values, rates[before])
         row |= {"teacher images an original": images, "teacher calls a step": None if sizes is None else len(sizes)}
-        row["GFLOP an original"] = None if images is None else images * teacher + 2 * student
+        row["GFLOP an original"] = None if images is None else images * teacher + student
         record.rows.append(row)
         before = name
     spread = "{median:.3f} ({low:.3f} to {high:.3f})".format
-    gathered = spread(**ratio(rates["picked logits gathered"], rates["no host waits"]))
-    ceiling = (4 * teacher + 2 * student) / (3 * teacher + 2 * student)
-    record.notes = [
-        f"Logits of the picks gathered against asked for again, all else equal: {gathered}. If operations were all, "
-        f"{ceiling:.3f}: (4 T + 2 S) / (3 T + 2 S), with T = {teacher:.4f} GFLOP an image (teacher's forward) and "
-        f"S = {student:.4f} (student's forward and backward).",
-        f"dalikd distill's step against the published loop: {spread(**ratio(rates[_OWN], rates['published']))}.",
-    ]
+    if not options.turned:
+        gathered = spread(**ratio(rates["picked logits gathered"], rates["no host waits"]))
+        ceiling = (4 * teacher + student) / (3 * teacher + student)
+        notes.append(
+            f"Logits of the picks gathered against asked for again, all else equal: {gathered}. If operations were "
+            f"all, {ceiling:.3f}: (4 T + 2 S) / (3 T + 2 S), with T = {teacher:.4f} GFLOP an image (teacher's forward) "
+            f"and S = {student / 2:.4f} (student's forward and backward)."
+        )
+    own = spread(**ratio(rates[_OWN], rates["published"]))
+    record.notes = [*notes, f"dalikd distill's step against the published loop: {own}."]
     finish(record, options)
+
+
+def _operators_told(variants: dict[str, Variant], batch: Batch, options: PublishedOptions) -> list[str]:
+    own: Any = variants[_OWN].loop
+    images = own.task.student.normalize(batch.pixels)
+    notes = []
+    for name, shown in {"published": images.contiguous(), _OWN: images}.items():
+        count = operators(variants[name], shown, autocast_type(options.precision))
+        parts = ", ".join(f"{count[part]} {part}" for part in ("teacher", "student", "optimizer", "rest"))
+        notes.append(f"Operators that torch dispatches in a step, without views, {name}: {parts}.")
+    return notes

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from itertools import pairwise, repeat
 from types import SimpleNamespace
 from typing import Any
@@ -5,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalikd.kd.losses import KD
+from dalikd.kd.backbones import create_model
+from dalikd.kd.losses import HSAKD, KD
 from dalikd.kd.teacher import Teacher
 from dalikd.tools.bench import published
-from dalikd.tools.bench.published import ABLATIONS, AblatedLoop
+from dalikd.tools.bench.published import ABLATIONS, TURNED_ABLATIONS, AblatedLoop, TurnedLoop
 from dalikd.tools.cli import parse
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
@@ -19,6 +22,8 @@ from dalikd.trainers.loop import Loop
 BATCH = 16
 NAMES = [*ABLATIONS, "dalikd distill's step"]
 SAME_LOSSES = NAMES[2:]  # those that mix by the draws of the batch
+TURNED = [*TURNED_ABLATIONS, "dalikd distill's step"]
+AUX = ["--teacher.name", "resnet8_aux", "--model", "resnet8_aux", "--data.image_size", "8"]
 
 
 class CountWaits(TorchDispatchMode):
@@ -40,17 +45,36 @@ def arguments(training, teacher):
 
 
 @pytest.fixture
-def variants_and_loader(arguments):
-    """Every variant, with the loader they share."""
-    options, _ = parse("bench published", arguments)
-    variants, loader = published.open_variants(options, start("cpu", "fp32"))
-    yield variants, loader
-    loader.close()
+def turned(training):
+    training = training[: training.index("--epochs")]
+    return [*map(str, training), *AUX, "--metric", "false"]
 
 
-def test_each_variant_changes_one_thing():
-    variants = list(ABLATIONS.values())
-    assert [len(published) for published in variants] == [*range(7, -1, -1)]
+@pytest.fixture
+def opened():
+    """Opens every variant, with the loader they share."""
+    loaders = []
+
+    def opened(arguments):
+        options, _ = parse("bench published", arguments)
+        variants, loader = published.open_variants(options, start("cpu", "fp32"))
+        loaders.append(loader)
+        return variants, loader
+
+    yield opened
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.fixture
+def variants_and_loader(opened, arguments):
+    return opened(arguments)
+
+
+@pytest.mark.parametrize(("ablations", "changes"), [(ABLATIONS, 7), (TURNED_ABLATIONS, 6)])
+def test_each_variant_changes_one_thing(ablations, changes):
+    variants = list(ablations.values())
+    assert [len(published) for published in variants] == [*range(changes, -1, -1)]
     assert all(upper < lower for lower, upper in pairwise(variants))
 
 
@@ -158,6 +182,97 @@ def test_the_host_adds_up_terms_and_hits():
     assert loop.sums == {"loss": 3, "top1": 2 * 2, "top5": 2 * 3}
 
 
+# ---------------------------------------------------------------------------------------------- HSAKD's loop
+
+
+def test_all_that_turn_have_the_same_losses_on_the_same_batch_and_ask_the_teacher_once(opened, turned):
+    variants, loader = opened(turned)
+    assert list(variants) == TURNED
+    found = {}
+    for name, variant in variants.items():
+        loader.seek(0)
+        loop, waits = variant.loop, name in TURNED[:2]
+        assert variant.asked() == [4 * BATCH]
+        with CountWaits() as mode:  # after the first step, where more is looked at
+            loop.step()
+        assert mode.count == (4 if waits else 0)
+        found[name] = {term: float(value) for term, value in loop.meter.means().items()}
+        if waits:
+            found[name] = {term: float(loop.sums[term]) / 2 for term in ("loss", "ce", "kd", "kd_heads")}
+            found[name]["top1"] = float(loop.sums["top1"]) / (2 * BATCH)
+    reference = found["dalikd distill's step"]
+    assert reference["kd_heads"] > 0
+    for name in TURNED[1:]:  # the first has a loader, and so images, of its own
+        assert found[name] == pytest.approx(reference, rel=1e-5), name
+
+
+def test_the_published_turned_step_learns_and_counts_as_an_independent_computation():
+    torch.manual_seed(3)
+    student, teacher = (create_model("resnet8_aux", 5, detach_heads=False).double() for _ in range(2))
+    images, labels = torch.randn(6, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3, 4, 1])
+    copies = torch.stack([torch.rot90(image, turn, (1, 2)) for image in images for turn in range(4)])
+    reference = deepcopy(student).train()
+    own, given = reference(copies), teacher.eval()(copies)
+    parts: Any = student, Teacher(teacher), HSAKD(), SGD(student.parameters(), 0.5), None
+    loop = TurnedLoop(TURNED_ABLATIONS["published"], repeat((images, labels, ())), *parts)
+    terms = loop.step()
+
+    def divergence(logits, target):
+        logits, target = (logits / 3).log_softmax(1), (target / 3).softmax(1)
+        return 9 * (target * (target.log() - logits)).sum(1).mean()
+
+    expected = {
+        "ce": functional.cross_entropy(own.logits[::4], labels),
+        "kd": divergence(own.logits, given.logits),
+        "kd_heads": sum(divergence(*pair) for pair in zip(own.heads, given.heads, strict=True)),
+    }
+    expected["loss"] = sum(expected.values())
+    torch.testing.assert_close(terms, expected)
+    expected["loss"].backward()
+    for after, before in zip(student.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.5 * before.grad)
+    assert loop.sums["top1"] == (own.logits[::4].argmax(1) == labels).sum()
+    joint = [4 * label + turn for label in labels.tolist() for turn in range(4)]
+    for number, head in enumerate(own.heads, start=1):
+        of_classes = sum(head[:, turn::4] for turn in range(4))
+        best = [row.argsort(descending=True).tolist() for row in head]
+        hits = {
+            "joint_top1": sum(row[0] == label for row, label in zip(best, joint, strict=True)),
+            "joint_top5": sum(label in row[:5] for row, label in zip(best, joint, strict=True)),
+            "class_top1": sum(int(row.argmax()) == label // 4 for row, label in zip(of_classes, joint, strict=True)),
+            "class_top5": 24,
+        }
+        assert {name: loop.sums[f"head{number}_{name}"] for name in hits} == hits
+
+
+class CountAll(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_of_the_turned_step_are_told_apart(opened, turned):
+    variants, loader = opened(turned)
+    own = variants["dalikd distill's step"]
+    images = own.loop.task.student.normalize(loader.next().pixels)
+    own.loop.step()  # the momentum's first
+    with CountAll() as mode:
+        own.loop.step()
+    counted = published.operators(own, images, None)
+    assert sum(counted.values()) == mode.count
+    with CountAll() as mode, torch.no_grad():
+        own.teacher.model.model.outputs(images)
+    assert counted["teacher"] == mode.count
+    weights = list(own.loop.task.student.parameters())
+    assert counted["student"] > 3 * sum(values.dim() == 4 for values in weights)  # forward, and two gradients
+    assert 4 * len(weights) <= counted["optimizer"] <= 4 * len(weights) + 2  # decay, two of momentum, step; its events
+    assert published.operators(variants["published"], images, None)["teacher"] > mode.count  # which has batch norms
+
+
 def test_the_run_writes_all_variants(arguments, bench):
     """Batch norms that stay make none."""
     record, _ = bench("published", *arguments, "--steps", 1, "--metric", "true", "--teacher.fold_bn", "false")
@@ -181,6 +296,24 @@ def test_the_run_writes_all_variants(arguments, bench):
 
 def _by_round(ours, theirs):
     return [one / other for one, other in zip(ours, theirs, strict=True)]
+
+
+def test_a_teacher_without_heads_is_named(turned, refused):
+    error = refused("published", *turned, "--teacher.name", "resnet8")
+    assert "the student has 3 auxiliary heads, the teacher none" in error
+
+
+def test_the_run_of_a_turned_loss_writes_its_variants_and_operators(turned, bench):
+    record, _ = bench("published", *turned, "--batch_size", 8, "--steps", 1)
+    assert "the published HSAKD loop: resnet8_aux to resnet8_aux" in record.title
+    assert [row["loop"] for row in record.rows] == TURNED
+    assert {(row["teacher images an original"], row["teacher calls a step"]) for row in record.rows} == {(4, 1)}
+    (work,) = {row["GFLOP an original"] for row in record.rows}
+    assert work > 0
+    *counted, compared = record.notes
+    assert compared.startswith("dalikd distill's step against the published loop: ")
+    starts = [f"Operators that torch dispatches in a step, without views, {name}: " for name in (TURNED[0], TURNED[-1])]
+    assert [note[: len(start)] for note, start in zip(counted, starts, strict=True)] == starts
 
 
 @pytest.mark.parametrize(
