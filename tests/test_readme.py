@@ -114,13 +114,16 @@ def test_command_lines_parse(command: str, arguments: list[str], workplace: Path
     assert isinstance(options, options_class(command))
 
 
-def test_losses_in_the_guides_parse(workplace: Path) -> None:
+def test_losses_and_teachers_in_the_guides_parse(workplace: Path) -> None:
     blocks = [block for block in _blocks("yaml") if block.startswith("distill:")]
-    assert len(blocks) > 1
+    found = []
     for block in blocks:
-        (workplace / "loss.yaml").write_text(block, encoding="utf-8")
-        options, _ = parse("distill", ["--config", "my.yaml", "--config", "loss.yaml"])
-        assert isinstance(options.loss, WeightedSum)
+        (workplace / "part.yaml").write_text(block, encoding="utf-8")
+        own = [] if "teachers:" in block else ["--config", "my.yaml"]
+        options, _ = parse("distill", [*own, "--config", "part.yaml"])
+        found.append(isinstance(options.loss, WeightedSum) or len(options.teachers) > 1)
+    assert len(found) > 2
+    assert all(found)
 
 
 def test_every_command_is_shown() -> None:

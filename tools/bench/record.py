@@ -32,9 +32,10 @@ _BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
 def _command() -> str:
-    program = Path(sys.argv[0])
-    called = ["python", "-m", "dalikd.tools.bench"] if program.name == "__main__.py" else [program.name]
-    return shlex.join([*called, *sys.argv[1:]])
+    program, words = Path(sys.argv[0]), sys.argv[1:]
+    if program.name == "__main__.py":  # the package's, whose first word is the command, or the benchmarks'
+        return shlex.join(["python", "-m", "dalikd" if words[:1] == ["bench"] else "dalikd.tools.bench", *words])
+    return shlex.join([program.name, *words])
 
 
 @dataclass
