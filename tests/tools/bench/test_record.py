@@ -124,6 +124,7 @@ def test_files_are_named_and_read_again(tmp_path):
     [
         (["/usr/bin/dalikd", "bench", "loader", "--x", "a b"], "dalikd bench loader --x 'a b'"),
         (["/r/tools/bench/__main__.py", "all"], "python -m dalikd.tools.bench all"),
+        (["/r/__main__.py", "bench", "all"], "python -m dalikd bench all"),
     ],
 )
 def test_the_command_is_what_a_user_types(monkeypatch, words, expected):
