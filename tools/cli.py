@@ -1,5 +1,6 @@
 """The command line of every command: a class of options in, one call, one-line errors out."""
 
+import atexit
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from dalikd.tools.layers import (
     take_apart,
 )
 from dalikd.tools.signature import expand_paths, option_types
+from dalikd.trainers.launch import leave
 from dalikd.trainers.stopping import Interrupted, lack_of_memory
 
 __all__ = ["build_parser", "guarded", "parse", "resolve", "run_command", "run_function"]
@@ -132,6 +134,8 @@ def guarded(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _say_stopped(f"dalikd {command}: stopped (Ctrl-C)")
         sys.exit(128 + signal.SIGINT)
+    else:  # after an error others may still wait for this process, and it would wait for them
+        atexit.register(leave)
     finally:
         if alone:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

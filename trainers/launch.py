@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed.nn.functional  # before there is a group: its defaults would keep one to the end
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import KwargsHandler
+from torch import distributed
 
 __all__ = [
     "CompileMode",
@@ -23,6 +25,7 @@ __all__ = [
     "autocast_type",
     "automatic_mode",
     "check_compiler",
+    "leave",
     "model_type",
     "start",
 ]
@@ -54,6 +57,13 @@ def start(device: Device, precision: Precision) -> Accelerator:
     mixed = precision if precision in _MIXED else "no"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     return Accelerator(cpu=use_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+
+
+def leave() -> None:
+    """Part from the other processes, once all is done, while the interpreter still lives: a thread of gloo that
+    outlives it, and frees its last tensor then, ends the process with signal 6, for a launcher a failure."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def autocast_type(precision: Precision) -> torch.dtype | None:

@@ -568,7 +568,7 @@ print("refused", refused)
 
 @pytest.mark.slow
 def test_bad_headers_never_crash_the_process(copy_tree, tmp_path, start_forked):
-    """Decoders that are not preceded by peeking have been seen to segfault; so each of five processes meets text, an
+    """Decoders that are not preceded by peeking have been seen to segfault; so each of three processes meets text, an
     empty file and half a header."""
     root = copy_tree()
     for number, path in enumerate(sorted(root.glob("*/*.jpg"))):
@@ -576,10 +576,8 @@ def test_bad_headers_never_crash_the_process(copy_tree, tmp_path, start_forked):
             _spoil(path, ("text", "empty", "header")[number // 4 % 3])
     script = tmp_path / "bad_headers.py"
     script.write_text(BAD_HEADERS)
-    for number, crop in enumerate(
-        ("pad_crop", "random_resized_crop", "center_crop", "pad_crop", "random_resized_crop")
-    ):
-        printed = start_forked(tmp_path / f"printed{number}", script, root, crop).end()
+    for crop in ("pad_crop", "random_resized_crop", "center_crop"):
+        printed = start_forked(tmp_path / crop, script, root, crop).end()
         assert int(printed.split("refused")[1]) >= 3
 
 

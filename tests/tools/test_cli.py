@@ -2,8 +2,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,23 +96,19 @@ def test_the_config_is_printed(tmp_path, capsys):
     assert (printed["epochs"], printed["seed"], printed["optimizer"]["class_path"]) == (7, 3, "torch.optim.SGD")
 
 
-def test_benchmarks_are_imported_for_their_own_keys_alone(tmp_path):
+def test_benchmarks_are_imported_for_their_own_keys_alone(tmp_path, start_forked):
     """A config may hold options of any command; the benchmarks' need not be loaded for that."""
-    program = (
+    script = tmp_path / "script.py"
+    script.write_text(
         "import sys; from dalikd.tools.cli import parse; print(parse('train', sys.argv[1:])[0].seed, "
         "any(name.startswith('dalikd.tools.bench') for name in sys.modules))"
     )
     contents = [{"seed": 3, "window": 64, "teacher": {"name": "vgg13"}}, {"seed": 4, "steps": 3}]
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", program, "--config", _write(tmp_path / f"{number}.yaml", content)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
+    calls = [
+        start_forked(tmp_path / str(number), script, "--config", _write(tmp_path / f"{number}.yaml", content))
         for number, content in enumerate(contents)
     ]
-    assert found == [["3", "False"], ["4", "True"]]
+    assert [call.end().split() for call in calls] == [["3", "False"], ["4", "True"]]
 
 
 def test_help_of_the_classes_lists_their_options(capsys):

@@ -187,6 +187,19 @@ def test_batch_sizes_measure_the_same(command, options, teacher):
     assert [name for name in names if name not in tables[0]] == []
 
 
+# at the very end of each process: the names of the threads that outlive the interpreter
+_LAST_THREADS = """
+import atexit, os, pathlib
+
+def write():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    pathlib.Path(os.environ["LAST_THREADS"] + os.environ["RANK"]).write_text("".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(write)
+"""
+
+
 @pytest.mark.slow
 def test_torchrun_starts_two_processes(training, tmp_path):
     """As a user would; tests of what two processes do fork theirs."""
@@ -194,9 +207,12 @@ def test_torchrun_starts_two_processes(training, tmp_path):
     torch.save(create_model("resnet14", 3).state_dict(), tmp_path / "teacher.pt")
     nets = ("--model", "resnet8", "--teacher.name", "resnet14", "--teacher.weights", tmp_path / "teacher.pt")
     words += map(str, (*training, *nets, "--epochs", 1, "--loss", "AT", "--output", tmp_path / "run"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "sitecustomize.py").write_text(_LAST_THREADS)
+    paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LAST_THREADS": str(tmp_path / "threads")}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "gloo" not in "".join((tmp_path / f"threads{rank}").read_text() for rank in range(2))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["finished"], results["processes"]) == (True, 2)
     assert results["last"]["train"]["at"] > 0

@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from inspect import isabstract
@@ -157,22 +158,13 @@ METHODS = [
 ]
 
 
-def _few(tree: Path) -> list[str]:
-    """Options: few and small images, on a CPU."""
-    words = ["--data.name", "imagefolder", "--data.root", str(tree), "--data.threads", "1", "--data.val_limit", "3"]
-    return [
-        *words,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--batch_size",
-        "8",
-        "--mix.group",
-        "8",
-        "--compile",
-        "off",
-    ]
+def _few(options: Any, tree: Path, side: int = 32) -> Any:
+    """The same on few and small images, on a CPU."""
+    data = replace(options.data, name="imagefolder", root=str(tree), image_size=side, threads=1, val_limit=3)
+    return replace(
+        options, data=data, mix=replace(options.mix, group=8), batch_size=8, device="cpu", precision="fp32",
+        compile="off",
+    )  # fmt: skip
 
 
 def _trains_two_steps(options: Any, folder: Path) -> None:
@@ -200,7 +192,7 @@ def test_a_recipe_of_each_method_trains_two_steps(method, tree, tmp_path):
         (path for path in DISTILLING if re.search(text, path.read_text())),
         key=lambda path: ("imagenet" in path.parts, "ResNet50" in path.stem),
     )
-    options, _ = parse("distill", ["--config", str(path), *_few(tree)])
+    options, _ = _parsed("distill", path)
     large = options.teacher.name.startswith("timm:")
     name, side, args = ("timm:resnet18", 64, {"img_size": 64}) if large else (options.teacher.name, 32, {})
     torch.manual_seed(0)
@@ -211,14 +203,13 @@ def test_a_recipe_of_each_method_trains_two_steps(method, tree, tmp_path):
     teacher(torch.randn(8, 3, side, side))
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     asked = replace(options.teacher, name=name, weights=str(tmp_path / "teacher.pt"))
-    options = replace(options, teacher=asked, data=replace(options.data, image_size=side), model_args=args)
+    options = replace(_few(options, tree, side), teacher=asked, loss=deepcopy(options.loss), model_args=args)
     _trains_two_steps(options, tmp_path)
 
 
 def test_the_recipe_of_nets_that_learn_together_trains_two_steps(tree, tmp_path):
-    words = ["--config", str(FOLDER / "hsakd/cifar100/mutual.yaml"), *_few(tree), "--model", "resnet8_aux"]
-    options, _ = parse("mutual", [*words, "--data.image_size", "32"])
-    _trains_two_steps(options, tmp_path)
+    options, _ = _parsed("mutual", FOLDER / "hsakd/cifar100/mutual.yaml")
+    _trains_two_steps(replace(_few(options, tree), model="resnet8_aux"), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- HSAKD

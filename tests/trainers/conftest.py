@@ -1,6 +1,7 @@
 """Small images, nets and loops for the trainers' tests."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,13 @@ def make_cuda_loop(tmp_path: Path) -> Callable[..., Loop]:
         return loop(tmp_path / name, start("cuda", precision), **parts)
 
     return make
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile makes its graphs, forward and backward, and runs them operation by operation: no C++ is compiled,
+    which would take most of a test's time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ def compiled_graphs() -> Callable[[], dict[str, int]]:
 
 @pytest.mark.slow
 def test_compiling_changes_no_loss(make, compiled_graphs):
-    """In float32; in float64 below, where it is a matter of rounding alone."""
+    """The compiler's own code, in float32; in float64 below, where it is a matter of rounding alone, the graphs."""
     plain = _losses(make("plain", torch.float32, teacher=UNFOLDED))
     compiled = make("compiled", torch.float32, compile="default")
     _assert_close(_losses(compiled), plain, TOLERANCE[torch.float32])
@@ -185,7 +185,7 @@ def _evaluated(loop: Loop) -> dict[str, float]:
     return evaluate({"net": net}, loop.val_loader, loop.accelerator)["net"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_whatever_is_trained_can_be_compiled(make, compiled_graphs, setting):
     options = SETTINGS[setting]
@@ -201,7 +201,7 @@ def test_whatever_is_trained_can_be_compiled(make, compiled_graphs, setting):
     assert compiled_graphs() == graphs
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_mixed_precision_compiles_without_a_break(make_source, nets, make_loop, distill_options, compiled_graphs):
     """bfloat16 rounds to 3 digits, and compiled code rounds less often."""
     losses = {}
@@ -217,7 +217,7 @@ def test_mixed_precision_compiles_without_a_break(make_source, nets, make_loop, 
     assert compiled_graphs() == {"graphs": 2, "breaks": 0, "recompiled": 0}
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_a_compiled_run_is_resumed_exactly(make):
     options = {"compile": "default", "ema": 0.5, "epochs": 1}
     whole = make("whole", **options)
@@ -239,7 +239,7 @@ def test_a_compiled_run_is_resumed_exactly(make):
         assert torch.equal(value, same), key
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_supervised_training_can_be_compiled(make_loop, compiled_graphs):
     losses = {}
     for mode in ("off", "default"):

@@ -428,7 +428,7 @@ def test_folding_changes_no_figure(data, weights, accelerator):
         assert folded["results"][0][key] == pytest.approx(plain["results"][0][key], rel=1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_compiling_changes_no_figure(data, make_net, tmp_path, accelerator):
     """70 images in batches of 64: the last one is short."""
     torch.save(make_net(1).model.state_dict(), tmp_path / "small.pt")

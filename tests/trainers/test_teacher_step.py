@@ -132,7 +132,7 @@ def compiled_graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize(
     ("name", "learns"),  # a student that learns scores by itself; those that need no scores are the same with both
     [
@@ -152,6 +152,15 @@ def test_a_compiled_step_is_the_same_and_a_short_batch_costs_one_more_graph(
 
 
 @pytest.mark.slow
+def test_compiled_code_gives_the_same(batches, nets, compiled_graphs):
+    """All that a region can hold, in the compiler's own code: mixing, both nets, entropies, picks, gathering."""
+    (branches, (batch, _)), (teacher, student) = batches("cutmixpick_student"), nets
+    plain, compiled = (TeacherStep(teacher, branches, student, mode) for mode in ("off", "default"))
+    _same(compiled(batch), plain(batch))
+    assert compiled_graphs() == 1
+
+
+@pytest.mark.usefixtures("graphs_alone")
 def test_measuring_compiles_one_region_over_all_branches(batches, nets, compiled_graphs):
     names = ["identity", "cutout", "crop_flip", "mixup", "cutmix", "cutmixpick_teacher", "cutmixpick_student"]
     (branches, found), (teacher, student) = batches(*names, "cutmix+kld"), nets
@@ -164,7 +173,7 @@ def test_measuring_compiles_one_region_over_all_branches(batches, nets, compiled
     assert compiled_graphs() == 2
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize(
     ("name", "needs"), [("cutmixpick_teacher", "features"), ("cutmixpick_student", "preactivations")]
 )

@@ -529,7 +529,6 @@ def test_a_vision_transformer_teaches_with_chosen_features():
     assert student.conv1.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_as_one_graph(name: str):
     """All of them as a graph, one by the compiler too."""
