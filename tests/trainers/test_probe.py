@@ -210,7 +210,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(make_probe, monkeypatch):
     stopped.folder.start({}, None)
     for _ in range(3):
         stopped.step()
-    stopped._end_epoch()
+    stopped.end_epoch()
     stopped.step()
     stopped.save()
     resumed = make_probe()
