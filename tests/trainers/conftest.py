@@ -27,6 +27,7 @@ from dalikd.trainers.launch import Precision, autocast_type, start
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import Distillation, DistillOptions
+from dalikd.trainers.tasks.mutual import HsakdMutual
 from dalikd.trainers.tasks.supervised import HsakdTeacher, Supervised, TrainOptions
 from dalikd.trainers.tracking import RunFolder
 
@@ -98,6 +99,7 @@ def loop(
     *,
     options: TrainingOptions | None = None,
     student: Normalized | None = None,
+    peer: Normalized | None = None,
     teacher: Normalized | Sequence[Normalized] | None = None,
     train: Source | None = None,
     val: Source | None = None,
@@ -129,6 +131,8 @@ def loop(
         )  # fmt: skip
     else:
         task = (HsakdTeacher if isinstance(student.model, AuxiliaryNet) else Supervised)(student, augmenter)
+        if peer is not None:
+            task = HsakdMutual([student, peer], augmenter)
     loaders = (
         Loader(train, sampler, augmenter.draw_spec, device=accelerator.device),
         Loader(val, whole, same, device=accelerator.device),

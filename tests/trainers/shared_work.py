@@ -63,6 +63,7 @@ def work(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         "measured": measured,
         "trained": {name: _train(accelerator, folder, name) for name in ("mixup", "cutmixpick_teacher", "turned")},
         "evaluated": _evaluate(accelerator, folder),
+        "together": _learn_together(accelerator, folder),
         "probed": _probe(accelerator, folder),
         "batch_norm": _run_with_batch_norm(accelerator, folder),
         "fixed": _observe(accelerator, folder),
@@ -101,6 +102,21 @@ def _train(accelerator: Accelerator, folder: Path, augmentation: str) -> dict[st
     for number, teacher in enumerate(metrics.pop("teachers", ())):
         metrics |= {f"{name}{number}": value for name, value in teacher.items() if name != "name"}
     return {"weights": weights, "average": average, "metrics": metrics, "terms": loop.meter.means()}
+
+
+def _learn_together(accelerator: Accelerator, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Three steps of two nets with auxiliary heads at float64, without batch statistics: the weights of both."""
+    options = TrainOptions(
+        batch_size=32, mix=MixOptions(group=8), augmentation="mixup", optimizer=partial(SGD, lr=0.1, momentum=0.9)
+    )
+    student, peer = (helpers.net_with_heads(seed).double() for seed in range(2))
+    loop = helpers.loop(folder / "together", accelerator, options=options, student=student, peer=peer)
+    for _ in range(3):
+        loop.step()
+    return {
+        name: {key: value.detach().clone() for key, value in net.model.state_dict().items()}
+        for name, net in loop.task.nets.items()
+    }
 
 
 class _Seen(KD):

@@ -71,6 +71,13 @@ def test_training_with_accumulation_gives_the_same_weights(one, two, augmentatio
     assert {"loss", "ce", "kd", "top1"} <= theirs["terms"].keys()
 
 
+def test_nets_that_learn_together_have_the_same_weights(one, two):
+    for name in ("net0", "net1"):
+        ours, theirs = (found["together"][name] for found in (one, two))
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("processes", ["two", "four"])
 def test_measuring_gives_the_same_figures(one, processes, request):
     several = request.getfixturevalue(processes)
