@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from dalikd.kd import losses
-from dalikd.kd.losses import KD, DistillationLoss, WeightedSum, cross_entropy
+from dalikd.kd.losses import DistillationLoss, LogitLoss, WeightedSum, cross_entropy
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.tools.bench.common import StepOptions, open_loop
@@ -76,7 +76,8 @@ def run(options: MethodsOptions, config: dict[str, Any]) -> None:
     loops: dict[str, Loop] = {}
     with patch.object(distill, "build_loss", partial(_build, options.samples)):
         for name in options.methods or known():
-            loss = KD(kd_mix_share=0.0) if name == "KD" else known()[name]()
+            kind, share = known()[name], float(options.augmentation != "identity")  # of augmented images
+            loss = kind(kd_mix_share=share) if issubclass(kind, LogitLoss) else kind()
             two_views = "augmented" in loss.needs and options.augmentation == "identity"
             changed = replace(options, loss=loss, augmentation="randaugment" if two_views else options.augmentation)
             try:
@@ -118,7 +119,7 @@ def run(options: MethodsOptions, config: dict[str, Any]) -> None:
             own = [*loss.parameters(), *loss.buffers()]
             row |= {"kept MiB": kept[name] / 2**20, "own MiB": sum(part.nbytes for part in own) / 2**20}
         record.rows.append(row)
-    record.notes.append("Methods by their default options; KD without augmented images.")
+    record.notes.append("Methods by their default options; those on logits compare augmented images, if there are any.")
     if accelerator.is_main_process:
         finish(record, options)
 
