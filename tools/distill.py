@@ -14,8 +14,8 @@ from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
 from dalikd.tools.report import print_training, students_table
 from dalikd.trainers.launch import start
-from dalikd.trainers.run import OWN, Planned, run, run_students
-from dalikd.trainers.tasks.distill import DistillOptions
+from dalikd.trainers.run import Planned, run, run_students
+from dalikd.trainers.tasks.distill import OWN, DistillOptions
 from dalikd.trainers.tracking import RunFolder, write_json
 
 

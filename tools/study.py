@@ -20,12 +20,12 @@ from dalikd.tools.layers import Grammar, Layer, grammar, nested, read_layers
 from dalikd.tools.measure import measure
 from dalikd.tools.signature import expand_paths
 from dalikd.tools.train import train
-from dalikd.trainers.augmentation import augmentation_names, picks_by_student
+from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
-from dalikd.trainers.run import OWN, Planned, run_students
+from dalikd.trainers.run import Planned, run_students
 from dalikd.trainers.study.plan import Cell, Reading, Study
-from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready
+from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready, shared_pass
 from dalikd.trainers.study.report import print_plan, write_report
 from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells
@@ -155,7 +155,7 @@ def run(study: Study) -> None:
         return
     accelerator = _begin(study)
     options = study.reading.options
-    alike = partial(_alike, study) if options.share_teacher else lambda _: None
+    alike = shared_pass if options.share_teacher else lambda _: None
     queue = Queue(study.cells, study.folder, study.shards, options.share()[0], alike)
     together = partial(_run_together, study, accelerator)
     run_cells(queue, partial(_run_cell, study), accelerator, options.poll_seconds, together)
@@ -189,14 +189,6 @@ def _check_images(study: Study) -> None:
         read = enumerate(study.images, start=1)
         here = {f"data {number} of this machine ({data['data']['root']})": data for number, data in read}
         check_images({**done, **here})
-
-
-def _alike(study: Study, cell: Cell) -> str | None:
-    """What students of one teacher pass have in common; None: this cell has one of its own."""
-    if cell.command != "distill" or picks_by_student(cell.settings["augmentation"]):
-        return None
-    given = cell.options(study.folder)
-    return json.dumps({name: given[name] for name in sorted(given) if name.partition(".")[0] not in OWN})
 
 
 def _run_together(study: Study, accelerator: Accelerator, step: Sequence[tuple[Cell, Path | None]]) -> None:

@@ -13,17 +13,11 @@ from dalikd.trainers.loop import Loop, parameter_groups, run_together
 from dalikd.trainers.resume import identity
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.tasks.base import Task, TrainingOptions
-from dalikd.trainers.tasks.distill import Distillation, share_pass
+from dalikd.trainers.tasks.distill import OWN, Distillation, share_pass
 from dalikd.trainers.tracking import RunFolder
 from dalikd.trainers.trial import try_training
 
-__all__ = ["OWN", "Planned", "check_shared", "run", "run_students"]
-
-#: options that students of one teacher pass may have for themselves; in all others they are alike
-OWN = frozenset(
-    {"model", "model_args", "weights", "reinit", "init_seed", "mean", "std", "freeze_student", "loss", "optimizer"}
-    | {"clip_grad_norm", "no_decay_norms", "ema", "schedule", "joint_forward", "output", "resume", "overwrite"}
-)
+__all__ = ["Planned", "check_shared", "run", "run_students"]
 
 
 class Planned(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from dalikd.trainers.study.options import Net, Pair, StudyOptions
@@ -196,18 +197,27 @@ def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0, *, s
     return list({cell.name: cell for cell in cells}.values())
 
 
-def deal(costs: Mapping[str, float], shards: int) -> dict[str, int]:
+def deal(
+    costs: Mapping[str, float], shards: int, units: Mapping[str, str | None] = MappingProxyType({})
+) -> dict[str, int]:
     """Deal cells over shards, the dearest first, each to the shard that has least to do.
+
+    Args:
+        costs: of the cells, by their names.
+        shards: how many there are.
+        units: what cells have in common that are to be in one shard; None: nothing.
 
     Returns:
         the shard of each cell, from 1.
     """
-    loads = [0.0] * shards
-    dealt = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+    together: dict[str, list[str]] = {}
+    for name in sorted(costs):
+        together.setdefault(units.get(name) or name, []).append(name)
+    loads, dealt = [0.0] * shards, {}
+    for cost, names in sorted((-sum(map(costs.__getitem__, names)), names) for names in together.values()):
         shard = loads.index(min(loads))
-        loads[shard] += costs[name]
-        dealt[name] = shard + 1
+        loads[shard] -= cost
+        dealt |= dict.fromkeys(names, shard + 1)
     return dealt
 
 

@@ -21,7 +21,7 @@ from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import evaluation_view, open_sources, training_view
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
-from dalikd.trainers.augmentation import Augmenter
+from dalikd.trainers.augmentation import Augmenter, picks_by_student
 from dalikd.trainers.evaluate import EvaluateOptions
 from dalikd.trainers.launch import check_compiler, start
 from dalikd.trainers.measure import MeasureOptions, check_measuring
@@ -32,7 +32,7 @@ from dalikd.trainers.study.options import Net, Pair, StudyOptions
 from dalikd.trainers.study.plan import Axes, Cell, Reading, Study, Work, deal, plan
 from dalikd.trainers.study.work import Sizes, work
 from dalikd.trainers.tasks.base import TrainingOptions
-from dalikd.trainers.tasks.distill import DistillOptions, build_loss, check_views
+from dalikd.trainers.tasks.distill import OWN, DistillOptions, build_loss, check_views
 from dalikd.trainers.tasks.supervised import Supervised, TrainOptions
 from dalikd.trainers.trial import try_step
 
@@ -136,10 +136,19 @@ def make_ready(reading: Reading) -> Study:
     costs = {cell.name: check_cell(cell, kinds.options(cell), opened) for cell in every}
     _check_teachers(pairs, every, kinds, opened, download=not (options.dry_run or options.report))
     cells = plan(chosen, axes, folder, trained.ema, stops_early=stops_early)
-    shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1])
+    units = {cell.name: shared_pass(cell) for cell in cells if options.share_teacher}
+    shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1], units)
     return Study(
         reading, pairs, axes, folder, cells, every, costs, shards, list(kinds.known.values()), opened.described()
     )
+
+
+def shared_pass(cell: Cell) -> str | None:
+    """What a cell has in common with others that learn from one teacher pass; None: it has one of its own."""
+    if cell.command != "distill" or picks_by_student(cell.settings["augmentation"]):
+        return None
+    given = cell.settings
+    return json.dumps({name: given[name] for name in sorted(given) if name.partition(".")[0] not in OWN})
 
 
 def _check_teachers(pairs: list[Pair], cells: list[Cell], kinds: "_Kinds", opened: Opened, *, download: bool) -> None:

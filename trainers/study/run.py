@@ -115,7 +115,8 @@ class Queue:
         """What the shard waits for, in words: own cells that other calls have taken, and cells of other shards."""
         own = {cell.name for cell in self.own}
         needs = dict.fromkeys(need for cell in self.left() for need in cell.needs if not self.is_done(need))
-        taken = [f"{cell.name} (another call: {holder(self._lock_path(cell))})" for cell in self._ready()]
+        held = [(cell.name, holder(self._lock_path(cell))) for cell in self._ready()]
+        taken = [f"{name} (another call: {who})" for name, who in held if who]  # else it has only now become ready
         return taken + [f"{need} (shard {self._shards[need]})" for need in needs if need not in own]
 
     def _ready(self) -> list[Cell]:

@@ -34,7 +34,7 @@ from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views", "share_pass"]
+__all__ = ["OWN", "DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views", "share_pass"]
 
 
 @dataclass
@@ -184,6 +184,12 @@ def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str
     """What a teacher's outputs depend on in the teacher; the same whether it is asked or read from a cache."""
     return " ".join([str(weights), *(f"{value:.6g}" for value in (*mean, *std))])
 
+
+#: options that students of one teacher pass may have for themselves; in all others they are alike
+OWN = frozenset(
+    {"model", "model_args", "weights", "reinit", "init_seed", "mean", "std", "freeze_student", "loss", "optimizer"}
+    | {"clip_grad_norm", "no_decay_norms", "ema", "schedule", "joint_forward", "output", "resume", "overwrite"}
+)
 
 #: what a loss may need that brings the features of both nets along
 FEATURE_NEEDS = frozenset(

@@ -143,6 +143,15 @@ def test_shards_get_alike_amounts():
     assert set(deal(costs, 1).values()) == {1}
 
 
+def test_what_shares_a_teacher_pass_is_dealt_as_one():
+    costs = {f"cell{number}": 1.0 for number in range(12)}
+    units = {name: None if number > 8 else f"unit{number % 3}" for number, name in enumerate(costs)}
+    dealt = deal(costs, 2, units)
+    for unit in ("unit0", "unit1", "unit2"):
+        assert len({dealt[name] for name in costs if units[name] == unit}) == 1
+    assert sorted(list(dealt.values()).count(shard) for shard in (1, 2)) == [6, 6]
+
+
 @pytest.mark.parametrize("shards", [1, 2, 30])
 def test_every_cell_has_one_shard(shards):
     costs = {f"cell{number}": 1.0 for number in range(20)}
