@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import Normalisation
 from dalikd.kd.known_weights import (
     NET_NAME,
@@ -33,7 +32,6 @@ __all__ = [
     "class_order",
     "find_classifier",
     "has_heads",
-    "load_backbone",
     "load_weights",
     "order_classes",
     "read_origin",
@@ -123,23 +121,6 @@ def _named_classifiers(model: nn.Module) -> list[nn.Module]:
     return [found] if isinstance(found, nn.Module) else list(found or ())
 
 
-def load_backbone(net: AuxiliaryNet, path: str | Path, *, freeze: bool = True, **options: Any) -> None:
-    """Loads the weights of a net without auxiliary heads into the backbone of one with them.
-
-    Args:
-        net: its heads stay as they are.
-        path: as for `load_weights`; a file of a net with heads gives its backbone.
-        freeze: train nothing of the backbone: it keeps its weights and, in a task, its running statistics too.
-        **options: of `load_weights`.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError, ValueError: as `load_weights`.
-    """
-    load_weights(net.backbone, path, **options)
-    if freeze:
-        net.backbone.requires_grad_(False).eval()
-
-
 def backbone_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain net's state_dict of that of an `AuxiliaryNet`, without its heads; any other as it is."""
     if not has_heads(weights):
@@ -156,7 +137,7 @@ def _known_by_keys(weights: dict[str, Tensor], model: nn.Module) -> str | None:
     """What weights of other keys than the model's are, where that can be told."""
     net = getattr(model, "backbone", model)
     if net is not model and not has_heads(weights):
-        return "of a net without auxiliary heads: load_backbone takes it as the backbone of one with them"
+        return "of a net without auxiliary heads: dalikd train --freeze_backbone true trains heads on it"
     telltales: dict[str, str] = getattr(net, "telltale_keys", {})
     return next((what for key, what in telltales.items() if not {key, _BACKBONE + key}.isdisjoint(weights)), None)
 

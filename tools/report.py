@@ -29,7 +29,9 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     for name in ("last", "best"):
-        print(f"{name} epoch ({results[name]['epoch']}): {evaluation_line(results[name]['val'])}")
+        val = results[name]["val"]
+        for net, figures in val.get("nets", {"": val}).items():
+            print(f"{name} epoch ({results[name]['epoch']}){net and f', {net}'}: {evaluation_line(figures)}")
     last = results["last"]
     if last.get("t_stddev") is not None:
         print(f"T. stddev while training: {last['t_stddev']:.6f}")

@@ -1,4 +1,4 @@
-"""`dalikd train`: train a net on labels."""
+"""`dalikd train`: train a net on labels; `dalikd mutual`: train several that imitate each other."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from dalikd.trainers.run import run
 from dalikd.trainers.tasks.supervised import TrainOptions
 
 
-def train(options: TrainOptions, config: dict[str, Any]) -> dict[str, Any]:
-    """Train a net on labels and return the content of its results.json."""
+def train(options: TrainOptions, config: dict[str, Any], command: str = "train") -> dict[str, Any]:
+    """Train a net on labels, or several together, and return the content of results.json."""
     accelerator = start(options.device, options.precision)
-    results = run(options, accelerator, "train", config)
+    results = run(options, accelerator, command, config)
     print_training(results, accelerator)
     return results
 

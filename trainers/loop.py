@@ -499,7 +499,7 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
             loop.close()
     results = [loop.finish() for loop in loops if loop not in failed]
     if failed:
-        raise next(iter(failed.values()))
+        raise ValueError("; ".join(map(str, failed.values())))
     return results
 
 

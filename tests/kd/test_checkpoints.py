@@ -18,7 +18,6 @@ from dalikd.kd.checkpoints import (
     backbone_weights,
     class_order,
     find_classifier,
-    load_backbone,
     load_weights,
     order_classes,
     read_origin,
@@ -308,17 +307,13 @@ def test_a_published_file_fills_a_net_with_heads_and_a_plain_one_with_its_backbo
     assert list(backbone_weights(plain.state_dict())) == list(plain.state_dict())
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_a_plain_net_becomes_the_backbone_of_one_with_heads(freeze, nets, tmp_path):
-    headed = copy.deepcopy(nets[0]).train()
+def test_a_plain_net_becomes_the_backbone_of_one_with_heads(nets, tmp_path):
+    headed = copy.deepcopy(nets[0])
     torch.save({"model": nets[1].state_dict()}, tmp_path / "w.pth")
-    load_backbone(headed, tmp_path / "w.pth", freeze=freeze)
+    load_weights(headed.backbone, tmp_path / "w.pth")
     assert_same(headed.backbone, nets[1])
     assert_same(headed.auxiliary_classifier, nets[0].auxiliary_classifier)
-    assert {values.requires_grad for values in headed.backbone.parameters()} == {not freeze}
-    assert headed.backbone.training == (not freeze)
-    assert headed.auxiliary_classifier.training
-    with pytest.raises(ValueError, match="of a net without auxiliary heads: load_backbone takes it"):
+    with pytest.raises(ValueError, match="of a net without auxiliary heads: dalikd train --freeze_backbone true"):
         load_weights(headed, tmp_path / "w.pth")
 
 
@@ -347,7 +342,7 @@ def test_of_a_pairs_file_one_net_is_named(pair, name, place, tmp_path):
     for net, part in ((headed, both[name]), (plain, both[name].backbone)):
         load_weights(net, f"{path}:{name}")
         assert_same(net, part)
-    load_backbone(headed, f"{path}:{name}")
+    load_weights(headed.backbone, f"{path}:{name}")
     assert known_weights.file_sha256(f"{path}:{name}") == known_weights.file_sha256(path)
 
 
@@ -374,7 +369,7 @@ def test_the_two_mobilenets_are_told_apart(file, net, suffix, tmp_path):
     message = error_of(load_weights, create_model(f"{net}{suffix}", 3, width=0.1), tmp_path / "w.pth")
     assert "the file is of " + file + ("," if file == "MobileNetV2" else ", HSAKD's own,") in message
     with pytest.raises(ValueError, match=f"the file is of {file}, "):
-        load_backbone(create_model(f"{net}_aux", 3, width=0.1), tmp_path / "w.pth")
+        load_weights(create_model(f"{net}_aux", 3, width=0.1).backbone, tmp_path / "w.pth")
 
 
 def test_classes_of_heads_are_counted_and_put_in_order_too(nets, tmp_path):

@@ -12,13 +12,14 @@ from dalikd.kd.losses import AT, HSAKD, KD, WeightedSum
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.tools import evaluate, train
 from dalikd.tools.cli import parse
+from dalikd.tools.report import print_training
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.evaluate import net_sums
 from dalikd.trainers.launch import start
 from dalikd.trainers.setup import open_run
 from dalikd.trainers.tasks import distill as distill_file
 from dalikd.trainers.tasks import supervised as supervised_file
-from dalikd.trainers.tasks.mutual import HsakdMutual
+from dalikd.trainers.tasks.mutual import HsakdMutual, MutualOptions
 from dalikd.trainers.tasks.supervised import HsakdTeacher, SupervisedInputs, TrainOptions
 
 
@@ -294,3 +295,18 @@ def test_a_student_with_heads_is_distilled_by_hsakd_unless_another_loss_is_named
         assert config["loss"]["class_path"].rpartition(".")[2] == loss.__name__
     options, _ = parse("distill", [*common, "--model", "resnet8_aux", "--loss.temperature", "5"])
     assert (type(options.loss), options.loss.temperature) == (HSAKD, 5.0)
+
+
+def test_each_net_that_learned_together_is_told(capsys, accelerator):
+    val = {"top1": 0.5, "top5": 1.0, "loss": 1.25, "images": 4}
+    nets = {"net0": val, "net1": {**val, "top1": 0.25}}
+    epoch = {"epoch": 2, "val": {**val, "nets": nets}}
+    print_training({"last": epoch, "best": epoch, "folder": "out", "evaluated": "net0.safetensors"}, accelerator)
+    printed = capsys.readouterr().out
+    assert "last epoch (2), net0: top1 50.00 %" in printed
+    assert "last epoch (2), net1: top1 25.00 %" in printed
+
+
+def test_the_heads_of_one_net_alone_are_trained_frozen():
+    with pytest.raises(ValueError, match="--freeze_backbone true trains the heads of one net: use dalikd train"):
+        MutualOptions(freeze_backbone=True, model="resnet8_aux", weights="some.pt")

@@ -50,6 +50,7 @@ class StepOptions(DistillOptions):
     steps: int = 50
     rounds: int = 5
     warmup: int = 10
+    students: FilePath | None = field(default=None, init=False)
     teachers: list[TeacherConfig] = field(default_factory=list, init=False)
     teacher_weights: list[float] | None = field(default=None, init=False)
     teacher_ensemble: Literal["mean", "entropy"] = field(default="mean", init=False)

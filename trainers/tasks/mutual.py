@@ -41,12 +41,14 @@ class MutualOptions(TrainOptions):
         super().__post_init__()
         if self.temperature is not None:
             check_temperature(self.temperature, "--temperature")
+        if self.freeze_backbone:
+            raise ValueError("--freeze_backbone true trains the heads of one net: use dalikd train")
         if self.peers is not None and not self.peers:
             raise ValueError("--peers []: name a further net at least, such as '[resnet32]'")
 
     def build(self, setup: Setup) -> "Mutual | HsakdMutual":
         """The nets and their augmentation."""
-        fresh = replace(self, weights=None, reinit=False, freeze_backbone=False)
+        fresh = replace(self, weights=None, reinit=False)
         args = self.model_args if self.peers is None else {}
         nets = [
             replace(fresh, model=name, model_args=args, init_seed=self.net_seed + number).build_student(setup)
@@ -129,10 +131,7 @@ class HsakdMutual(HsakdTeacher):
             net.model.detach_heads = False
         self.peers, self.temperature = nn.ModuleList(nets[1:]), temperature
 
-    @property
-    def nets(self) -> dict[str, Normalized]:
-        """net0, net1 and so on; the first is that of --model."""
-        return {f"net{number}": net for number, net in enumerate((self.student, *self.peers))}  # pyright: ignore[reportReturnType]
+    nets = Mutual.nets
 
     def forward(self, inputs: SupervisedInputs) -> dict[str, Tensor]:
         """Return "loss"; "ce", "ce_heads", "kd" and "kd_heads", summed over the nets; and the first one's "top1"."""
