@@ -52,6 +52,16 @@ def _compile_what_is_asked_for() -> Iterator[None]:
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="of the tests of faults all cases, not some of each kind")
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether all cases are asked for, which takes hours; else some of each kind."""
+    return bool(pytestconfig.getoption("--full"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: what begins last decides how long one of two workers runs alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
@@ -105,12 +115,23 @@ class Forked:
         self._process.join()
         return self._process.exitcode
 
-    def end(self) -> str:
-        """Wait until it has ended well. Returns what it has printed."""
-        self._process.join(300)
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def wait(self, seconds: float = 300) -> int:
+        """Its exit code; one that takes longer is killed, and that is a failure."""
+        self._process.join(seconds)
         code = self._process.exitcode
         if code is None:
             self.kill()
+        assert code is not None, (f"it still ran after {seconds} s", self.out, self.err)
+        return code
+
+    def end(self) -> str:
+        """Wait until it has ended well. Returns what it has printed."""
+        code = self.wait()
         assert code == 0, (code, self.out, self.err)
         return self.out
 
