@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dalikd.pipelines.files import write_atomically
+
 __all__ = [
     "ARRAYS",
     "EXTENSIONS",
@@ -106,7 +108,7 @@ class ShardManifest:
 
     def write(self, folder: Path) -> None:
         """Write dataset.json into a folder."""
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_atomically(folder / MANIFEST, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> "ShardManifest":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,8 @@ from PIL import Image
 from dalikd.pipelines.content import extension_of, is_jpeg2000, refusal
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
-from dalikd.pipelines.files import build_once, file_digest
+from dalikd.pipelines.files import build_once, file_digest, write_atomically
+from dalikd.pipelines.lock import only_writer
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
@@ -92,16 +93,23 @@ def write_shards(source: Source, folder: Path, options: WriteOptions) -> ShardMa
         FileExistsError: the folder holds something.
         OSError: a file cannot be read, or the disk is too small.
     """
-    check_target(source, folder, options)
-    target = folder if not folder.exists() else folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
-    with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
-        if options.check:
-            check_decodable(source, options.threads)
-        build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
-    if target != folder:
-        shutil.rmtree(folder)
-        target.rename(folder)
+    with only_writer(folder.with_name(f".{folder.name}.lock"), f"the image set {folder}"):
+        new, old = (folder.with_name(f".{folder.name}-{word}") for word in ("new", "old"))
+        if old.exists() and not folder.exists():  # killed between the two moves
+            old.rename(folder)
+        for left in (new, old):
+            if left.exists():
+                shutil.rmtree(left)
+        check_target(source, folder, options)
+        target = new if folder.exists() else folder
+        with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
+            if options.check:
+                check_decodable(source, options.threads)
+            build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
+        if target != folder:
+            folder.rename(old)
+            target.rename(folder)
+            shutil.rmtree(old)
     return ShardManifest.read(folder)
 
 
@@ -126,7 +134,7 @@ def _write_split(source: Source, folder: Path, prefix: str, options: WriteOption
         for number, images in enumerate(len(part) for part in np.array_split(order, count))
     )
     for name, array in zip(ARRAYS, (source.labels, order), strict=True):
-        np.save(folder / name, array.astype("<i8"))
+        write_atomically(folder / name, lambda file, array=array: np.save(file, array.astype("<i8")))
     resized = "" if options.resize is None else f"-short{options.resize}"
     ShardManifest(
         version=VERSION,
@@ -161,7 +169,9 @@ class _Sample(NamedTuple):
 def _write_shard(path: Path, format: ShardFormat, samples: Iterator[_Sample], images: int) -> Shard:
     """Take so many samples and write them and their index."""
     layout, offset, lines, digest = _LAYOUTS[format], 0, [], hashlib.sha256()
-    with path.open("xb") as file:
+
+    def write(file: BinaryIO) -> None:
+        nonlocal offset
         for _ in range(images):
             content, line = layout.pack(next(samples), offset)
             offset += file.write(content)
@@ -169,8 +179,10 @@ def _write_shard(path: Path, format: ShardFormat, samples: Iterator[_Sample], im
             lines.append(line)
         offset += file.write(layout.end)
         digest.update(layout.end)
+
+    write_atomically(path, write)
     index = path.with_suffix(".idx")
-    index.write_text(layout.heading.format(images) + "".join(f"{line}\n" for line in lines), encoding="ascii")
+    write_atomically(index, (layout.heading.format(images) + "".join(f"{line}\n" for line in lines)).encode("ascii"))
     return Shard(path.name, images, offset, digest.hexdigest(), file_digest(index))
 
 

@@ -269,8 +269,8 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
 
     results = loop.run()
     assert results["evaluated"] == "ema.safetensors"
-    last = loop.folder.path / "last"
-    assert {path.name for path in last.iterdir()} == {"trainer.pt", "student.safetensors", "ema.safetensors"}
+    last, names = loop.folder.path / "last", ("student.safetensors", "ema.safetensors")
+    assert {path.name for path in last.iterdir()} == {"trainer.pt", "trainer-previous.pt", *names}
     assert (last / "ema.safetensors").read_bytes() != (last / "student.safetensors").read_bytes()
 
 
@@ -339,6 +339,7 @@ def test_a_run_logs_evaluates_and_saves(make_loop):
     assert results["sha256"] == {name: file_sha256(path / name) for name in weights}
     assert {file.relative_to(path).as_posix() for file in path.glob("*/*.*") if file.parent.name != "tensorboard"} == {
         "last/trainer.pt",
+        "last/trainer-previous.pt",
         "last/student.safetensors",
         "best/student.safetensors",
     }
@@ -382,10 +383,10 @@ def test_a_signal_saves_and_stops(make_loop, number):
     loop = make_loop(options=_options(epochs=5))
     before, inputs, save = signal.getsignal(number), loop.task.prepare, loop.save
 
-    def saving() -> None:
+    def saving(**how: bool) -> None:
         if loop.progress.step == 5:
             os.kill(os.getpid(), number)  # as a launcher hands it on
-        save()
+        save(**how)
 
     def interrupting(*of):
         if loop.progress.step == 4:
@@ -420,7 +421,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
         raise BadFileError("cannot decode a.jpg")
 
     loop.loader.next = fail
-    monkeypatch.setattr("dalikd.trainers.loop.save_state", full)
+    monkeypatch.setattr("dalikd.trainers.checkpoint.save_state", full)
     with pytest.raises(
         BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"
     ):

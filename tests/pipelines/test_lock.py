@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dalikd.trainers.study.lock import holder, take_lock
+from dalikd.pipelines.lock import holder, take_lock
 
 
 def test_one_holds_a_lock_at_a_time(tmp_path):
@@ -16,7 +16,7 @@ def test_one_holds_a_lock_at_a_time(tmp_path):
     lock = take_lock(path)
     assert lock is not None
     assert take_lock(path) is None
-    assert holder(path) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert holder(path).startswith(f"process {os.getpid()} on {socket.gethostname()} since 20")
     lock.close()
     again = take_lock(path)
     assert again is not None
@@ -27,7 +27,7 @@ def test_one_holds_a_lock_at_a_time(tmp_path):
 def test_a_killed_process_gives_its_lock_back(tmp_path):
     path = tmp_path / "a.lock"
     code = (
-        "import sys, time; from pathlib import Path; from dalikd.trainers.study.lock import take_lock; "
+        "import sys, time; from pathlib import Path; from dalikd.pipelines.lock import take_lock; "
         "lock = take_lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
