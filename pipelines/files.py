@@ -63,10 +63,8 @@ def write_atomically(
                 os.link(part, path)  # fails where another was quicker
         if sync:
             _sync_folder(path.parent)
-    except FileExistsError:
-        if replace:
-            raise
-        raise FileExistsError(f"{path} is already there") from None
+    except _Taken:
+        raise
     except Exception as error:
         # torch, numpy and others give words of their own for an error that the file has met
         reason = target.error or error
@@ -84,6 +82,10 @@ def unwritable(path: Path, error: OSError) -> OSError:
     named = OSError(reason if reason.startswith(f"{path} cannot be written") else f"{path} cannot be written: {reason}")
     named.errno = error.errno
     return named
+
+
+class _Taken(FileExistsError):
+    """The file that was to be new is there."""
 
 
 class _Target(io.RawIOBase):

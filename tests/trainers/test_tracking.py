@@ -40,7 +40,9 @@ def test_resuming_drops_the_lines_after_the_saved_step(tmp_path):
         folder.log(step, {"lr": float(step)})
     folder.close()
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"step": 5, "lr"')  # a kill in the middle of a line
+        log.write('{"step": 5, "lr"\n[1]\n')  # a kill in the middle of a line
+    with (tmp_path / "run" / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": 2, "lr": "\xff"}\n')  # a damaged one
     folder = _start(tmp_path / "run", 3)
     folder.log(4, {"lr": 40.0})
     folder.close()
