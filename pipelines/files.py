@@ -44,14 +44,18 @@ def write_atomically(
         FileExistsError: the file is there, and may not be replaced.
     """
     part, target = path.with_name(f".{path.name}.{uuid4().hex}"), _Target()  # several machines may share a number
+    foreign: Exception | None = None  # what `write` has met elsewhere, such as in what it reads
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _open_locked(part) as file:
             target.file = file
-            if callable(write):
-                write(cast(BinaryIO, target))
-            else:
-                file.write(write)
+            try:
+                write(cast(BinaryIO, target)) if callable(write) else target.write(write)
+            except Exception as error:
+                if target.error is not None:  # torch, numpy and others have other words for it
+                    raise target.error from error
+                foreign = error
+                raise
             file.flush()
             if sync:
                 os.fsync(file.fileno())
@@ -60,17 +64,17 @@ def write_atomically(
             if replace:
                 part.replace(path)
             else:
-                os.link(part, path)  # fails where another was quicker
+                try:
+                    os.link(part, path)
+                except FileExistsError:
+                    foreign = FileExistsError(f"{path} is already there")  # another was quicker
+                    raise foreign from None
         if sync:
             _sync_folder(path.parent)
-    except _Taken:
-        raise
-    except Exception as error:
-        # torch, numpy and others give words of their own for an error that the file has met
-        reason = target.error or error
-        if isinstance(reason, OSError):
-            raise unwritable(path, reason) from error
-        raise
+    except OSError as error:
+        if error is foreign:
+            raise
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # as on a disk that has become read-only: the first error counts
             part.unlink()
@@ -82,10 +86,6 @@ def unwritable(path: Path, error: OSError) -> OSError:
     named = OSError(reason if reason.startswith(f"{path} cannot be written") else f"{path} cannot be written: {reason}")
     named.errno = error.errno
     return named
-
-
-class _Taken(FileExistsError):
-    """The file that was to be new is there."""
 
 
 class _Target(io.RawIOBase):

@@ -77,8 +77,8 @@ def walk_step() -> dict[str, list[str]]:
     """The functions of the project that one distillation step passes, by file."""
     import torch
 
+    from dalikd.kd.backbones import create_model
     from dalikd.pipelines.files import write_atomically
-from dalikd.kd.backbones import create_model
     from dalikd.tools.cli import parse
     from dalikd.tools.distill import distill
     from dalikd.trainers.loop import Loop

@@ -50,18 +50,16 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.relative_to(folder).as_posix(): load_file(path) for path in sorted(folder.glob("*/*.safetensors"))}
-
-
 def _same(folder: Path, other: Path, *, besides: Sequence[str] = ()) -> bool:
-    ours, theirs = _weights(folder), _weights(other)
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(value, ours[name][key])
-        for name, weights in theirs.items()
-        if name not in besides
-        for key, value in weights.items()
-    )
+    ours, theirs = (sorted(path.relative_to(one) for path in one.glob("*/*.safetensors")) for one in (folder, other))
+    if ours != theirs:
+        return False
+    for name in ours:
+        if name.as_posix() not in besides:
+            mine, others = load_file(folder / name), load_file(other / name)
+            if not all(torch.equal(value, mine[key]) for key, value in others.items()):
+                return False
+    return True
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -143,9 +141,10 @@ def broken(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise _Killed
         step(loop, *batches)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "step", stepping)
-        train.main([*_arguments(root), "--output", str(folder)])
+        with pytest.raises(_Killed):
+            train.main([*_arguments(root), "--output", str(folder)])
     return folder
 
 
@@ -174,17 +173,20 @@ def test_damage_to_any_file_is_mended_or_said(
         files = sorted(path.relative_to(start) for path in start.rglob("*") if path.is_file())
         assert {"trainer.pt", "trainer-previous.pt", "student.safetensors"} <= {path.name for path in files}
         for number, file in enumerate(files):
-            for damage in DAMAGES if full else [DAMAGES[(number + goes_on) % 3]]:
+            for damage in DAMAGES if full else [DAMAGES[(number // 2 + goes_on) % 3]] * ((number + goes_on) % 2):
                 folder = tmp_path / kind / f"{number}{damage.__name__}"
                 shutil.copytree(start, folder)
                 (folder / file).write_bytes(damage((folder / file).read_bytes()))
                 capsys.readouterr()
                 try:
                     train.main(["--resume", str(folder)])
+                    code: object = 0
                 except SystemExit as stop:
-                    case = capsys.readouterr().err
-                    assert (stop.code, case.count("\n")) == (2, 1), (kind, file, damage, case)
-                    assert file.name in case or file.name == "config.yaml", (kind, file, damage, case)
+                    code = stop.code
+                if code:
+                    error = capsys.readouterr().err
+                    assert (code, error.count("\n")) == (2, 1), (kind, file, damage, error)
+                    assert file.name == "config.yaml", (kind, file, damage, error)  # the others can be mended
                     continue
                 said = capsys.readouterr().out
                 if file.parts[0] == "last" and file.name == "trainer.pt":
@@ -256,7 +258,7 @@ def test_a_full_disk_ends_in_a_line_that_names_the_file(
     script.write_text(_LIMITED)
     for name in writers if full else _SHORT:
         size, words = writers[name]
-        out = tmp_path / name / "out"
+        out = tmp_path / name / "there"
         cache = tmp_path / name / "cache"  # lists of files are kept there, or not: no result depends on them
         words = [word.replace("OUT", str(out)) for word in words]
         process = start_forked(tmp_path / name, script, size, *words, DALIKD_CACHE=str(cache))
@@ -272,13 +274,13 @@ def test_a_full_disk_ends_in_a_line_that_names_the_file(
 
 
 def test_the_checkpoint_before_a_full_disk_can_be_gone_on_with(
-    root: Path, whole: Path, broken: Path, tmp_path: Path, start_forked: Any
+    whole: Path, broken: Path, tmp_path: Path, start_forked: Any
 ) -> None:
     script, run = tmp_path / "limited.py", tmp_path / "run"
     script.write_text(_LIMITED)
     shutil.copytree(broken, run)
     before = (run / "last" / "trainer.pt").read_bytes()
-    process = start_forked(tmp_path / "0", script, len(before) - 9, "train", "--resume", run)
+    process = start_forked(tmp_path / "0", script, len(before) * 3 // 4, "train", "--resume", run)
     assert process.wait() == 2
     assert process.err.count("\n") == 1
     assert f"{run}/last/trainer.pt cannot be written: File too large" in process.err
@@ -293,7 +295,8 @@ def test_the_checkpoint_before_a_full_disk_can_be_gone_on_with(
 def _wait_for(path: Path, process: Any) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert process.runs() and time.monotonic() < deadline, (process.out, process.err)
+        assert process.runs(), (process.out, process.err)
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 

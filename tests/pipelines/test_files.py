@@ -95,6 +95,12 @@ def test_a_full_disk_is_named_whoever_writes(tmp_path: Path, writer: str) -> Non
     assert path.stat().st_size > 2000
 
 
+def test_what_cannot_be_read_is_not_said_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        write_atomically(tmp_path / "file", lambda _: (tmp_path / "missing").read_bytes())
+    assert names(tmp_path) == []
+
+
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").touch()
     with pytest.raises(OSError, match=r"folder/file cannot be written: "):

@@ -211,5 +211,8 @@ def test_a_failure_in_the_thread_is_raised_and_the_checkpoint_before_stays(files
     writer.close()
 
 
-def _full(*_):
-    raise OSError(28, "No space left on device")
+def _full(_, file):
+    file.file.close()
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        file.file = full
+        file.write(b"x")
