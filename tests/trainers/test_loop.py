@@ -270,7 +270,7 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
     results = loop.run()
     assert results["evaluated"] == "ema.safetensors"
     last, names = loop.folder.path / "last", ("student.safetensors", "ema.safetensors")
-    assert {path.name for path in last.iterdir()} == {"trainer.pt", "trainer-previous.pt", *names}
+    assert {path.name for path in last.iterdir()} == {"trainer.pt", *names}
     assert (last / "ema.safetensors").read_bytes() != (last / "student.safetensors").read_bytes()
 
 
@@ -400,6 +400,16 @@ def test_a_signal_saves_and_stops(make_loop, number):
     assert stop.value.signal == number
     assert torch.load(loop.folder.state_file, weights_only=True)["step"] == 5
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0, []), (1000.0, []), (1e-9, [2, 4])])
+def test_a_checkpoint_is_due_after_some_minutes(make_loop, minutes, saves):
+    """With a log line, where the processes meet."""
+    loop = make_loop(options=_options(epochs=2, log_every=2, checkpoint_minutes=minutes))
+    saved, save = [], loop.write
+    loop.write = lambda **how: (saved.append(loop.progress.step), save(**how))
+    loop.run()
+    assert saved == sorted([*saves, 3, 6])  # and after each epoch
 
 
 def test_a_signal_in_the_last_step_is_obeyed_after_it(make_loop):
