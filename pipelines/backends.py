@@ -47,7 +47,8 @@ Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first by
 
 
 class UnfitError(RuntimeError):
-    """DALI has decoded an image of a kind that it gets wrong; `doctor` says which and why."""
+    """DALI has decoded an image of a kind that it gets wrong, or bytes that are not those of the image; `doctor` says
+    which and why."""
 
 
 class Output(NamedTuple):
@@ -463,9 +464,18 @@ class ShardBackend(DaliBackend):
         self._most = options.prefetch + _READ_AHEAD
 
     def fetch(self, position: int) -> Output:
-        """The pixels of a microbatch."""
+        """The pixels of a microbatch.
+
+        Raises:
+            UnfitError: DALI has made them of bytes that are not those that were written.
+        """
         output = super().fetch(position)
-        self._read.pop(position, None)
+        read = self._read.get(position)  # None where the batch was made again, and has been looked at
+        if read is not None:
+            damaged = read.ids[read.damaged & (read.ids == output.plan.rows)]
+            if len(damaged):
+                raise UnfitError(f"image {damaged[0]} of {self._shards.folder} came with other bytes than were written")
+            del self._read[position]
         return output
 
     def plan(self, position: int, rows: np.ndarray | None = None) -> BatchPlan:

@@ -275,6 +275,7 @@ def _open_shards(spec: SplitSpec) -> Source:
         std=manifest.std,
         image_size=manifest.image_size,
         shards=shards,
+        notes=shards.notes,
     )
 
 
