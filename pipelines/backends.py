@@ -8,14 +8,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
+from dalikd.pipelines.content import goes_apart, image_sides, lacks_app14, lacks_end, refusal
 from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, BatchPlan, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
@@ -134,7 +133,7 @@ class DeviceTransfer:
 
 
 class Decoder(Protocol):
-    """What is used here of a `doctor.Decoder`, which decodes images one by one, and JPEG 2000 in another process."""
+    """What is used here of a `doctor.Decoder`: it decodes images one by one, JPEG 2000 and TIFF in another process."""
 
     at_once: int
 
@@ -261,7 +260,7 @@ class DaliBackend(Backend):
         self._ahead: Future[tuple[BatchPlan, tuple[Any, ...]]] | None = None
         self._fit: set[int] = set()  # rows of rare formats that have been looked at
         self._mend_cmyk = False
-        self._judge: Decoder | None = None  # once a JPEG 2000 image has come
+        self._judge: Decoder | None = None  # once a JPEG 2000 or TIFF image has come
         self._judged = np.zeros(len(source), bool)  # rows that it knows
 
     def fetch(self, position: int) -> Output:
@@ -279,7 +278,7 @@ class DaliBackend(Backend):
         try:
             outputs = self._graph.run(*stream)
         except RuntimeError as error:
-            if self._judge is not None or not is_decode_failure(error) or not self._holds_jpeg2000(position):
+            if self._judge is not None or not is_decode_failure(error) or not self._goes_apart(position):
                 raise
             outputs = None
         if outputs is None:
@@ -336,13 +335,13 @@ class DaliBackend(Backend):
             draws = {**draws, "start": start, "shape": shape}
         return plan, (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
-    def _holds_jpeg2000(self, position: int) -> bool:
-        """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
+    def _goes_apart(self, position: int) -> bool:
+        """Whether JPEG 2000 or TIFF is in a microbatch: a graph that is not told which are well fails on all."""
         plan = self.plan(position)
-        return any(is_jpeg2000(self._content_or_nothing(plan, slot)) for slot in range(len(plan.rows)))
+        return any(goes_apart(self._content_or_nothing(plan, slot)) is not None for slot in range(len(plan.rows)))
 
     def _trusted(self, plan: BatchPlan, judge: Decoder) -> np.ndarray:
-        """Which JPEG 2000 images DALI may decode: those that another process has decoded, each once.
+        """Which JPEG 2000 and TIFF images DALI may decode: those that another process has decoded, each once.
 
         Returns:
             uint8 [B], 1 for these. Other formats need none.
@@ -353,7 +352,7 @@ class DaliBackend(Backend):
                 slots = new[first : first + judge.at_once]
                 read = pool.map(partial(self._content_or_nothing, plan), slots)
                 contents = zip(plan.rows[slots].tolist(), read, strict=True)
-                found = {row: content for row, content in contents if is_jpeg2000(content)}
+                found = {row: content for row, content in contents if goes_apart(content) is not None}
                 answers = zip(found, judge.decode(list(found.values())), strict=True)
                 self._fit |= {row for row, answer in answers if not isinstance(answer, str)}
         self._judged[plan.rows] = True
@@ -394,7 +393,7 @@ class DaliBackend(Backend):
         rare = (second != _JPEG) | (shape[:, 2] == 4)
         if ends is not None:
             rare |= (ends != _END).any(1)
-        rare = np.flatnonzero((second != _PNG) & rare)
+        rare, context = np.flatnonzero((second != _PNG) & rare), self._context
         for slot in rare.tolist():
             row = int(plan.rows[slot])
             if row in self._fit:
@@ -403,10 +402,10 @@ class DaliBackend(Backend):
                 encoded = self._content(plan, slot)
             except OSError as error:  # it has just been there
                 raise UnfitError from error
-            if refusal(encoded) is not None:
+            if refusal(encoded, context.source.max_pixels) is not None:
                 raise UnfitError
             cut_off = ends is not None and lacks_end(encoded)
-            if cut_off and isinstance(self._context.decoder(1).decode([encoded])[0], str):
+            if cut_off and isinstance(context.decoder(1).decode([encoded])[0], str):
                 raise UnfitError
             if not self._mend_cmyk and second[slot] == _JPEG and shape[slot, 2] == 4 and lacks_app14(encoded):
                 self._mend_cmyk = True
@@ -416,7 +415,7 @@ class DaliBackend(Backend):
 
     def _content(self, plan: BatchPlan, slot: int) -> bytes:
         """The encoded image in a slot of a batch."""
-        return Path(self._context.source.path(int(plan.rows[slot]))).read_bytes()
+        return self._context.source.read(int(plan.rows[slot]))
 
     def _build(self, position: int) -> Any:
         from dalikd.pipelines.graphs import build_graph
@@ -433,8 +432,9 @@ class DaliBackend(Backend):
             prefetch=self._options.prefetch,
             decoding=self._options.decoding,
             mend_cmyk=self._mend_cmyk,
-            jpeg2000=self._judge is not None,
+            apart=self._judge is not None,
             ends=context.device.type == "cuda" and self._reader != "arrays",
+            max_pixels=context.source.max_pixels,
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:

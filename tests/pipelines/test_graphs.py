@@ -516,3 +516,26 @@ def test_the_last_bytes_come_out_where_they_are_asked_for(photos: Path):
         ends=True,
     )
     assert [bytes(ends) for ends in np.array(graph.run()[3].as_tensor())] == [b"\xff\xd9", b"il"]
+
+
+@pytest.mark.parametrize("crop", ["center_crop", "window"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_image_of_more_pixels_than_allowed_is_not_decoded(photos: Path, crop: Any, whole: bool):
+    path = next(photos.rglob("large.jpg"))
+    window = ([np.zeros(2, np.float32)], [np.full(2, 9, np.float32)]) if crop == "window" else ()
+    for max_pixels, fails in ((640 * 427, False), (640 * 427 - 2, True)):
+        graph: Any = build_graph(
+            lambda _: ([np.frombuffer(path.read_bytes(), np.uint8)], *window),
+            View(32, crop, resize=32),
+            reader="bytes",
+            batch_size=1,
+            threads=1,
+            device_id=None,
+            decoding=Decoding(whole=whole),
+            max_pixels=max_pixels,
+        )
+        if fails:
+            with pytest.raises(RuntimeError, match="decoders"):
+                graph.run()
+        else:
+            graph.run()
