@@ -106,15 +106,19 @@ def read_within(path: str, seconds: float, most: int) -> bytes:
 
     def read() -> None:
         try:
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-                status = os.fstat(file.fileno())
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
                     kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
                     raise OSError(errno.EINVAL, f"it is {kind}, not a file", path)
                 if status.st_size > most:
                     raise OSError(errno.EFBIG, f"its {status.st_size:,} bytes are more than the {most:,} allowed", path)
-                answer.put(file.read())
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    answer.put(file.read())
+            finally:
+                os.close(descriptor)
         except BaseException as error:  # passed on
             answer.put(error)
 

@@ -251,10 +251,10 @@ def test_jpeg_2000_is_refused_alone(decoder, crashing_jpeg2000):
         assert np.array_equal(beside, RGB)
 
 
-def test_a_tiff_that_ends_the_process_is_refused_alone(decoder, crashing_tiff):
+def test_a_tiff_that_ends_the_process_is_refused_alone(crashing_tiff):
     """Those beside it are decoded, among them a JPEG 2000 by the same process."""
     beside = [AS_PILLOW[kind]() for kind in ("TIFF", "JPEG 2000", "PNG")]
-    answer, *pixels = decoder.decode([crashing_tiff, *beside])
+    answer, *pixels = Decoder(2).decode([crashing_tiff, *beside])
     assert answer == "this TIFF ends the process that decodes it (SIGFPE), as damaged ones do"
     assert all(np.array_equal(image, RGB) for image in pixels)
 

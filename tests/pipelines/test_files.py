@@ -171,7 +171,7 @@ class TestReadWithin:
     def test_a_disk_that_does_not_answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "a").touch()
         answers = threading.Event()
-        monkeypatch.setattr("dalikd.pipelines.files.os.fstat", lambda _: answers.wait())
+        monkeypatch.setattr("dalikd.pipelines.files.os.fdopen", lambda *_, **__: answers.wait())
         with pytest.raises(TimeoutError, match=r"no answer within 0.1 s: .*/a"):
             read_within(str(tmp_path / "a"), 0.1, 100)
         answers.set()
