@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.pipelines.content import goes_apart, image_sides, lacks_app14, lacks_end, refusal
+from dalikd.pipelines.content import LONGEST, goes_apart, image_sides, lacks_app14, lacks_end, refusal
 from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, BatchPlan, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
@@ -41,6 +41,7 @@ __all__ = [
 _READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: by DALI, and one planned
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
 _END = (0xFF, 0xD9)  # of a JPEG
+_NO_FILE, _NO_IMAGE = np.frombuffer(b"/dev/null", np.uint8), np.zeros(2, np.uint8)
 _ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
 Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
 
@@ -331,6 +332,9 @@ class DaliBackend(Backend):
             images = source.arrays[plan.rows] if source.arrays is not None else self._contents(plan)
         if self._sides is not None:
             sides = np.maximum(self._sides[plan.rows], 1)
+            too_large = sides.prod(1, dtype=np.int64) > source.max_pixels
+            if too_large.any():  # DALI fails on nothing, and allocates nothing for it
+                images = _without(images, too_large)
             start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
             draws = {**draws, "start": start, "shape": shape}
         return plan, (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
@@ -384,12 +388,12 @@ class DaliBackend(Backend):
 
         Returns:
             whether the batch must be made again, with the right sides or CMYK mended.
+
+        Raises:
+            UnfitError: an image is of a kind that DALI gets wrong, or larger than was known.
         """
-        if self._sides is not None:
-            wrong = (self._sides[plan.rows] != shape[:, :2]).any(1)
-            self._sides[plan.rows[wrong]] = shape[wrong, :2]
-            if wrong.any():
-                return True
+        if self._has_wrong_sides(plan, shape):
+            return True
         rare = (second != _JPEG) | (shape[:, 2] == 4)
         if ends is not None:
             rare |= (ends != _END).any(1)
@@ -412,6 +416,16 @@ class DaliBackend(Backend):
                 return True
             self._fit.add(row)
         return False
+
+    def _has_wrong_sides(self, plan: BatchPlan, shape: np.ndarray) -> bool:
+        """Whether windows were placed by other sides than a batch has; these are known from now on."""
+        if self._sides is None:
+            return False
+        if (shape[:, 0] * shape[:, 1] > self._context.source.max_pixels).any():
+            raise UnfitError
+        wrong = (self._sides[plan.rows] != shape[:, :2]).any(1)
+        self._sides[plan.rows[wrong]] = shape[wrong, :2]
+        return bool(wrong.any())
 
     def _content(self, plan: BatchPlan, slot: int) -> bytes:
         """The encoded image in a slot of a batch."""
@@ -503,8 +517,18 @@ class ShardBackend(DaliBackend):
             ]
         if self._sides is not None:
             for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once
-                self._sides[plan.rows[slot]] = image_sides(partial(_part, contents[slot]))
+                self._sides[plan.rows[slot]] = np.minimum(image_sides(partial(_part, contents[slot])), LONGEST)
         return contents
+
+
+def _without(images: Any, hidden: np.ndarray) -> Any:
+    """Encoded images, or paths in one array that end in zeros, without some: nothing in their places."""
+    if not isinstance(images, np.ndarray):
+        return [_NO_IMAGE if hide else image for hide, image in zip(hidden, images, strict=True)]
+    images = np.pad(images, ((0, 0), (0, len(_NO_FILE))))
+    images[hidden] = 0
+    images[hidden, : len(_NO_FILE)] = _NO_FILE
+    return images
 
 
 def _part(content: np.ndarray, offset: int, count: int) -> bytes:

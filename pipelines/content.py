@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 __all__ = [
+    "LONGEST",
     "MAX_PIXELS",
     "extension_of",
     "goes_apart",
@@ -22,6 +23,7 @@ __all__ = [
 #: of an image where nothing else is said; Pillow refuses to open more. DALI asks for three bytes each, for each thread.
 MAX_PIXELS = 178_000_000
 
+LONGEST = (1 << 31) - 1  # pixels of a side, as they are kept in int32
 _HEADER_BYTES = 4096  # read at once where a header is looked for: nearly always all of it
 _NO_FRAME = {0xC4, 0xC8, 0xCC}  # JPEG's markers from 0xC0 to 0xCF that begin no frame
 _ENDS = {0xD9, 0xDA}  # JPEG's markers after which no header comes

@@ -88,7 +88,8 @@ def build_graph(
             it for CMYK that is not, which makes most of them black.
         apart: decode the JPEG 2000 and TIFF images that are `trusted`. A graph without this fails on all of them.
         ends: give out the last two bytes of the encoded images.
-        max_pixels: the graph fails on an encoded image of more, and allocates nothing for it.
+        max_pixels: the graph fails on an encoded image of more, and allocates nothing for it; but for views whose
+            windows are placed before, by sides that are known then.
 
     Returns:
         a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
@@ -144,7 +145,8 @@ def _graph(
 ):
     draws = _inputs(callback, input_names(view, views, apart=apart))
     trusted = draws["trusted"] if apart else None
-    source = _READERS[reader](draws["source"], decoding, mend_cmyk, trusted, max_pixels)
+    bound = max_pixels if "start" not in draws else None
+    source = _READERS[reader](draws["source"], decoding, mend_cmyk, trusted, bound)
     outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
@@ -169,23 +171,28 @@ def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
 _ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an APP14 segment: CMYK, inverted
 
 
-def _encoded(encoded, decoding: Decoding, mend_cmyk: bool, trusted, max_pixels: int) -> "_Encoded":
+def _encoded(encoded, decoding: Decoding, mend_cmyk: bool, trusted, max_pixels: int | None) -> "_Encoded":
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
     of DALI may crash the process. Damaged JPEG 2000 and TIFF does crash it: of these only what is `trusted` is seen. Of
     what is too large the decoder sees nothing either, and fails."""
-    first, second = encoded[0], encoded[1]
-    hidden = (first == second) | (second == 0x4F)  # TIFF: II or MM; JPEG 2000: 0 0 or FF 4F; in no other format
-    if trusted is not None:
-        hidden = hidden & (trusted == 0)
+    second = encoded[1]
+    sign = (encoded[0] ^ second) % 0xB0  # 0 in TIFF (II or MM) and JPEG 2000 (0 0 or FF 4F), in no other format
+    hidden = sign == 0 if trusted is None else (sign + trusted) == 0
     if hidden:
-        encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
+        encoded = _nothing(encoded)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT)
     if mend_cmyk:
         encoded = _with_app14(encoded, (shape[2] == 4) & (second == 0xD8))
-    # also makes what is decoded whole depend on the shape, as a window does; in float32, whose steps are below 1e-7
-    if shape[0] * shape[1] > max_pixels * (1 + 1e-6):
-        encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
+    if max_pixels is not None:
+        if shape[0] * shape[1] > max_pixels * (1 + 1e-6):  # in float32, whose steps are below 1e-7
+            encoded = _nothing(encoded)
+    elif decoding.whole and shape[0] == 0:  # there is no window, which would depend on the shape
+        encoded = _nothing(encoded)
     return _Encoded(encoded, second, shape, decoding)
+
+
+def _nothing(encoded):
+    return fn.slice(encoded, start=[0], shape=[0], axes=[0])
 
 
 def _with_app14(encoded, wanted):
@@ -228,7 +235,7 @@ class _Encoded:
         )
 
 
-def _files(paths, decoding: Decoding, mend_cmyk: bool, trusted, max_pixels: int) -> _Encoded:
+def _files(paths, decoding: Decoding, mend_cmyk: bool, trusted, max_pixels: int | None) -> _Encoded:
     return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoding, mend_cmyk, trusted, max_pixels)
 
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalikd.pipelines.content import image_sides
+from dalikd.pipelines.content import LONGEST, image_sides
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.progress import progress
 
@@ -156,7 +156,7 @@ class FileList:
             return sides
 
     def _look(self) -> np.ndarray:
-        return self._each(f"headers in {self.root}", _sides_in_file, 2).astype(np.int32)
+        return self._each(f"headers in {self.root}", _sides_in_file, 2).clip(0, LONGEST).astype(np.int32)
 
     def _each(self, what: str, ask: Callable[[bytes], tuple[int, ...]], count: int) -> np.ndarray:
         """`ask` every path for `count` numbers, in threads: int64 [N, count]."""
