@@ -1,15 +1,19 @@
 """Files and folders that are whole or not there: whoever is killed, or fails, while writing leaves what was before."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import queue
+import stat
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
-__all__ = ["build_once", "file_digest", "write_atomically"]
+__all__ = ["build_once", "file_digest", "read_within", "write_atomically"]
 
 
 def write_atomically(path: Path, write: bytes | Callable[[BinaryIO], object], *, sync: bool = True) -> None:
@@ -85,3 +89,46 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
+def read_within(path: str, seconds: float, most: int) -> bytes:
+    """What a file holds; a disk in the network may never answer, and a pipe waits for a writer.
+
+    Args:
+        path: of the file; links are followed.
+        seconds: to wait at most.
+        most: bytes it may have.
+
+    Raises:
+        OSError: it is no file, too large, or cannot be read; TimeoutError: not in that time.
+    """
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+                    kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+                    raise OSError(errno.EINVAL, f"it is {kind}, not a file", path)
+                if status.st_size > most:
+                    raise OSError(errno.EFBIG, f"its {status.st_size:,} bytes are more than the {most:,} allowed", path)
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    answer.put(file.read())
+            finally:
+                os.close(descriptor)
+        except BaseException as error:  # passed on
+            answer.put(error)
+
+    threading.Thread(
+        target=read, name="dalikd-read", daemon=True
+    ).start()  # one that hangs keeps no process from ending
+    try:
+        found = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", path) from None
+    if isinstance(found, BaseException):
+        raise found
+    return found

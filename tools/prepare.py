@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
 from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, published_set
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
@@ -35,6 +36,7 @@ class SourceConfig:
             the nearest whole number.
         val_limit: take only so many validation images; seeded, class shares kept.
         download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
+        max_pixels: of an image: larger ones are taken for bad files by their headers, before memory is asked for them.
     """
 
     name: Literal[
@@ -49,6 +51,7 @@ class SourceConfig:
     share: float = 1.0
     val_limit: int | None = None
     download: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,10 @@ class Loop:
             "lowest loss; compare runs by last",
             "evaluated": self._file(next(iter(self.task.nets)), averaged=bool(self.averages)),
             "compile": self.options.compile,
+            "replaced": {  # images of each split, by all processes
+                "train": len(self.loader.replaced),
+                "val": progress.last["val"]["replaced"] if progress.last else 0,
+            },
             "replaced_files": self.replaced_files,
             **self.header,
             "processes": self.accelerator.num_processes,

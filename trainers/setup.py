@@ -222,4 +222,5 @@ def reading(data: DataConfig) -> dict[str, Any]:
         "hw_decoder_load": data.hw_decoder_load,
         "decode": data.decode,
         "bad_files": data.bad_files,
+        "bad_files_limit": data.bad_files_limit,
     }

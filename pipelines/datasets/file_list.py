@@ -5,14 +5,16 @@ cache file: no list of a million strings in every process, and no walk over a sl
 
 What file servers and desktops put beside images is passed over without a word, and is no class either: names that start
 with a dot (`._a.jpg`, `.DS_Store`, `.ipynb_checkpoints`), thumbnails, waste baskets and the like (_NOT_DATA). All other
-files whose name does not end as an image's are counted as left out. What cannot be read as it is named is an error: a
-link to nothing, and a folder, pipe, socket or device whose name ends as an image's.
+files whose name does not end as an image's are counted as left out. Whatever else has such a name is listed too,
+with a size of -1: folders, pipes, sockets, devices, links to nothing. The loader stops at them or replaces them.
+Other links to nothing are errors: they may have led to folders of images.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import stat
 import time
 import warnings
 import zlib
@@ -26,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalikd.pipelines.content import image_sides
+from dalikd.pipelines.content import LONGEST, image_sides
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.progress import progress
 
@@ -56,12 +58,13 @@ _NOT_DATA = frozenset(  # in lower case: of Mac, Windows, Linux, Synology and QN
         *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
     }
 )
-_VERSION = 2  # of the manifest's files; raise it also when the rules of what is an image change
+_VERSION = 3  # of the manifest's files; raise it also when the rules of what is an image change
 _REMEMBER_ABOVE = 20_000  # files; a smaller tree is scanned in well under a second
 _SAMPLED = 32_768  # files of a remembered list whose sizes are compared at each start
 _THREADS = 8  # that ask for sizes and folders: a disk in the network answers many at once
 _CHUNK_FILES = 512  # that a thread asks for at a time
 _ARRAYS = ("paths", "offsets", "labels", "sizes")
+_MOST_READ = 1 << 28  # bytes of a file whose header is looked for; TIFF may have it at the end
 _SETTLED_NS = 2_000_000_000  # 2 s: the coarsest clock of a file system in use
 _CHUNK_ROWS = 16_384  # bounds the scratch memory of the vectorised passes over a long list
 
@@ -74,7 +77,7 @@ class FileList:
         buffer: uint8 [total bytes], the paths one after the other without terminators; may be a read-only mapping.
         offsets: int64 [N + 1], path `row` is `buffer[offsets[row]:offsets[row + 1]]`.
         root: folder that every path starts with; left out of fingerprints.
-        sizes: of the files in bytes, int64 [N]; None: not known yet.
+        sizes: of the files in bytes, int64 [N], -1 for what is no file; None: not known yet.
         kept_in: folder of the manifest that remembers the list, or "".
     """
 
@@ -117,14 +120,15 @@ class FileList:
         return FileList(buffer, _offsets(lengths), self.root, sizes, self.kept_in)
 
     def measure(self) -> np.ndarray:
-        """Sizes of the files in bytes, int64 [N]: those that are known, else one stat a file, in threads.
+        """Sizes of the files in bytes, int64 [N]: those that are known, else one stat a file, in threads; -1 for what
+        is no file.
 
         Raises:
-            FileNotFoundError: a file is missing.
+            FileNotFoundError: a file is missing, and no link to it is there.
         """
         if self.sizes is not None:
             return self.sizes
-        return self._each(f"sizes in {self.root}", lambda path: (os.stat(path).st_size,), 1)[:, 0]  # noqa: PTH116 (bytes)
+        return self._each(f"sizes in {self.root}", _size, 1)[:, 0]
 
     def sides(self) -> np.ndarray:
         """Heights and widths in pixels as the headers say, int32 [N, 2]; zeros where one says nothing.
@@ -152,7 +156,7 @@ class FileList:
             return sides
 
     def _look(self) -> np.ndarray:
-        return self._each(f"headers in {self.root}", _sides_in_file, 2).astype(np.int32)
+        return self._each(f"headers in {self.root}", _sides_in_file, 2).clip(0, LONGEST).astype(np.int32)
 
     def _each(self, what: str, ask: Callable[[bytes], tuple[int, ...]], count: int) -> np.ndarray:
         """`ask` every path for `count` numbers, in threads: int64 [N, count]."""
@@ -175,10 +179,13 @@ class FileList:
 
     def missing(self, row: int) -> str:
         """What to say of a file that is listed and not there."""
+        path = self.path(row)
+        if Path(path).is_symlink():
+            return f"{path} is missing: it is a link to nothing"
         if not self.kept_in:
-            return f"{self.path(row)} is missing"
+            return f"{path} is missing"
         return (
-            f"{self.path(row)} is missing; the list of files is remembered in {self.kept_in}: restore the file, or "
+            f"{path} is missing; the list of files is remembered in {self.kept_in}: restore the file, or "
             "remove that folder to have the list made anew"
         )
 
@@ -224,11 +231,10 @@ def cache_folder() -> Path:
 
 
 def list_folder(folder: Path) -> Listing:
-    """List a folder; links are followed.
+    """List a folder; links are followed. `images` holds all whose names end as an image's, files or not.
 
     Raises:
-        FileNotFoundError: a link in it leads to nothing: that may have been a folder of images.
-        ValueError: something that is no file has a name that ends as an image's.
+        FileNotFoundError: another link in it leads to nothing: that may have been a folder of images.
     """
     images, folders, names, left_out = [], [], [], Counter[str]()
     with os.scandir(folder) as entries:
@@ -237,18 +243,15 @@ def list_folder(folder: Path) -> Listing:
             names.append(os.fsencode(entry.name))
             if name.startswith(".") or name in _NOT_DATA:
                 continue
+            if name.endswith(IMAGE_EXTENSIONS):
+                images.append(entry.name)
+                continue
             if entry.is_symlink():
                 _check_link(Path(entry.path))
-            if not name.endswith(IMAGE_EXTENSIONS):
-                if entry.is_dir():
-                    folders.append(entry.name)
-                else:
-                    left_out[Path(name).suffix or "without an ending"] += 1
-            elif entry.is_file():
-                images.append(entry.name)
+            if entry.is_dir():
+                folders.append(entry.name)
             else:
-                kind = "a folder" if entry.is_dir() else "a pipe, socket or device"
-                raise ValueError(f"{entry.path} is {kind}, but its name ends as an image's: rename or remove it")
+                left_out[Path(name).suffix or "without an ending"] += 1
     return Listing(sorted(images), sorted(folders), left_out, _digest(names))
 
 
@@ -267,10 +270,14 @@ def scan(folder: Path, classes: Sequence[str]) -> Tree:
     The order is fixed: classes as given, in a folder first its images by name, then its folders by name.
 
     Raises:
-        ValueError: a class has no image, a link leads back into a folder above it, or as for `list_folder`.
+        ValueError: a class has no image, its folder's name ends as an image's, or a link leads back into a folder above
+            it.
         FileNotFoundError: a link leads to nothing.
     """
     times, listing = _times(folder.stat()), list_folder(folder)
+    for name in listing.images:
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder, but its name ends as an image's: rename or remove it")
     directories = {".": (*times, listing.digest)}
     left_out = Counter({"image(s) beside the class folders": len(listing.images)} if listing.images else {})
     buffers, lengths, labels = [], [], []
@@ -337,11 +344,22 @@ def manifest_folder(folder: Path, part: Sequence[str] | None = None) -> Path:
     return cache_folder() / "manifests" / sha256(key).hexdigest()[:16]
 
 
+def _size(path: bytes) -> tuple[int]:
+    try:
+        status = os.stat(path)  # noqa: PTH116 (bytes)
+    except OSError:
+        if not os.path.islink(path):  # noqa: PTH114 (bytes)
+            raise
+        return (-1,)  # to nothing, or in a circle
+    return (status.st_size if stat.S_ISREG(status.st_mode) else -1,)
+
+
 def _sides_in_file(path: bytes) -> tuple[int, int]:
     with contextlib.suppress(OSError):
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
         try:
-            return image_sides(lambda offset, count: os.pread(file, min(count, os.fstat(file).st_size), offset))
+            most = min(os.fstat(file).st_size, _MOST_READ)
+            return image_sides(lambda offset, count: os.pread(file, min(count, most), offset))
         finally:
             os.close(file)
     return 0, 0

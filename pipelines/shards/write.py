@@ -24,7 +24,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from dalikd.pipelines.content import extension_of, is_jpeg2000, refusal
+from dalikd.pipelines.content import extension_of, goes_apart, refusal
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import file_digest, write_atomically
@@ -310,13 +310,13 @@ _LAYOUTS: dict[str, _Layout] = {
 
 def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: ThreadPoolExecutor) -> Iterator[Sample]:
     """The images in storage order, read and resized by the pool."""
-    decoder = Decoder(options.threads)
+    decoder = Decoder(options.threads, max_pixels=source.max_pixels)
     chunk = _CHUNK if options.resize is None else decoder.at_once
     with progress(f"writing {source.split}", total=len(order), unit=" images") as bar:
         for start in range(0, len(order), chunk):
             samples = list(pool.map(lambda row: _sample(source, row), order[start : start + chunk].tolist()))
             if options.resize is None:
-                _check_jpeg2000(source, samples, decoder)
+                _check_apart(source, samples, decoder)
             else:
                 samples = _resized(source, samples, options.resize, decoder, pool)
             for sample in samples:
@@ -334,7 +334,7 @@ def _sample(source: Source, row: int) -> Sample:
     path = source.path(row)
     arrays = source.arrays
     encoded = source.read(row) if arrays is None else _encode(Image.fromarray(arrays[row]), "PNG")
-    reason = refusal(encoded)
+    reason = refusal(encoded, source.max_pixels)
     if reason is not None:
         raise ValueError(_REPAIR.format(printable(path), reason))
     name = path if source.files is None else path[len(source.files.root) :].lstrip("/")
@@ -342,13 +342,13 @@ def _sample(source: Source, row: int) -> Sample:
     return Sample(row, int(source.labels[row]), encoded, extension_of(encoded), name)
 
 
-def _check_jpeg2000(source: Source, samples: list[Sample], decoder: Decoder) -> None:
+def _check_apart(source: Source, samples: list[Sample], decoder: Decoder) -> None:
     """No header tells whether such an image is for DALI.
 
     Raises:
         ValueError: it is not.
     """
-    found = [sample for sample in samples if is_jpeg2000(sample.encoded)]
+    found = [sample for sample in samples if goes_apart(sample.encoded) is not None]
     for first in range(0, len(found), decoder.at_once):
         part = found[first : first + decoder.at_once]
         for sample, answer in zip(part, decoder.decode([sample.encoded for sample in part]), strict=True):

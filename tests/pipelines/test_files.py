@@ -4,13 +4,14 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dalikd.pipelines.files import build_once, file_digest, write_atomically
+from dalikd.pipelines.files import build_once, file_digest, read_within, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -149,3 +150,28 @@ class TestBuildOnce:
         with pytest.raises(FileExistsError, match="a is already there"):
             build_once(tmp_path / "a", lambda folder: (folder / "y").touch())
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
+
+
+class TestReadWithin:
+    def test_a_file_or_a_link_to_one(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"content")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        assert read_within(str(tmp_path / "b"), 5, 7) == b"content"
+        with pytest.raises(OSError, match=r"its 7 bytes are more than the 6 allowed: .*/a"):
+            read_within(str(tmp_path / "a"), 5, 6)
+
+    def test_what_is_no_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for path, kind in ((tmp_path / "pipe", "a pipe"), (tmp_path, "a folder"), (Path("/dev/zero"), "a device")):
+            with pytest.raises(OSError, match=f"it is {kind}, not a file: .*{path}"):
+                read_within(str(path), 5, 100)
+        with pytest.raises(FileNotFoundError):
+            read_within(str(tmp_path / "none"), 5, 100)
+
+    def test_a_disk_that_does_not_answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a").touch()
+        answers = threading.Event()
+        monkeypatch.setattr("dalikd.pipelines.files.os.fdopen", lambda *_, **__: answers.wait())
+        with pytest.raises(TimeoutError, match=r"no answer within 0.1 s: .*/a"):
+            read_within(str(tmp_path / "a"), 0.1, 100)
+        answers.set()
