@@ -32,8 +32,7 @@ def read_step(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling foreign bytes can raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a training step: {reason}") from error
+        raise ValueError(f"{path} is damaged, or no nan-stepN.pt of a run that has diverged") from error
     if not isinstance(content, dict) or not {"batches", "state", "options"} <= content.keys():
         raise ValueError(f"{path} holds no training step: give a nan-stepN.pt of a run that has diverged")
     return content

@@ -84,7 +84,7 @@ def test_a_run_that_diverges_is_gone_on_with_at_a_lower_rate(tree, tmp_path, sta
 @pytest.mark.parametrize("rate", ["1e4", "1e8", "1e12", "1e20", "1e30", "1e38"])
 @pytest.mark.parametrize("every", [1, 2, 0])
 def test_no_rate_leaves_a_state_that_is_not_finite(rate, every, tree, tmp_path, start_forked, full):
-    if not full and (rate, every) != ("1e12", 1):
+    if not full:
         pytest.skip("with --full")
     words = _words(
         tree, "--epochs", 3, "--output", tmp_path / "run", "--optimizer.lr", rate, "--checkpoint_every", every
