@@ -189,3 +189,32 @@ def test_a_cache_whose_bytes_have_changed_is_not_learned_from(tree, tmp_path, st
         verified = start_forked(tmp_path / "3", "cache", "--verify", tmp_path / "cache", "--share", 0.01)
         assert verified.wait() == 2
         assert f"{path} is not what dalikd cache has written" in verified.err
+
+
+def test_weights_of_numbered_classes_in_the_order_of_text_are_put_in_that_of_numbers(tmp_path, start_forked):
+    """As an earlier version wrote them: class 10 came after class 1."""
+    names, random = [str(number) for number in range(12)], np.random.default_rng(0)
+    for name in names:
+        for number in range(2):
+            path = tmp_path / "tree" / "val" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    torch.manual_seed(0)
+    net, found = create_model("resnet8", 12), []
+    for number, classes in enumerate((names, sorted(names))):
+        rows = [names.index(name) for name in classes]
+        state = {key: value[rows] if key.startswith("fc.") else value for key, value in net.state_dict().items()}
+        metadata = {"dalikd": json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3, "class_names": classes})}
+        save_file(
+            {key: value.contiguous() for key, value in state.items()}, tmp_path / f"{number}.safetensors", metadata
+        )
+        data = ["--data.root", tmp_path / "tree", "--data.image_size", 32, "--data.threads", 1, "--device", "cpu"]
+        net_words = ["--model", "resnet8", "--weights", tmp_path / f"{number}.safetensors"]
+        json_words = ["--json", tmp_path / f"{number}.json"]
+        ended = start_forked(tmp_path / f"of{number}", "evaluate", *data, *net_words, *json_words)
+        assert ended.wait() == 0, ended.err
+        assert "ordered by number: 0, 1, 2, 3, 4 and 7 more; not as text: 0, 1, 10, 11, 2" in ended.out + ended.err
+        assert ("has the data's classes in another order" in ended.err) == (number == 1)
+        results = json.loads((tmp_path / f"{number}.json").read_text())
+        found.append({name: results[name] for name in ("loss", "top1", "top5")})
+    assert found[0] == found[1]

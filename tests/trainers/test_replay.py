@@ -21,19 +21,19 @@ RUNS = {
     "students": (distill, [*TEACHER, "--augmentation", "cutmixpick_student"]),
     "teachers": (distill, [*TEACHERS, "--augmentation", "mixup"]),
     "cache": (distill, ["--teacher.cache", "cache", "--augmentation", "cutmix"]),
-    "memory": (distill, [*TEACHER, "--loss", "CRD", "--loss.negatives", "8"]),
+    "memory": (distill, ["--teacher.name", "resnet8", "--teacher.weights", "2.pt", "--loss", "CRD"]),
     "mutual": (mutual, []),
-    "probe": (probe, ["--weights", "0.pt"]),
+    "probe": (probe, ["--weights", "2.pt"]),
 }
 
 
 @pytest.fixture
 def words(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of every command, in a folder with two teachers."""
+    """Of every command, in a folder with three teachers."""
     monkeypatch.chdir(tmp_path)
-    for seed in range(2):
+    for seed, name in enumerate(("small", "small", "resnet8")):
         torch.manual_seed(seed)
-        torch.save(create_model("small", 3).state_dict(), f"{seed}.pt")
+        torch.save(create_model(name, 3).state_dict(), f"{seed}.pt")
     data = ["--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"]
     return [*data, "--batch_size", "32", "--mix.group", "8", "--epochs", "3"]
 
@@ -50,7 +50,7 @@ def test_a_step_that_was_not_finite_is_not_when_it_is_run_again(kind, words, cap
     command, own = RUNS[kind]
     if kind == "cache":
         cache.main([*words, *TEACHER, "--augmentation", "cutmix", "--output", "cache"])
-    model = ["--model", "resnet8_aux"] if kind == "mutual" else ["--model", "small"]
+    model = ["--model", {"mutual": "resnet8_aux", "memory": "resnet8", "probe": "resnet8"}.get(kind, "small")]
     rate = ["--schedule.name", "constant", "--optimizer.lr", "1e38" if kind == "probe" else "1e30"]
     assert _ended(command, *words, *model, *own, *rate, "--output", "run") == 2
     told = capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_what_a_file_holds_is_read_without_running_code(tmp_path, capsys, monkey
             return Path.touch, (Path("harm"),)
 
     torch.save({"batches": [], "state": {}, "options": Harm()}, "harmful.pt")
-    Path("pickled.pt").write_bytes(pickle.dumps(Harm()))
+    Path("pickled.pt").write_bytes(pickle.dumps(Harm(), protocol=2))
     Path("text.pt").write_text(yaml.safe_dump({"batches": []}))
     torch.save({"step": 3}, "other.pt")
     for name in ("harmful", "pickled", "text"):

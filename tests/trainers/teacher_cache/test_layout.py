@@ -196,7 +196,7 @@ def test_a_changed_byte_is_found_when_an_epoch_is_first_read(tmp_path, name, pla
     cache.seal()
     path = tmp_path / "cache" / "epoch-0001" / f"{name}.{'json' if name == 'checksums' else 'npy'}"
     content = bytearray(path.read_bytes())
-    content[-1 if place == "last" and name != "checksums" else 130 if name != "checksums" else 20] ^= 1
+    content[-1 if place == "last" and name != "checksums" else 130 if name != "checksums" else 20] ^= 2
     path.write_bytes(content)
     reader = TeacherCache(tmp_path / "cache")
     reader.check_filled()
