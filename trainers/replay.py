@@ -108,12 +108,10 @@ def run_again(content: Mapping[str, Any], options: TrainingOptions, accelerator:
     """
     given, device = content["source"], accelerator.device
     side, labels = given["image_size"], given["labels"].numpy()
-    source = Source(
-        **{name: given[name] for name in ("name", "split", "image_size")},
-        **{name: tuple(given[name]) for name in ("classes", "mean", "std")},
-        labels=labels,
-        arrays=np.broadcast_to(np.zeros((), np.uint8), (len(labels), side, side, 3)),
-    )
+    plain: dict[str, Any] = {name: given[name] for name in ("name", "split", "image_size")}
+    plain |= {name: tuple(given[name]) for name in ("classes", "mean", "std")}
+    images = np.broadcast_to(np.zeros((), np.uint8), (len(labels), side, side, 3))  # which nobody looks at
+    source = Source(**plain, labels=labels, arrays=images)
     source.__dict__["fingerprint"] = given["fingerprint"]  # of the run's own images
     task = options.build(_OneStep(options, accelerator, source, source))
     loader: Any = _NoLoader(source, content["steps_per_epoch"])
