@@ -82,8 +82,8 @@ def load_weights(
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the
-            shapes are not those of the model, or the classes not those of the data; or the classifier is to be kept and
-            the model names none. It says what the file is, where that is known.
+            shapes are not those of the model, or the classes not those of the data; or a weight is NaN or infinite; or
+            the classifier is to be kept and the model names none. It says what the file is, where that is known.
     """
     weights = read_state_dict(path, sha256=sha256)
     order = None if class_names is None else class_order(read_origin(path), class_names, str(path))
@@ -95,6 +95,7 @@ def load_weights(
         _check_keys(weights, expected, path, strict)
         weights = {key: value for key, value in weights.items() if not key.startswith(kept)}
         _check_shapes(weights, expected, path, _last_layers(model))
+        _check_numbers(weights, expected, path)
     except ValueError as error:
         known = identify(path) or _known_by_keys(weights, model)
         raise ValueError(f"{error}; the file is {known}" if known else str(error)) from None
@@ -394,6 +395,22 @@ def _check_shapes(
         raise ValueError(f"{path}: the weights have {classes[0][0]} classes, the model {classes[1][0]}")
     differences = _listed(f"{key} {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items())
     raise ValueError(f"{path} has other shapes than this model, check the model's name and options: {differences}")
+
+
+def _check_numbers(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError where a weight is not finite. A model's own buffers may hold infinities, such as a mask."""
+    bad = [
+        key
+        for key, value in weights.items()
+        if key in expected and not torch.isfinite(value).all() and torch.isfinite(expected[key]).all()
+    ]
+    if bad:
+        kind = "NaN" if torch.isnan(weights[bad[0]]).any() else "infinity"
+        more = f", as do {len(bad) - 1} more of its tensors" if bad[1:] else ""
+        raise ValueError(
+            f"{path}: {bad[0]} holds {kind}{more}: the run that wrote it has diverged, or the file is damaged; give "
+            "weights of before that"
+        )
 
 
 def _last_layers(model: nn.Module) -> list[str]:

@@ -131,7 +131,7 @@ class Source:
                 f"{option} {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
                 f"give a number from {len(self.classes)} to {len(self)}"
             )
-        return self._take(stratified_rows(self.labels, n, seed))
+        return self.take(stratified_rows(self.labels, n, seed))
 
     def share(self, share: float, seed: int = 0) -> "Source":
         """A subset with this share of each class, drawn class by class, in the same order.
@@ -157,7 +157,7 @@ class Source:
                 f"--data.share {share}: {self.name} {self.split} keeps no image of the class {self.classes[fewest]}, "
                 f"which has {counts[fewest]}; give at least {least:g}"
             )
-        return self._take(share_rows(self.labels, kept, seed))
+        return self.take(share_rows(self.labels, kept, seed))
 
     def _check_divisible(self, option: str, value: float) -> None:
         if self.shards is not None:
@@ -165,7 +165,8 @@ class Source:
                 f"{option} {value}: shards are read whole; write smaller ones by `dalikd prepare {option} {value}`"
             )
 
-    def _take(self, rows: np.ndarray) -> "Source":
+    def take(self, rows: np.ndarray) -> "Source":
+        """The images of some rows, in their order; not of shards."""
         files = None if self.files is None else self.files.take(rows)
         arrays = None if self.arrays is None else self.arrays[rows]
         return replace(self, labels=self.labels[rows], files=files, arrays=arrays)

@@ -21,6 +21,7 @@ COMMANDS = {
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
+    "replay": "run the step again at which a training run diverged, and name what is first not finite",
     "bench": "measure speed: loader, training step, teacher, several processes",
 }
 

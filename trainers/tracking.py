@@ -103,6 +103,7 @@ class RunFolder:
         for old in (
             *self.path.glob("tensorboard/events*"),
             *self.path.glob("*/trainer.pt"),
+            *self.path.glob("nan-step*.pt"),
             *self.path.glob("*/*.safetensors"),
         ):
             old.unlink()

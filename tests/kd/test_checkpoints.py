@@ -276,6 +276,30 @@ def test_other_shapes_are_listed(source, tmp_path):
     assert "head.weight [10, 8] instead of [10, 4]" in message
 
 
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_not_finite_are_named_and_the_model_is_untouched(value, kind, suffix, source, tmp_path):
+    source.norm.running_var[1] = value
+    source.head.bias.data[3] = value
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(source.state_dict(), str(path))
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=f"{path}: norm.running_var holds {kind}, as do 1 more of its tensors: the run"
+    ):
+        load_weights(model, path)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_infinities_that_the_model_itself_holds_are_no_damage(source, tmp_path):
+    for model in (source, other := make_model()):
+        model.register_buffer("mask", torch.full((2,), float("-inf")))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    load_weights(other, tmp_path / "weights.pt")
+    assert torch.equal(other.head.weight, source.head.weight)
+
+
 def test_other_features_of_the_last_layer_are_a_matter_of_shape_not_of_classes(source, tmp_path):
     state = source.state_dict()
     state["head.weight"] = torch.ones(12, 8)

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig
-from dalikd.tools import correlate, demo, prepare
+from dalikd.tools import correlate, demo, prepare, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
 from dalikd.tools.layers import OPTIONS, options_class
@@ -428,13 +428,14 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 #: every option that is a path
 PATHS = {
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
-    *("run", "students", "checkpoint", "entropy_log", "points", "plot", "root", "folder", "target"),
+    *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target"),
 }
 #: the options of commands that share no configs
 ALONE = {
     "prepare": prepare.PrepareOptions,
     "correlate": correlate.run,
     "demo": demo.run,
+    "replay": replay.replay,
     "bench loader": loader.LoaderOptions,
     "bench host": host.HostOptions,
     "bench first-hour": first_hour.run,

@@ -162,7 +162,7 @@ def with_weights(options: Options, folder: Path) -> Options:
     classes = len(open_split(options.data, "train", options.seed).classes)
     torch.manual_seed(options.seed)  # the same for every process
     torch.save(create_model(teacher.name, classes, **teacher.args).state_dict(), folder / "teacher.pt")
-    return replace(options, teacher=replace(teacher, weights=str(folder / "teacher.pt")))
+    return replace(options, teacher=replace(teacher, weights=str(folder / "teacher.pt"), verify=False))
 
 
 def teacher_net(options: StepOptions | TeacherOptions, setup: Setup) -> Normalized:

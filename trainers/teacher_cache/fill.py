@@ -136,6 +136,8 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
     _fill(cache, work, sampler)
     accelerator.wait_for_everyone()
     cache.check_filled()
+    if accelerator.is_main_process:
+        cache.seal()
     return cache
 
 
@@ -293,7 +295,8 @@ class _SomeBatches(Sampler):
 
 @torch.no_grad()
 def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
-    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare.
+    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare; before
+    that, compare all files with their checksums.
 
     Where images were picked, the images compared are those that the cache says were picked; that the teacher would pick
     others now is counted by itself.
@@ -305,6 +308,8 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     _check_options(options, accelerator)
     cache = TeacherCache(Path(options.verify))
     cache.check_filled()
+    for epoch in range(cache.layout.epochs):
+        cache.check_bytes(epoch)
     work = _open_work(options, accelerator)
     cache.check_made_for(work.layout.fingerprint, "Set the options to those of the cache")
     layout = cache.layout

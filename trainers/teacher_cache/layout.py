@@ -12,6 +12,7 @@ group. Processes write disjoint rows of the same files, on one machine.
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ Storage = Literal["float32", "float16", "topk"]
 _VERSION = 1  # of the folder's layout
 _DESCRIPTION = "cache.json"
 _FILLED = "filled"  # uint8 [N], 1 where a row is written; the last file of an epoch to be created
+_CHECKSUMS = "checksums.json"  # of an epoch whose rows are all there: the CRC-32 of each of its files
+_CHUNK = 1 << 20  # bytes
 _LARGEST_HALF = 65504.0
 _SMALLEST_MASS = float(np.finfo(np.float32).tiny)  # instead of a residual mass of 0, whose logarithm is not finite
 
@@ -116,6 +119,7 @@ class TeacherCache:
         self._mode: Literal["r", "r+"] = "r+" if writable else "r"
         self._columns = self.layout.columns()
         self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._verified: set[int] = set()
 
     @classmethod
     def check_target(cls, folder: Path, layout: CacheLayout) -> tuple[int, int]:
@@ -177,7 +181,15 @@ class TeacherCache:
         columns[_FILLED][rows] = 1
 
     def read(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of an epoch: every column but "filled", each [B, ...] in memory of its own."""
+        """Rows of an epoch: every column but "filled", each [B, ...] in memory of its own. Before the first ones the
+        epoch's files are compared with their checksums, which also brings them into memory.
+
+        Raises:
+            ValueError: a file has changed since it was written.
+        """
+        if epoch not in self._verified and self._mode == "r":
+            self._verified.add(epoch)
+            self.check_bytes(epoch)
         return {name: array[rows] for name, array in self._epoch(epoch).items() if name != _FILLED}
 
     def filled(self, epoch: int, rows: np.ndarray) -> bool:
@@ -189,6 +201,41 @@ class TeacherCache:
         for array in self._epoch(epoch).values():
             if isinstance(array.base, np.memmap):
                 array.base.flush()
+
+    def seal(self) -> None:
+        """Write the checksums of all epochs that have none. To be called once every row is there, by one process."""
+        for epoch in range(self.layout.epochs):
+            folder = _epoch_folder(self.folder, epoch)
+            if not (folder / _CHECKSUMS).exists():
+                found = {path.name: _checksum(path) for path in self._paths(folder)}
+                write_atomically(folder / _CHECKSUMS, (json.dumps(found, indent=2) + "\n").encode())
+
+    def check_bytes(self, epoch: int) -> bool:
+        """Compare an epoch's files with their checksums.
+
+        Returns:
+            whether there are any: caches of earlier versions have none.
+
+        Raises:
+            ValueError: a file has changed since it was written, or the checksums themselves.
+        """
+        folder = _epoch_folder(self.folder, epoch)
+        if not (folder / _CHECKSUMS).exists():
+            return False
+        try:
+            written = dict(json.loads((folder / _CHECKSUMS).read_text("utf-8")))
+        except (ValueError, TypeError):
+            written = {}
+        for path in self._paths(folder):
+            if written.get(path.name) != _checksum(path):
+                raise ValueError(
+                    f"{path} is not what dalikd cache has written (by its checksum in {_CHECKSUMS}): it was changed or "
+                    "damaged; copy the cache again, or make it anew in another folder"
+                )
+        return True
+
+    def _paths(self, folder: Path) -> list[Path]:
+        return [folder / f"{name}.npy" for name in self._columns]
 
     def check_filled(self) -> None:
         """Check that every row of every epoch is there.
@@ -345,6 +392,15 @@ def _older(name: str, cached: Any, own: Any) -> str:
 # -------------------------------------------------------------------------------------------------------- files
 
 
+def _checksum(path: Path) -> str:
+    """The CRC-32 of a file: it finds damage at the speed of the disk, and no more is wanted of it."""
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return f"{found:08x}"
+
+
 def _missing_epochs(folder: Path, layout: CacheLayout) -> list[int]:
     """Epochs that have no files yet."""
     return [epoch for epoch in range(layout.epochs) if not (_epoch_folder(folder, epoch) / f"{_FILLED}.npy").exists()]
@@ -366,6 +422,7 @@ def _index_type(count: int) -> type[np.signedinteger]:
 
 def _make_epoch(folder: Path, layout: CacheLayout) -> None:
     folder.mkdir(exist_ok=True)
+    (folder / _CHECKSUMS).unlink(missing_ok=True)
     for name, row in layout.columns().items():
         path = folder / f"{name}.npy"
         np.lib.format.open_memmap(path, "w+", row.dtype, (layout.rows, *row.shape))
