@@ -6,9 +6,12 @@ that the image has in the source it came from.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from dalikd.pipelines.files import read_json
 
 __all__ = [
     "ARRAYS",
@@ -117,11 +120,38 @@ class ShardManifest:
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from error
+        try:
             if content["version"] != VERSION:
                 raise ValueError(f"{path} has version {content['version']}, this dalikd reads {VERSION}: {REMEDY}")
             shards = tuple(Shard(**shard) for shard in content.pop("shards"))
             tuples: dict[str, Any] = {name: tuple(content.pop(name)) for name in ("classes", "mean", "std")}
-            return cls(**content, **tuples, shards=shards)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            manifest = cls(**content, **tuples, shards=shards)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+        wrong = [name for name, holds in manifest._checks() if not holds]
+        if wrong:
+            raise ValueError(f"{path} is damaged ({wrong[0]} is not of its kind): {REMEDY}")
+        return manifest
+
+    def _checks(self) -> Iterator[tuple[str, bool]]:
+        """Whether each entry is of its kind; a shard lies in the folder itself."""
+        for name in ("format", "name", "split", "fingerprint"):
+            yield name, isinstance(getattr(self, name), str)
+        for name, least in (("image_size", 1), ("seed", 0), *([] if self.resize is None else [("resize", 1)])):
+            yield name, _is_count(getattr(self, name), least)
+        yield "classes", all(isinstance(name, str) for name in self.classes)
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            yield name, len(numbers) == 3 and all(type(one) in (int, float) and -1e6 < one < 1e6 for one in numbers)
+        yield "arrays", isinstance(self.arrays, dict) and all(isinstance(self.arrays.get(name), str) for name in ARRAYS)
+        for shard in self.shards:
+            yield "shards", all(isinstance(text, str) for text in (shard.name, shard.sha256, shard.index_sha256))
+            yield "shards", Path(shard.name).name == shard.name and "\0" not in shard.name and len(shard.name) < 256
+            yield "shards", _is_count(shard.images) and _is_count(shard.bytes)
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 48

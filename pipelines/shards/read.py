@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalikd.pipelines.files import file_digest
+from dalikd.pipelines.files import file_digest, read_npy, read_text
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
@@ -26,6 +26,7 @@ __all__ = ["ShardSet"]
 
 _INDEX_TOOLS: dict[ShardFormat, str] = {"webdataset": "wds2idx", "tfrecord": "tfrecord2idx"}
 _INDICES_KEPT = 8  # a batch comes from a few shards
+_INDEX_BYTES = 512  # at most for an image
 _OTHER_FILES = 256  # that a process may have open besides its shards
 
 
@@ -56,7 +57,7 @@ class ShardSet:
             _check_shard(self.folder, shard, self.manifest.format)
         _check_open_files(self.manifest)
         self.labels, self.order = (self._read_array(name) for name in ARRAYS)
-        self._index_lines = lru_cache(maxsize=_INDICES_KEPT)(self._read_index)
+        self._index_of = lru_cache(maxsize=_INDICES_KEPT)(self._read_index)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,9 +79,8 @@ class ShardSet:
 
     def name(self, row: int) -> str:
         """Where an image is: `shard.tar:member`, or `shard.tfrecord:id`."""
-        shard, line = self._find(row)
-        member = line.split(" ")[3] if self.manifest.format == "webdataset" else f"{row:09d}"
-        return f"{self.folder / shard.name}:{member}"
+        shard, (_, _, member) = self._find(row)
+        return f"{self.folder / shard.name}:{member or f'{row:09d}'}"
 
     def read(self, row: int) -> bytes:
         """The encoded bytes of one image; a millisecond or so, for the few that are wanted out of turn.
@@ -88,9 +88,7 @@ class ShardSet:
         Raises:
             ValueError: the shard is damaged there.
         """
-        shard, line = self._find(row)
-        fields = line.split(" ")
-        offset, size = (int(field) for field in (fields[1:3] if self.manifest.format == "webdataset" else fields))
+        shard, (offset, size, _) = self._find(row)
         with (self.folder / shard.name).open("rb") as file:
             file.seek(offset)
             content = file.read(size)
@@ -98,9 +96,10 @@ class ShardSet:
             return content
         try:
             encoded = decode_example(unframe(content))[Feature.ENCODED]
-        except ValueError as error:
+            if not isinstance(encoded, bytes):
+                raise ValueError("its image is a number")
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{self.name(row)}: {error}; {REMEDY}") from error
-        assert isinstance(encoded, bytes)
         return encoded
 
     def verify(self) -> None:
@@ -126,10 +125,15 @@ class ShardSet:
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {REMEDY}")
-        array = np.load(path).astype(np.int64)
-        if array.shape != (self.manifest.images,):
-            raise ValueError(f"{path} has {array.size} entries, {MANIFEST} {self.manifest.images}: {REMEDY}")
-        return array
+        array, images = read_npy(path), self.manifest.images
+        if array.shape != (images,):
+            raise ValueError(f"{path} has {array.size} entries, {MANIFEST} {images}: {REMEDY}")
+        most = len(self.manifest.classes) if name == "labels.npy" else images
+        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= most:
+            raise ValueError(f"{path} holds something else than numbers in 0..{most - 1}: {REMEDY}")
+        if name == "order.npy" and np.bincount(array, minlength=images).max() > 1:
+            raise ValueError(f"{path} lists an image twice: {REMEDY}")
+        return array.astype(np.int64)
 
     @cached_property
     def _positions(self) -> np.ndarray:
@@ -143,16 +147,31 @@ class ShardSet:
         """First position of each shard, and the end: int64 [shards + 1]."""
         return np.cumsum([0, *(shard.images for shard in self.manifest.shards)])
 
-    def _find(self, row: int) -> tuple[Shard, str]:
-        """The shard of an image, and its line in the index."""
+    def _find(self, row: int) -> tuple[Shard, tuple[int, int, str]]:
+        """The shard of an image, and where it lies there: first byte, size, and its member's name in a tar."""
         position = int(self._positions[row])
         number = int(np.searchsorted(self._bounds, position, side="right")) - 1
         shard = self.manifest.shards[number]
-        return shard, self._index_lines(shard.index)[position - int(self._bounds[number])]
+        return shard, self._index_of(shard)[position - int(self._bounds[number])]
 
-    def _read_index(self, name: str) -> list[str]:
-        lines = (self.folder / name).read_text(encoding="ascii").splitlines()
-        return lines[1:] if self.manifest.format == "webdataset" else lines  # a tar's index begins with the count
+    def _read_index(self, shard: Shard) -> list[tuple[int, int, str]]:
+        """Every image of a shard.
+
+        Raises:
+            ValueError: the index does not list as many as the manifest says, inside of the shard.
+        """
+        path, tar = self.folder / shard.index, self.manifest.format == "webdataset"
+        lines = read_text(path, _INDEX_BYTES * (shard.images + 1), "ascii").splitlines()
+        fields = [line.split(" ") for line in (lines[1:] if tar else lines)]  # a tar's index begins with the count
+        try:
+            places = [(int(parts[tar]), int(parts[tar + 1]), parts[3] if tar else "") for parts in fields]
+        except (ValueError, IndexError):
+            raise ValueError(f"{path} is damaged: {REMEDY}") from None
+        if len(places) != shard.images or any(
+            start < 0 or size < 0 or start + size > shard.bytes for start, size, _ in places
+        ):
+            raise ValueError(f"{path} does not list the {shard.images} images of {shard.name}: {REMEDY}")
+        return places
 
 
 def _check_manifest(folder: Path) -> None:

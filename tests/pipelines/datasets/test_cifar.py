@@ -150,7 +150,9 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, place: str, protocol: int
     attack = Call(os.mkdir, str(trace))
     entry = {"value": {b"data": attack}, "key": {attack: 1}, "state": [batch(1), attack]}[place]
     (folder / "test_batch").write_bytes(pickle.dumps(entry, protocol=protocol))
-    with pytest.raises(ValueError, match=r"test_batch is not a file of the published data set: it asks for \w+\.mkdir"):
+    with pytest.raises(
+        ValueError, match=r"test_batch is not a file of .*: it (asks for \w+\.mkdir|has the operation \d+), which"
+    ):
         read("cifar10", folder, "test")
     assert not trace.exists()
     if place != "key":  # None is no key
@@ -171,14 +173,14 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, place: str, protocol: int
 def test_only_four_names_are_known(tmp_path: Path, content: bytes) -> None:
     folder = write_cifar10(tmp_path / "c")
     (folder / "test_batch").write_bytes(content)
-    with pytest.raises(ValueError, match="it asks for"):
+    with pytest.raises(ValueError, match="which data has no need of"):
         read("cifar10", folder, "test")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (b"", "is not a file of the published data set: Ran out of input"),
+        (b"", "is not a file of the published data set: EOFError"),
         (b"<html>404</html>", "is not a file of the published data set"),
         (dumps_python2(batch(1))[:-2000], "is not a file of the published data set"),
         ([1, 2], "is not a file of the published data set"),

@@ -128,7 +128,7 @@ def _cut_labels(folder: Path) -> None:
         (lambda folder: _describe(folder, seeds=2), ValueError, r"dataset\.json is damaged \(TypeError"),
         (lambda folder: _describe(folder, shards=[]), ValueError, r"dataset\.json lists no image: write"),
         (lambda folder: _describe(folder, format="zip"), ValueError, r"format 'zip' is unknown: write"),
-        (lambda folder: (folder / "dataset.json").write_text("{"), ValueError, r"is damaged \(JSONDecodeError"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), ValueError, r"is damaged \(.*not a JSON file"),
         (shutil.rmtree, FileNotFoundError, r"train does not exist: check --data\.root"),
     ],
 )
@@ -175,7 +175,7 @@ def test_every_changed_file_is_named(copy):
     changed = [_shard(copy), copy / "train-00004.idx", copy / "labels.npy"]
     for path in changed:
         content = bytearray(path.read_bytes())
-        content[-1] ^= 1
+        content[-8 if path.suffix == ".npy" else -1] ^= 2  # a label of another class
         path.write_bytes(content)
     with pytest.raises(ValueError, match="checksum differs") as error:
         ShardSet(copy).verify()
