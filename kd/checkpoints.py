@@ -53,9 +53,8 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 _SHOWN_KEYS = 4
 _LARGEST_PICKLE = 32 << 20  # bytes of a torch file that describe its tensors; the largest nets take some 100,000
 _MOST_OPERATIONS = 2_000_000  # of a pickle; a net of 1,000 tensors takes 50,000
-_MOST_TUPLES = (
-    10_000  # one after the other, of which none is used: of 300,000 in each other the hash overflows the stack
-)
+_MOST_TUPLES = 10_000  # in a row, of which none is used: the hash of 300,000 in each other overflows the stack
+
 _TAKE_TUPLES = ("REDUCE", "BINPERSID", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
 _PICKLES_BEFORE_TENSORS = 4  # of a torch file that is no zip: two numbers, what machine it is of, and its content
 
@@ -373,11 +372,8 @@ def _check_pickle(content: bytes) -> int:
     Raises:
         ValueError: it asks for more than data need.
     """
-    tuples = operations = 0
-    if len(content) > _LARGEST_PICKLE:
-        content = content[:_LARGEST_PICKLE]
-    for operation, argument, place in pickletools.genops(content):
-        operations += 1
+    tuples = 0
+    for operations, (operation, argument, place) in enumerate(pickletools.genops(content[:_LARGEST_PICKLE])):
         tuples += operation.name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
         if operation.name in _TAKE_TUPLES:
             tuples = 0
