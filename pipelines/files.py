@@ -245,7 +245,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_npy(path: Path, *, mode: Any = None) -> np.ndarray:
-    """The array of an .npy file, which the file is large enough for.
+    """The numbers of an .npy file, which the file is large enough for.
 
     Args:
         path: of the file.
@@ -260,7 +260,7 @@ def read_npy(path: Path, *, mode: Any = None) -> np.ndarray:
             version = np.lib.format.read_magic(file)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = read_header[version](file)
-            if dtype.hasobject or not all(type(side) is int and side >= 0 for side in shape):
+            if dtype.kind not in "biuf" or not all(type(side) is int and side >= 0 for side in shape):
                 raise ValueError(f"an array of {dtype} {shape}")
             needed, there = math.prod(shape) * dtype.itemsize, path.stat().st_size - file.tell()
             if needed > there:

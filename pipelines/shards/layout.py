@@ -131,9 +131,9 @@ class ShardManifest:
             manifest = cls(**content, **tuples, shards=shards)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
-        wrong = [name for name, holds in manifest._checks() if not holds]
+        wrong = next((name for name, holds in manifest._checks() if not holds), None)
         if wrong:
-            raise ValueError(f"{path} is damaged ({wrong[0]} is not of its kind): {REMEDY}")
+            raise ValueError(f"{path} is damaged ({wrong} is not of its kind): {REMEDY}")
         return manifest
 
     def _checks(self) -> Iterator[tuple[str, bool]]:
