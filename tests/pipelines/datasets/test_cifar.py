@@ -1,5 +1,6 @@
 import os
 import pickle
+import resource
 from io import BytesIO
 from pathlib import Path
 
@@ -175,6 +176,26 @@ def test_only_four_names_are_known(tmp_path: Path, content: bytes) -> None:
     (folder / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match="which data has no need of"):
         read("cifar10", folder, "test")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02K\x00r\xff\xff\xff\x0f.",  # nine bytes for 4.5 GB of the memo of the unpickler in C
+        b"\x80\x04\x96" + (1 << 33).to_bytes(8, "little") + b".",  # a bytearray
+        b"\x80\x02c_codecs\nencode\nq\x00X\x10'\x00\x00" + b"x" * 10_000 + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+        b"]" + b"(" + b"h\x00h\x01h\x02\x86R" * 5 + b"e.",
+        b"\x80\x02}N" + b"\x85" * 500_000 + b"K\x01s.",  # a key whose hash overflows the stack
+        b"\x80\x02" + b"]" * 2_100_000 + b".",
+    ],
+)
+def test_a_pickle_takes_no_more_memory_than_its_file(tmp_path: Path, content: bytes) -> None:
+    folder = write_cifar10(tmp_path / "c")
+    (folder / "test_batch").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="test_batch"):
+        read("cifar10", folder, "test")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
 @pytest.mark.parametrize(
