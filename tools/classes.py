@@ -1,16 +1,19 @@
 """Options that are classes. Another class has its own defaults: what was given for the former one goes, with a word."""
 
+import json
 import os
+import site
 import sys
 import sysconfig
 from collections.abc import Callable, Collection
 from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 from jsonargparse._typehints import resolve_class_path_by_name
@@ -129,10 +132,13 @@ def check_values(values: Any, place: str, inside: bool = False) -> None:
 def _is_installed(top: str, found: ModuleSpec) -> bool:
     """Whether a module is a part of an installed package, and not a file of the same name elsewhere."""
     places = [Path(place) for place in (found.origin, *(found.submodule_search_locations or ())) if place]
-    if any(place.is_relative_to(sysconfig.get_path(name)) for name in ("purelib", "platlib") for place in places):
-        return True
-    own = [Path.cwd(), Path(sys.path[0])]  # where `python -m` finds the files of whoever calls it
-    return top in packages_distributions() and not any(place.parent in own or place in own for place in places)
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    folders += site.getsitepackages()
+    if not any(place.is_relative_to(folder) for place in places for folder in folders):
+        for name in packages_distributions().get(top, ()):  # takes a second: of packages that are worked on alone
+            source = json.loads(distribution(name).read_text("direct_url.json") or "{}").get("url", "")
+            folders.append(unquote(source.removeprefix("file://")) or "/none")
+    return any(place.is_relative_to(folder) for place in places for folder in folders)
 
 
 def _allow(top: str) -> None:

@@ -507,7 +507,8 @@ def fuzz(name: str, folder: Path, first: int, cases: int) -> dict[str, Any]:
         changed = mutate(draw, kept[path])
         if changed != kept[path]:
             path.write_bytes(changed)
-        faulthandler.dump_traceback_later(120, exit=True)
+        if case % 100 == 0:  # it starts a thread
+            faulthandler.dump_traceback_later(900, exit=True)
         began = time.process_time()
         outcome, fault = _outcome(reader, start, names)
         worst, grown = max(worst, time.process_time() - began), _peak() - base

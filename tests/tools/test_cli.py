@@ -728,6 +728,22 @@ def test_a_module_that_is_asked_for_is_imported(own_module, monkeypatch):
         parse("distill", ["--import", "no_such_module"])
 
 
+@pytest.mark.usefixtures("own_module")
+def test_a_package_that_is_worked_on_in_the_working_folder_is_installed(tmp_path, monkeypatch):
+    described = tmp_path / "site" / "own_losses-1.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: own_losses\nVersion: 1\n")
+    (described / "top_level.txt").write_text("own_losses\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+    for url, installed in ((f"file://{tmp_path}/elsewhere", False), (f"file://{tmp_path}", True)):
+        (described / "direct_url.json").write_text(json.dumps({"dir_info": {"editable": True}, "url": url}))
+        if installed:
+            assert type(parse("distill", ["--loss", "own_losses.Loss"])[0].loss).__module__ == "own_losses"
+        else:
+            with pytest.raises(ValueError, match="own_losses is of no installed package"):
+                parse("distill", ["--loss", "own_losses.Loss"])
+
+
 def test_a_config_file_cannot_ask_for_an_import(tmp_path, own_module):
     with pytest.raises(ValueError, match="import"):
         parse("distill", ["--config", _write(tmp_path / "1.yaml", {"import": "own_losses"})])
