@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import read_yaml, write_atomically
 from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
 from dalikd.tools.report import print_training, students_table
@@ -83,7 +83,7 @@ def read_students(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--students {path}: no such file")
-    entries = yaml.safe_load(path.read_text("utf-8"))
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: give a list of students, such as - {{name: a, model: resnet20, seed: 1}}")
     names: set[str] = set()

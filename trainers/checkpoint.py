@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dalikd.kd.backbones.layers import Normalisation
-from dalikd.kd.checkpoints import ORIGIN_KEY
+from dalikd.kd.checkpoints import ORIGIN_KEY, load_torch
 from dalikd.pipelines.files import write_atomically
 
 __all__ = ["read_state", "save_state", "save_weights"]
@@ -33,11 +33,12 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path} does not exist: the run has saved no state yet; start it again with --overwrite true"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            state = load_torch(file)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as a saved state: {reason}") from error
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise ValueError(f"{path} is not a state saved by dalikd")
     return state
 

@@ -65,7 +65,7 @@ class RunFolder:
         if resumed_step is None:
             self._clear()
         elif log.exists():
-            lines = [line for line in log.read_text("utf-8").splitlines() if _step_of(line) <= resumed_step]
+            lines = [line for line in log.read_text("utf-8", "replace").splitlines() if _step_of(line) <= resumed_step]
         write_atomically(log, "".join(line + "\n" for line in lines).encode())
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self._log = log.open("a", encoding="utf-8")
@@ -152,7 +152,7 @@ def _version(package: str) -> str:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 1 << 62  # a line cut off by a kill goes
 
 

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 import warnings
@@ -29,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dalikd.pipelines.content import LONGEST, image_sides
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import read_json, read_npy, write_atomically
 from dalikd.pipelines.progress import progress
 
 __all__ = [
@@ -144,8 +145,8 @@ class FileList:
             with contextlib.suppress(OSError):  # another user's folder, or one in the network without locks
                 lock = stack.enter_context((target.parent / "sides.lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            with contextlib.suppress(OSError, EOFError, ValueError):
-                kept = np.load(target)
+            with contextlib.suppress(OSError, ValueError):
+                kept = read_npy(target)
                 if (kept.shape, kept.dtype) == ((len(self), 2), np.int32):
                     return kept
             sides = self._look()
@@ -432,11 +433,11 @@ def _load(target: Path, folder: Path, classes: Sequence[str]) -> Tree | None:
     if not (target / "manifest.json").is_file():
         return None
     try:
-        note = json.loads((target / "manifest.json").read_text(encoding="ascii"))
+        note = read_json(target / "manifest.json")
         if not _is_current(note, folder, classes):
             return None
         tree = _load_arrays(target, folder, note)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"the list of {folder} in {target} is damaged ({error}); scanning again", stacklevel=2)
         return None
     return tree if _has_same_sizes(tree.files) else None
@@ -479,12 +480,43 @@ def _load_arrays(target: Path, folder: Path, note: dict) -> Tree:
         ValueError: the bytes are not those that were written.
     """
     checksum = note["checksum"]
-    arrays = [np.asarray(np.load(target / f"{name}-{checksum}.npy", mmap_mode="r")) for name in _ARRAYS]
+    if not re.fullmatch("[0-9a-f]+", checksum):
+        raise ValueError(f"checksum {checksum!r}")
+    arrays = [np.asarray(read_npy(target / f"{name}-{checksum}.npy", mode="r")) for name in _ARRAYS]
     if _checksum(arrays) != checksum:
         raise ValueError("checksum differs")
     paths, offsets, labels, sizes = arrays
+    files = FileList(paths, offsets, str(folder), sizes, str(target))
+    _check_files(files, labels, len(note["classes"]))
     directories = {name: (mtime, ctime, digest) for name, (mtime, ctime, digest) in note["directories"].items()}
-    return Tree(FileList(paths, offsets, str(folder), sizes, str(target)), labels, directories, note["left_out"])
+    left_out = {str(kind): int(count) for kind, count in note["left_out"].items()}
+    return Tree(files, labels, directories, left_out)
+
+
+def _check_files(files: FileList, labels: np.ndarray, classes: int) -> None:
+    """Check what a checksum does not: that the list was made by `scan`, and not by someone who wants other files read.
+
+    Raises:
+        ValueError: a label, size or bound is none, or a path leads out of the folder.
+    """
+    paths, offsets, sizes = files.buffer, files.offsets, files.sizes
+    assert sizes is not None
+    kinds = (paths, np.uint8), (offsets, np.int64), (labels, np.int64), (sizes, np.int64)
+    if any(array.ndim != 1 or array.dtype != dtype for array, dtype in kinds):
+        raise ValueError("an array is of another kind")
+    if not len(offsets) - 1 == len(labels) == len(sizes) > 0:
+        raise ValueError("its arrays are of different lengths")
+    start = np.frombuffer(os.fsencode(os.path.join(files.root, "")), np.uint8)  # noqa: PTH118 (Path drops the slash)
+    if offsets[0] != 0 or offsets[-1] != len(paths) or np.diff(offsets).min() <= len(start):
+        raise ValueError("its paths have impossible lengths")
+    if sizes.min() < 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError("it has an impossible size or label")
+    for first in range(0, len(labels), _CHUNK_ROWS):
+        chunk = offsets[first : min(first + _CHUNK_ROWS, len(labels))]
+        if (paths[chunk[:, None] + np.arange(len(start))] != start).any():
+            raise ValueError(f"a path does not begin with {files.root}")
+    if b"/../" in paths.tobytes() + b"/":  # a path begins with /, so that this one may end the path before it
+        raise ValueError(f"a path leads out of {files.root}")
 
 
 def _checksum(arrays: Iterable[np.ndarray]) -> str:

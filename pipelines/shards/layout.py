@@ -11,6 +11,7 @@ Version 1 of the layout had no checksums.npy, no names.txt, no checksum of datas
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import read_json, write_atomically
 
 __all__ = [
     "ARRAYS",
@@ -140,7 +141,10 @@ class ShardManifest:
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from error
+        try:
             version = content["version"]
             if version not in _READ_VERSIONS:
                 raise ValueError(f"{path} has version {version}, this dalikd reads 1 and {VERSION}: {REMEDY}")
@@ -148,9 +152,35 @@ class ShardManifest:
                 raise ValueError(f"{path} is not as it was written (its checksum differs): copy it again, or {REMEDY}")
             shards = tuple(Shard(**shard) for shard in content.pop("shards"))
             tuples: dict[str, Any] = {name: tuple(content.pop(name)) for name in ("classes", "mean", "std")}
-            return cls(**content, **tuples, shards=shards)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            manifest = cls(**content, **tuples, shards=shards)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+        wrong = next((name for name, holds in manifest._checks() if not holds), None)
+        if wrong:
+            raise ValueError(f"{path} is damaged ({wrong} is not of its kind): {REMEDY}")
+        return manifest
+
+    def _checks(self) -> Iterator[tuple[str, bool]]:
+        """Whether each entry is of its kind; a shard lies in the folder itself."""
+        for name in ("format", "name", "split", "fingerprint"):
+            yield name, isinstance(getattr(self, name), str)
+        for name, least in (("image_size", 1), ("seed", 0), *([] if self.resize is None else [("resize", 1)])):
+            yield name, _is_count(getattr(self, name), least)
+        yield "classes", all(isinstance(name, str) for name in self.classes)
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            yield name, len(numbers) == 3 and all(type(one) in (int, float) and -1e6 < one < 1e6 for one in numbers)
+        listed = ARRAYS if self.version == 1 else (*ARRAYS, CHECKSUMS, NAMES)
+        yield "arrays", isinstance(self.arrays, dict) and all(isinstance(self.arrays.get(name), str) for name in listed)
+        for shard in self.shards:
+            yield "shards", all(isinstance(text, str) for text in (shard.name, shard.sha256, shard.index_sha256))
+            yield "shards", Path(shard.name).name == shard.name and "\0" not in shard.name and len(shard.name) < 256
+            yield "shards", _is_count(shard.images) and _is_count(shard.bytes)
+            yield "shards", self.version == 1 or _is_count(shard.ends_crc32)
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 48
 
 
 def _own_checksum(content: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The shards of one split, opened: compared with what was written, and read image by image. `stream` reads it in
 sequence, `verify` compares every byte."""
 
-import io
 import resource
 import struct
 from collections import deque
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dalikd.pipelines.files import read_npy
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
     CHECKSUMS,
@@ -47,6 +47,7 @@ _TAR_BLOCK = 512  # bytes, of a member's header
 _AT_ONCE = 16  # shards that are looked at: each takes less than a millisecond, on a network several
 _INDEX_TOOLS: dict[ShardFormat, str] = {"webdataset": "wds2idx", "tfrecord": "tfrecord2idx"}
 _INDICES_KEPT = 8  # a batch comes from a few shards
+_INDEX_BYTES = 512  # at most for an image
 _OTHER_FILES = 256  # that a process may have open besides its shards
 
 
@@ -138,14 +139,16 @@ class ShardSet:
         """
         format = self.manifest.format
         shard, line, number = self._find(row)
-        start, stop, fields = record_places(line, format)
-        with (self.folder / shard.name).open("rb") as file:
-            file.seek(start)
-            content = file.read(stop - start)
         try:
+            start, stop, fields = record_places(line, format)
+            if not 0 <= start <= stop <= shard.bytes:
+                raise ValueError("its place in the index lies outside of the shard")
+            with (self.folder / shard.name).open("rb") as file:
+                file.seek(start)
+                content = file.read(stop - start)
             record = record_parts(content, start, fields, format, check=True)
             reason = record.differs(row, int(self.labels[row]), self._checksum(row))
-        except ValueError as error:
+        except (ValueError, IndexError) as error:  # IndexError: of a line of the index that is too short
             record, reason = None, str(error)
         if record is None or reason:
             origin = f", from {self.origins[row]}" if self._names else ""
@@ -345,9 +348,10 @@ def read_array(folder: Path, manifest: ShardManifest, name: str) -> np.ndarray:
         FileNotFoundError: it is missing.
         ValueError: it is not as it was written.
     """
-    array = np.load(io.BytesIO(read_listed(folder, manifest, name)))
-    if array.shape != (manifest.images,):
-        raise ValueError(f"{folder / name} has {array.size} entries, {MANIFEST} {manifest.images}: {REMEDY}")
+    read_listed(folder, manifest, name)
+    array = read_npy(folder / name)
+    if array.shape != (manifest.images,) or array.dtype.kind not in "iu":
+        raise ValueError(f"{folder / name} has {array.size} {array.dtype}, {MANIFEST} {manifest.images} images: {REMEDY}")
     return array
 
 

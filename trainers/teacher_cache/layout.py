@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import read_json, read_npy, write_atomically
 from dalikd.trainers.renamed import renamed
 
 __all__ = [
@@ -40,6 +40,7 @@ Storage = Literal["float32", "float16", "topk"]
 
 _VERSION = 1  # of the folder's layout
 _DESCRIPTION = "cache.json"
+_MOST = 1 << 31  # samples, classes, …
 _FILLED = "filled"  # uint8 [N], 1 where a row is written; the last file of an epoch to be created
 _CHECKSUMS = "checksums.json"  # of an epoch whose rows are all there: the CRC-32 of each of its files
 _CHUNK = 1 << 20  # bytes
@@ -185,12 +186,18 @@ class TeacherCache:
         epoch's files are compared with their checksums, which also brings them into memory.
 
         Raises:
-            ValueError: a file has changed since it was written.
+            ValueError: a file is damaged, or has changed since it was written.
         """
         if epoch not in self._verified and self._mode == "r":
             self._verified.add(epoch)
             self.check_bytes(epoch)
-        return {name: array[rows] for name, array in self._epoch(epoch).items() if name != _FILLED}
+        found = {name: array[rows] for name, array in self._epoch(epoch).items() if name != _FILLED}
+        for name, array in found.items():  # of these alone every value is a place in something
+            most = self.layout.pool if name == "picks" else self.layout.classes
+            if (name == "picks" or name.endswith("_classes")) and (array.min() < 0 or array.max() >= most):
+                path = _epoch_folder(self.folder, epoch) / f"{name}.npy"
+                raise ValueError(f"{path} holds a number outside of 0..{most - 1}: make the cache anew")
+        return found
 
     def filled(self, epoch: int, rows: np.ndarray) -> bool:
         """Whether all these rows of an epoch are written."""
@@ -278,7 +285,7 @@ class TeacherCache:
                 f"{path} is missing: call the same dalikd cache again, which makes epochs that are not there, or make "
                 "the cache anew in another folder"
             )
-        array = np.load(path, mmap_mode=self._mode)
+        array = read_npy(path, mode=self._mode)
         if array.shape != (self.layout.rows, *row.shape) or array.dtype != row.dtype:
             raise ValueError(
                 f"{path} holds {array.dtype} {array.shape}, {_DESCRIPTION} says otherwise: make the cache anew in "
@@ -435,13 +442,21 @@ def _read_layout(folder: Path) -> CacheLayout:
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no teacher cache ({path} is missing): make one with dalikd cache")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         version = content.pop("version")
         layout = CacheLayout(**{**content, "fingerprint": renamed(content["fingerprint"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a teacher cache: make one with dalikd cache") from error
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this program reads {_VERSION}: make the cache anew")
+    counts = layout.rows, layout.classes, layout.epochs, layout.k, layout.pool, layout.microbatch
+    if (
+        not all(type(count) is int and 0 <= count <= _MOST for count in counts)
+        or layout.storage not in get_args(Storage)
+        or min(counts[:3]) < 1
+        or not int(layout.storage == "topk") <= layout.k <= layout.classes
+    ):
+        raise ValueError(f"{path} describes no teacher cache that can be ({counts}): make the cache anew")
     return layout
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,6 +277,35 @@ class TestOpenTree:
     def test_damaged_json(self, tree: Path, content: str) -> None:
         expected = paths(open_small(tree))
         (manifest_folder(tree) / "manifest.json").write_text(content, encoding="latin1")
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert paths(open_small(tree)) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("paths", lambda array: array.tobytes().replace(b"tree/", b"etc//", 1)),
+            ("paths", lambda array: array[:-8].tobytes() + b"x/../y.j"),
+            ("offsets", lambda array: array[[0, 2, 1, *range(3, len(array))]]),
+            ("offsets", lambda array: array + 1),
+            ("labels", lambda array: array - 1),
+            ("labels", lambda array: array + 2),
+            ("labels", lambda array: array[:-1]),
+            ("sizes", lambda array: -1 - array),
+            ("sizes", lambda array: array.astype(np.float64)),
+        ],
+    )
+    def test_a_list_that_scan_did_not_make_is_not_used(self, tree: Path, name: str, change: Any) -> None:
+        """With its right checksum."""
+        expected = paths(open_small(tree))
+        place = manifest_folder(tree) / "manifest.json"
+        note = json.loads(place.read_text())
+        arrays = {each: np.load(place.parent / f"{each}-{note['checksum']}.npy") for each in manifest._ARRAYS}
+        made = change(arrays[name])
+        arrays[name] = np.frombuffer(made, np.uint8) if isinstance(made, bytes) else made
+        note["checksum"] = manifest._checksum(arrays.values())
+        for each, array in arrays.items():
+            np.save(place.parent / f"{each}-{note['checksum']}.npy", array)
+        place.write_text(json.dumps(note))
         with pytest.warns(UserWarning, match="is damaged"):
             assert paths(open_small(tree)) == expected
 

@@ -252,6 +252,30 @@ def test_a_cache_gets_more_epochs_and_keeps_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows", 0), ("classes", 1 << 40), ("epochs", "2"), ("storage", "int8"), ("k", -1), ("pool", None)],
+)
+def test_a_description_of_no_cache_is_refused(tmp_path, name, value):
+    TeacherCache.create(tmp_path / "cache", SMALL)
+    path = tmp_path / "cache" / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"{path} describes no teacher cache that can be"):
+        TeacherCache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "value"), [("picks", 8), ("picks", -1), ("logits_classes", 4)])
+def test_places_that_are_none_are_not_given_to_a_device(tmp_path, name, value):
+    layout = CacheLayout(6, 4, 1, "topk", k=2, pool=8)
+    cache = TeacherCache.create(tmp_path / "cache", layout)
+    arrays = {each: np.zeros((6, *row.shape), row.dtype) for each, row in layout.columns().items() if each != "filled"}
+    arrays[name][2] = value
+    cache.write(0, np.arange(6), arrays)
+    assert (cache.read(0, np.array([0, 1]))[name] == 0).all()
+    with pytest.raises(ValueError, match=rf"epoch-0000/{name}\.npy holds a number outside of 0\.\."):
+        cache.read(0, np.array([1, 2]))
+
+
+@pytest.mark.parametrize(
     ("layout", "message"),
     [
         (
