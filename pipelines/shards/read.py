@@ -351,7 +351,8 @@ def read_array(folder: Path, manifest: ShardManifest, name: str) -> np.ndarray:
     read_listed(folder, manifest, name)
     array = read_npy(folder / name)
     if array.shape != (manifest.images,) or array.dtype.kind not in "iu":
-        raise ValueError(f"{folder / name} has {array.size} {array.dtype}, {MANIFEST} {manifest.images} images: {REMEDY}")
+        found = f"{array.size} entries ({array.dtype})"
+        raise ValueError(f"{folder / name} has {found}, {MANIFEST} {manifest.images}: {REMEDY}")
     return array
 
 
