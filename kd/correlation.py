@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dalikd.pipelines.files import read_json
+from dalikd.pipelines.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +141,8 @@ def plot(
         raise ValueError(f"{len(points)} points and {len(spreads)} error bars: give one for each, or none")
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
-    draw(points, correlation, title, spreads).savefig(path, format="png", dpi=160)
+    figure = draw(points, correlation, title, spreads)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
 
 
 def draw(

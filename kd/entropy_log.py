@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalikd.pipelines.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -160,7 +162,8 @@ def plot_entropies(log: EntropyLog | str | Path, path: str | Path, title: str = 
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
     log = log if isinstance(log, EntropyLog) else EntropyLog.load(log)
-    draw_entropies(log, title).savefig(path, format="png", dpi=160)
+    figure = draw_entropies(log, title)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
 
 
 def draw_entropies(log: EntropyLog, title: str = "") -> "Figure":

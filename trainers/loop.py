@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
@@ -22,10 +22,10 @@ from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.teacher import batch_statistics
 from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.draw_spec import Batch
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import file_digest, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
-from dalikd.trainers.checkpoint import read_state, save_state, save_weights
+from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, weights_of
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import check_compiler
 from dalikd.trainers.options import ScheduleConfig
@@ -48,6 +48,7 @@ __all__ = [
 
 _TRAINED_AGAIN = 1000  # steps at most, from the last saved state on, to find the first one that is not finite
 _LEAST_SCALE = 2.0**-14  # of losses in fp16: thirty steps that overflow, more than others have been, from the first one
+_LOOKED_AT = 16  # images at most, of the last batch, before a state is saved
 
 
 @dataclass
@@ -162,6 +163,10 @@ class Loop:
         self.alone = True  # whether no other loop takes part in the steps
         self._batches: Sequence[Batch] = ()  # of the last step
         self._first_state: dict[str, Any] | None = None  # on the host, until a state is saved
+        self.checkpoints = CheckpointWriter(folder.check_there)
+        self._best_due = False  # weights of the best epoch are to be written with the next checkpoint
+        self._fell_back = False  # on the state before the last one
+        self._saved_at = time.monotonic()
         self.stops = StopSignals(accelerator)
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
         self.clock = _Clock(loader)
@@ -237,6 +242,7 @@ class Loop:
         self.model.train()
         if self.progress.step == 0:
             self._first_state = on_host(self.state_dict())
+        self._saved_at = time.monotonic()
         self.clock.restart(self.progress.step)
         if self.progress.step == (self.progress.epochs + 1) * self.steps_per_epoch:
             self.end_epoch()
@@ -245,16 +251,27 @@ class Loop:
         """After a step: log, evaluate and save where it is time."""
         step, options = self.progress.step, self.options
         end_of_epoch = step % self.steps_per_epoch == 0
-        if step % options.log_every == 0 or end_of_epoch:
+        logged = step % options.log_every == 0 or end_of_epoch
+        due = options.checkpoint_every and step % options.checkpoint_every == 0
+        if logged:
             self._log_interval(bar)
+            self.checkpoints.check()
         if end_of_epoch:
             self.end_epoch()
             self.clock.restart()
-        elif options.checkpoint_every and step % options.checkpoint_every == 0:
-            self.save()
+        elif due or (logged and self._minutes_are_over()):
+            self.save(wait=False)
+
+    def _minutes_are_over(self) -> bool:
+        """Whether it is time for a checkpoint, by the main process's clock; all of them ask, where they meet anyway."""
+        if not self.options.checkpoint_minutes:
+            return False
+        over = [time.monotonic() - self._saved_at >= 60 * self.options.checkpoint_minutes]
+        return broadcast_object_list(over)[0]
 
     def close(self) -> None:
         """Let go of what the run holds, whether it has come to its end or not."""
+        self.checkpoints.close()
         torch.set_num_threads(self._threads)
         self.loader.close()
         self.val_loader.close()
@@ -314,12 +331,12 @@ class Loop:
             progress.last = {"epoch": epoch, "train": train, "val": val, **metrics}
             if not progress.best or _rank(val) > _rank(progress.best["val"]):
                 progress.best = progress.last
-                self._save_weights("best")
+                self._best_due = True
             # of the whole epoch, by a name of its own: "train" is of an interval
             self.folder.log(progress.step, {"epoch": epoch, "epoch_train": train, "val": val, **metrics})
         self.epoch_meter.reset()
         progress.epochs = epoch
-        self.save()
+        self.save(wait=False)
         self.folder.results(self._results(finished=False))
 
     def _share_buffers(self, nets: Iterable[nn.Module]) -> None:
@@ -381,8 +398,8 @@ class Loop:
             return None
         for name, net in self.task.nets.items():
             with torch.no_grad(), self.accelerator.autocast(), batch_statistics(net):
-                if not torch.isfinite(net(self._batches[-1].pixels)).all():
-                    return f"what {name} gives for the images of the last step is not finite"
+                if not torch.isfinite(net(self._batches[-1].pixels[:_LOOKED_AT])).all():
+                    return f"what {name} gives for images of the last step is not finite"
         return None
 
     def _check_finite(self) -> None:
@@ -409,7 +426,9 @@ class Loop:
             ValueError: always.
         """
         step, batches, rank = self.progress.step, self._batches, 0
-        state = read_state(self.folder.state_file) if self.folder.state_file.exists() else self._first_state
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()  # the main process alone writes
+        state = self._read()[0] if self.folder.has_state() else self._first_state
         saved = state["step"] if state is not None and state is not self._first_state else None
         if self.alone and state is not None and step - state["step"] <= _TRAINED_AGAIN:
             self.take(state)
@@ -476,18 +495,25 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ the state
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = True) -> None:
         """Write the student's weights and the state. At a step's end the state is the same on every process, once the
-        meters are shared: all of them call this, and the main process writes."""
+        meters are shared: all of them call this, and the main process writes.
+
+        Args:
+            wait: until it is written; else a thread writes copies, while the training goes on.
+
+        Raises:
+            OSError, ValueError: as `CheckpointWriter.save`.
+        """
         self.meter.share(self.accelerator)
         self.epoch_meter.share(self.accelerator)
         self._check_finite()
         # every process must come here: what one of them has replaced, the main process writes down
         self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
         if self.accelerator.is_main_process:
-            self.write()
+            self.write(wait=wait)
 
-    def write(self) -> None:
+    def write(self, *, wait: bool = True) -> None:
         """The same by the main process alone, with meters that are shared already.
 
         Raises:
@@ -495,10 +521,10 @@ class Loop:
         """
         if found := self._wrong_loss(self.meter.means()) or self.wrong_weight():
             raise ValueError(f"{found}, and not saved")
-        # the state last: after a kill in between, the run goes on from the one before and writes these weights again
-        self._save_weights("last")
-        save_state(self.folder.state_file, self.state_dict())
-        self._first_state = None
+        weights = self._weights("last") | (self._weights("best") if self._best_due else {})
+        paths = self.folder.state_file, self.folder.previous_state_file
+        self.checkpoints.save(weights, self.state_dict(), paths, wait=wait)
+        self._best_due, self._saved_at, self._first_state = False, time.monotonic(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly."""
@@ -525,7 +551,11 @@ class Loop:
 
     def saved_step(self) -> int:
         """How many steps the saved state has done."""
-        return int(read_state(self.folder.state_file)["step"])
+        return int(self._read()[0]["step"])
+
+    def _read(self) -> tuple[dict[str, Any], str]:
+        trained = [name for name, values in self.task.named_parameters() if values.requires_grad]
+        return read_newest((self.folder.state_file, self.folder.previous_state_file), trained)
 
     def load(self) -> None:
         """Take up the folder's saved state, and say what goes on otherwise than before.
@@ -534,13 +564,16 @@ class Loop:
             FileNotFoundError: there is none.
             ValueError: it belongs to another run.
         """
-        state = read_state(self.folder.state_file)
+        state, damage = self._read()
         changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
         if found := self.wrong_weight():
             raise ValueError(
                 f"{self.folder.state_file}: {found}: the run had diverged when it was saved; start it anew with "
                 "--overwrite true and a lower --optimizer.lr"
             )
+        self._fell_back = bool(damage)
+        if damage:
+            self.accelerator.print(f"{damage}: resumed from the state before it, of step {state['step']}", flush=True)
         if changes:
             self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
 
@@ -563,6 +596,7 @@ class Loop:
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         self.epoch_meter.load_state_dict(state["epoch_meter"], self.accelerator.device)
         self.progress = _Progress(state["step"], state["epochs"], state["last"], state["best"])
+        self.checkpoints.digests = dict(state.get("digests", {}))
         position = self.progress.step * self.options.accumulation
         self.loader.load_state_dict({**state["loader"], "position": position})
         self.replaced_files = dict(state.get("replaced_files", {}))
@@ -575,6 +609,28 @@ class Loop:
                 f"schedule is that of the new length: the learning rate goes on with {rate:.4g}"
             )
         return changes + self._take_threads(state.get("threads", torch.get_num_threads()))
+
+    def mend(self) -> None:
+        """After `load`, by the main process, in a folder that is locked for the run: write the weights that belong to
+        the state where others lie, and say which of the best epoch's cannot be had again."""
+        if self._fell_back:  # else the next checkpoint would keep what cannot be read
+            self.folder.previous_state_file.replace(self.folder.state_file)
+        progress, digests = self.progress, self.checkpoints.digests
+        kept = {"last": self._weights("last"), "best": self._weights("best") if progress.best else {}}
+        for name, weights in kept.items():
+            others = [
+                path
+                for path in weights
+                if not path.is_file() or file_digest(path) != digests.get(f"{name}/{path.name}", "")
+            ]
+            if others and (name == "last" or progress.step == progress.best["epoch"] * self.steps_per_epoch):
+                self.checkpoints.write_weights(weights)
+            elif digests and others:
+                print(
+                    f"{others[0]} is not what was saved of epoch {progress.best['epoch']}, the best one so far: it is "
+                    "damaged, or of a later epoch, which is trained again now",
+                    flush=True,
+                )
 
     def _take_threads(self, saved: int) -> list[str]:
         """Compute with as many threads as before, on which the last bits depend; say so where the user wants others."""
@@ -602,18 +658,19 @@ class Loop:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
-    def _save_weights(self, name: str) -> None:
-        if self.accelerator.is_main_process:
-            folder, classes = self.folder.path / name, self.loader.source.classes
-            for net_name, net in self.task.nets.items():
-                saved = {self._file(net_name): net.model}
-                if average := self.averages.get(net_name):
-                    saved[self._file(net_name, averaged=True)] = average.module.get_submodule("model")
-                for file, model in saved.items():
-                    save_weights(folder / file, model, net.normalisation, classes)
-                    if isinstance(model, AuxiliaryNet):  # what a plain net of its name loads
-                        backbone = f"{file.removesuffix('.safetensors')}-backbone.safetensors"
-                        save_weights(folder / backbone, model.backbone, net.normalisation, classes)
+    def _weights(self, name: str) -> dict[Path, Weights]:
+        """The files of a folder of the run and what they hold."""
+        folder, classes, found = self.folder.path / name, self.loader.source.classes, dict[Path, Weights]()
+        for net_name, net in self.task.nets.items():
+            saved = {self._file(net_name): net.model}
+            if average := self.averages.get(net_name):
+                saved[self._file(net_name, averaged=True)] = average.module.get_submodule("model")
+            for file, model in saved.items():
+                found[folder / file] = weights_of(model, net.normalisation, classes)
+                if isinstance(model, AuxiliaryNet):  # what a plain net of its name loads
+                    backbone = f"{file.removesuffix('.safetensors')}-backbone.safetensors"
+                    found[folder / backbone] = weights_of(model.backbone, net.normalisation, classes)
+        return found
 
     def _file(self, net: str, *, averaged: bool = False) -> str:
         """Where a net's weights, or their average, lie in a run's folder."""
@@ -649,7 +706,7 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
     try:
         with first.stops:  # until the state is saved: a launcher hands on what its processes have had already
             try:
-                _run_steps(loops, failed)
+                _train(loops, failed)
             except (BadFileError, Interrupted) as stop:
                 save_after(stop, lambda: save(Loop.save), f"go on with {how}")
                 first.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
@@ -668,6 +725,24 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
     if failed:
         raise ValueError("; ".join(map(str, failed.values())))
     return results
+
+
+def _train(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:
+    """Do the steps, and wait for the checkpoints that are being written; of two errors neither hides the other."""
+    try:
+        _run_steps(loops, failed)
+    except BadFileError:
+        raise
+    except (ValueError, OSError) as error:
+        for loop in loops:
+            try:
+                loop.checkpoints.wait()
+            except (ValueError, OSError) as second:
+                raise type(second)(f"{error}; {second}") from error
+        raise
+    for loop in loops:
+        if loop not in failed:
+            loop.checkpoints.wait()
 
 
 def _run_steps(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:

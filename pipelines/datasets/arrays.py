@@ -10,7 +10,6 @@ is every operation that data has no need of.
 import io
 import pickle
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import numpy as np
 
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.datasets.spec import SplitIndex, SplitSpec
-from dalikd.pipelines.files import build_once, file_digest
+from dalikd.pipelines.files import build_once, file_digest, new_folder
 
 __all__ = ["PUBLISHED_FILES", "PublishedSet", "find_arrays", "published_set"]
 
@@ -137,13 +136,12 @@ class PublishedSet:
             if self.archive:
                 build_once(folder, lambda made: self.reader(made.parent, download=True))
                 return
-            folder.mkdir(parents=True, exist_ok=True)
             for part in parts:
                 if self._missing(folder, [part]):
-                    with tempfile.TemporaryDirectory(prefix=f".{self.name}-", dir=folder) as scratch:
+                    with new_folder(folder, self.name) as scratch:
                         self.reader(scratch, split=part, download=True)
                         for file in self.splits[part]:
-                            (Path(scratch) / file).replace(folder / file)
+                            (scratch / file).replace(folder / file)
         except FileExistsError:
             missing = ", ".join(self._missing(folder, parts))
             if missing:  # else another process has just put it there

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dalikd.pipelines.content import LONGEST, image_sides
-from dalikd.pipelines.files import read_json, read_npy, write_atomically
+from dalikd.pipelines.files import read_json, read_npy, remove_litter, write_atomically
 from dalikd.pipelines.progress import progress
 
 __all__ = [
@@ -422,7 +422,8 @@ def _save(target: Path, folder: Path, classes: Sequence[str], tree: Tree) -> Tre
 
 
 def _remove_outdated(target: Path, checksum: str) -> None:
-    """Drop the arrays of earlier scans; a process that has mapped them keeps them."""
+    """Drop the arrays of earlier scans, and what killed processes have left; one that has mapped them keeps them."""
+    remove_litter(target)
     for path in target.glob("*.npy"):
         if not path.stem.endswith(checksum):
             path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -246,7 +246,9 @@ class Sample(NamedTuple):
 def _write_shard(path: Path, format: ShardFormat, samples: Iterator[Sample], images: int) -> Shard:
     """Take so many samples and write them and their index."""
     layout, offset, lines, digest = _LAYOUTS[format], 0, [], hashlib.sha256()
-    with path.open("xb") as file:
+
+    def write(file: BinaryIO) -> None:
+        nonlocal offset
         for _ in range(images):
             content, line = layout.pack(next(samples), offset)
             offset += file.write(content)
@@ -254,8 +256,8 @@ def _write_shard(path: Path, format: ShardFormat, samples: Iterator[Sample], ima
             lines.append(line)
         offset += file.write(layout.end)
         digest.update(layout.end)
-        file.flush()
-        os.fsync(file.fileno())
+
+    write_atomically(path, write)
     index = path.with_suffix(".idx")
     write_atomically(index, (layout.heading.format(images) + "".join(f"{line}\n" for line in lines)).encode("ascii"))
     return Shard(path.name, images, offset, digest.hexdigest(), file_digest(index), ends_checksum(path))

@@ -273,8 +273,8 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
 
     results = loop.run()
     assert results["evaluated"] == "ema.safetensors"
-    last = loop.folder.path / "last"
-    assert {path.name for path in last.iterdir()} == {"trainer.pt", "student.safetensors", "ema.safetensors"}
+    last, names = loop.folder.path / "last", ("student.safetensors", "ema.safetensors")
+    assert {path.name for path in last.iterdir()} == {"trainer.pt", *names}
     assert (last / "ema.safetensors").read_bytes() != (last / "student.safetensors").read_bytes()
 
 
@@ -343,6 +343,7 @@ def test_a_run_logs_evaluates_and_saves(make_loop):
     assert results["sha256"] == {name: file_sha256(path / name) for name in weights}
     assert {file.relative_to(path).as_posix() for file in path.glob("*/*.*") if file.parent.name != "tensorboard"} == {
         "last/trainer.pt",
+        "last/trainer-previous.pt",
         "last/student.safetensors",
         "best/student.safetensors",
     }
@@ -503,10 +504,10 @@ def test_a_signal_saves_and_stops(make_loop, number):
     loop = make_loop(options=_options(epochs=5))
     before, inputs, save = signal.getsignal(number), loop.task.prepare, loop.save
 
-    def saving() -> None:
+    def saving(**how: bool) -> None:
         if loop.progress.step == 5:
             os.kill(os.getpid(), number)  # as a launcher hands it on
-        save()
+        save(**how)
 
     def interrupting(*of):
         if loop.progress.step == 4:
@@ -520,6 +521,16 @@ def test_a_signal_saves_and_stops(make_loop, number):
     assert stop.value.signal == number
     assert torch.load(loop.folder.state_file, weights_only=True)["step"] == 5
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0, []), (1000.0, []), (1e-9, [2, 4])])
+def test_a_checkpoint_is_due_after_some_minutes(make_loop, minutes, saves):
+    """With a log line, where the processes meet."""
+    loop = make_loop(options=_options(epochs=2, log_every=2, checkpoint_minutes=minutes))
+    saved, save = [], loop.write
+    loop.write = lambda **how: (saved.append(loop.progress.step), save(**how))
+    loop.run()
+    assert saved == sorted([*saves, 3, 6])  # and after each epoch
 
 
 def test_a_signal_in_the_last_step_is_obeyed_after_it(make_loop):
@@ -541,7 +552,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
         raise BadFileError("cannot decode a.jpg")
 
     loop.loader.next = fail
-    monkeypatch.setattr("dalikd.trainers.loop.save_state", full)
+    monkeypatch.setattr("dalikd.trainers.checkpoint.save_state", full)
     with pytest.raises(
         BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"
     ):

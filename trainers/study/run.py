@@ -8,8 +8,8 @@ from typing import IO, Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dalikd.pipelines.lock import holder, take_lock
 from dalikd.trainers.stopping import Interrupted
-from dalikd.trainers.study.lock import holder, take_lock
 from dalikd.trainers.study.plan import STUDENTS_OF_A_PASS, Cell
 from dalikd.trainers.study.state import clear_unsaved, is_done
 

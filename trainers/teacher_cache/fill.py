@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.draws import Microbatch, permutation
 from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.lock import FolderLock
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
@@ -37,6 +39,7 @@ from dalikd.trainers.teacher_cache.layout import (
 )
 from dalikd.trainers.teacher_cache.read import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
 from dalikd.trainers.teacher_step import Branches, TeacherStep
+from dalikd.trainers.tracking import LOCK, alone
 from dalikd.trainers.trial import check_finite
 
 __all__ = ["CacheOptions", "Comparison", "fill_cache", "verify_cache"]
@@ -123,7 +126,15 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
     """
     _check_options(options, accelerator)
     assert options.output is not None
-    folder, work = Path(options.output), _open_work(options, accelerator)
+    folder = Path(options.output)
+    with alone([(str(folder), folder / LOCK)], accelerator) as locks:
+        return _fill_locked(folder, options, accelerator, config, *locks)
+
+
+def _fill_locked(
+    folder: Path, options: CacheOptions, accelerator: Accelerator, config: dict[str, Any], *locks: FolderLock
+) -> TeacherCache:
+    work = _open_work(options, accelerator)
     sampler = work.setup.sampler(drop_last=False)
     needed, free = TeacherCache.check_target(folder, work.layout)
     accelerator.wait_for_everyone()  # nobody looks at the folder once the main process writes there
@@ -133,7 +144,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
         write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     accelerator.wait_for_everyone()
     cache = TeacherCache(folder, writable=True)
-    _fill(cache, work, sampler)
+    _fill(cache, work, sampler, locks)
     accelerator.wait_for_everyone()
     cache.check_filled()
     if accelerator.is_main_process:
@@ -141,7 +152,7 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
     return cache
 
 
-def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
+def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, locks: Sequence[FolderLock]) -> None:
     options, accelerator = work.options, work.setup.accelerator
     loader = work.setup.loader(work.augmenter.draw_spec, sampler)
     ask, writer = work.teacher_step(), _Writer(cache, options.mix.group)
@@ -164,6 +175,8 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
             bar.update(micro.total)
             if (index + 1) % len(loader) == 0 or signals.number:
                 writer.finish()
+                for lock in locks:
+                    lock.check()
                 cache.flush(micro.epoch)
             if signals.number:  # each process fills its own share, so each stops by itself
                 raise Interrupted(f"stopped by signal {signals.number}; the same command goes on", signals.number)

@@ -22,8 +22,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.files import read_json, read_npy, write_atomically
+from dalikd.pipelines.files import build_once, read_json, read_npy, remove_litter, unwritable, write_atomically
 from dalikd.trainers.renamed import renamed
+from dalikd.trainers.tracking import LOCK
 
 __all__ = [
     "CacheLayout",
@@ -152,7 +153,7 @@ class TeacherCache:
         """
         cls.check_target(folder, layout)
         missing = _missing_epochs(folder, layout)
-        folder.mkdir(parents=True, exist_ok=True)
+        remove_litter(folder)
         description = json.dumps({"version": _VERSION, **asdict(layout)}, indent=2) + "\n"
         write_atomically(folder / _DESCRIPTION, description.encode())
         for epoch in missing:
@@ -428,13 +429,21 @@ def _index_type(count: int) -> type[np.signedinteger]:
 
 
 def _make_epoch(folder: Path, layout: CacheLayout) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / _CHECKSUMS).unlink(missing_ok=True)
-    for name, row in layout.columns().items():
-        path = folder / f"{name}.npy"
-        np.lib.format.open_memmap(path, "w+", row.dtype, (layout.rows, *row.shape))
-        with path.open("r+b") as file:  # a memory-mapped write to a full disk would kill the process
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    """All files of an epoch or none; those that a kill, or an earlier dalikd, left incomplete go."""
+
+    def make(made: Path) -> None:
+        for name, row in layout.columns().items():
+            path = made / f"{name}.npy"
+            try:
+                np.lib.format.open_memmap(path, "w+", row.dtype, (layout.rows, *row.shape))
+                with path.open("r+b") as file:  # a memory-mapped write to a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise unwritable(folder / path.name, error) from error
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    build_once(folder, make)
 
 
 def _read_layout(folder: Path) -> CacheLayout:
@@ -468,7 +477,7 @@ def _form(layout: CacheLayout) -> dict[str, Any]:
 
 def _check_folder(folder: Path, layout: CacheLayout) -> None:
     """A new folder, or one that holds a cache of the same run with as many epochs or fewer."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(entry.name == LOCK for entry in folder.iterdir()):
         return
     if not (folder / _DESCRIPTION).exists():
         raise ValueError(f"--output {folder} holds other files and is not touched: name another folder")

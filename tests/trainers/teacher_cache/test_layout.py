@@ -1,4 +1,5 @@
 import json
+import resource
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from dalikd.trainers.teacher_cache.layout import (
     unpack_logits,
 )
 
+_FILE_SIZE = resource.RLIMIT_FSIZE
 SMALL = CacheLayout(
     rows=6, classes=3, epochs=2, augmented=True, pool=8, fingerprint={"seed": 0, "view.scale": [0.5, 1]}
 )
@@ -157,6 +159,22 @@ def test_disk_space_is_reserved(tmp_path):
     TeacherCache.create(tmp_path / "cache", replace(SMALL, rows=100_000))
     path = tmp_path / "cache" / "epoch-0001" / "logits.npy"
     assert path.stat().st_blocks * 512 >= path.stat().st_size > 1_200_000
+
+
+def test_a_full_disk_leaves_no_half_epoch(tmp_path):
+    layout, before = replace(SMALL, rows=10_000, classes=1, augmented=False, pool=0), resource.getrlimit(_FILE_SIZE)
+    for size, file in ((20_000, "logits"), (39_000, "logits")):
+        resource.setrlimit(_FILE_SIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match=rf"epoch-0000/{file}.npy cannot be written: File too large"):
+                TeacherCache.create(tmp_path / "cache", layout)
+        finally:
+            resource.setrlimit(_FILE_SIZE, before)
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["cache.json"]
+    (tmp_path / "cache" / "epoch-0000").mkdir()
+    (tmp_path / "cache" / "epoch-0000" / "logits.npy").touch()  # as an earlier dalikd left it, when it was killed
+    cache = TeacherCache.create(tmp_path / "cache", layout)
+    assert not cache.filled(0, np.arange(3))
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
