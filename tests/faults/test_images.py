@@ -249,7 +249,7 @@ def test_every_kind_alone(tmp_path, start_forked, weights, full, kind):
                 report = tmp_path / f"{command}{policy}{size}" / "results.json"
                 report.parent.mkdir()
                 words = _words(command, tmp_path / "data", size, weights, policy, report)
-                _check(start_forked(report.parent / "printed", *words), policy, command, bad, report)
+                _check(start_forked(tmp_path / f"printed-{report.parent.name}", *words), policy, command, bad, report)
                 shutil.rmtree(report.parent)
 
 
