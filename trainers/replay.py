@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dalikd.pipelines.draw_spec import Batch, MixDraws
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.loop import Loop
 from dalikd.trainers.setup import Setup
@@ -48,8 +49,7 @@ def unpack_files(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     places = {}
     for number, (name, content_of_file) in enumerate(content["files"].items()):
         places[name] = str(folder / str(number) / Path(name).name)  # the suffix says how a file is read
-        (folder / str(number)).mkdir()
-        Path(places[name]).write_bytes(content_of_file.numpy().tobytes())
+        write_atomically(Path(places[name]), content_of_file.numpy().tobytes(), sync=False)
 
     def moved(options: Mapping[str, Any]) -> dict[str, Any]:
         return {

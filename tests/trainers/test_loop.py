@@ -368,7 +368,7 @@ def test_best_is_the_epoch_of_the_highest_accuracy_and_of_equal_ones_of_the_lowe
 
     def evaluate(*_):
         top1, loss = next(figures)
-        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}}
+        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41, "replaced": 0}}
 
     monkeypatch.setattr("dalikd.trainers.loop.evaluate", evaluate)
     results = make_loop(options=_options(epochs=5)).run()
