@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+
+from dalikd.kd.backbones import create_model
 
 pytestmark = pytest.mark.faults
 
@@ -28,9 +31,9 @@ main()
 
 @pytest.fixture
 def training(small_images: Path) -> list[str]:
-    """A run of 240 steps, which takes some seconds."""
+    """A run of 280 steps, which takes some seconds."""
     data = ["--data.root", str(small_images), "--data.train_split", ".", "--data.val_split", "."]
-    run = ["--model", "resnet8", "--batch_size", "50", "--mix.group", "10", "--epochs", "40", "--eval_every", "40"]
+    run = ["--model", "resnet8", "--batch_size", "40", "--mix.group", "10", "--epochs", "40", "--eval_every", "40"]
     return [*data, "--data.image_size", "32", "--data.threads", "1", "--device", "cpu", *run, "--log_every", "1"]
 
 
@@ -158,22 +161,11 @@ def test_a_run_saves_on_every_signal_however_often_it_comes(start_forked, traini
 def test_a_signal_to_one_of_two_that_write_down_a_teacher_stops_both(start_joined, small_images, tmp_path):
     """And the same command goes on where both of them stopped."""
     data = ["--data.root", small_images, "--data.train_split", ".", "--data.image_size", "32", "--device", "cpu"]
-    teacher = tmp_path / "run/last/student.safetensors"
-    made = [
-        *data,
-        "--data.threads",
-        "1",
-        "--teacher.name",
-        "resnet8",
-        "--teacher.weights",
-        teacher,
-        "--batch_size",
-        "20",
-    ]
-    words = ["cache", *made, "--mix.group", "10", "--epochs", "40", "--output", tmp_path / "cache"]
-    short = ["train", *data, "--data.threads", "1", "--data.val_split", ".", "--model", "resnet8", "--epochs", "1"]
-    (first,) = start_joined(1, tmp_path / "trained", *short, "--output", tmp_path / "run")
-    first.end()
+    torch.manual_seed(0)
+    torch.save(create_model("resnet8", 3).state_dict(), tmp_path / "teacher.pt")
+    teacher = ["--teacher.name", "resnet8", "--teacher.weights", tmp_path / "teacher.pt", "--data.threads", "1"]
+    size = ["--batch_size", "20", "--mix.group", "10", "--epochs", "40"]
+    words = ["cache", *data, *teacher, *size, "--output", tmp_path / "cache"]
     both = start_joined(2, tmp_path / "said", *words)
     _wait(lambda: (tmp_path / "cache/epoch-0002").exists() or (tmp_path / "cache/config.yaml").exists(), both[0])
     time.sleep(1.0)
@@ -191,16 +183,7 @@ def _commands(small_images: Path, folder: Path) -> dict[str, Sequence[object]]:
     return {
         "methods": [],
         "demo": ["--output", folder / "demo"],
-        "prepare": [
-            "--data.root",
-            small_images,
-            "--data.train_split",
-            ".",
-            "--split",
-            "train",
-            "--output",
-            folder / "p",
-        ],
+        "prepare": [*data[:4], "--split", "train", "--output", folder / "p"],
         "train": [*split, *net, "--epochs", "50", "--output", folder / "run"],
         "study": ["--config", Path(__file__).parents[2] / "configs/demo_study.yaml", "--output", folder / "study"],
         "bench all": ["--root", small_images, "--output", folder / "bench", "--only", "loader"],
@@ -274,9 +257,8 @@ def test_a_run_that_crashes_is_started_again_and_ends_as_if_nothing_had_been(sta
     )  # fmt: skip
     for number in (signal.SIGSEGV, signal.SIGKILL) if full else (signal.SIGSEGV,):
         done = _steps(tmp_path / "run")
-        _wait(
-            lambda done=done: (tmp_path / "run/last/trainer.pt").exists() and _steps(tmp_path / "run") > done, process
-        )
+        _wait(lambda: (tmp_path / "run/last/trainer.pt").exists(), process)
+        _wait(lambda done=done: _steps(tmp_path / "run") > done, process)
         child = psutil.Process(process.pid).children()[-1]
         child.send_signal(number)
         crashed = time.monotonic()
