@@ -20,8 +20,8 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import distributed
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from dalikd.pipelines.hardware import LACK, dali_words
 from dalikd.pipelines.loader import BadFileError
@@ -122,61 +122,66 @@ class StopSignals:
 
 @dataclass
 class _Peer:
-    """Another process of the run, as it was last heard of."""
+    """Another process of the run."""
 
     rank: int
-    pid: int = 0
-    host: str = ""
-    place: str = ""  # processes of one place see each other in /proc
-    begun: str = ""
-    beats: int = 0
+    pid: int
+    host: str
+    place: str  # processes of one place see each other in /proc
+    begun: str
+    address: tuple[str, int] | None  # where it hears
     left: str = ""  # how it has ended, by its own account; "well" where nobody needs it any more
-    silent: float = 0.0  # seconds
-    gone_at: int = -1  # rounds of reading before which it was not in /proc
+    silent: float | None = None  # seconds; None: of another place, and never heard of
 
 
 class Watch:
-    """Ends this process where it would wait for ever: another process of the run was killed or does not answer, or the
-    launcher that would end them all is gone. Processes that work are left alone, however long they take.
+    """A thread that ends this process where it would wait for ever: another process of the run was killed or does not
+    answer, or the launcher that would end them all is gone. Processes that work are left alone, however long it takes.
 
-    Of a process on the same machine /proc knows whether it is there, and whether it is stopped. One on another machine
-    gives a sign of life every five seconds through the store that the processes have met at.
+    Of a process on the same machine /proc knows whether it is there, and whether it is stopped. The first process and
+    those on other machines send each other a datagram every five seconds; one that never got through is not judged.
+    Whoever ends tells the others so.
 
     Args:
-        rank: of this process.
-        processes: of the run.
-        launched: whether a launcher has started it, whose end is this process's too.
+        accelerator: whose processes watch each other; all of them begin together.
+        launched: whether a launcher has started this process, whose end is its too.
     """
 
     one: "Watch | None" = None  # of this process
 
-    def __init__(self, rank: int, processes: int, launched: bool) -> None:
-        self._rank, self._parent = rank, os.getppid() if launched else 0
-        self._begun, self._place = _process_state(os.getpid())[1], _place()
-        self._peers = [_Peer(number) for number in range(processes) if number != rank]
-        self._left, self._rounds, self._cause = "", 0, ""
-        self._over, self._known = threading.Event(), threading.Event()
-        self._store: Any = None
-        if self._peers:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # a connection of its own: on the other one the process may wait
-            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SILENT))
-            prefix = f"dalikd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-            self._store = PrefixStore(prefix, store)
-            threading.Thread(target=self._beat, name="dalikd-beat", daemon=True).start()
-        threading.Thread(target=self._look, name="dalikd-watch", daemon=True).start()
+    def __init__(self, accelerator: Accelerator, launched: bool) -> None:
+        self._rank, self._parent = accelerator.process_index, os.getppid() if launched else 0
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        port, place, begun = self._socket.getsockname()[1], _place(), _process_state(os.getpid())[1]
+        own = os.getpid(), socket.gethostname(), place, begun, port, uuid4().hex
+        found = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        self._place, self._token = place, found[0][-1]
+        self._peers: dict[int, _Peer] = {}
+        for rank, (pid, host, where, since, heard, _) in enumerate(found):
+            if rank != self._rank:
+                self._peers[rank] = _Peer(rank, pid, host, where, since, None, silent=0.0 if where == place else None)
+                if where == place:
+                    self._peers[rank].address = "127.0.0.1", heard
+                elif rank == 0:
+                    with suppress(OSError):
+                        self._peers[0].address = socket.gethostbyname(os.environ.get("MASTER_ADDR", "")), heard
+        self._cause, self._known, self._over = "", threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._look, name="dalikd-watch", daemon=True)
+        self._thread.start()
 
     @classmethod
     def begin(cls, accelerator: Accelerator) -> None:
-        """Watch from now on, if there is anything to watch; all processes of the run begin."""
+        """Watch from now on, if there is anything to watch; all processes of the run begin together."""
         launched = bool({"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", STARTED_BY} & os.environ.keys())
         several = accelerator.num_processes > 1
-        if cls.one is None and (several or launched):
-            cls.one = cls(accelerator.process_index, accelerator.num_processes, launched)
-            atexit.register(lambda: cls.leave("has failed" if hasattr(sys, "last_value") else "well"))
-            if several:
-                set_timeout = getattr(distributed, "set_timeout", None)  # public from torch 2.14 on
-                (set_timeout or distributed.distributed_c10d._set_pg_timeout)(_ANY_WORK)
+        if cls.one is not None or not (several or launched):
+            return
+        cls.one = cls(accelerator, launched)
+        atexit.register(lambda: cls.leave("has failed" if hasattr(sys, "last_value") else "well"))
+        if several:
+            set_timeout = getattr(distributed, "set_timeout", None)  # public from torch 2.14 on
+            (set_timeout or distributed.distributed_c10d._set_pg_timeout)(_ANY_WORK)
 
     @classmethod
     def leave(cls, how: str = "well") -> None:
@@ -186,14 +191,10 @@ class Watch:
             how: in words that follow its name; "well": nobody needs it any more.
         """
         watch, cls.one = cls.one, None
-        if watch is None:
-            return
-        watch._left = how
-        watch._over.set()
-        if watch._store is not None:  # in a thread: the store may be gone
-            last = threading.Thread(target=watch._last_word, daemon=True)
-            last.start()
-            last.join(10.0)
+        if watch is not None:
+            watch._over.set()
+            for _ in range(3):  # a datagram may be lost
+                watch._tell(how)
 
     def gone(self, seconds: float) -> str:
         """Which process is gone, in a line; empty if none is known to be within so many seconds."""
@@ -203,54 +204,57 @@ class Watch:
     @property
     def speaks(self) -> bool:
         """Whether it is for this process, of those on its machine, to tell what all of them know."""
-        lower = [peer for peer in self._peers if peer.rank < self._rank and peer.place == self._place]
+        lower = [peer for peer in self._peers.values() if peer.rank < self._rank and peer.place == self._place]
         return all(peer.left or _process_state(peer.pid)[0] in "XZtT" for peer in lower)
 
-    # --------------------------------------------------------------------------------------------- the threads
-
-    def _beat(self) -> None:
-        ranks, beats = [str(peer.rank) for peer in self._peers], 0
-        with suppress(RuntimeError):  # the store is gone: who had it falls silent
-            while True:
-                beats += 1
-                self._write(beats)
-                for peer, text in zip(self._peers, self._store.multi_get(ranks), strict=True):
-                    heard = peer.beats
-                    peer.pid, peer.host, peer.place, peer.begun, peer.beats, peer.left = json.loads(text)
-                    if peer.beats != heard:
-                        peer.silent = 0.0
-                self._rounds += 1
-                if self._over.wait(_BEAT):
-                    return
-
-    def _write(self, beats: int) -> None:
-        word = [os.getpid(), socket.gethostname(), self._place, self._begun, beats, self._left]
-        self._store.set(str(self._rank), json.dumps(word))
-
-    def _last_word(self) -> None:
-        """The first process may have the store, which the others still read."""
-        with suppress(RuntimeError):
-            self._write(-1)
-            self._store.set(f"left {self._rank}", "")
-            if self._rank == 0 and self._left == "well" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                self._store.wait([f"left {peer.rank}" for peer in self._peers], timedelta(seconds=8))
+    # ---------------------------------------------------------------------------------------------- the thread
 
     def _look(self) -> None:
-        last = time.monotonic()
+        last, told = time.monotonic(), float("-inf")
         while not self._over.wait(1.0):
             now = time.monotonic()
             passed, last = min(now - last, 2.0), now  # what this process has slept, nobody was silent for
+            if now - told > _BEAT:
+                told = now
+                self._tell("")
             if self._parent and os.getppid() != self._parent:
                 self._follow_launcher()
-            self._cause = next(filter(None, (self._lost(peer, passed) for peer in self._peers)), "")
+            there = {rank: _process_state(peer.pid) for rank, peer in self._peers.items()}
+            self._hear()  # after it: whoever ends says so before
+            lost = (self._lost(peer, *there[rank], passed) for rank, peer in self._peers.items())
+            self._cause = next(filter(None, lost), "")
             if self._cause:
                 self._known.set()
                 if not self._over.wait(_GRACE):
+                    self._tell("has ended, as the others wait for one that is gone")
                     self._end(1, self._cause)
 
-    def _lost(self, peer: _Peer, passed: float) -> str:
+    def _tell(self, left: str) -> None:
+        word = json.dumps([self._token, self._rank, left]).encode()
+        for peer in self._peers.values():
+            if peer.address is not None:
+                with suppress(OSError):  # as where nobody hears any more
+                    self._socket.sendto(word, peer.address)
+
+    def _hear(self) -> None:
+        while True:
+            try:
+                word, address = self._socket.recvfrom(4096, socket.MSG_DONTWAIT)
+                token, rank, left = json.loads(word)
+            except ConnectionError:  # of what was sent to one that is gone
+                continue
+            except BlockingIOError:
+                return
+            except ValueError:
+                continue
+            if token == self._token and rank in self._peers:
+                peer = self._peers[rank]
+                peer.left, peer.address = peer.left or left, address
+                peer.silent = 0.0 if peer.place != self._place else peer.silent
+
+    def _lost(self, peer: _Peer, state: str, begun: str, passed: float) -> str:
         """How another process is lost, in a line; empty if it is not."""
-        if not peer.pid or peer.left == "well":
+        if peer.left == "well" or peer.silent is None:
             return ""
         name = f"process {peer.rank} of {len(self._peers) + 1} ({peer.host}, {peer.pid})"
         if peer.left:
@@ -258,12 +262,8 @@ class Watch:
         if peer.place != self._place:
             peer.silent += passed
             return f"{name} does not answer: its machine or the network is gone" if peer.silent > _SILENT else ""
-        state, begun = _process_state(peer.pid)
         if state in "XZ" or begun != peer.begun:
-            peer.gone_at = self._rounds if peer.gone_at < 0 else peer.gone_at
-            peer.silent += passed  # its last word may be in the store
-            heard = self._rounds > peer.gone_at + 1 or peer.silent > 3 * _BEAT
-            return f"{name} was killed" if heard else ""
+            return f"{name} was killed"
         peer.silent = peer.silent + passed if state in "tT" else 0.0
         return f"{name} does not answer: it is stopped (SIGSTOP)" if peer.silent > _SILENT else ""
 
