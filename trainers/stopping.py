@@ -36,6 +36,7 @@ STARTED_BY = "DALIKD_STARTED_BY"
 
 _BAD_FILE = 1 << 8  # above all signals
 _ANY_WORK = timedelta(days=30)  # a collective waits as long as the work of another process takes: a Watch ends it
+_LOOK = 1.0  # seconds between two looks at the others
 _BEAT = 5.0  # seconds from one sign of life to the next
 _SILENT = 40.0  # seconds without one, after which a process does not answer
 _GRACE = 6.0  # seconds for what a process does by itself once another one is gone
@@ -211,7 +212,7 @@ class Watch:
 
     def _look(self) -> None:
         last, told = time.monotonic(), float("-inf")
-        while not self._over.wait(1.0):
+        while not self._over.wait(_LOOK):
             now = time.monotonic()
             passed, last = min(now - last, 2.0), now  # what this process has slept, nobody was silent for
             if now - told > _BEAT:
