@@ -192,49 +192,70 @@ def test_a_signal_to_one_of_two_that_write_down_a_teacher_stops_both(start_joine
 def _commands(small_images: Path, folder: Path) -> dict[str, Sequence[object]]:
     data = ["--data.root", small_images, "--data.train_split", ".", "--data.image_size", "32", "--device", "cpu"]
     split = [*data, "--data.val_split", "."]
+    torch.save(create_model("resnet8", 3).state_dict(), folder / "teacher.pt")
+    weights = ["--teacher.name", "resnet8", "--teacher.weights", folder / "teacher.pt"]
     net = ["--model", "resnet8"]
     return {
+        "prepare": [*data[:4], "--split", "train", "--output", folder / "prepared"],
+        "measure": [*data, *weights, "--epochs", "20", "--json", folder / "measure.json"],
         "methods": [],
         "demo": ["--output", folder / "demo"],
-        "prepare": [*data[:4], "--split", "train", "--output", folder / "p"],
         "train": [*split, *net, "--epochs", "50", "--output", folder / "run"],
+        "distill": [*split, *net, *weights, "--epochs", "50", "--output", folder / "distilled"],
+        "cache": [*data, *weights, "--epochs", "100", "--output", folder / "cache"],
+        "probe": [*split, *net, "--weights", folder / "teacher.pt", "--epochs", "50", "--output", folder / "probe"],
         "study": ["--config", Path(__file__).parents[2] / "configs/demo_study.yaml", "--output", folder / "study"],
-        "bench all": ["--root", small_images, "--output", folder / "bench", "--only", "loader"],
-        "bench loader": [*data, "--images", "30", "--output", folder / "bench"],
         "correlate": [Path(__file__).parents[1] / "data/good_da_points.json", "--plot", folder / "plot.png"],
-        "measure": [*data, "--teacher.name", "resnet8", "--json", folder / "m.json"],
-        "evaluate": [*split, *net, "--weights", "pretrained"],
+        "evaluate": [*split, *net, "--weights", folder / "teacher.pt"],
+        "bench loader": [*data, "--images", "60", "--output", folder / "bench"],
+        "bench step": [*split, *net, *weights, "--steps", "50", "--output", folder / "bench"],
     }
 
 
-def test_ctrl_c_ends_any_command_at_any_moment_in_one_line(small_images, tmp_path, full):
-    """Twice at once, to the command and all that it has started, as a terminal sends it. One that is done before it
-    comes has ended well, or told what is wrong with its options."""
-    wrong = []
-    commands = _commands(small_images, tmp_path / "out")
-    moments = (0.3, 1.0, 2.0, 4.0, 8.0, 15.0) if full else (1.5,)
-    for name in commands if full else ("methods", "bench all"):
-        for moment in moments:
-            (tmp_path / "tmp").mkdir(exist_ok=True)
-            environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "dalikd", *name.split(), *map(str, commands[name])]
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-            _wait(lambda process=process: _catches(process.pid) or process.poll() is not None)
+def test_ctrl_c_ends_any_command_at_any_moment_in_one_line(start_forked, small_images, tmp_path, full):
+    """Twice at once. One that is done before it comes has ended well. No temporary folder, no part of a file stays."""
+    wrong, (temporary, out) = [], (tmp_path / "tmp", tmp_path / "out")
+    temporary.mkdir()
+    out.mkdir()
+    commands = _commands(small_images, out)
+    for name in commands if full else ("prepare", "measure"):
+        for moment in (0.05, 0.3, 1.0, 3.0, 8.0) if full else (0.5,):
+            words = [*name.split(), *commands[name], *(["--overwrite", "true"] if name == "prepare" else [])]
+            process = start_forked(tmp_path / "said", *words, TMPDIR=str(temporary))
+            _wait(lambda process=process: _catches(process.pid) or not process.runs())
             time.sleep(moment)
-            if process.poll() is None:
-                for _ in range(2):
-                    os.killpg(process.pid, signal.SIGINT)
-            out, err = process.communicate(timeout=120)
-            left = [path.name for path in (tmp_path / "tmp").iterdir()]
-            hidden = [path.name for path in (tmp_path / "out").rglob(".*") if path.name != ".locks"]
-            said = [line for line in err.replace("\r", "\n").splitlines() if "stopped" in line]
-            fine = process.returncode in (0, 2) or (process.returncode == 130 and len(said) == 1)
-            if not fine or left or hidden or "Traceback" in err or _group(process.pid):
-                wrong.append((name, moment, process.returncode, left, hidden, out[-500:], err[-2000:]))
+            for _ in range(2):
+                os.kill(process.pid, signal.SIGINT)
+            code = process.wait(120)
+            left = [path.name for folder in (temporary, out) for path in folder.rglob(".*") if path.name != ".locks"]
+            said = [line for line in process.err.replace("\r", "\n").splitlines() if "stopped" in line]
+            done = code == 0 or (code == 2 and "holds a" in process.err)
+            if not (done or (code == 130 and len(said) == 1)) or left or "Traceback" in process.err:
+                wrong.append((name, moment, code, left, process.err[-2000:]))
     assert wrong == []
+
+
+def test_ctrl_c_ends_a_command_while_it_is_loaded_and_what_it_has_started(small_images, tmp_path, full):
+    """A terminal sends it to all of them."""
+    words = ["bench", "all", "--root", str(small_images), "--output", str(tmp_path / "out"), "--only", "loader"]
+    for command, moment in (("methods", 0.2), ("bench", 20.0 if full else 0.0)):
+        given = words if command == "bench" else [command]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dalikd", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+        _wait(lambda process=process: _catches(process.pid))
+        if command == "bench":
+            _wait(lambda process=process: bool(psutil.Process(process.pid).children()))
+            _wait(lambda process=process: _catches(psutil.Process(process.pid).children()[0].pid))
+        time.sleep(moment)
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+        err = process.communicate(timeout=120)[1]
+        assert process.returncode == 130, err
+        assert err.count("stopped (Ctrl-C)") == 1, err
+        assert "Traceback" not in err
+        assert _group(process.pid) == []
 
 
 def _catches(pid: int) -> bool:

@@ -251,7 +251,7 @@ def test_the_validation_pipeline_is_closed_after_an_evaluation_on_a_gpu(make_loo
     loop.end_epoch()
     val = loop.progress.last["val"]
     monkeypatch.setattr(type(loop.accelerator), "device", torch.device("cuda"))
-    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_: {"student": val})
+    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_, **__: {"student": val})
     monkeypatch.setattr("dalikd.trainers.loop.versions", lambda _: {})
     loop.end_epoch()
     assert closed == ["cuda"]
@@ -362,7 +362,7 @@ def test_the_terms_of_an_epoch_are_their_means(make_loop):
 def test_best_is_the_epoch_of_the_highest_accuracy_and_of_equal_ones_of_the_lowest_loss(make_loop, monkeypatch):
     figures = iter([(0.2, 0.1), (0.7, 1.0), (0.7, 0.9), (0.7, 0.9), (0.4, 0.1)])
 
-    def evaluate(*_):
+    def evaluate(*_, **__):
         top1, loss = next(figures)
         return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}}
 

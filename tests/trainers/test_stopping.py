@@ -88,6 +88,7 @@ def test_one_on_another_machine_is_judged_once_it_has_been_heard(watch):
 def test_alone_and_without_a_launcher_there_is_nothing_to_watch(accelerator, monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", stopping.STARTED_BY):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Watch, "one", None)
     Watch.begin(accelerator)
     assert Watch.one is None
 
