@@ -13,7 +13,7 @@ from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
 from dalikd.tools.report import print_training, students_table
 from dalikd.trainers.launch import start
-from dalikd.trainers.run import Planned, run, run_students
+from dalikd.trainers.run import Planned, run, run_path, run_students
 from dalikd.trainers.tasks.distill import OWN, DistillOptions
 from dalikd.trainers.tracking import LOCK, RunFolder, alone, write_json
 
@@ -35,7 +35,7 @@ def distill(options: DistillOptions, config: dict[str, Any], words: Sequence[str
 
 
 def _distill_students(options: DistillOptions, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    folder, listed = Path(options.resume or options.output or f"runs/students-{options.data.name}"), options.students
+    folder, listed = run_path(options, "distill"), options.students
     assert listed is not None
     entries, layers = read_students(Path(listed)), read_layers(words, grammar("distill"))
     RunFolder(folder, writes=False).check_new(options.overwrite or options.resume is not None)

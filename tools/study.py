@@ -37,6 +37,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("model", "model_args", "weights", "students"), "nets are named in `pairs`"),
     **{f"teacher.{name}": "teachers stand in `pairs`" for name in ("name", "weights", "args", "sha256", "cache")},
     **dict.fromkeys(("output", "json", "resume", "overwrite"), "it has a folder, --output"),
+    "restarts": "the same command goes on with it",
 }
 
 

@@ -313,7 +313,7 @@ class Loop:
         if done or epoch % self.options.eval_every == 0:
             nets = {name: average.module for name, average in self.averages.items()} or self.task.nets
             self._share_buffers(nets.values())
-            found = evaluate(nets, self.val_loader, self.accelerator, self.task.evaluate)
+            found = evaluate(nets, self.val_loader, self.accelerator, self.task.evaluate, stops=self.stops)
             val, *others = found.values()
             if self.accelerator.device.type == "cuda":
                 self.val_loader.close()  # its pipeline's buffers are the training's until the next evaluation
@@ -690,7 +690,7 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
 
     Raises:
         BadFileError: an image cannot be decoded; the state is saved.
-        Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
+        Interrupted: a signal came; the state is saved. Both end all processes, at one step.
         MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A step
             that was under way is done again, and running statistics and metrics have seen a part of it twice.
         ValueError: training has diverged; that of others goes on to its end first.

@@ -848,7 +848,10 @@ def test_a_signal_is_one_line_and_its_own_exit_code(capsys, tmp_path):
     assert capsys.readouterr().err == "dalikd prepare: stopped (Ctrl-C)\n"
     assert ended(lambda: signal.raise_signal(signal.SIGTERM)) == 143
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "dalikd prepare: stopped by signal 15 (SIGTERM)\n"
+    assert ended(lambda: signal.raise_signal(signal.SIGHUP)) == 129
+    assert ended(lambda: signal.raise_signal(signal.SIGUSR2)) == 140
+    assert capsys.readouterr().err.count("\n") == 2
     assert ended(lambda: interrupt(signal.SIGINT)) == 130
     assert capsys.readouterr().err == "dalikd prepare: stopped by a signal\n"
 

@@ -57,6 +57,7 @@ class StepOptions(DistillOptions):
     teacher_ensemble: Literal["mean", "entropy"] = field(default="mean", init=False)
     resume: FilePath | None = field(default=None, init=False)
     overwrite: bool = field(default=False, init=False)
+    restarts: int = field(default=0, init=False)
     log_every: int = field(default=50, init=False)
     eval_every: int = field(default=1, init=False)
     checkpoint_every: int = field(default=0, init=False)
