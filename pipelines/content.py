@@ -1,17 +1,31 @@
 """What an encoded image holds, by its bytes: its format, and whether DALI decodes it to the pixels that others see."""
 
 import io
+import math
 import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-__all__ = ["extension_of", "image_sides", "is_jpeg2000", "lacks_app14", "lacks_end", "refusal", "why_damaged"]
+__all__ = [
+    "LONGEST",
+    "MAX_PIXELS",
+    "extension_of",
+    "goes_apart",
+    "image_sides",
+    "lacks_app14",
+    "lacks_end",
+    "refusal",
+    "why_damaged",
+]
 
+#: of an image where nothing else is said; Pillow refuses to open more. DALI asks for three bytes each, for each thread.
+MAX_PIXELS = 178_000_000
+
+LONGEST = (1 << 31) - 1  # pixels of a side, as they are kept in int32
 _HEADER_BYTES = 4096  # read at once where a header is looked for: nearly always all of it
 _NO_FRAME = {0xC4, 0xC8, 0xCC}  # JPEG's markers from 0xC0 to 0xCF that begin no frame
-_MOST_PIXELS = 1 << 30  # of an image; DALI asks for three bytes each before it looks at the data
 _ENDS = {0xD9, 0xDA}  # JPEG's markers after which no header comes
 
 _FORMATS = (  # that DALI decodes: first bytes, name, extension
@@ -22,6 +36,7 @@ _FORMATS = (  # that DALI decodes: first bytes, name, extension
     *((b"P%d" % kind, "PNM", "ppm") for kind in range(1, 7)),
     *((start, "JPEG 2000", "jp2") for start in (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
 )
+_APART = ("JPEG 2000", "TIFF")  # a tile, or a strip, without a size is enough: DALI divides by it
 _OTHER_IMAGES = (
     (b"GIF8", "GIF"),
     (b"\xff\x0a", "JPEG XL"),
@@ -55,16 +70,18 @@ def extension_of(encoded: bytes) -> str:
     return found[1]
 
 
-def is_jpeg2000(encoded: bytes) -> bool:
-    """Whether it is JPEG 2000, which only `doctor.Decoder` may be asked about: a damaged one can end the process."""
+def goes_apart(encoded: bytes) -> str | None:
+    """The name of its format if only `doctor.Decoder` may be asked about it: damaged images of it can end the process
+    that decodes them. None for other formats, of which no such image is known."""
     found = _format(encoded)
-    return found is not None and found[0] == "JPEG 2000"
+    return found[0] if found is not None and found[0] in _APART else None
 
 
-def refusal(encoded: bytes) -> str | None:
+def refusal(encoded: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
     """Why an encoded image is not for DALI, as its header tells; None where it is.
 
-    Some microseconds; pixel data are not looked at. JPEG 2000 passes, of which only `doctor.Decoder` can tell.
+    Some microseconds; pixel data are not looked at. JPEG 2000 that is small enough passes: only `doctor.Decoder` can
+    tell more of it. `max_pixels`: images of more are refused, before anything is allocated for them.
     """
     found = _format(encoded)
     if found is None:
@@ -75,12 +92,25 @@ def refusal(encoded: bytes) -> str | None:
         return f"the header of the {found[0]} is damaged"
     if kind is not None:
         return f"{found[0]} {kind}; save it as PNG or JPEG"
-    if found[0] in ("JPEG", "JPEG 2000"):  # their decoders refuse by themselves
-        return None
-    height, width = image_sides(lambda offset, count: encoded[offset : offset + count])
-    if height * width > _MOST_PIXELS:
-        return f"its header says {width:,} x {height:,} pixels: it is damaged, or too large for DALI"
+    sides = [image_sides(lambda offset, count: encoded[offset : offset + count])]
+    if found[0] == "JPEG 2000":
+        sides.append(_codestream_sides(encoded))
+    height, width = max(sides, key=math.prod)
+    if height * width > max_pixels:
+        return (
+            f"its header gives {width:,} x {height:,} pixels: it is damaged, or larger than --data.max_pixels "
+            f"{max_pixels} allows"
+        )
     return None
+
+
+def _codestream_sides(encoded: bytes) -> tuple[int, int]:
+    """Of a JPEG 2000 image as its decoder takes them, which may be others than those of the file around it."""
+    place = encoded.find(b"\xff\x4f\xff\x51") + 8
+    if place < 8 or len(encoded) < place + 16:
+        return 0, 0
+    right, bottom, left, top = struct.unpack_from(">4I", encoded, place)
+    return bottom - top, right - left
 
 
 def _describe(encoded: bytes) -> str:

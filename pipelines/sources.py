@@ -5,17 +5,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from math import ceil
-from pathlib import Path
 
 import numpy as np
 
+from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.datasets.classes import check_equal_classes, share_rows, shorten, stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
+from dalikd.pipelines.files import read_within
 from dalikd.pipelines.shards.read import ShardSet
 
 __all__ = ["Source", "check_count", "check_same_classes", "why_fingerprints_differ"]
 
+_BYTES_A_PIXEL = 8  # four channels of 16 bits
 _WITHOUT_SIZES, _WITH_SIZES = 16, 20  # hex digits of a fingerprint: its length says what it holds
 
 
@@ -35,6 +37,7 @@ class Source:
         arrays: uint8 [N, H, W, 3] in memory, or None.
         shards: that `dalikd prepare` has written, or None; a row is an image's row in its first source.
         notes: lines that a run prints at its start: what was left out, how classes were ordered.
+        max_pixels: images of more are not read.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Source:
     arrays: np.ndarray | None = None
     shards: ShardSet | None = None
     notes: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         held = [images for images in (self.files, self.arrays, self.shards) if images is not None]
@@ -87,19 +91,28 @@ class Source:
             return self.shards.name(row)
         return self.files.path(row) if self.files is not None else f"{self.name}/{self.split}[{row}]"
 
-    def read(self, row: int) -> bytes:
+    def no_files(self) -> np.ndarray:
+        """Rows that are known not to be read: of what is no file, as a pipe, and of files with more bytes than the
+        largest image has; int64."""
+        sizes = None if self.files is None else self.files.sizes
+        if sizes is None:
+            return np.empty(0, np.int64)
+        return np.flatnonzero((sizes < 0) | (sizes > _BYTES_A_PIXEL * self.max_pixels))
+
+    def read(self, row: int, seconds: float = 60) -> bytes:
         """The encoded bytes of an image in a file or shard.
 
         Raises:
             FileNotFoundError: the file is missing; says where the list of files is remembered, if it is.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or not in so many seconds; it is no file, or has more bytes than the largest
+                image.
             ValueError: the shard is damaged there.
         """
         if self.shards is not None:
             return self.shards.read(row)
         assert self.files is not None, "images in memory are decoded"
         try:
-            return Path(self.files.path(row)).read_bytes()
+            return read_within(self.files.path(row), seconds, _BYTES_A_PIXEL * self.max_pixels)
         except FileNotFoundError:
             raise FileNotFoundError(self.files.missing(row)) from None
 
@@ -118,7 +131,7 @@ class Source:
                 f"{option} {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
                 f"give a number from {len(self.classes)} to {len(self)}"
             )
-        return self._take(stratified_rows(self.labels, n, seed))
+        return self.take(stratified_rows(self.labels, n, seed))
 
     def share(self, share: float, seed: int = 0) -> "Source":
         """A subset with this share of each class, drawn class by class, in the same order.
@@ -144,7 +157,7 @@ class Source:
                 f"--data.share {share}: {self.name} {self.split} keeps no image of the class {self.classes[fewest]}, "
                 f"which has {counts[fewest]}; give at least {least:g}"
             )
-        return self._take(share_rows(self.labels, kept, seed))
+        return self.take(share_rows(self.labels, kept, seed))
 
     def _check_divisible(self, option: str, value: float) -> None:
         if self.shards is not None:
@@ -152,7 +165,8 @@ class Source:
                 f"{option} {value}: shards are read whole; write smaller ones by `dalikd prepare {option} {value}`"
             )
 
-    def _take(self, rows: np.ndarray) -> "Source":
+    def take(self, rows: np.ndarray) -> "Source":
+        """The images of some rows, in their order; not of shards."""
         files = None if self.files is None else self.files.take(rows)
         arrays = None if self.arrays is None else self.arrays[rows]
         return replace(self, labels=self.labels[rows], files=files, arrays=arrays)

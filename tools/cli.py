@@ -2,12 +2,12 @@
 
 import atexit
 import os
+import re
 import signal
 import sys
-import threading
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
 from inspect import Parameter, signature
@@ -16,11 +16,13 @@ from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
+from torch import distributed
 
 from dalikd.pipelines.doctor import printable
 from dalikd.tools import choose_threads
-from dalikd.tools.classes import Chosen
+from dalikd.tools.classes import Chosen, check_values
 from dalikd.tools.layers import (
+    OPTIONS,
     WITH_TASK,
     Grammar,
     Layer,
@@ -30,9 +32,11 @@ from dalikd.tools.layers import (
     read_layers,
     take_apart,
 )
+from dalikd.tools.restarts import RESTARTED, after_launcher, supervise
 from dalikd.tools.signature import expand_paths, option_types
 from dalikd.trainers.launch import leave
-from dalikd.trainers.stopping import Interrupted, lack_of_memory
+from dalikd.trainers.signals import Asked, obeying, stop_words
+from dalikd.trainers.stopping import Interrupted, Watch, lack_of_memory
 
 __all__ = ["build_parser", "guarded", "parse", "resolve", "run_command", "run_function"]
 
@@ -58,7 +62,9 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "schedule": (),
 }
 #: options of one call, not of the run: later calls that read its config give them themselves
-_OF_ONE_CALL = ("resume", "overwrite", "verify")
+_OF_ONE_CALL = ("import", "resume", "overwrite", "restarts", "verify")
+#: how a process has ended, for those that wait for it; which line gives the cause, the user sees
+_LEFT = "has ended, as its own line tells"
 
 
 def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], argv: Sequence[str] | None = None) -> Any:
@@ -70,7 +76,13 @@ def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], ar
         argv: the arguments; default: sys.argv's.
     """
     with guarded(command):
-        options = parse(command, sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        options = parse(command, words)
+        if command in RESTARTED:
+            if options[0].restarts:
+                sys.exit(supervise(command, words, options[0]))
+            if extra := after_launcher(command, options[0]):
+                options = parse(command, [*words, *extra])
         choose_threads()
         return function(*options)
 
@@ -110,44 +122,56 @@ def run_function(
 def guarded(command: str) -> Iterator[None]:
     """End the process with one line where a user can mend things; DALIKD_TRACEBACK=1 shows where it came from.
 
-    Exit codes: 2 for a mistake, 128 and the signal's number for a signal. SIGTERM unwinds the stack, so that temporary
-    folders go.
+    Exit codes are those that `trainers.signals` lists. A signal unwinds the stack, so that temporary folders go.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file may end a run by being printed
-    alone = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if alone else None
-    try:
-        yield
-    except (ArgumentError, ValueError, OSError, yaml.YAMLError, RuntimeError, MemoryError) as error:
-        lack = lack_of_memory(error)
-        if os.environ.get("DALIKD_TRACEBACK") or (isinstance(error, RuntimeError) and lack is None):
-            raise
-        message = " ".join((lack or str(error)).split()) or type(error).__name__
-        print(f"dalikd {command}: error: {printable(message)}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as stop:
+    with obeying("unwind") as asked:
+        try:
+            yield
+        except BaseException as error:
+            code = _ending(command, error, asked)
+            Watch.leave("well" if isinstance(error, SystemExit) and not error.code else _LEFT)
+            if code is None:
+                raise
+            sys.exit(code)
+        Watch.leave()
+    atexit.register(leave)  # after an error others may still wait for this process, and it would wait for them
+
+
+def _ending(command: str, error: BaseException, asked: Asked) -> int | None:
+    """Tell in one line how a command ends. Returns its exit code; None: the error goes up as it is."""
+    first = os.environ.get("RANK", "0") == "0"  # a launcher's processes are stopped together
+    if isinstance(error, SystemExit):
+        return None
+    if isinstance(error, Interrupted):
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         after = " (what torch.distributed.elastic prints next is its report of that, no failure)" if launched else ""
-        _say_stopped(f"dalikd {command}: {printable(str(stop))}{after}")
-        sys.exit(128 + stop.signal)
-    except KeyboardInterrupt:
-        _say_stopped(f"dalikd {command}: stopped (Ctrl-C)")
-        sys.exit(128 + signal.SIGINT)
-    else:  # after an error others may still wait for this process, and it would wait for them
-        atexit.register(leave)
-    finally:
-        if alone:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        code, line, speaks = 128 + error.signal, f"{printable(str(error))}{after}", first
+    elif isinstance(error, KeyboardInterrupt) or asked.raised or (asked.number and isinstance(error, RuntimeError)):
+        number = asked.number or signal.SIGINT
+        code, line, speaks = 128 + number, asked.why or stop_words(number), first
+    elif (watch := Watch.one) and isinstance(error, RuntimeError) and (gone := watch.gone(60 * _is_of_group(error))):
+        code, line, speaks = 1, gone, watch.speaks
+    else:
+        lack = lack_of_memory(error) if isinstance(error, Exception) else None
+        mendable = isinstance(error, (ArgumentError, ValueError, OSError, yaml.YAMLError, MemoryError)) or lack
+        if os.environ.get("DALIKD_TRACEBACK") or not mendable:
+            return None
+        words = " ".join((lack or str(error)).split()) or type(error).__name__
+        code, line, speaks = 2, f"error: {printable(words)}", True
+    asked.said = True
+    if speaks:
+        with suppress(OSError):  # a closed terminal
+            print(f"dalikd {command}: {line}", file=sys.stderr)
+    return code
 
 
-def _terminate(number: int, _frame: object) -> None:
-    sys.exit(128 + number)
-
-
-def _say_stopped(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # a launcher's processes are stopped together
-        print(line, file=sys.stderr)
+def _is_of_group(error: RuntimeError) -> bool:
+    """Whether it may come from another process that is gone: torch has no class for what gloo raises."""
+    return isinstance(error, distributed.DistError) or bool(
+        re.search(r"gloo|peer|NCCL|[Ss]ocket|timed out", str(error))
+    )
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -196,6 +220,9 @@ def build_parser(
     if command in WITH_TASK:
         text = "class path of an options class of your own, whose task is trained; its fields are options then"
         parser.add_argument("--task", type=str | None, metavar="CLASS_PATH", help=text)
+    if command in OPTIONS:
+        text = "module whose classes may be named, such as a loss or a task of your own; repeatable. Its code is run"
+        parser.add_argument("--import", type=str | None, metavar="MODULE", help=text)
     if isinstance(component, type):
         parser.add_class_arguments(component)
     else:
@@ -236,6 +263,8 @@ def _show_help(parser: ArgumentParser, argv: Sequence[str]) -> None:
 
 def resolve(command: str, layers: Sequence[Layer]) -> tuple[Any, dict[str, Any]]:
     """The options of a command, and the same as plain values, from layers that were read. Raises ValueError."""
+    for layer in layers:
+        check_values(layer.content, layer.place)
     tasks = [part["task"] for layer in layers for part in layer.parts(command, ("task",)) if part.get("task")]
     component = options_class(command, tasks[-1] if tasks else None)
     parser = build_parser(command, component)
@@ -256,7 +285,7 @@ def _resolved(
             values = vars(parser.instantiate(config))
         except ValueError as error:
             raise ValueError(f"--loss: {error}") from error  # of all options it alone is made here
-        return make(**{name: value for name, value in values.items() if name not in ("config", "task")})
+        return make(**{name: value for name, value in values.items() if name not in ("config", "import", "task")})
 
     # a run is not gone on with as another class: that is an error, and no note
     parts = [part for layer in layers for part in layer.parts(form.command, form.names)]
@@ -272,7 +301,7 @@ def _resolved(
                 single = {key: [part[key]] for key in form.lists if isinstance(part.get(key), str | int | float)}
                 chosen.settle(part, config, layer.place)
                 config = parser.parse_object(part | single, namespace=config, defaults=False)
-            except (ArgumentError, ValueError) as error:
+            except (ArgumentError, ValueError, TypeError) as error:  # the last of classes that are not of their kind
                 raise _named(error, layer.place) from error
             states.append((layer.place, config))
     config = parser.parse_object({}, namespace=config)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dalikd.kd.correlation import Correlation, correlate, draw, read_points
-from dalikd.pipelines.files import write_atomically
+from dalikd.kd.correlation import Correlation, correlate, read_points
+from dalikd.kd.correlation import plot as draw_plot
 from dalikd.tools.cli import run_function
 from dalikd.trainers.tracking import check_writable, write_json
 
@@ -32,8 +32,8 @@ def run(points: Path, plot: Path | None = None, json: Path | None = None, title:
     print("\n".join(correlation_lines(result)))
     content = {name: list(value) for name, value in result._asdict().items()}
     if plot is not None:
-        figure = draw(read, result, title)
-        write_atomically(plot, lambda file: figure.savefig(file, format="png", dpi=160))
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        draw_plot(read, result, plot, title)
         print(f"plot: {plot}")
     if json is not None:
         write_json(json, content)

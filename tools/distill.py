@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from dalikd.pipelines.files import remove_litter, write_atomically
+from dalikd.pipelines.files import read_yaml, remove_litter, write_atomically
 from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
 from dalikd.tools.report import print_training, students_table
 from dalikd.trainers.launch import start
-from dalikd.trainers.run import Planned, run, run_students
+from dalikd.trainers.run import Planned, run, run_path, run_students
 from dalikd.trainers.tasks.distill import OWN, DistillOptions
 from dalikd.trainers.tracking import LOCK, RunFolder, alone, write_json
 
@@ -35,7 +35,7 @@ def distill(options: DistillOptions, config: dict[str, Any], words: Sequence[str
 
 
 def _distill_students(options: DistillOptions, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    folder, listed = Path(options.resume or options.output or f"runs/students-{options.data.name}"), options.students
+    folder, listed = run_path(options, "distill"), options.students
     assert listed is not None
     entries, layers = read_students(Path(listed)), read_layers(words, grammar("distill"))
     RunFolder(folder, writes=False).check_new(options.overwrite or options.resume is not None)
@@ -85,7 +85,7 @@ def read_students(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--students {path}: no such file")
-    entries = yaml.safe_load(path.read_text("utf-8"))
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: give a list of students, such as - {{name: a, model: resnet20, seed: 1}}")
     names: set[str] = set()

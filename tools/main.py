@@ -21,6 +21,7 @@ COMMANDS = {
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
+    "replay": "run the step again at which a training run diverged, and name what is first not finite",
     "bench": "measure speed: loader, training step, teacher, several processes",
 }
 
@@ -31,6 +32,10 @@ def main() -> None:
     if command in ("-h", "--help"):
         print("usage: dalikd COMMAND [options]\n\ncommands:")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+        print(
+            "\nexit codes: 0 done; 1 something was found, another process is gone, or a fault of dalikd; 2 what you\n"
+            "can mend; 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 140 SIGUSR2)"
+        )
         print("\ndalikd COMMAND --help explains every option of a command. dalikd --version says what is installed.")
         return
     if command == "--version":

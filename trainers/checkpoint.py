@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dalikd.kd.backbones.layers import Normalisation
-from dalikd.kd.checkpoints import ORIGIN_KEY
+from dalikd.kd.checkpoints import ORIGIN_KEY, load_torch
 from dalikd.pipelines.files import write_atomically
 
 __all__ = [
@@ -54,14 +54,15 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path} does not exist: the run has saved no state yet; start it again with --overwrite true"
         )
     try:
-        with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums and compares none
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} differs")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            state = load_torch(file)
+            with zipfile.ZipFile(file) as archive:  # PyTorch writes checksums and compares none
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} differs")
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as a saved state: {reason}") from error
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise ValueError(f"{path} is not a state saved by dalikd")
     return state
 

@@ -19,6 +19,7 @@ from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.options import RunOptions
 from dalikd.trainers.progress import progress
+from dalikd.trainers.stopping import StopSignals
 
 __all__ = ["EvaluateOptions", "accuracy_sums", "evaluate", "net_sums", "replaced_files"]
 
@@ -52,6 +53,7 @@ def evaluate(
     accelerator: Accelerator,
     count: Callable[[Any, Batch], dict[str, Tensor]] | None = None,
     label: str = "evaluate",
+    stops: StopSignals | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate nets that take pixels, in one pass over the images.
 
@@ -62,6 +64,7 @@ def evaluate(
         count: sums of a net over a batch's images, float64 scalars by name, "images" among them; default:
             `net_sums`.
         label: of the progress bar.
+        stops: of a run that a signal may stop between any two batches.
 
     Returns:
         for each net the sums over "images", which by default are "loss" (cross-entropy), "top1" and "top5" (shares of
@@ -69,6 +72,7 @@ def evaluate(
 
     Raises:
         BadFileError: an image cannot be decoded by one of the processes; on all of them.
+        Interrupted: one of them had a signal.
     """
     modes = {module: module.training for net in nets.values() for module in net.modules()}
     for net in nets.values():
@@ -76,7 +80,8 @@ def evaluate(
     sums: dict[tuple[str, str], Tensor] = {}  # of each net, by the figures' names
     bad: BadFileError | None = None
     try:
-        for batch in progress(accelerator, label, loader, leave=False):
+        batches = loader if stops is None else stops.each(loader)
+        for batch in progress(accelerator, label, batches, total=len(loader), leave=False):
             for name, net in nets.items() if len(batch) else ():
                 with accelerator.autocast():
                     found = (count or net_sums)(net, batch)

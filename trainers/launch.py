@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import KwargsHandler
 from torch import distributed
 
+from dalikd.trainers.stopping import Watch
+
 __all__ = [
     "CompileMode",
     "Device",
@@ -56,7 +58,9 @@ def start(device: Device, precision: Precision) -> Accelerator:
     AcceleratorState._reset_state()  # a second command of one process may ask for another precision
     mixed = precision if precision in _MIXED else "no"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    return Accelerator(cpu=use_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+    Watch.begin(accelerator)
+    return accelerator
 
 
 def leave() -> None:

@@ -8,19 +8,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
 
 from dalikd.kd.backbones.auxiliary import AuxiliaryNet
+from dalikd.kd.teacher import batch_statistics
+from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.draw_spec import Batch
-from dalikd.pipelines.files import file_digest
+from dalikd.pipelines.files import file_digest, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
 from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, weights_of
@@ -33,7 +35,20 @@ from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, s
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tracking import RunFolder, versions
 
-__all__ = ["Loop", "Meter", "learning_rate_factor", "make_optimizer", "parameter_groups", "run_together"]
+__all__ = [
+    "Loop",
+    "Meter",
+    "learning_rate_factor",
+    "make_optimizer",
+    "on_host",
+    "parameter_groups",
+    "run_together",
+    "step_seed",
+]
+
+_TRAINED_AGAIN = 1000  # steps at most, from the last saved state on, to find the first one that is not finite
+_LEAST_SCALE = 2.0**-14  # of losses in fp16: thirty steps that overflow, more than others have been, from the first one
+_LOOKED_AT = 16  # images at most, of the last batch, before a state is saved
 
 
 @dataclass
@@ -145,6 +160,9 @@ class Loop:
         self.averages = {name: MovingAverage(net, options.ema) for name, net in task.nets.items() if options.ema}
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
+        self.alone = True  # whether no other loop takes part in the steps
+        self._batches: Sequence[Batch] = ()  # of the last step
+        self._first_state: dict[str, Any] | None = None  # on the host, until a state is saved
         self.checkpoints = CheckpointWriter(folder.check_there)
         self._best_due = False  # weights of the best epoch are to be written with the next checkpoint
         self._fell_back = False  # on the state before the last one
@@ -188,7 +206,7 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         # whatever a net draws (dropout) is a function of the step too
-        torch.manual_seed((self.options.net_seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63))
+        torch.manual_seed(step_seed(self.options.net_seed, step, rank))
         for part, batch in enumerate(batches, start=1):
             with torch.no_grad():
                 inputs = self.task.prepare(batch, step / self.steps_per_epoch)
@@ -207,6 +225,7 @@ class Loop:
             for name, average in self.averages.items():
                 average.update(self.task.nets[name])
         self.progress.step += 1
+        self._batches = batches
 
     # ------------------------------------------------------------------------------------------- the run
 
@@ -221,6 +240,8 @@ class Loop:
     def begin(self) -> None:
         """Before the first step: do what a stop in the middle of an evaluation has left."""
         self.model.train()
+        if self.progress.step == 0:
+            self._first_state = on_host(self.state_dict())
         self._saved_at = time.monotonic()
         self.clock.restart(self.progress.step)
         if self.progress.step == (self.progress.epochs + 1) * self.steps_per_epoch:
@@ -269,14 +290,14 @@ class Loop:
     def _log_interval(self, bar: tqdm) -> None:
         self.meter.share(self.accelerator)
         terms = self.meter.means()
+        if found := self._wrong_loss(terms):
+            self._diverge(found)
         self.meter.reset()
-        if self.accelerator.scaler is None:  # which skips the steps that overflow in fp16
-            self._check_loss(terms["loss"])
         images = self.clock.steps(self.progress.step) * self.loader.sampler.batch_size
         seconds, waited = self.clock.read()
         entry = {
             "epoch": self.progress.step / self.steps_per_epoch,
-            "train": terms,
+            "train": _finite(terms),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": images / seconds,
             "data_wait_share": waited / seconds,
@@ -284,30 +305,29 @@ class Loop:
         self.folder.log(self.progress.step, entry)
         bar.set_postfix(loss=f"{terms['loss']:.4f}", images_s=f"{images / seconds:.0f}", refresh=False)
 
-    def _check_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {self.progress.step}: training has diverged; lower --optimizer.lr, set "
-                "--clip_grad_norm or --schedule.warmup_epochs"
-            )
-
     def end_epoch(self) -> None:
         """Evaluate where it is time, log the epoch, and save."""
+        self._check_finite()
         progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
         done = progress.step == self.total_steps
         if done or epoch % self.options.eval_every == 0:
             nets = {name: average.module for name, average in self.averages.items()} or self.task.nets
             self._share_buffers(nets.values())
-            found = evaluate(nets, self.val_loader, self.accelerator, self.task.evaluate)
+            found = evaluate(nets, self.val_loader, self.accelerator, self.task.evaluate, stops=self.stops)
             val, *others = found.values()
             if self.accelerator.device.type == "cuda":
                 self.val_loader.close()  # its pipeline's buffers are the training's until the next evaluation
-            for figures in found.values():
-                self._check_loss(figures["loss"])
+            for name, figures in found.items():
+                if not math.isfinite(figures["loss"]):
+                    what = "the loss" if len(found) == 1 else f"the loss of {name}"
+                    raise ValueError(
+                        f"{what} on the validation images is {figures['loss']} at step {progress.step}: training has "
+                        "diverged; lower --optimizer.lr, set --clip_grad_norm or --schedule.warmup_epochs"
+                    )
             if others:
                 val = {**val, "nets": found}
             self.epoch_meter.share(self.accelerator)
-            train, metrics = self.epoch_meter.means(), self.task.metrics()
+            train, metrics = _finite(self.epoch_meter.means()), self.task.metrics()
             progress.last = {"epoch": epoch, "train": train, "val": val, **metrics}
             if not progress.best or _rank(val) > _rank(progress.best["val"]):
                 progress.best = progress.last
@@ -337,10 +357,140 @@ class Loop:
             "lowest loss; compare runs by last",
             "evaluated": self._file(next(iter(self.task.nets)), averaged=bool(self.averages)),
             "compile": self.options.compile,
+            "replaced": {  # images of each split, by all processes
+                "train": len(self.loader.replaced),
+                "val": progress.last["val"]["replaced"] if progress.last else 0,
+            },
             "replaced_files": self.replaced_files,
             **self.header,
             "processes": self.accelerator.num_processes,
             "versions": versions(self.accelerator.device),
+        }
+
+    # ----------------------------------------------------------------------------------- numbers that are none
+
+    def _wrong_loss(self, terms: dict[str, float]) -> str | None:
+        """What is not finite of terms, in words. A scaler skips the steps that overflow in fp16, but not for ever."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scale = scaler.get_scale()
+            return f"in fp16 gradients overflow even at a loss scale of {scale:.1g}" if scale < _LEAST_SCALE else None
+        wrong = {name: value for name, value in terms.items() if not math.isfinite(value)}
+        if "loss" not in wrong:
+            return None
+        parts = ", ".join(f"{name} {value}" for name, value in wrong.items() if name != "loss")
+        return f"the loss is {wrong['loss']}" + (f" ({parts})" if parts else "")
+
+    def wrong_weight(self) -> str | None:
+        """The first weight or running statistic that is not finite, in words. Waits for the device."""
+        named = list(self.task.named_parameters())
+        for name, net in self.task.nets.items():
+            # other buffers may hold infinities by design
+            named += [(f"{name}.{key}", value) for key, value in net.named_buffers() if "running_" in key]
+        for name, average in self.averages.items():
+            named += [(f"{name}-ema.{key}", value) for key, value in average.module.named_parameters()]
+        finite = torch.stack([torch.isfinite(value.detach()).all() for _, value in named]).tolist()
+        return next((f"{name} is not finite" for (name, _), good in zip(named, finite, strict=True) if not good), None)
+
+    def _wrong_forward(self) -> str | None:
+        """Whether weights that are finite give logits that are not, in words: no run goes on from there."""
+        if not (self._trains and self._batches) or self.accelerator.scaler is not None:
+            return None
+        for name, net in self.task.nets.items():
+            with torch.no_grad(), self.accelerator.autocast(), batch_statistics(net):
+                if not torch.isfinite(net(self._batches[-1].pixels[:_LOOKED_AT])).all():
+                    return f"what {name} gives for images of the last step is not finite"
+        return None
+
+    def _check_finite(self) -> None:
+        """Look at all that a state holds, before it is saved. All processes call this, with meters that are shared.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        found = self._anywhere(self._wrong_loss(self.meter.means()) or self.wrong_weight() or self._wrong_forward())
+        if words := next(filter(None, found), None):
+            self._diverge(words)
+
+    def _anywhere(self, found: str | None) -> list[str | None]:
+        """What each process has found. All of them call this."""
+        return gather_object([found]) if self.accelerator.num_processes > 1 else [found]
+
+    def _diverge(self, words: str) -> NoReturn:
+        """End a run that is not finite any more, and write its first such step down, for `dalikd replay`.
+
+        Good steps keep nothing for that: it is found by training again from the last finite state on. All processes
+        call this.
+
+        Raises:
+            ValueError: always.
+        """
+        step, batches, rank = self.progress.step, self._batches, 0
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()  # the main process alone writes
+        state = self._read()[0] if self.folder.has_state() else self._first_state
+        saved = state["step"] if state is not None and state is not self._first_state else None
+        if self.alone and state is not None and step - state["step"] <= _TRAINED_AGAIN:
+            self.take(state)
+            while self.progress.step < step:
+                state = on_host(self.state_dict())
+                self.meter.reset()
+                self.step()
+                batches = self._batches
+                found = self._anywhere(self._wrong_loss(self.meter.means()) or self.wrong_weight())
+                if any(found):
+                    rank, words = next((rank, words) for rank, words in enumerate(found) if words)
+                    break
+            else:  # what comes next on these weights is
+                state = on_host(self.state_dict())
+            step = state["step"] + 1
+        error = ValueError(
+            f"{words} at step {step}: training has diverged; lower --optimizer.lr, set --clip_grad_norm or "
+            "--schedule.warmup_epochs"
+            + ("" if saved is None else f", and go on from step {saved} with --resume {self.folder.path}")
+        )
+        path = self.folder.path / f"nan-step{step}.pt"
+
+        def write() -> None:
+            if rank == self.accelerator.process_index:
+                content = {"step": step, "words": words, "state": state, **self._describe_step(batches)}
+                write_atomically(path, lambda file: torch.save(on_host(content), file))
+
+        save_after(error, write, f"what the step needs to be run again is in {path}: dalikd replay {path}")
+        self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+        raise error
+
+    def _describe_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """All that a step of this process takes besides the state: plain values and tensors."""
+        source, options = self.loader.source, self.identity["options"]
+        told = [options, *(options.get("teachers") or ())]
+        files = [str(value) for part in told for name, value in part.items() if name.split(".")[-1] == "weights"]
+        return {
+            "options": options,
+            "processes": self.accelerator.num_processes,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "batches": [
+                {
+                    **{
+                        name: getattr(batch, name)
+                        for name in ("images", "augmented", "labels", "ids", "total", "extras")
+                    },
+                    "mix": [draws._asdict() for draws in batch.mix],
+                    "paths": [printable(source.path(row)) for row in batch.ids.tolist()],
+                }
+                for batch in batches
+            ],
+            "source": {
+                **{name: getattr(source, name) for name in ("name", "split", "classes", "mean", "std", "image_size")},
+                "labels": torch.from_numpy(source.labels),
+                "fingerprint": source.fingerprint,
+            },
+            "files": {
+                file: torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=torch.uint8)
+                for file in files
+                if Path(file).is_file()
+            },
         }
 
     # ------------------------------------------------------------------------------------------ the state
@@ -357,17 +507,24 @@ class Loop:
         """
         self.meter.share(self.accelerator)
         self.epoch_meter.share(self.accelerator)
+        self._check_finite()
         # every process must come here: what one of them has replaced, the main process writes down
         self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
         if self.accelerator.is_main_process:
             self.write(wait=wait)
 
     def write(self, *, wait: bool = True) -> None:
-        """The same by the main process alone, with meters that are shared already."""
+        """The same by the main process alone, with meters that are shared already.
+
+        Raises:
+            ValueError: the weights or the loss are not finite; what was saved before stays.
+        """
+        if found := self._wrong_loss(self.meter.means()) or self.wrong_weight():
+            raise ValueError(f"{found}, and not saved")
         weights = self._weights("last") | (self._weights("best") if self._best_due else {})
         paths = self.folder.state_file, self.folder.previous_state_file
         self.checkpoints.save(weights, self.state_dict(), paths, wait=wait)
-        self._best_due, self._saved_at = False, time.monotonic()
+        self._best_due, self._saved_at, self._first_state = False, time.monotonic(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly."""
@@ -408,7 +565,21 @@ class Loop:
             ValueError: it belongs to another run.
         """
         state, damage = self._read()
-        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path)
+        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
+        if found := self.wrong_weight():
+            raise ValueError(
+                f"{self.folder.state_file}: {found}: the run had diverged when it was saved; start it anew with "
+                "--overwrite true and a lower --optimizer.lr"
+            )
+        self._fell_back = bool(damage)
+        if damage:
+            self.accelerator.print(f"{damage}: resumed from the state before it, of step {state['step']}", flush=True)
+        if changes:
+            self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
+
+    def take(self, state: dict[str, Any]) -> list[str]:
+        """Take up a state. Returns what goes on otherwise than before, in words."""
+        changes: list[str] = []
         self.val_loader.check_images(state.get("val_loader", self.val_loader.state_dict()))
         try:
             self.task.load_state_dict(_of_this_form(state)["task"])
@@ -437,12 +608,7 @@ class Loop:
                 f"a run {ended} with {planned} steps has {self.total_steps} now, and the {self.options.schedule.name} "
                 f"schedule is that of the new length: the learning rate goes on with {rate:.4g}"
             )
-        changes += self._take_threads(state.get("threads", torch.get_num_threads()))
-        self._fell_back = bool(damage)
-        if damage:
-            self.accelerator.print(f"{damage}: resumed from the state before it, of step {state['step']}", flush=True)
-        if changes:
-            self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
+        return changes + self._take_threads(state.get("threads", torch.get_num_threads()))
 
     def mend(self) -> None:
         """After `load`, by the main process, in a folder that is locked for the run: write the weights that belong to
@@ -524,7 +690,7 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
 
     Raises:
         BadFileError: an image cannot be decoded; the state is saved.
-        Interrupted: SIGTERM or SIGINT came; the state is saved. Both end all processes, at one step.
+        Interrupted: a signal came; the state is saved. Both end all processes, at one step.
         MemoryError: of the device, or of the host; the state is saved by the main process, if it is the one. A step
             that was under way is done again, and running statistics and metrics have seen a part of it twice.
         ValueError: training has diverged; that of others goes on to its end first.
@@ -584,6 +750,7 @@ def _run_steps(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:
     name = first.folder.path.name if len(loops) == 1 else f"{len(loops)} students"
     with progress_bar(first.accelerator, name, total=first.total_steps, initial=start, unit="step") as bar:
         for loop in loops:
+            loop.alone = len(loops) == 1
             loop.begin()
         for step in range(start, first.total_steps):
             batches = first.next_batches()
@@ -622,6 +789,11 @@ class _Clock:
         started, waited = self._started, self._waited
         self.restart()
         return self._started - started, self._waited - waited
+
+
+def step_seed(net_seed: int, step: int, rank: int) -> int:
+    """The seed of what nets draw in a step."""
+    return (net_seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63)
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -665,6 +837,20 @@ def make_optimizer(
     if device.type != "cuda" or settled or type(factory([nn.Parameter(torch.zeros(1, 1))])) not in (SGD, Adam, AdamW):
         return factory(parameters)
     return factory(parameters, fused=True)
+
+
+def on_host(state: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors lie in the host's memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: on_host(value) for name, value in state.items()}
+    return [on_host(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def _finite(terms: dict[str, float]) -> dict[str, float | None]:
+    """Without numbers that JSON does not have: in fp16 a step that overflows, and is skipped, may give one."""
+    return {name: value if math.isfinite(value) else None for name, value in terms.items()}
 
 
 def _of_this_form(state: dict[str, Any]) -> dict[str, Any]:

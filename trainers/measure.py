@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.covariance import CrossEntropyCovariance, ProbabilityCovariance
-from dalikd.kd.entropy_log import EntropyLog, draw_entropies
+from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import FEWEST_GROUPS, TeacherStddev
 from dalikd.kd.known_weights import weights_digest
 from dalikd.kd.rotation import TURNS
@@ -324,8 +324,7 @@ class _Pass:
         folder = Path(self.options.entropy_log or ".")
         for name, log in self.logs.items():
             write_atomically(folder / f"{name}.npz", log.save)
-            figure = draw_entropies(log, name)
-            write_atomically(folder / f"{name}.png", lambda file, of=figure: of.savefig(file, format="png", dpi=160))
+            plot_entropies(log, folder / f"{name}.png", name)
         return [str(folder / f"{name}.png") for name in self.logs]
 
     def keep_state(self, path: Path, identity: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from dalikd.trainers.tasks.distill import OWN, Distillation, share_pass
 from dalikd.trainers.tracking import LOCK, RunFolder, alone
 from dalikd.trainers.trial import try_training
 
-__all__ = ["Planned", "check_shared", "run", "run_students"]
+__all__ = ["Planned", "check_shared", "run", "run_path", "run_students"]
 
 
 class Planned(NamedTuple):
@@ -142,6 +142,14 @@ def _load(loops: Sequence[Loop]) -> None:
             loop.task.set_extra_state(deepcopy(fresh))
 
 
+def run_path(options: TrainingOptions, command: str) -> Path:
+    """The folder that a run is written to, or that of several students."""
+    name = f"{command}-{options.data.name}-{options.model}"
+    if getattr(options, "students", None) is not None:
+        name = f"students-{options.data.name}"
+    return Path(options.resume or options.output or f"runs/{name}")
+
+
 def _header(options: TrainingOptions, task: Task, setup: Setup, command: str) -> dict[str, Any]:
     """What results.json says of a run besides the figures."""
     student = next(iter(task.nets.values()))
@@ -184,8 +192,7 @@ def _free_folder(options: TrainingOptions, accelerator: Accelerator, command: st
             f"--resume {options.resume} goes on in that folder, not in --output {options.output}: leave --output out, "
             "or copy the folder and resume the copy"
         )
-    path = Path(options.resume or options.output or f"runs/{command}-{options.data.name}-{options.model}")
-    folder = RunFolder(path, accelerator.is_main_process)
+    folder = RunFolder(run_path(options, command), accelerator.is_main_process)
     if options.resume is None:
         folder.check_new(options.overwrite)
     return folder

@@ -143,6 +143,7 @@ class RunFolder:
         for old in (
             *self.path.glob("tensorboard/events*"),
             *self.path.glob("*/trainer*.pt"),
+            *self.path.glob("nan-step*.pt"),
             *self.path.glob("*/*.safetensors"),
         ):
             old.unlink()
@@ -217,7 +218,7 @@ def _version(package: str) -> str:
 def _step_of(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 1 << 62  # a line cut off by a kill goes
 
 

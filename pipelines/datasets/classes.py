@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dalikd.pipelines.files import read_text
+
 __all__ = [
     "check_equal_classes",
     "draw_classes",
@@ -63,11 +65,9 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"--data.classes {path} is no file: name a text file of class names, one a line")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--data.classes {path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from None
+        return read_text(path, encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"--data.classes {error}") from None
 
 
 def keep_listed(present: Sequence[str], path: Path, where: str) -> tuple[str, ...]:

@@ -18,7 +18,21 @@ import pytest
 import torch
 from PIL import Image
 
-from dalikd.pipelines.files import Appended, build_once, file_digest, remove_litter, write_atomically
+from dalikd.pipelines.files import (
+    LARGEST_TEXT,
+    Appended,
+    Refused,
+    build_once,
+    file_digest,
+    load_yaml,
+    read_json,
+    read_npy,
+    read_text,
+    read_within,
+    read_yaml,
+    remove_litter,
+    write_atomically,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,8 +206,6 @@ PAST = {
     ("pipelines/lock.py", 'path.open("a+", encoding="utf-8")'): 1,
     ("pipelines/datasets/file_list.py", '"sides.lock").open("w")'): 1,
     ("tools/bench/first_hour.py", 'log.open("wb")'): 1,
-    ("kd/entropy_log.py", "savefig(path"): 1,  # for who calls them; `kd` knows nothing of files
-    ("kd/correlation.py", "savefig(path"): 1,
     ("trainers/teacher_cache/layout.py", 'path.open("r+b")'): 1,
 }
 
@@ -317,3 +329,106 @@ class TestBuildOnce:
         with pytest.raises(FileExistsError, match="a is already there"):
             build_once(tmp_path / "a", lambda folder: (folder / "y").touch())
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
+
+
+class TestReadWithin:
+    def test_a_file_or_a_link_to_one(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"content")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        assert read_within(str(tmp_path / "b"), 5, 7) == b"content"
+        with pytest.raises(OSError, match=r"its 7 bytes are more than the 6 allowed: .*/a"):
+            read_within(str(tmp_path / "a"), 5, 6)
+
+    def test_what_is_no_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for path, kind in ((tmp_path / "pipe", "a pipe"), (tmp_path, "a folder"), (Path("/dev/zero"), "a device")):
+            with pytest.raises(OSError, match=f"it is {kind}, not a file: .*{path}"):
+                read_within(str(path), 5, 100)
+        with pytest.raises(FileNotFoundError):
+            read_within(str(tmp_path / "none"), 5, 100)
+
+    def test_a_disk_that_does_not_answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a").touch()
+        answers = threading.Event()
+        monkeypatch.setattr("dalikd.pipelines.files.os.fdopen", lambda *_, **__: answers.wait())
+        with pytest.raises(TimeoutError, match=r"no answer within 0.1 s: .*/a"):
+            read_within(str(tmp_path / "a"), 0.1, 100)
+        answers.set()
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def test_yaml_comes_as_it_is_meant_and_as_it_is_written() -> None:
+    text = "a: &a {x: 010, y: yes}\nb: {<<: *a, y: 3}\nc: [*a, ~]\n"
+    content, written = load_yaml(text, "c.yaml")
+    assert content["b"] == {"x": 8, "y": 3}
+    assert written["a"] == {"x": "010", "y": "yes"}
+    assert written["c"] == [{"x": "010", "y": "yes"}, "~"]
+    assert load_yaml("# nothing\n", "c.yaml") == (None, None)
+
+
+_LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_LAUGHS, "line 6: its aliases stand for more than 50000 values"),
+        (
+            _LAUGHS.replace("[x]", "{x: 1}").replace("[*", "{<<: [*").replace("]\n", "]}\n"),
+            "its aliases stand for more",
+        ),
+        ("[" * 40_000, "line 1: more than 32 groups lie in each other"),
+        ("{a: " * 40, "line 1: more than 32 groups lie in each other"),
+        ("a: &a [*a]", "line 1: an alias means what it is a part of"),
+        ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n", "line 5: c is given twice in one group"),
+        ("x" * 70_000, "is longer than 64 Ki characters"),
+        ("a: !!int x", "is not YAML"),
+        ("a: !!timestamp x", "is not YAML: "),
+        ("a: 2001-13-01", "is not YAML: month must be in 1..12"),
+        ("a: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+        ("a: !!python/object/apply:os.getcwd []", "is not YAML: could not determine a constructor"),
+    ],
+)
+def test_yaml_that_costs_too_much_or_means_nothing_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/c\.yaml.*{message}") as caught:
+        read_yaml(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, Refused) == ("is not YAML" not in message)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff", b"9" * 5000, b" " * (LARGEST_TEXT + 1)])
+def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/c\.json"):
+        read_json(tmp_path / "c.json")
+
+
+def test_a_text_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("abc")
+    assert read_text(tmp_path / "t", largest=1 << 60) == "abc"
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/t is larger than 0 KiB"):
+        read_text(tmp_path / "t", largest=2)
+
+
+@pytest.mark.parametrize("mode", [None, "r", "r+"])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (4000000000,)}", "it has 32 bytes of an array that takes"),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}", "an array of"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (4,)}", "an array of object"),
+        ("{'descr': '<f8', 'shape': (4,)}", ""),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (4,", ""),
+        ("(" * 9000, ""),
+    ],
+)
+def test_an_array_larger_than_its_file_is_refused(tmp_path: Path, header: str, message: str, mode: str | None) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(4.0))
+    assert read_npy(path, mode=mode).tolist() == [0, 1, 2, 3]
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(32))
+    with pytest.raises(ValueError, match=rf"^{path} is damaged or not an \.npy file: {message}"):
+        read_npy(path, mode=mode)

@@ -117,12 +117,24 @@ def test_cores_that_others_keep_busy_are_left_to_them(monkeypatch, capsys, taken
     assert (said in capsys.readouterr().err) == bool(chosen)
 
 
-def test_ctrl_c_before_a_command_is_loaded_is_one_line():
-    ended = _fresh("sys.orig_argv[:] = ['python', '/bin/dalikd', 'train', '--epochs', '1']; raise KeyboardInterrupt")
-    assert (ended.returncode, ended.stderr) == (130, "dalikd train: stopped (Ctrl-C)\n")
-    module = _fresh("sys.orig_argv[:] = ['python', '-m', 'dalikd.tools.bench.step']; raise KeyboardInterrupt")
-    assert (module.returncode, module.stderr) == (130, "dalikd bench step: stopped (Ctrl-C)\n")
-    assert "ValueError: ours" in _fresh("raise ValueError('ours')").stderr
+@pytest.mark.parametrize(
+    ("words", "program", "number", "ended", "said"),
+    [
+        ("python /bin/dalikd train --epochs 1", "/bin/dalikd", "SIGINT", 130, "dalikd train: stopped (Ctrl-C)"),
+        ("python -m dalikd study", "-m", "SIGHUP", 129, "dalikd study: stopped by signal 1 (SIGHUP)"),
+        ("python -m dalikd.tools.bench", "-m", "SIGUSR2", 140, "dalikd bench: stopped by signal 12 (SIGUSR2)"),
+        ("python -m theirs", "-m", "SIGINT", -2, None),
+    ],
+)
+def test_a_signal_before_a_command_is_loaded_is_one_line(words, program, number, ended, said):
+    """A program of others that imports dalikd keeps its own handlers."""
+    code = (
+        f"import signal, sys; sys.orig_argv[:], sys.argv[:] = {words.split()}, [{program!r}]; import dalikd.tools; "
+        f"assert 'torch' not in sys.modules; signal.raise_signal(signal.{number})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == ended
+    assert found.stderr == f"{said}\n" if said else found.stderr.endswith("\nKeyboardInterrupt\n")
 
 
 def test_commands_are_files():

@@ -5,21 +5,26 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import SGD, Adagrad, AdamW
+from tqdm import tqdm
 
 from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
 from dalikd.pipelines.loader import BadFileError
 from dalikd.tools.cli import guarded
 from dalikd.trainers.augmentation import MixOptions
+from dalikd.trainers.checkpoint import read_state
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.loop import Loop, Meter, make_optimizer
 from dalikd.trainers.options import ScheduleConfig
+from dalikd.trainers.signals import Stopped
 from dalikd.trainers.stopping import Interrupted, StopSignals
 from dalikd.trainers.tasks.supervised import SupervisedInputs, TrainOptions
 
@@ -250,7 +255,7 @@ def test_the_validation_pipeline_is_closed_after_an_evaluation_on_a_gpu(make_loo
     loop.end_epoch()
     val = loop.progress.last["val"]
     monkeypatch.setattr(type(loop.accelerator), "device", torch.device("cuda"))
-    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_: {"student": val})
+    monkeypatch.setattr("dalikd.trainers.loop.evaluate", lambda *_, **__: {"student": val})
     monkeypatch.setattr("dalikd.trainers.loop.versions", lambda _: {})
     loop.end_epoch()
     assert closed == ["cuda"]
@@ -362,9 +367,9 @@ def test_the_terms_of_an_epoch_are_their_means(make_loop):
 def test_best_is_the_epoch_of_the_highest_accuracy_and_of_equal_ones_of_the_lowest_loss(make_loop, monkeypatch):
     figures = iter([(0.2, 0.1), (0.7, 1.0), (0.7, 0.9), (0.7, 0.9), (0.4, 0.1)])
 
-    def evaluate(*_):
+    def evaluate(*_, **__):
         top1, loss = next(figures)
-        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}}
+        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41, "replaced": 0}}
 
     monkeypatch.setattr("dalikd.trainers.loop.evaluate", evaluate)
     results = make_loop(options=_options(epochs=5)).run()
@@ -376,6 +381,123 @@ def test_a_diverged_run_says_so(make_loop):
     loop.folder.start({}, None)
     with pytest.raises(ValueError, match=r"the loss is nan at step \d+: training has diverged; lower --optimizer.lr"):
         loop.run()
+
+
+def _spoiled(loop: Loop, step: int, value: float = math.nan, *, rate: float | None = None) -> Loop:
+    """A loop that has a weight of this value before a step, or does the step with another learning rate."""
+    inputs = loop.task.prepare
+
+    def spoiling(*of):
+        if loop.progress.step == step and rate is None:
+            loop.task.student.model.fc.weight.data[0, 0] = value
+        elif loop.progress.step == step:
+            loop.optimizer.param_groups[0]["lr"] = rate
+        return inputs(*of)
+
+    loop.task.prepare = spoiling
+    loop.folder.start({}, None)
+    return loop
+
+
+def _are_finite(folder: Path) -> bool:
+    """Whether all weights in a run's folder are, those of the state too."""
+    files = [load_file(path) for path in folder.glob("*/*.safetensors")]
+    files += [
+        {key: value for key, value in read_state(path)["task"].items() if isinstance(value, torch.Tensor)}
+        for path in folder.glob("*/trainer*.pt")
+    ]
+    return all(bool(torch.isfinite(value).all()) for weights in files for value in weights.values())
+
+
+@pytest.mark.parametrize("kind", ["loss", "weights", "next"])
+def test_nothing_that_is_not_finite_is_saved_and_the_first_such_step_is_kept(make_loop, kind):
+    """A loss is not finite; a finite loss leaves weights that are not; or such that their logits are not. The log is
+    read every 50 steps, the state is saved after each second one."""
+    rate = {"loss": None, "weights": math.inf, "next": 1e38}[kind]
+    options = _options(epochs=4, checkpoint_every=2, ema=0.5, optimizer=_sgd(0.05))
+    loop = _spoiled(make_loop(options=options), 6 if kind == "loss" else 7, rate=rate)
+    step = {"loss": 7, "weights": 8, "next": 9}[kind]
+    words = {
+        "loss": "the loss is nan",
+        "weights": "student.model.conv.weight is not finite",
+        "next": "what student gives",
+    }
+    go_on = f"go on from step 6 with --resume {loop.folder.path}; "
+    match = rf"^{words[kind]}.* at step {step}: training has diverged; .* {go_on}"
+    with pytest.raises(ValueError, match=match) as stop:
+        loop.run()
+    path = loop.folder.path / f"nan-step{step}.pt"
+    assert str(stop.value).endswith(f"what the step needs to be run again is in {path}: dalikd replay {path}")
+    assert read_state(loop.folder.state_file)["step"] == 6
+    assert _are_finite(loop.folder.path)
+    found = torch.load(path, weights_only=True)
+    undisturbed = make_loop("undisturbed", options=options)
+    undisturbed.model.train()
+    for _ in range(min(step - 1, 7)):
+        undisturbed.step()
+    assert found["state"]["step"] == step - 1
+    if kind != "next":  # before the step: bit for bit what was trained
+        for key, value in undisturbed.task.student.state_dict().items():
+            assert torch.equal(found["state"]["task"][f"student.{key}"], value)
+        assert found["batches"][0]["ids"].tolist() == undisturbed.next_batches()[0].ids.tolist()
+    assert found["batches"][0]["images"].dtype == torch.uint8
+
+
+def test_a_run_that_has_saved_nothing_yet_is_trained_again_from_its_start(make_loop):
+    loop = _spoiled(make_loop(options=_options(epochs=4, optimizer=_sgd(0.05))), 1)
+    with pytest.raises(
+        ValueError, match=r"the loss is nan at step 2: training has diverged; lower [^;]*warmup_epochs; "
+    ):
+        loop.run()
+    assert torch.load(loop.folder.path / "nan-step2.pt", weights_only=True)["state"]["step"] == 1
+    assert not list(loop.folder.path.glob("last/*"))
+
+
+def test_after_many_steps_the_state_is_kept_as_it_was_saved(make_loop, monkeypatch):
+    """It would take too long to train all of them again."""
+    monkeypatch.setattr("dalikd.trainers.loop._TRAINED_AGAIN", 1)
+    loop = _spoiled(make_loop(options=_options(epochs=4, optimizer=_sgd(0.05))), 4)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 6: .* go on from step 3 with"):
+        loop.run()
+    found = torch.load(loop.folder.path / "nan-step6.pt", weights_only=True)
+    assert found["state"]["step"] == 3
+    assert torch.isfinite(found["state"]["task"]["student.model.fc.weight"]).all()
+
+
+def test_a_second_error_hides_no_divergence(make_loop, monkeypatch):
+    loop = _spoiled(make_loop(options=_options(epochs=4)), 1)
+    monkeypatch.setattr("dalikd.trainers.loop.write_atomically", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(ValueError, match=r"the loss is nan at step 2: .*could not be saved \(OSError: disk full\)"):
+        loop.run()
+
+
+def test_a_state_with_weights_that_are_not_finite_is_not_gone_on_with(make_loop):
+    loop = make_loop()
+    loop.run()
+    state = read_state(loop.folder.state_file)
+    state["task"]["student.model.norm.running_var"][1] = math.inf
+    torch.save(state, loop.folder.state_file)
+    with pytest.raises(
+        ValueError, match=r"trainer.pt: student.model.norm.running_var is not finite: the run had diverged"
+    ):
+        make_loop().load()
+
+
+def test_in_fp16_steps_that_overflow_are_skipped_unless_all_of_them_do(make_loop, monkeypatch):
+    loop, scale = make_loop(), [2.0**-14]
+    scaler = SimpleNamespace(get_scale=lambda: scale[0], state_dict=dict)
+    monkeypatch.setattr(loop.accelerator, "scaler", scaler)
+    loop.folder.start({}, None)
+    loop.meter.add({"loss": torch.tensor(math.nan), "top1": torch.tensor(0.5)})
+    loop.save()
+    loop._log_interval(tqdm(disable=True))
+    assert _log(loop)[0]["train"] == {"loss": None, "top1": 0.5}
+    scale[0] /= 2
+    loop.alone = False
+    with pytest.raises(
+        ValueError, match="in fp16 gradients overflow even at a loss scale of 3e-05 at step 0: training has"
+    ):
+        loop.save()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -493,7 +615,7 @@ def _illegal_access(*_: Any) -> None:
 def test_a_second_signal_stops_at_once(accelerator, monkeypatch):
     """Not one that a launcher hands on within two seconds of the terminal's own."""
     now = [100.0]
-    monkeypatch.setattr("dalikd.trainers.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dalikd.trainers.signals.time.monotonic", lambda: now[0])
     with StopSignals(accelerator) as signals:
         for later in (0.0, 1.9):
             now[0] = 100.0 + later
@@ -501,10 +623,9 @@ def test_a_second_signal_stops_at_once(accelerator, monkeypatch):
         with pytest.raises(Interrupted, match="signal 2"):
             signals.together(lambda: None)
         now[0] = 102.1
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(SystemExit, match="143"):
+        with pytest.raises(Stopped, match="stopped by signal 15 "):
             os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_dropout_is_a_function_of_the_step(make_loop, make_net):

@@ -5,7 +5,6 @@ A new one is one file with a `run`, one line in _LISTED and, where `all` runs it
 
 import importlib
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from dalikd.tools.bench.machine import run_process
 from dalikd.tools.bench.record import RESULTS, check_names
 from dalikd.tools.cli import run_command, run_function
 from dalikd.tools.layers import OPTIONS
@@ -115,7 +115,7 @@ def run_all(root: Path, output: Path = RESULTS, only: list[str] | None = None, d
         line = f"python {shlex.join(command)}"
         missing = f"not run, as it needs {gpus} GPU(s) and this machine has {there}: " if gpus > there else ""
         print(missing + line, flush=True)
-        if not (dry or missing) and subprocess.run([sys.executable, *command], check=False).returncode:
+        if not (dry or missing) and run_process([sys.executable, *command]) != 0:
             failed.append(line)
     if failed:
         raise ValueError(f"{len(failed)} of the benchmarks failed: {'; '.join(failed)}")

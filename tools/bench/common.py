@@ -57,6 +57,7 @@ class StepOptions(DistillOptions):
     teacher_ensemble: Literal["mean", "entropy"] = field(default="mean", init=False)
     resume: FilePath | None = field(default=None, init=False)
     overwrite: bool = field(default=False, init=False)
+    restarts: int = field(default=0, init=False)
     log_every: int = field(default=50, init=False)
     eval_every: int = field(default=1, init=False)
     checkpoint_every: int = field(default=0, init=False)
@@ -165,7 +166,7 @@ def with_weights(options: Options, folder: Path) -> Options:
     torch.manual_seed(options.seed)  # the same for every process
     weights = create_model(teacher.name, classes, **teacher.args).state_dict()
     write_atomically(folder / "teacher.pt", lambda file: torch.save(weights, file), sync=False)
-    return replace(options, teacher=replace(teacher, weights=str(folder / "teacher.pt")))
+    return replace(options, teacher=replace(teacher, weights=str(folder / "teacher.pt"), verify=False))
 
 
 def teacher_net(options: StepOptions | TeacherOptions, setup: Setup) -> Normalized:

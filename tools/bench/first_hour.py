@@ -12,13 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 
 from dalikd.pipelines.data import open_source
@@ -27,7 +26,7 @@ from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.commands import fill
-from dalikd.tools.bench.machine import device_slug, draw_images, environment
+from dalikd.tools.bench.machine import device_slug, draw_images, environment, run_process
 from dalikd.tools.bench.record import RESULTS, Record, check_names, load, table, write
 from dalikd.trainers.launch import start
 from dalikd.trainers.tracking import check_writable, write_json
@@ -178,16 +177,7 @@ def _cannot(item: Item, left: float) -> str | None:
 def _run(command: Sequence[str], log: Path, longest: float) -> int | None:
     """Run a command with its output in a file. None where it took too long: it and its descendants are ended."""
     with log.open("wb") as file:
-        process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
-            return process.wait(longest)
-        family = [*process.children(recursive=True), process]
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for member in family:
-                with suppress(psutil.NoSuchProcess):
-                    end(member)
-            family = psutil.wait_procs(family, timeout=5)[1]
-        return None
+        return run_process(command, longest, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
 def _read(file: Path, kind: str) -> str:

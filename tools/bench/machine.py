@@ -4,7 +4,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 
 from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS
 from dalikd.pipelines.sources import Source
+from dalikd.trainers.signals import SIGNALS
+from dalikd.trainers.stopping import STARTED_BY
 from dalikd.trainers.tracking import versions
 
 _ROOT = Path(__file__).parents[2]
@@ -52,6 +56,45 @@ def _output(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+
+
+def run_process(command: Sequence[str], longest: float | None = None, **options: Any) -> int | None:
+    """Run a command. Whatever ends this process's wait for it ends it and its descendants too, in order if they can.
+
+    Args:
+        command: a program and its arguments.
+        longest: seconds it may take.
+        options: of Popen.
+
+    Returns:
+        its exit code; None where it took too long.
+
+    Raises:
+        SystemExit: a signal came, and the command has told so and ended by it.
+    """
+    shown = "stderr" not in options
+    options["env"] = {**os.environ, **options.get("env", {}), STARTED_BY: str(os.getpid())}
+    process = psutil.Popen(command, **options)
+    try:
+        return process.wait(longest)
+    except psutil.TimeoutExpired:
+        end_family(process)
+        return None
+    except BaseException:
+        end_family(process)
+        if shown and process.wait() in {128 + number for number in SIGNALS}:
+            sys.exit(process.returncode)
+        raise
+
+
+def end_family(process: psutil.Process) -> None:
+    """End a process and its descendants: five seconds for doing it in order, then at once."""
+    family = [*process.children(recursive=True), process]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                end(member)
+        family = psutil.wait_procs(family, timeout=5)[1]
 
 
 def cores() -> int:

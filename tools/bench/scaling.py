@@ -8,7 +8,6 @@ save without it (and without sharing running statistics); the metric's exchange 
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -22,7 +21,7 @@ import yaml
 from dalikd.pipelines.data import open_split
 from dalikd.pipelines.files import write_atomically
 from dalikd.tools.bench.common import ScalingOptions, open_loop
-from dalikd.tools.bench.machine import cores
+from dalikd.tools.bench.machine import cores, run_process
 from dalikd.tools.bench.record import alternate, begin, finish, ratio, summary
 from dalikd.tools.bench.step import keep_batches, setting, step_round
 from dalikd.trainers.launch import start
@@ -81,10 +80,12 @@ def launch(
     command += ["-m", "dalikd.tools.bench", "scaling-worker", "--config", str(written), "--data.threads"]
     command += [str(options.data.threads or share), "--batch_size", str(processes * options.batch_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(share), _FILE: str(file)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
-    if ended.returncode:  # the command's own line of what torchrun wrote, or its last words
-        own = [words for line in ended.stderr.splitlines() if (words := line.partition("scaling: error: ")[2])]
-        raise ValueError(f"{processes} processes failed: {(own or [ended.stderr[-500:]])[0]}")
+    with (folder / "log").open("w+b") as log:
+        code = run_process(command, 3600, env=environment, stdout=log, stderr=log)
+    if code != 0:  # the command's own line of what torchrun wrote, or its last words
+        text = (folder / "log").read_text("utf-8", errors="replace")
+        own = [words for line in text.splitlines() if (words := line.partition("scaling: error: ")[2])]
+        raise ValueError(f"{processes} processes failed: {(own or [text[-500:]])[0]}")
     found.append(json.loads(file.read_text("utf-8")))
     return found[-1]["images_per_second"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dalikd.pipelines.files import remove_litter, write_atomically
+from dalikd.pipelines.files import read_json, read_yaml, remove_litter, write_atomically
 from dalikd.pipelines.lock import only_writer
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.tracking import LOCK, RunFolder, check_writable
@@ -30,9 +30,11 @@ def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text("utf-8"))
+        result = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a result ({error}): delete it, and it is made again") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path} is not a result: delete it, and it is made again")
     return result if result.get("finished", True) else None
 
 
@@ -54,7 +56,7 @@ def clear_unsaved(folder: Path, cell: Cell) -> Path | None:
 
 
 def _read(path: Path) -> Any:
-    return yaml.safe_load(path.read_text("utf-8"))
+    return read_yaml(path)
 
 
 def check_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], dict[str, Any]] = _read) -> None:

@@ -22,7 +22,15 @@ from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import net_sums
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import build_model, reinitialise
-from dalikd.trainers.options import ABOVE_0, FROM_1, AugmentingOptions, NumberRange, ScheduleConfig, check_numbers
+from dalikd.trainers.options import (
+    ABOVE_0,
+    FROM_0,
+    FROM_1,
+    AugmentingOptions,
+    NumberRange,
+    ScheduleConfig,
+    check_numbers,
+)
 from dalikd.trainers.setup import Setup
 
 __all__ = ["OptimizerFactory", "Task", "TrainingOptions"]
@@ -37,6 +45,7 @@ _TRAINING = {
     "clip_grad_norm": NumberRange(lambda value: 0 < value < math.inf, "a norm above 0, or leave it out"),
     "ema": NumberRange(lambda value: 0 <= value < 1, "a decay below 1, such as 0.999, or 0 for none"),
     "log_every": FROM_1,
+    "restarts": FROM_0,
     "eval_every": FROM_1,
     "checkpoint_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for none"),
     "checkpoint_minutes": NumberRange(lambda value: 0 <= value < math.inf, "minutes, or 0 for none"),
@@ -87,6 +96,8 @@ class TrainingOptions(AugmentingOptions, ABC):
         output: the run folder; default: runs/COMMAND-DATA-MODEL.
         resume: go on with this run folder; its config.yaml is read first.
         overwrite: replace a run that lies in the run folder.
+        restarts: how often the run is started again, from its last saved state, after a crash (by a signal such as
+            SIGSEGV, or for lack of memory); under torchrun give --max_restarts to torchrun.
         log_every: steps between log lines.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints, besides the one after each epoch; 0: none.
@@ -114,6 +125,7 @@ class TrainingOptions(AugmentingOptions, ABC):
     output: FilePath | None = None
     resume: FilePath | None = None
     overwrite: bool = False
+    restarts: int = 0
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import NetOutput, Normalized
-from dalikd.kd.entropy_log import EntropyLog, draw_entropies
+from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
 from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs
 from dalikd.kd.manifold import mixed_forward
@@ -296,8 +296,7 @@ class Distillation(Task):
         """Write the entropies, and draw them."""
         if self.entropy_log:
             write_atomically(folder / "entropies.npz", self.entropy_log.save)
-            figure = draw_entropies(self.entropy_log, self.title)
-            write_atomically(folder / "entropies.png", lambda file: figure.savefig(file, format="png", dpi=160))
+            plot_entropies(self.entropy_log, folder / "entropies.png", self.title)
 
     @property
     def local_buffers(self) -> list[str]:

@@ -3,7 +3,9 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.draws import Microbatch, permutation
 from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.loader import BadFileError
 from dalikd.pipelines.lock import FolderLock
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import Augmenter
@@ -27,7 +30,7 @@ from dalikd.trainers.models import TeacherConfig
 from dalikd.trainers.options import FROM_1, AugmentingOptions, NumberRange, check_numbers
 from dalikd.trainers.progress import progress
 from dalikd.trainers.setup import Setup, open_run
-from dalikd.trainers.stopping import Interrupted, StopSignals
+from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
 from dalikd.trainers.teacher_cache.layout import (
     CacheLayout,
     Storage,
@@ -117,12 +120,12 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
 
     Args:
         options: of the command.
-        accelerator: whose processes share the work; they never wait for each other but at start and end.
+        accelerator: whose processes share the work; only their hosts meet, so that they stop together.
         config: the same options as plain values; kept beside the cache, for verifying.
 
     Raises:
         ValueError, OSError: data, teacher, folder or disk are not as they should be; nothing is written then.
-        Interrupted: SIGTERM or SIGINT came; what was asked is written.
+        BadFileError, Interrupted: as `StopSignals.together`; what was asked is written.
     """
     _check_options(options, accelerator)
     assert options.output is not None
@@ -147,6 +150,8 @@ def _fill_locked(
     _fill(cache, work, sampler, locks)
     accelerator.wait_for_everyone()
     cache.check_filled()
+    if accelerator.is_main_process:
+        cache.seal()
     return cache
 
 
@@ -154,31 +159,40 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, locks: Sequence[Fo
     options, accelerator = work.options, work.setup.accelerator
     loader = work.setup.loader(work.augmenter.draw_spec, sampler)
     ask, writer = work.teacher_step(), _Writer(cache, options.mix.group)
-    asked = False
     bar = progress(accelerator, "teacher cache", total=options.epochs * sampler.size, unit="image")
-    with bar, StopSignals(accelerator) as signals:
-        for index in range(options.epochs * len(loader)):
-            micro = sampler[index]
-            rows = micro.rows[: micro.valid]
-            if len(rows) and not cache.filled(micro.epoch, rows):
-                if loader.position != index:  # past what an earlier call has written
-                    loader.seek(index)
-                if options.compile != "off":
-                    torch.compiler.cudagraph_mark_step_begin()  # the last outputs may be overwritten
-                found = ask(loader.next())
-                if not asked:
-                    asked = True  # the first time, at the cost of a wait
-                    check_finite(torch.cat((found.originals.logits, found.branches[0].logits)), "the teacher")
-                writer.put(micro.epoch, rows, found)
-            bar.update(micro.total)
-            if (index + 1) % len(loader) == 0 or signals.number:
-                writer.finish()
-                for lock in locks:
-                    lock.check()
-                cache.flush(micro.epoch)
-            if signals.number:  # each process fills its own share, so each stops by itself
-                raise Interrupted(f"stopped by signal {signals.number}; the same command goes on", signals.number)
-    loader.close()
+    epoch = 0
+
+    def fetch(index: int) -> tuple[Microbatch, np.ndarray, Batch | None]:
+        micro = sampler[index]
+        rows = micro.rows[: micro.valid]
+        if not len(rows) or cache.filled(micro.epoch, rows):
+            return micro, rows, None
+        if loader.position != index:  # past what an earlier call has written
+            loader.seek(index)
+        if options.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()  # the last outputs may be overwritten
+        return micro, rows, loader.next()
+
+    def flush() -> None:
+        writer.finish()
+        for lock in locks:
+            lock.check()
+        cache.flush(epoch)
+
+    with bar, closing(loader), StopSignals(accelerator) as stops:
+        try:
+            for index in range(options.epochs * len(loader)):
+                micro, rows, batch = stops.together(partial(fetch, index))
+                epoch = micro.epoch
+                if batch is not None:
+                    writer.put(epoch, rows, ask(batch))
+                bar.update(micro.total)
+                if (index + 1) % len(loader) == 0:
+                    flush()
+        except (BadFileError, Interrupted) as stop:
+            save_after(stop, flush, "the same command goes on")
+            accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+            raise
 
 
 class _Writer:
@@ -190,11 +204,14 @@ class _Writer:
     """
 
     def __init__(self, cache: TeacherCache, group: int) -> None:
-        self._cache, self._group = cache, group
+        self._cache, self._group, self._checked = cache, group, False
         self._waiting: tuple[int, np.ndarray, dict[str, Tensor], torch.cuda.Event | None] | None = None
 
     def put(self, epoch: int, rows: np.ndarray, found: TeacherPass) -> None:
         """Send a pass's outputs to the host, and write those of the pass before."""
+        if not self._checked:
+            self._checked = True  # the first time, at the cost of a wait
+            check_finite(torch.cat((found.originals.logits, found.branches[0].logits)), "the teacher")
         columns = _columns(self._cache.layout, found)
         on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in columns.items()}
         sent = None
@@ -306,7 +323,8 @@ class _SomeBatches(Sampler):
 
 @torch.no_grad()
 def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
-    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare.
+    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare; before
+    that, compare all files with their checksums.
 
     Where images were picked, the images compared are those that the cache says were picked; that the teacher would pick
     others now is counted by itself.
@@ -318,6 +336,8 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     _check_options(options, accelerator)
     cache = TeacherCache(Path(options.verify))
     cache.check_filled()
+    for epoch in range(cache.layout.epochs):
+        cache.check_bytes(epoch)
     work = _open_work(options, accelerator)
     cache.check_made_for(work.layout.fingerprint, "Set the options to those of the cache")
     layout = cache.layout

@@ -242,14 +242,15 @@ def test_each_launch_has_its_share_of_the_cores_and_finds_what_its_worker_wrote(
     options, config = parse("bench scaling", words)
     options.data.threads, found, seen, code = None, [], {}, 0
 
-    def started(command: list[str], env: dict[str, str], **_: Any) -> Any:
+    def started(command: list[str], _: float, env: dict[str, str], stderr: Any, **__: Any) -> int:
         seen.update(zip(command[-6::2], command[-5::2], strict=True), threads=env["OMP_NUM_THREADS"])
         monkeypatch.setenv(scaling._FILE, env[scaling._FILE])
         if not code:
             commands.main([*command[command.index("scaling-worker") :], "--batch_size", "16"])
-        return SimpleNamespace(returncode=code, stderr="x: dalikd bench scaling: error: no such thing\nmore")
+        stderr.write(b"x: dalikd bench scaling: error: no such thing\nmore")
+        return code
 
-    monkeypatch.setattr(scaling.subprocess, "run", started)
+    monkeypatch.setattr(scaling, "run_process", started)
     assert scaling.launch(2, options, config, tmp_path, found) == found[0]["images_per_second"] > 0
     assert (seen["--batch_size"], seen["--data.threads"], seen["threads"]) == ("32", "1", "1")
     assert 0 < found[0]["wait_share"] < 1
