@@ -118,9 +118,18 @@ def write_atomically(
 def unwritable(path: Path, error: OSError) -> OSError:
     """The error in words that name the file; with its number."""
     reason = error.strerror or str(error) or type(error).__name__
-    named = OSError(reason if reason.startswith(f"{path} cannot be written") else f"{path} cannot be written: {reason}")
-    named.errno = error.errno
+    named = _Unwritable(
+        str(error) if isinstance(error, _Unwritable) else f"{path} cannot be written: {reason}",
+    )
+    named.errno, named.strerror = error.errno, reason
     return named
+
+
+class _Unwritable(OSError):
+    """Names the file; the reason alone is its `strerror`."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class _Target(io.RawIOBase):
