@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -175,8 +176,7 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, locks: Sequence[Fo
 
     def flush() -> None:
         writer.finish()
-        for lock in locks:
-            lock.check()
+        deque(map(FolderLock.check, locks), 0)
         cache.flush(epoch)
 
     with bar, closing(loader), StopSignals(accelerator) as stops:
