@@ -6,11 +6,12 @@ from functools import cached_property
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from dalikd.pipelines.datasets.classes import check_equal_classes, share_rows, shorten, stratified_rows
-from dalikd.pipelines.datasets.file_list import FileList
+from dalikd.pipelines.datasets.file_list import FileList, manifest_folder
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.shards.read import ShardSet
 
@@ -102,6 +103,24 @@ class Source:
             return Path(self.files.path(row)).read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(self.files.missing(row)) from None
+
+    @property
+    def encoded(self) -> FileList | ShardSet:
+        """The images that are not in memory."""
+        encoded = self.files if self.shards is None else self.shards
+        assert encoded is not None, "images in memory are decoded"
+        return encoded
+
+    @property
+    def record_folder(self) -> Path:
+        """Where a record of these files is kept."""
+        return manifest_folder(self.shards.folder if self.shards is not None else Path(cast(FileList, self.files).root))
+
+    def stamp(self, row: int) -> tuple[int, int]:
+        """Size in bytes, and time of the last change in ns, of the file that an image lies in. Raises OSError."""
+        path = self.path(row)
+        status = Path(path if self.shards is None else path.rpartition(":")[0]).stat()
+        return status.st_size, status.st_mtime_ns
 
     def limit(self, n: int, seed: int = 0, *, option: str = "--data.limit") -> "Source":
         """A subset of `n` images with the classes in the same proportions, in the same order.

@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dalikd.pipelines.content import image_sides
+from dalikd.pipelines.datasets.record import FileRecord
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.progress import progress
 
@@ -37,6 +39,7 @@ __all__ = [
     "Tree",
     "cache_folder",
     "count_of",
+    "is_no_data",
     "list_folder",
     "manifest_folder",
     "open_tree",
@@ -126,6 +129,21 @@ class FileList:
             return self.sizes
         return self._each(f"sizes in {self.root}", lambda path: (os.stat(path).st_size,), 1)[:, 0]  # noqa: PTH116 (bytes)
 
+    def stamps(self) -> np.ndarray:
+        """Sizes of the files in bytes and times of their last change in ns, as they are now: int64 [N, 2]. Raises as
+        `measure`."""
+
+        def ask(path: bytes) -> tuple[int, int]:
+            status = os.stat(path)  # noqa: PTH116 (bytes)
+            return status.st_size, status.st_mtime_ns
+
+        return self._each(f"times in {self.root}", ask, 2)
+
+    def names(self) -> list[bytes]:
+        """Paths without `root`."""
+        prefix, whole = len(os.fsencode(os.path.join(self.root, ""))), self.buffer.tobytes()  # noqa: PTH118 (as below)
+        return [whole[start + prefix : stop] for start, stop in pairwise(self.offsets.tolist())]
+
     def sides(self) -> np.ndarray:
         """Heights and widths in pixels as the headers say, int32 [N, 2]; zeros where one says nothing.
 
@@ -152,7 +170,13 @@ class FileList:
             return sides
 
     def _look(self) -> np.ndarray:
-        return self._each(f"headers in {self.root}", _sides_in_file, 2).astype(np.int32)
+        """At the headers of those files that `dalikd doctor` has not examined."""
+        record = FileRecord.read(manifest_folder(Path(self.root)))
+        known = record.pick(self.names() if record.names else [b""] * len(self))
+        sides = np.stack([known["height"], known["width"]], 1)
+        rows = np.flatnonzero((sides[:, 0] == 0) | (known["bytes"] != self.measure()))
+        sides[rows] = self.take(rows)._each(f"headers in {self.root}", _sides_in_file, 2)
+        return sides
 
     def _each(self, what: str, ask: Callable[[bytes], tuple[int, ...]], count: int) -> np.ndarray:
         """`ask` every path for `count` numbers, in threads: int64 [N, count]."""
@@ -223,6 +247,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DALIKD_CACHE") or "~/.cache/dalikd").expanduser().resolve()
 
 
+def is_no_data(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or one that file servers and desktops put beside images."""
+    return name.startswith(".") or name.lower() in _NOT_DATA
+
+
 def list_folder(folder: Path) -> Listing:
     """List a folder; links are followed.
 
@@ -235,7 +264,7 @@ def list_folder(folder: Path) -> Listing:
         for entry in entries:
             name = entry.name.lower()
             names.append(os.fsencode(entry.name))
-            if name.startswith(".") or name in _NOT_DATA:
+            if is_no_data(name):
                 continue
             if entry.is_symlink():
                 _check_link(Path(entry.path))

@@ -252,7 +252,7 @@ def test_jpeg_2000_is_refused_alone(decoder, crashing_jpeg2000):
 
 def test_a_failure_of_the_process_for_jpeg_2000_is_passed_on(monkeypatch):
     monkeypatch.setattr("sys.path", [])
-    with pytest.raises(RuntimeError, match=r"first decodes JPEG 2000 images has failed: ModuleNotFoundError"):
+    with pytest.raises(RuntimeError, match=r"a process that decodes images has failed: ModuleNotFoundError"):
         Decoder(1).decode([_save(RGB, "JPEG2000")])
 
 
