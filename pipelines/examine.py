@@ -9,6 +9,7 @@ import hashlib
 import os
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -85,7 +86,8 @@ def examine(
 ) -> Examination:
     """Look at every image that has changed since it was last looked at; of images in memory at what there is.
 
-    What is found is remembered, also if this is interrupted, and by the way once a minute.
+    What is found is remembered, also if this is interrupted, and by the way once a minute. Where that cannot be
+    written a warning says so.
 
     Args:
         source: the images.
@@ -94,7 +96,7 @@ def examine(
         processes: that read and decode; default: one a core.
 
     Raises:
-        OSError: the record cannot be written, or a process was killed.
+        OSError: a process was killed.
         RuntimeError: a process has failed.
     """
     if source.arrays is not None:
@@ -113,11 +115,12 @@ def examine(
     def save() -> None:
         with lock:
             kept = np.flatnonzero(entries["mtime_ns"] != NEVER)
-            FileRecord(
-                [*(names[row] for row in kept.tolist()), *others.names],
-                np.concatenate([entries[kept], others.entries]),
-                found.record.words,
-            ).write(folder)
+            listed = [*(names[row] for row in kept.tolist()), *others.names]
+            record = FileRecord(listed, np.concatenate([entries[kept], others.entries]), list(found.record.words))
+        try:
+            record.write(folder)
+        except OSError as error:
+            warnings.warn(f"what was found of {source.split} could not be kept in {folder}: {error}", stacklevel=2)
 
     total = len(names) - found.known
     order = np.arange(len(names)) if source.shards is None else source.shards.order
@@ -213,7 +216,7 @@ def _in_memory(arrays: np.ndarray, hashing: bool) -> Examination:
     record.entries["orientation"] = 1
     started = time.perf_counter()
     for row in range(len(arrays)) if hashing else ():
-        digest = hashlib.sha256(np.ascontiguousarray(arrays[row])).digest()
+        digest = hashlib.sha256(arrays[row].tobytes()).digest()
         record.entries["sha256"][row] = np.frombuffer(digest, np.uint8)
     record.entries["hashed"] = hashing
     return Examination(record, seconds=time.perf_counter() - started)

@@ -119,7 +119,7 @@ def doctor(options: DoctorOptions, config: dict[str, Any]) -> dict[str, Any]:
     if options.json is not None:
         write_json(Path(options.json), report)
         print(f"written: {options.json}")
-    print(f"mend first: {faults[0].what}: {faults[0].remedy}" if faults else "fine")
+    print(f"mend first: {faults[0].remedy or faults[0].what}" if faults else "fine")
     return report
 
 
@@ -142,8 +142,8 @@ def _as_it_lies(data: DataConfig) -> tuple[DataConfig, tuple[Role, ...]]:
     named: dict[Role, str | None] = {"train": data.train_split, "val": data.val_split}
     for role, usual in _USUAL.items():
         named[role] = named[role] or next((name for name in usual if name in folders), None)
-    if named == {"train": None, "val": None}:
-        named["train"] = "."
+    if named["train"] is None and (named["val"] is None or set(folders) - set(_USUAL["val"])):
+        named = {"train": ".", "val": data.val_split}  # these are classes, one of them called test or val
     found: tuple[Role, ...] = tuple(role for role in named if named[role] is not None)
     return replace(data, train_split=named["train"], val_split=named["val"]), found
 
@@ -155,13 +155,13 @@ def _open(data: DataConfig, role: Role, seed: int, faults: list[Fault]) -> tuple
     if data.name in (*_TREES[:3], "tinyimagenet") and folder.is_dir():
         around = look_around(folder)
         if around.blocked:
-            what = f"{role}: {len(around.blocked)} entries of {folder} keep it from being read"
+            what = f"{role}: {folder} cannot be opened for {_some(len(around.blocked), 'entry', 'entries')} in it"
             faults.append(Fault(what, len(around.blocked), around.blocked, around.blocked[0]))
             return None, around
         empty = [name for name, count in around.classes.items() if not count] if data.name in _TREES else []
         if empty and len(empty) < len(around.classes):
             names = [str(folder / name) for name in empty]
-            what = f"{role}: {len(empty)} of {len(around.classes)} classes have no image"
+            what = f"{role}: {len(empty):,} of {len(around.classes):,} classes without images"
             faults.append(Fault(what, len(empty), names, f"add images to {names[0]} or remove it"))
             return _without(data.name, folder, role, set(around.classes) - set(empty)), around
     try:
@@ -169,7 +169,7 @@ def _open(data: DataConfig, role: Role, seed: int, faults: list[Fault]) -> tuple
     except (ValueError, OSError) as error:
         if "--data." in str(error):  # it names the option that is mistaken
             raise
-        faults.append(Fault(f"{role}: {error}", 1, [], "then call doctor again"))
+        faults.append(Fault(f"{role}: {error}", 1, [], ""))
         return None, around
 
 
@@ -197,16 +197,19 @@ def _describe(
         {"path": printable(source.path(row)), "class": _class(source, row), "reason": words[entries["fault"][row]]}
         for row in np.flatnonzero(entries["fault"]).tolist()
     ]
+    if len(counts) == 1:
+        remedy = f"{role} has one class: add another; or if its own folders are the classes, give it as DATA"
+        faults.append(Fault(f"{role}: there is one class, {next(iter(counts))}", 1, [], remedy))
     odd = [name for name in source.classes if is_no_data(name) or name[0] in "@#$~" or name.lower() in _ODD_CLASSES]
     if odd:
-        what = f"{role}: {len(odd)} class folders look as if a file server, a tool or a system had made them"
+        what = f"{role}: {_some(len(odd), 'class', 'classes')} that may be the work of a file server, tool or system"
         faults.append(Fault(what, len(odd), [printable(name) for name in odd], f"remove {odd[0]}, or rename the class"))
     if twins := alike(source.classes):
-        faults.append(Fault(f"{role}: {len(twins)} class names look like others", len(twins), twins, twins[0]))
+        faults.append(Fault(f"{role}: {_some(len(twins), 'class')} with a look-alike", len(twins), twins, twins[0]))
     if bad:
         names = [f"{item['path']} ({item['reason']})" for item in bad]
         remedy = f"repair or remove {bad[0]['path']}, or train without such files by --data.bad_files replace"
-        faults.append(Fault(f"{role}: {len(bad):,} images cannot be decoded", len(bad), names, remedy))
+        faults.append(Fault(f"{role}: {_some(len(bad))} that cannot be decoded", len(bad), names, remedy))
     return {
         "split": source.split,
         "images": len(source),
@@ -235,9 +238,9 @@ def _class(source: Source, row: int) -> str:
     return printable(source.classes[source.labels[row]])
 
 
-def _tally(places: np.ndarray, words: Sequence[str]) -> dict[str, int]:
+def _tally(places: np.ndarray, words: list[str]) -> dict[str, int]:
     counts = Counter(places.tolist())
-    return {words[place] or "unknown": count for place, count in counts.most_common()}
+    return {str(words[place]) or "unknown": count for place, count in counts.most_common()}
 
 
 def _sizes(entries: np.ndarray, training: int) -> dict[str, Any]:
@@ -271,12 +274,12 @@ def _compare_classes(splits: dict[Role, Split], faults: list[Fault]) -> None:
     try:
         check_same_classes(splits["train"].source, splits["val"].source)
     except ValueError as error:
-        faults.insert(0, Fault(f"the classes differ: {error}", 1, [], "a label would mean two things"))
+        faults.insert(0, Fault(f"the classes differ: {error}", 1, [], ""))
 
 
 def _duplicates(splits: dict[Role, Split], faults: list[Fault]) -> list[dict[str, Any]]:
     """Groups of images with the same bytes: first those of different classes, then those in both splits."""
-    places = [(role, row) for role, split in splits.items() for row in range(len(split.source))]
+    places: list[tuple[Role, int]] = [(role, row) for role, split in splits.items() for row in range(len(split.source))]
     digests = np.concatenate([split.found.record.entries["sha256"] for split in splits.values()])
     hashed = np.concatenate([split.found.record.entries["hashed"] for split in splits.values()])
     _, group, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
@@ -301,15 +304,15 @@ def _duplicates(splits: dict[Role, Split], faults: list[Fault]) -> list[dict[str
         )
     groups.sort(key=lambda item: (not item["labels_differ"], not item["in_both_splits"]))
     for kind, what, remedy in (
-        ("labels_differ", "images lie in several classes", "keep the one whose class is right"),
-        ("in_both_splits", "images are in both splits", "remove them from one: validation must be unseen"),
+        ("labels_differ", "in several classes", "keep the one whose class is right"),
+        ("in_both_splits", "in both splits", "remove it from one, for validation must be unseen"),
     ):
         lines = [_same(item["files"]) for item in groups if item[kind]]
         if lines:
-            faults.append(Fault(f"{len(lines):,} {what}", len(lines), lines, f"{lines[0]}: {remedy}"))
+            faults.append(Fault(f"{_some(len(lines))} {what}", len(lines), lines, f"{lines[0]}: {remedy}"))
     rest = [item for item in groups if not (item["labels_differ"] or item["in_both_splits"])]
     if rest:
-        print(f"{len(rest):,} images are several times in one class of one split, such as {_same(rest[0]['files'])}")
+        print(f"{_some(len(rest))} several times in one class of one split, such as {_same(rest[0]['files'])}")
     return groups
 
 
@@ -327,12 +330,12 @@ def _lines(role: Role, split: dict[str, Any]) -> list[str]:
     few, many = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
     weight = "" if split["bytes"] is None else f", {split['bytes'] / 1e6:,.1f} MB"
     lines = [
-        f"{role} ({split['split']}): {images:,} images of {len(classes):,} classes{weight}",
+        f"{role} ({split['split']}): {_some(images)} of {_some(len(classes), 'class', 'classes')}{weight}",
         f"  smallest class {few} ({classes[few]:,}), largest {many} ({classes[many]:,})",
     ]
     if "smallest" in sizes:
         smallest, median, largest = (
-            "{1:g} x {0:g}".format(*sizes[which]) for which in ("smallest", "median", "largest")
+            "{1:,g} x {0:,g}".format(*sizes[which]) for which in ("smallest", "median", "largest")
         )
         below = f"{sizes['below']:,} below the training size of {sizes['training_size']}"
         lines.append(f"  width x height: smallest {smallest}, median {median}, largest {largest}; {below}")
@@ -340,23 +343,29 @@ def _lines(role: Role, split: dict[str, Any]) -> list[str]:
     turned = {key: count for key, count in split["orientations"].items() if key not in ("0", "1")}
     if turned:
         lines.append(
-            f"  {sum(turned.values()):,} have an EXIF orientation, which training leaves alone: {_counted(turned)}"
+            f"  {_some(sum(turned.values()))} with an EXIF orientation, which training leaves alone: {_counted(turned)}"
         )
     lines += [f"  {note}" for note in split["notes"] if "left out" not in note]
     wrong = split["wrong_endings"]
     if wrong:
-        lines.append(f"  {len(wrong):,} endings do not fit the content, which counts: {_few(wrong)}")
-    for kind, text in (("left_out", "files left out for their ending"), ("no_data", "passed over, and no class")):
+        lines.append(f"  {_some(len(wrong))} with another ending than the content, which counts: {_few(wrong)}")
+    for kind, text in (("left_out", "left out for their ending"), ("no_data", "passed over, and no class")):
         found = {ending: len(paths) for ending, paths in split[kind].items()}
         if found:
             first = next(iter(split[kind].values()))[0]
-            lines.append(f"  {sum(found.values()):,} {text}: {_counted(found)}, such as {first}")
+            lines.append(f"  {text}: {_counted(found)}, such as {first}")
+    if split["bytes"] is None and "in memory" in split["formats"]:
+        return lines
     looked = images - split["known"]
     speed = f" in {split['seconds']:.1f} s: {looked / split['seconds']:,.0f} images/s" if looked else ""
     busy = sum(split["seconds_of_processes"].values())
     shares = ", ".join(f"{what} {spent / busy:.0%}" for what, spent in split["seconds_of_processes"].items() if busy)
     lines.append(f"  {split['known']:,} were known, {looked:,} looked at{speed}{f' ({shares})' if shares else ''}")
     return lines
+
+
+def _some(count: int, one: str = "image", many: str = "") -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _counted(counts: dict[str, int]) -> str:

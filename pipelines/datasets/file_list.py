@@ -171,10 +171,12 @@ class FileList:
 
     def _look(self) -> np.ndarray:
         """At the headers of those files that `dalikd doctor` has not examined."""
-        record = FileRecord.read(manifest_folder(Path(self.root)))
-        known = record.pick(self.names() if record.names else [b""] * len(self))
-        sides = np.stack([known["height"], known["width"]], 1)
-        rows = np.flatnonzero((sides[:, 0] == 0) | (known["bytes"] != self.measure()))
+        record, sides = FileRecord.read(manifest_folder(Path(self.root))), np.zeros((len(self), 2), np.int32)
+        if record.names:
+            known = record.pick(self.names())
+            same = known["bytes"] == self.measure()
+            sides[same] = np.stack([known["height"], known["width"]], 1)[same]
+        rows = np.flatnonzero(sides[:, 0] == 0)
         sides[rows] = self.take(rows)._each(f"headers in {self.root}", _sides_in_file, 2)
         return sides
 

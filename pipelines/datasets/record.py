@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.hardware import package_versions
 
 __all__ = ["ENTRY", "NEVER", "FileRecord"]
 
@@ -52,8 +53,10 @@ class FileRecord:
             try:
                 with np.load(path, allow_pickle=False) as kept:  # a zip archive, with checksums
                     names, entries = kept["names"].tobytes().split(b"\0")[:-1], kept["entries"]
-                    version, *words = json.loads(kept["words"].tobytes())
+                    version, decoders, *words = json.loads(kept["words"].tobytes())
                 if version == _VERSION and entries.dtype == ENTRY and len(entries) == len(names):
+                    if decoders != _decoders():
+                        entries["mtime_ns"] = NEVER  # what they can decode may be another; sides stay
                     return cls(names, entries, words)
             except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 warnings.warn(f"{path} is damaged ({error}): all files are looked at again", stacklevel=2)
@@ -64,7 +67,7 @@ class FileRecord:
         arrays = {
             "names": np.frombuffer(b"".join(name + b"\0" for name in self.names), np.uint8),
             "entries": self.entries,
-            "words": np.frombuffer(json.dumps([_VERSION, *self.words]).encode("ascii"), np.uint8),
+            "words": np.frombuffer(json.dumps([_VERSION, _decoders(), *self.words]).encode("ascii"), np.uint8),
         }
         write_atomically(folder / _NAME, lambda file: np.savez(file, **arrays), sync=False)
 
@@ -82,3 +85,9 @@ class FileRecord:
         if word not in self.words:
             self.words.append(word)
         return self.words.index(word)
+
+
+def _decoders() -> str:
+    """The versions of what decodes: other ones may fail on other files."""
+    versions = package_versions()
+    return f"{versions.get('dali')} {versions.get('nvimgcodec')}"
