@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from dalikd.pipelines.content import is_jpeg2000, lacks_end, refusal, why_damaged
-from dalikd.pipelines.datasets.record import FileRecord
+from dalikd.pipelines.datasets.file_list import FileRecord
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import PLAIN, Decoding, dali_words, is_decode_failure
 
@@ -103,9 +103,10 @@ def known_bad_files(source: "Source") -> list[BadFile]:
     """The files of a source that `dalikd doctor` could not decode and that have not changed since."""
     if source.arrays is not None:
         return []
-    record = FileRecord.read(source.record_folder)
-    faults = {record.names[place]: place for place in np.flatnonzero(record.entries["fault"]).tolist()}
-    found = [(row, faults[name]) for row, name in enumerate(source.encoded.names() if faults else ()) if name in faults]
+    record = FileRecord.read(source.record_folder, faulty=True)
+    places = {name: place for place, name in enumerate(record.names)}
+    names = source.encoded.names() if places else ()
+    found = [(row, places[name]) for row, name in enumerate(names) if name in places]
     bad = []
     for row, place in found:
         entry = record.entries[place]

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dalikd.pipelines.content import Facts, facts_of
-from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS, is_no_data
-from dalikd.pipelines.datasets.record import ENTRY, NEVER, FileRecord
+from dalikd.pipelines.datasets.file_list import ENTRY, IMAGE_EXTENSIONS, NEVER, FileRecord, is_no_data
 from dalikd.pipelines.doctor import Child, Decoder, answer_questions, printable, why_unreadable
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.read import ShardSet

@@ -9,8 +9,8 @@ from PIL import Image
 from dalikd.pipelines import examine as examining
 from dalikd.pipelines.content import facts_of
 from dalikd.pipelines.data import open_source
-from dalikd.pipelines.datasets import file_list, record
-from dalikd.pipelines.datasets.record import NEVER, FileRecord
+from dalikd.pipelines.datasets import file_list
+from dalikd.pipelines.datasets.file_list import NEVER, FileRecord
 from dalikd.pipelines.doctor import Child, known_bad_files
 from dalikd.pipelines.examine import examine
 from dalikd.pipelines.loader import BadFileError, Loader
@@ -47,7 +47,7 @@ def test_processes_find_what_this_process_finds(source: Source, monkeypatch: pyt
     other = examine(source, hashing=True)
     assert (one.known, other.known) == (0, 0)
     assert one.record.names == other.record.names
-    for name in set(record.ENTRY.names or ()) - {"fault", "mode", "format"}:
+    for name in set(file_list.ENTRY.names or ()) - {"fault", "mode", "format"}:
         assert np.array_equal(one.record.entries[name], other.record.entries[name]), name
     for found in (one, other):
         words = [found.record.words[place] for place in found.record.entries["fault"]]
@@ -170,7 +170,7 @@ def test_other_decoders_look_again_and_sides_stay(source: Source, monkeypatch: p
     _spoil(source, 7)
     examine(source)
     assert len(known_bad_files(source)) == 1
-    monkeypatch.setattr(record, "package_versions", lambda: {"dali": "9.9.9"})
+    monkeypatch.setattr(file_list, "package_versions", lambda: {"dali": "9.9.9"})
     assert known_bad_files(source) == []
     assert (FileRecord.read(source.record_folder).entries["mtime_ns"] == NEVER).all()
     assert (FileRecord.read(source.record_folder).entries["height"] == 32).all()

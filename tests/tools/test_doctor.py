@@ -28,7 +28,8 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tu
             doctor.main([*map(str, arguments), "--json", str(report)])
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return code, *capsys.readouterr(), json.loads(report.read_text()) if report.exists() else {}
+        out, err = capsys.readouterr()
+        return code, out, err, json.loads(report.read_text()) if report.exists() else {}
 
     return call
 
