@@ -144,7 +144,7 @@ def examine(
         try:
             if total <= _HERE:
                 for rows, part in parts:
-                    note(rows, part.decoding, *look_at(part, _decoder()))
+                    note(rows, part.decoding, *look_at(part, _decoder(part.max_pixels)))
             else:
                 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
                 _share_out(parts, [] if crew is None else crew, min(processes or cores, len(parts)), note, save)
