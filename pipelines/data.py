@@ -153,10 +153,11 @@ def open_sources(config: DataConfig, seed: int) -> tuple[Source, Source]:
     return train, val
 
 
-def open_split(config: DataConfig, role: Literal["train", "val"], seed: int) -> Source:
+def open_split(config: DataConfig, role: Literal["train", "val"], seed: int, *, silent: bool = False) -> Source:
     """Open one split, limited as the options say; print what was left out of it and how its classes are ordered."""
     source = _open(config, role, seed)
-    _print_notes(source)
+    if not silent:
+        _print_notes(source)
     return source
 
 

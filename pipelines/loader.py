@@ -24,7 +24,7 @@ from dalikd.pipelines.backends import (
     UnfitError,
     can_gather,
 )
-from dalikd.pipelines.doctor import BadFile, Decoder, find_bad_files, printable
+from dalikd.pipelines.doctor import BadFile, Decoder, find_bad_files, known_bad_files, printable
 from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, MixDraws, View
 from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
@@ -37,11 +37,12 @@ _ASKED_TOO_MUCH = "std::bad_alloc"  # the machine has no memory left, or a damag
 _NAMED = 3  # files of many
 _PATIENCE = 60  # s, after which it is told which batch is waited for
 _DECODED_AT_ONCE = 512  # images
+_MOST_NAMED = 5  # bad files that were known before
 _BY_ROW = "by row"  # of orders that the sampler makes
 
 
 class BadFileError(ValueError):
-    """An image could not be decoded while running."""
+    """An image could not be decoded, while running or when `dalikd doctor` looked at it."""
 
 
 class Loader:
@@ -63,6 +64,9 @@ class Loader:
         buffers: 0: every batch owns its memory. n: batches on a GPU lie in n sets of fixed buffers used in turn, and
             each holds until n - 1 further ones have been taken; nothing is allocated in a step.
         attach: plan -> arrays [B, ...] by name that go along with the batch, as its `extras`.
+
+    Raises:
+        BadFileError: `dalikd doctor` has found files that cannot be decoded, and `bad_files` is "stop".
 
     Attributes:
         position: microbatches consumed since the start of training.
@@ -114,6 +118,8 @@ class Loader:
         no_files = [row for row in source.no_files().tolist() if row not in self.replaced]
         if no_files:  # found while they were listed; DALI would wait for what a pipe brings
             self._drop(find_bad_files(source, no_files), tell=os.environ.get("RANK", "0") == "0")
+        if resident is None:
+            self._pass_over_known()
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -260,6 +266,24 @@ class Loader:
     def feed(self, index: int) -> tuple[Any, ...]:
         """All that Python does for microbatch number `index`: the inputs of its views. For benchmarks."""
         return self._backend.feed(index)[1]
+
+    def _pass_over_known(self) -> None:
+        """Treat the files that `dalikd doctor` could not decode, unchanged since, before the first batch meets them.
+
+        Raises:
+            BadFileError: there are some, and they are not to be replaced.
+        """
+        bad = known_bad_files(self.source)
+        if not bad:
+            return
+        names = ", ".join(f"{item.path} ({item.reason})" for item in bad[:_MOST_NAMED])
+        more = f" and {len(bad) - _MOST_NAMED:,} more" if len(bad) > _MOST_NAMED else ""
+        found = f"dalikd doctor could not decode {names}{more}"
+        if self.bad_files == "stop":
+            raise BadFileError(f"{found}; repair or remove them, or go on without them by --data.bad_files replace")
+        self.replace(item.row for item in bad)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dalikd: {found}; using the next image in the place of each", flush=True)
 
     def _identity(self) -> dict[str, Any]:
         sampler = self.sampler

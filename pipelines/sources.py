@@ -5,19 +5,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from math import ceil
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from dalikd.pipelines.content import MAX_PIXELS
+from dalikd.pipelines.content import BYTES_A_PIXEL, MAX_PIXELS
 from dalikd.pipelines.datasets.classes import check_equal_classes, share_rows, shorten, stratified_rows
-from dalikd.pipelines.datasets.file_list import FileList
+from dalikd.pipelines.datasets.file_list import FileList, manifest_folder
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.files import read_within
 from dalikd.pipelines.shards.read import ShardSet
 
 __all__ = ["Source", "check_count", "check_same_classes", "why_fingerprints_differ"]
 
-_BYTES_A_PIXEL = 8  # four channels of 16 bits
 _WITHOUT_SIZES, _WITH_SIZES = 16, 20  # hex digits of a fingerprint: its length says what it holds
 
 
@@ -97,7 +98,7 @@ class Source:
         sizes = None if self.files is None else self.files.sizes
         if sizes is None:
             return np.empty(0, np.int64)
-        return np.flatnonzero((sizes < 0) | (sizes > _BYTES_A_PIXEL * self.max_pixels))
+        return np.flatnonzero((sizes < 0) | (sizes > BYTES_A_PIXEL * self.max_pixels))
 
     def read(self, row: int, seconds: float = 60) -> bytes:
         """The encoded bytes of an image in a file or shard.
@@ -112,9 +113,27 @@ class Source:
             return self.shards.read(row)
         assert self.files is not None, "images in memory are decoded"
         try:
-            return read_within(self.files.path(row), seconds, _BYTES_A_PIXEL * self.max_pixels)
+            return read_within(self.files.path(row), seconds, BYTES_A_PIXEL * self.max_pixels)
         except FileNotFoundError:
             raise FileNotFoundError(self.files.missing(row)) from None
+
+    @property
+    def encoded(self) -> FileList | ShardSet:
+        """The images that are not in memory."""
+        encoded = self.files if self.shards is None else self.shards
+        assert encoded is not None, "images in memory are decoded"
+        return encoded
+
+    @property
+    def record_folder(self) -> Path:
+        """Where a record of these files is kept."""
+        return manifest_folder(self.shards.folder if self.shards is not None else Path(cast(FileList, self.files).root))
+
+    def stamp(self, row: int) -> tuple[int, int]:
+        """Size in bytes, and time of the last change in ns, of the file that an image lies in. Raises OSError."""
+        path = self.path(row)
+        status = Path(path if self.shards is None else path.rpartition(":")[0]).stat()
+        return status.st_size, status.st_mtime_ns
 
     def limit(self, n: int, seed: int = 0, *, option: str = "--data.limit") -> "Source":
         """A subset of `n` images with the classes in the same proportions, in the same order.

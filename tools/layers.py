@@ -37,6 +37,7 @@ OPTIONS: dict[str, str] = {
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",
     "study": "dalikd.trainers.study.options.StudyOptions",
+    "doctor": "dalikd.tools.doctor.DoctorOptions",
     "bench step": "dalikd.tools.bench.common.StepOptions",
     "bench scaling": "dalikd.tools.bench.common.ScalingOptions",
     "bench methods": "dalikd.tools.bench.methods.MethodsOptions",

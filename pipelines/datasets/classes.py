@@ -12,6 +12,7 @@ import numpy as np
 from dalikd.pipelines.files import read_text
 
 __all__ = [
+    "alike",
     "check_equal_classes",
     "draw_classes",
     "in_order",
@@ -221,6 +222,18 @@ def _lookalikes(names: Iterable[str], others: Iterable[str]) -> str:
             if form(name) in twins:
                 return f"; {name!a} and {twins[form(name)]!a} differ only in {difference}: {advice}"
     return ""
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """A line for each name that differs from one before it in what is hardly seen only."""
+    found: dict[str, str] = {}
+    for difference, advice, form in reversed(_ALIKE):
+        seen: dict[str, str] = {}
+        for name in names:
+            twin = seen.setdefault(form(name), name)
+            if twin != name:
+                found[name] = f"{twin!a} and {name!a} differ only in {difference}: {advice}"
+    return list(found.values())
 
 
 def shorten(names: Sequence[str], count: int = 5) -> str:

@@ -18,28 +18,35 @@ import re
 import stat
 import time
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dalikd.pipelines.content import LONGEST, image_sides
 from dalikd.pipelines.files import read_json, read_npy, remove_litter, write_atomically
+from dalikd.pipelines.hardware import package_versions
 from dalikd.pipelines.progress import progress
 
 __all__ = [
+    "ENTRY",
     "IMAGE_EXTENSIONS",
+    "NEVER",
     "FileList",
+    "FileRecord",
     "Listing",
     "Tree",
     "cache_folder",
     "count_of",
+    "is_no_data",
     "list_folder",
     "manifest_folder",
     "open_tree",
@@ -131,6 +138,21 @@ class FileList:
             return self.sizes
         return self._each(f"sizes in {self.root}", _size, 1)[:, 0]
 
+    def stamps(self) -> np.ndarray:
+        """Sizes of the files in bytes and times of their last change in ns, as they are now: int64 [N, 2]. Raises as
+        `measure`."""
+
+        def ask(path: bytes) -> tuple[int, int]:
+            status = os.stat(path)  # noqa: PTH116 (bytes)
+            return status.st_size, status.st_mtime_ns
+
+        return self._each(f"times in {self.root}", ask, 2)
+
+    def names(self) -> list[bytes]:
+        """Paths without `root`."""
+        prefix, whole = len(os.fsencode(os.path.join(self.root, ""))), self.buffer.tobytes()  # noqa: PTH118 (as below)
+        return [whole[start + prefix : stop] for start, stop in pairwise(self.offsets.tolist())]
+
     def sides(self) -> np.ndarray:
         """Heights and widths in pixels as the headers say, int32 [N, 2]; zeros where one says nothing.
 
@@ -157,7 +179,15 @@ class FileList:
             return sides
 
     def _look(self) -> np.ndarray:
-        return self._each(f"headers in {self.root}", _sides_in_file, 2).clip(0, LONGEST).astype(np.int32)
+        """At the headers of those files that `dalikd doctor` has not examined."""
+        record, sides = FileRecord.read(manifest_folder(Path(self.root))), np.zeros((len(self), 2), np.int32)
+        if record.names:
+            known = record.pick(self.names())
+            same = known["bytes"] == self.measure()
+            sides[same] = np.stack([known["height"], known["width"]], 1)[same]
+        rows = np.flatnonzero(sides[:, 0] == 0)
+        sides[rows] = self.take(rows)._each(f"headers in {self.root}", _sides_in_file, 2).clip(0, LONGEST)
+        return sides
 
     def _each(self, what: str, ask: Callable[[bytes], tuple[int, ...]], count: int) -> np.ndarray:
         """`ask` every path for `count` numbers, in threads: int64 [N, count]."""
@@ -231,6 +261,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DALIKD_CACHE") or "~/.cache/dalikd").expanduser().resolve()
 
 
+def is_no_data(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or one that file servers and desktops put beside images."""
+    return name.startswith(".") or name.lower() in _NOT_DATA
+
+
 def list_folder(folder: Path) -> Listing:
     """List a folder; links are followed. `images` holds all whose names end as an image's, files or not.
 
@@ -242,7 +277,7 @@ def list_folder(folder: Path) -> Listing:
         for entry in entries:
             name = entry.name.lower()
             names.append(os.fsencode(entry.name))
-            if name.startswith(".") or name in _NOT_DATA:
+            if is_no_data(name):
                 continue
             if name.endswith(IMAGE_EXTENSIONS):
                 images.append(entry.name)
@@ -524,3 +559,93 @@ def _checksum(arrays: Iterable[np.ndarray]) -> str:
     """CRC-32 of each array with its type and shape, well under 0.1 s for a million files."""
     parts = [zlib.crc32(array.data, zlib.crc32(f"{array.dtype}{array.shape}".encode())) for array in arrays]
     return "".join(f"{part:08x}" for part in parts)
+
+
+# ------------------------------------------------------------------------------------------ what was found in files
+
+NEVER = int(np.iinfo(np.int64).min)  #: a time of change that no file has
+
+#: One file. `format`, `mode` and `fault` are places in `words`; 0 is nothing: no fault. `sha256` counts where `hashed`.
+ENTRY = np.dtype(
+    [
+        *(("bytes", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"), ("width", "<i4")),
+        *(("format", "<i4"), ("mode", "<i4"), ("fault", "<i4"), ("orientation", "u1")),
+        *(("hashed", "?"), ("sha256", "u1", (32,))),
+    ]
+)
+
+
+@dataclass(eq=False)
+class FileRecord:
+    """What `dalikd doctor` has found in N files, remembered beside the manifest of their folder.
+
+    A file is known by its name in the folder, its size and the time of its last change. So a second look needs only
+    those that have changed, and a run takes the sides of images and the files that cannot be decoded from here.
+
+    Attributes:
+        names: in their folder.
+        entries: of ENTRY, [N].
+        words: that entries point to; the first is empty.
+    """
+
+    names: list[bytes]
+    entries: np.ndarray
+    words: list[str]
+
+    @classmethod
+    def read(cls, folder: Path, *, faulty: bool = False) -> "FileRecord":
+        """What a manifest's folder remembers; nothing where there is no record, or, with a warning, a damaged one.
+
+        Args:
+            folder: of the manifest.
+            faulty: read those files only that could not be decoded; of a million files that takes no time.
+        """
+        path, kind = folder / _RECORD, "faulty" if faulty else "all"
+        if path.is_file():
+            try:
+                with np.load(path, allow_pickle=False) as kept:  # a zip archive, with checksums
+                    names, entries = kept[f"{kind}_names"].tobytes().split(b"\0")[:-1], kept[kind]
+                    version, decoders, *words = json.loads(kept["words"].tobytes())
+                if version == _RECORD_VERSION and entries.dtype == ENTRY and len(entries) == len(names):
+                    if decoders != _decoders():
+                        entries["mtime_ns"] = NEVER  # what they can decode may be another; sides stay
+                    return cls(names, entries, words)
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                warnings.warn(f"{path} is damaged ({error}): all files are looked at again", stacklevel=2)
+        return cls([], np.zeros(0, ENTRY), [""])
+
+    def write(self, folder: Path) -> None:
+        """Remember it. Raises OSError."""
+        arrays: dict[str, Any] = {
+            "words": np.frombuffer(json.dumps([_RECORD_VERSION, _decoders(), *self.words]).encode(), np.uint8)
+        }
+        for kind, rows in (("all", np.arange(len(self.names))), ("faulty", np.flatnonzero(self.entries["fault"]))):
+            names = b"".join(self.names[row] + b"\0" for row in rows.tolist())
+            arrays |= {kind: self.entries[rows], f"{kind}_names": np.frombuffer(names, np.uint8)}
+        write_atomically(folder / _RECORD, lambda file: np.savez(file, **arrays), sync=False)
+
+    def pick(self, names: list[bytes]) -> np.ndarray:
+        """The entries of these files, [N]; the time of change of one that is not known is NEVER."""
+        if names == self.names:  # of a million the rest takes seconds
+            return self.entries.copy()
+        place_of = {name: place for place, name in enumerate(self.names)}
+        places = np.array([place_of.get(name, -1) for name in names], np.int64)
+        entries = np.zeros(len(places), ENTRY)
+        entries["mtime_ns"] = NEVER
+        entries[places >= 0] = self.entries[places[places >= 0]]
+        return entries
+
+    def number(self, word: str) -> int:
+        """A word's place."""
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+
+_RECORD, _RECORD_VERSION = "examined.npz", 1
+
+
+def _decoders() -> str:
+    """The versions of what decodes: other ones may fail on other files."""
+    versions = package_versions()
+    return f"{versions.get('dali')} {versions.get('nvimgcodec')}"

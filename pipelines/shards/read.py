@@ -163,6 +163,17 @@ class ShardSet:
             return False
         return True
 
+    def names(self) -> list[bytes]:
+        """A name for each image, by id: its shard's and the id."""
+        shards = np.repeat([shard.name for shard in self.manifest.shards], np.diff(self._bounds))
+        return [f"{shards[place]}:{row}".encode() for row, place in enumerate(self._positions.tolist())]
+
+    def stamps(self) -> np.ndarray:
+        """Of each image the size in bytes and the time of the last change in ns of its shard: int64 [N, 2]."""
+        states = [(self.folder / shard.name).stat() for shard in self.manifest.shards]
+        each = np.array([(state.st_size, state.st_mtime_ns) for state in states], np.int64)
+        return np.repeat(each, np.diff(self._bounds), 0)[self._positions]
+
     def _checksum(self, row: int) -> int | None:
         return None if self.checksums is None else int(self.checksums[row])
 

@@ -288,7 +288,7 @@ def test_a_codestream_of_other_sides_than_its_file_is_refused():
 
 def test_a_failure_of_the_process_for_jpeg_2000_is_passed_on(monkeypatch):
     monkeypatch.setattr("sys.path", [])
-    with pytest.raises(RuntimeError, match=r"first decodes JPEG 2000 and TIFF images has failed: ModuleNotFoundError"):
+    with pytest.raises(RuntimeError, match=r"a process that decodes images has failed: ModuleNotFoundError"):
         Decoder(1).decode([_save(RGB, "JPEG2000")])
 
 

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,7 +148,7 @@ def _fill_locked(
         write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     accelerator.wait_for_everyone()
     cache = TeacherCache(folder, writable=True)
-    _fill(cache, work, sampler, lambda: [lock.check() for lock in locks])
+    _fill(cache, work, sampler, locks)
     accelerator.wait_for_everyone()
     cache.check_filled()
     if accelerator.is_main_process:
@@ -155,7 +156,7 @@ def _fill_locked(
     return cache
 
 
-def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, check: Callable[[], object]) -> None:
+def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, locks: Sequence[FolderLock]) -> None:
     options, accelerator = work.options, work.setup.accelerator
     loader = work.setup.loader(work.augmenter.draw_spec, sampler)
     ask, writer = work.teacher_step(), _Writer(cache, options.mix.group)
@@ -175,7 +176,7 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, check: Callable[[]
 
     def flush() -> None:
         writer.finish()
-        check()
+        deque(map(FolderLock.check, locks), 0)
         cache.flush(epoch)
 
     with bar, closing(loader), StopSignals(accelerator) as stops:
