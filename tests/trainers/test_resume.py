@@ -177,7 +177,7 @@ def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, 
     _assert_same_end(broken, whole)
 
 
-def _raise_killed(*_: Any) -> None:
+def _raise_killed(*_: Any, **__: Any) -> None:
     raise _Killed
 
 
