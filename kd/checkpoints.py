@@ -55,6 +55,7 @@ _LARGEST_PICKLE = 32 << 20  # bytes of a torch file that describe its tensors; t
 _MOST_OPERATIONS = 2_000_000  # of a pickle; a net of 1,000 tensors takes 50,000
 _MOST_TUPLES = 10_000  # in a row, of which none is used: the hash of 300,000 in each other overflows the stack
 
+_LONGEST_NAME = 200  # of a class in a torch file
 _TAKE_TUPLES = ("REDUCE", "BINPERSID", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
 _PICKLES_BEFORE_TENSORS = 4  # of a torch file that is no zip: two numbers, what machine it is of, and its content
 
@@ -380,6 +381,8 @@ def _check_pickle(content: bytes) -> int:
             tuples = 0
         if tuples > _MOST_TUPLES or operations > _MOST_OPERATIONS:
             raise ValueError("its structure is larger than that of any net's weights")
+        if operation.name == "GLOBAL" and len(str(argument)) > _LONGEST_NAME:  # torch's search in it takes its square
+            raise ValueError(f"it calls {str(argument)[:40]}…, which weights have no need of")
         if operation.name == "GLOBAL" and str(argument).split(" ")[-1] in ("bytearray", "encode"):
             raise ValueError(f"it calls {str(argument).replace(' ', '.')}, which weights have no need of")
         if operation.name == "STOP":

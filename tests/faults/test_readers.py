@@ -281,7 +281,8 @@ def _make_tree(folder: Path) -> dict[Path, tuple[Mutate, ...]]:
     time.sleep(2.1)  # or the folders are too young to be remembered
     _open_tree(folder)
     kept = next((folder / "cache" / "manifests").iterdir())
-    arrays = {path: (_npy, _npy, _manifest(kept, path.name)) for path in kept.glob("*-*.npy")}
+    listed = [path for path in kept.glob("*-*.npy") if path.name.startswith(file_list._ARRAYS)]
+    arrays = {path: (_npy, _npy, _manifest(kept, path.name)) for path in listed}
     return {kept / "manifest.json": (_json, _json, _json), **arrays}
 
 

@@ -213,6 +213,7 @@ def _rezipped(path, changed, method=zipfile.ZIP_STORED):
         (b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R0", r"it calls builtins\.bytearray"),  # 2 GB
         (b"c_codecs\nencode\nX\x01\0\0\0xX\x06\0\0\0latin1\x86R0", r"it calls _codecs\.encode"),
         (b")" + b"\x85" * 400_000 + b"0", "larger than that of any net"),
+        (b"c" + b"a" * 300_000 + b"\nb\n0", "it calls aaaa"),
     ],
 )
 def test_a_torch_file_takes_no_more_memory_than_its_size(code, message, source, tmp_path):
