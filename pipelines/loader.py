@@ -26,7 +26,7 @@ from dalikd.pipelines.backends import (
 )
 from dalikd.pipelines.doctor import BadFile, Decoder, find_bad_files, known_bad_files, printable
 from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, MixDraws, View
-from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
+from dalikd.pipelines.hardware import BadFileError, Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
@@ -39,10 +39,6 @@ _PATIENCE = 60  # s, after which it is told which batch is waited for
 _DECODED_AT_ONCE = 512  # images
 _MOST_NAMED = 5  # bad files that were known before
 _BY_ROW = "by row"  # of orders that the sampler makes
-
-
-class BadFileError(ValueError):
-    """An image could not be decoded, while running or when `dalikd doctor` looked at it."""
 
 
 class Loader:

@@ -14,10 +14,10 @@ from dalikd.trainers.resume import identity
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tasks.distill import OWN, Distillation, share_pass
-from dalikd.trainers.tracking import LOCK, RunFolder, alone
+from dalikd.trainers.tracking import LOCK, RunFolder, alone, run_path
 from dalikd.trainers.trial import try_training
 
-__all__ = ["Planned", "check_shared", "run", "run_path", "run_students"]
+__all__ = ["Planned", "check_shared", "run", "run_students"]
 
 
 class Planned(NamedTuple):
@@ -140,14 +140,6 @@ def _load(loops: Sequence[Loop]) -> None:
         if loop.options.resume is None:
             loop.loader.seek(0)
             loop.task.set_extra_state(deepcopy(fresh))
-
-
-def run_path(options: TrainingOptions, command: str) -> Path:
-    """The folder that a run is written to, or that of several students."""
-    name = f"{command}-{options.data.name}-{options.model}"
-    if getattr(options, "students", None) is not None:
-        name = f"students-{options.data.name}"
-    return Path(options.resume or options.output or f"runs/{name}")
 
 
 def _header(options: TrainingOptions, task: Task, setup: Setup, command: str) -> dict[str, Any]:

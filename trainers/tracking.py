@@ -23,10 +23,18 @@ from dalikd.pipelines.hardware import package_versions
 from dalikd.pipelines.lock import FolderLock, only_writer
 from dalikd.pipelines.shards.tfrecord import frame
 
-__all__ = ["LOCK", "RunFolder", "alone", "check_writable", "versions", "write_json"]
+__all__ = ["LOCK", "RunFolder", "alone", "check_writable", "run_path", "versions", "write_json"]
 
 
 LOCK = ".lock"  # in a folder that one call writes
+
+
+def run_path(options: Any, command: str) -> Path:
+    """The folder that a run of these options is written to, or that of several students."""
+    name = f"{command}-{options.data.name}-{options.model}"
+    if getattr(options, "students", None) is not None:
+        name = f"students-{options.data.name}"
+    return Path(options.resume or options.output or f"runs/{name}")
 
 
 class RunFolder:
