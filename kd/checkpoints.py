@@ -485,8 +485,8 @@ def _check_numbers(weights: dict[str, Tensor], expected: dict[str, Tensor], path
     """Raises ValueError where a weight is not finite. A model's own buffers may hold infinities, such as a mask."""
     bad = [
         key
-        for key, value in weights.items()
-        if key in expected and not torch.isfinite(value).all() and torch.isfinite(expected[key]).all()
+        for key, value in expected.items()
+        if key in weights and not torch.isfinite(weights[key]).all() and torch.isfinite(value).all()
     ]
     if bad:
         kind = "NaN" if torch.isnan(weights[bad[0]]).any() else "infinity"
