@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,9 @@ def test_ctrl_c_ends_any_command_at_any_moment_in_one_line(start_forked, small_i
             process = start_forked(tmp_path / "said", *words, TMPDIR=str(temporary))
             _wait(lambda process=process: _catches(process.pid) or not process.runs())
             time.sleep(moment)
-            for _ in range(2):
-                os.kill(process.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):
+                for _ in range(2):
+                    os.kill(process.pid, signal.SIGINT)
             code = process.wait(120)
             left = [path.name for folder in (temporary, out) for path in folder.rglob(".*") if path.name != ".locks"]
             said = [line for line in process.err.replace("\r", "\n").splitlines() if "stopped" in line]
