@@ -567,4 +567,5 @@ def test_a_reader_of_changed_files_refuses_them_by_name(name: str, tmp_path: Pat
     found = json.loads(process.out)
     shutil.rmtree(tmp_path / "fuzz", ignore_errors=True)
     assert found["wrong"] == [], found
-    assert found["refused"] > 0, found  # the changes are such as matter
+    if name != "manifest":  # a damaged one is made anew, with a warning
+        assert found["refused"] > 0, found  # the changes are such as matter
