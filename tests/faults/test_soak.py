@@ -54,8 +54,8 @@ def test_memory_is_flat(small_images, tmp_path, start_forked, full):
             "data.name": "imagefolder", "data.root": small_images, "data.val_split": ".", "data.train_split": ".",
             "data.image_size": 32, "data.crop": "random_resized_crop", "data.bad_files": "replace", "data.threads": 1,
             "teacher.name": "resnet8", "teacher.weights": teacher, "teacher.verify": "false",
-            "model": "resnet8", "batch_size": 64, "augmentation": "cutmixpick_teacher", "epochs": 100000, "log_every": 5, "device": "cpu",
-            "output": tmp_path / "run",
+            "model": "resnet8", "batch_size": 64, "augmentation": "cutmixpick_teacher",
+            "epochs": 100000, "log_every": 5, "device": "cpu", "output": tmp_path / "run",
         }  # fmt: skip
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         run = start_forked(tmp_path / "streams", script, seconds, pause, sizes, *words)
