@@ -11,6 +11,7 @@ import sys
 import torch
 
 from dalikd.tools.main import main
+from dalikd.trainers.signals import prepare_process
 
 os.environ.update(environment)
 torch.set_num_threads(1)
@@ -21,4 +22,5 @@ if words[0].endswith(".py"):
     runpy.run_path(words[0], run_name="__main__")
 else:
     sys.argv = ["dalikd", *words]
+    prepare_process()
     main()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +225,16 @@ def test_ctrl_c_ends_any_command_at_any_moment_in_one_line(start_forked, small_i
             process = start_forked(tmp_path / "said", *words, TMPDIR=str(temporary))
             _wait(lambda process=process: _catches(process.pid) or not process.runs())
             time.sleep(moment)
-            for _ in range(2):
-                os.kill(process.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):
+                for _ in range(2):
+                    os.kill(process.pid, signal.SIGINT)
             code = process.wait(120)
             left = [path.name for folder in (temporary, out) for path in folder.rglob(".*") if path.name != ".locks"]
             said = [line for line in process.err.replace("\r", "\n").splitlines() if "stopped" in line]
             done = code == 0 or (code == 2 and "holds a" in process.err)
             if not (done or (code == 130 and len(said) == 1)) or left or "Traceback" in process.err:
-                wrong.append((name, moment, code, left, process.err[-2000:]))
-    assert wrong == []
+                wrong.append(f"{name} after {moment} s: {code}, {left}, {process.err[-2000:]}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_ctrl_c_ends_a_command_while_it_is_loaded_and_what_it_has_started(small_images, tmp_path, full):
