@@ -46,11 +46,11 @@ setup(
         # The code works with 2.2 to 2.4. From 2.3 on DALI brings nvImageCodec 0.9, whose decoding of JPEG windows ends
         # the process on some GPUs (H100, B200) and fails on others (A100): until a later nvImageCodec decodes them.
         "nvidia-dali-cuda120>=2.2,<2.3",
-        "timm>=1.0.15",
+        "timm>=1.0.26",
         "accelerate>=1.6",
         "numpy>=1.26",
         "scipy>=1.11",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.52",
         "safetensors>=0.4",
         "tqdm>=4.66",
         "tensorboard>=2.16",

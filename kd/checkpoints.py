@@ -1,12 +1,14 @@
 """Weights made elsewhere."""
 
-import json
+import io
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,7 @@ from dalikd.kd.known_weights import (
     published_classes,
 )
 from dalikd.kd.rotation import TURNS
+from dalikd.pipelines.files import LARGEST_TEXT, parse_json
 
 __all__ = [
     "ORIGIN_KEY",
@@ -32,6 +35,7 @@ __all__ = [
     "class_order",
     "find_classifier",
     "has_heads",
+    "load_torch",
     "load_weights",
     "order_classes",
     "read_origin",
@@ -47,6 +51,13 @@ _CONTAINERS = ("model", "net", "state_dict", "weight", "model_state_dict", "stat
 _BACKBONE, _HEADS = "backbone.", "auxiliary_classifier."  # of nets with auxiliary heads
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _SHOWN_KEYS = 4
+_LARGEST_PICKLE = 32 << 20  # bytes of a torch file that describe its tensors; the largest nets take some 100,000
+_MOST_OPERATIONS = 2_000_000  # of a pickle; a net of 1,000 tensors takes 50,000
+_MOST_TUPLES = 10_000  # in a row, of which none is used: the hash of 300,000 in each other overflows the stack
+
+_LONGEST_NAME = 200  # of a class in a torch file
+_TAKE_TUPLES = ("REDUCE", "BINPERSID", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
+_PICKLES_BEFORE_TENSORS = 4  # of a torch file that is no zip: two numbers, what machine it is of, and its content
 
 
 class Origin(NamedTuple):
@@ -82,8 +93,8 @@ def load_weights(
 
     Raises:
         FileNotFoundError, IsADirectoryError, ValueError: as `read_state_dict`; ValueError also if the keys or the
-            shapes are not those of the model, or the classes not those of the data; or the classifier is to be kept and
-            the model names none. It says what the file is, where that is known.
+            shapes are not those of the model, or the classes not those of the data; or a weight is NaN or infinite; or
+            the classifier is to be kept and the model names none. It says what the file is, where that is known.
     """
     weights = read_state_dict(path, sha256=sha256)
     order = None if class_names is None else class_order(read_origin(path), class_names, str(path))
@@ -95,6 +106,7 @@ def load_weights(
         _check_keys(weights, expected, path, strict)
         weights = {key: value for key, value in weights.items() if not key.startswith(kept)}
         _check_shapes(weights, expected, path, _last_layers(model))
+        _check_numbers(weights, expected, path)
     except ValueError as error:
         known = identify(path) or _known_by_keys(weights, model)
         raise ValueError(f"{error}; the file is {known}" if known else str(error)) from None
@@ -265,7 +277,7 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str,
         check_sha256(path, sha256)
     identify(path)  # a known file's name with another content is an error
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-    return _one_net(_strip_prefixes(_find_state_dict(content, path)), net, path)
+    return _one_net(_strip_prefixes(_check_tensors(_find_state_dict(content, path), path)), net, path)
 
 
 def _existing(path: str | Path) -> Path:
@@ -280,6 +292,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -289,18 +302,27 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 def _parse_origin(text: str, path: Path, key: str) -> Origin:
     try:
-        content = json.loads(text)
+        content = parse_json(text, str(path))
         names = content.get("class_names")
         if names is not None and not all(isinstance(name, str) for name in names):
             raise TypeError
         mean, std = (None if content[part] is None else tuple(map(float, content[part])) for part in ("mean", "std"))
         normalisation = None if mean is None or std is None else Normalisation(mean, std)
         return Origin(normalisation, None if names is None else tuple(names))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f'{path}: its metadata "{key}" has no lists "mean", "std" and "class_names"') from error
 
 
+def _check_header(path: Path) -> None:
+    """A safetensors file begins with the length of its header, which takes some ten times as much memory."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_TEXT:
+        raise ValueError(f"{path} is damaged or not a safetensors file: a header of {length} bytes")
+
+
 def _read_safetensors(path: Path) -> Any:
+    _check_header(path)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -310,9 +332,62 @@ def _read_safetensors(path: Path) -> Any:
 def _read_torch_file(path: Path) -> Any:
     with open_weights(path) as file:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return load_torch(file)
         except Exception as error:  # unpickling foreign bytes can raise anything, OSError for a truncated zip
             raise ValueError(_why_unreadable(path, error)) from error
+
+
+def load_torch(file: BinaryIO) -> Any:
+    """What a torch file holds, on the CPU; no code in it is run, and it takes memory in proportion to its size.
+
+    torch refuses code, but not what a few bytes can ask for: deflated zeros, bytes by their number, the same bytes
+    encoded again and again, tuples in tuples until their hash overflows the stack.
+
+    Raises:
+        Exception: anything, of a damaged file; ValueError of one that was made to do harm.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("it is compressed, as torch.save writes no file")
+            if sum(member.file_size for member in members) > size:
+                raise ValueError("its parts are larger than the file")
+            for member in members:
+                if member.filename.endswith(".pkl"):
+                    with archive.open(member) as pickled:
+                        _check_pickle(pickled.read())
+    else:
+        file.seek(0)
+        start = file.read(_LARGEST_PICKLE + 1)
+        for _ in range(_PICKLES_BEFORE_TENSORS):
+            start = start[_check_pickle(start) :]
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_pickle(content: bytes) -> int:
+    """Look through a pickle's operations; returns its length.
+
+    Raises:
+        ValueError: it asks for more than data need.
+    """
+    tuples = 0
+    for operations, (operation, argument, place) in enumerate(pickletools.genops(content[:_LARGEST_PICKLE])):
+        tuples += operation.name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+        if operation.name in _TAKE_TUPLES:
+            tuples = 0
+        if tuples > _MOST_TUPLES or operations > _MOST_OPERATIONS:
+            raise ValueError("its structure is larger than that of any net's weights")
+        if operation.name == "GLOBAL" and len(str(argument)) > _LONGEST_NAME:  # torch's search in it takes its square
+            raise ValueError(f"it calls {str(argument)[:40]}…, which weights have no need of")
+        if operation.name == "GLOBAL" and str(argument).split(" ")[-1] in ("bytearray", "encode"):
+            raise ValueError(f"it calls {str(argument).replace(' ', '.')}, which weights have no need of")
+        if operation.name == "STOP":
+            return (place or 0) + 1
+    raise ValueError("its pickle has no end")
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
@@ -346,6 +421,16 @@ def _is_state_dict(content: Any) -> bool:
         and len(content) > 0
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
     )
+
+
+def _check_tensors(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Refuse what is no plain array of numbers, and what repeats a few numbers without end."""
+    for key, value in weights.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(f"{path}: {key} is no plain tensor: save the net's own state_dict")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {key} of shape {list(value.shape)} repeats fewer numbers: save it contiguous")
+    return weights
 
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -394,6 +479,22 @@ def _check_shapes(
         raise ValueError(f"{path}: the weights have {classes[0][0]} classes, the model {classes[1][0]}")
     differences = _listed(f"{key} {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items())
     raise ValueError(f"{path} has other shapes than this model, check the model's name and options: {differences}")
+
+
+def _check_numbers(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError where a weight is not finite. A model's own buffers may hold infinities, such as a mask."""
+    bad = [
+        key
+        for key, value in expected.items()
+        if key in weights and not torch.isfinite(weights[key]).all() and torch.isfinite(value).all()
+    ]
+    if bad:
+        kind = "NaN" if torch.isnan(weights[bad[0]]).any() else "infinity"
+        more = f", as do {len(bad) - 1} more of its tensors" if bad[1:] else ""
+        raise ValueError(
+            f"{path}: {bad[0]} holds {kind}{more}: the run that wrote it has diverged, or the file is damaged; give "
+            "weights of before that"
+        )
 
 
 def _last_layers(model: nn.Module) -> list[str]:

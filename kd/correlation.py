@@ -3,11 +3,12 @@
 Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", NeurIPS 2022, arXiv 2012.02909.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dalikd.pipelines.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,10 +86,7 @@ def read_points(path: str | Path) -> list[Point]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, give a JSON file of points")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    content = read_json(path)
     points = content.get("points") if isinstance(content, dict) else None
     if not isinstance(points, list):
         raise ValueError(f'{path}: no list "points", the file has to be {{"points": [{{"da": ...}}, ...]}}')
@@ -108,9 +106,12 @@ def _read_number(place: str, point: dict[str, Any], key: str) -> float:
     if key not in point:
         raise ValueError(f"{place}: {key} is missing")
     value = point[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{place}: {key} is {value!r}, give a finite number")
-    return float(value)
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{place}: {key} is {value!r:.40}, give a finite number")
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{place}: {key} has too many digits, give a finite number") from None
 
 
 def plot(
@@ -140,7 +141,8 @@ def plot(
         raise ValueError(f"{len(points)} points and {len(spreads)} error bars: give one for each, or none")
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
-    draw(points, correlation, title, spreads).savefig(path, format="png", dpi=160)
+    figure = draw(points, correlation, title, spreads)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
 
 
 def draw(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalikd.pipelines.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -20,6 +22,7 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73")  # Okabe and Ito's, which stay apart
 _BINS = 50
 _MOST_POINTS = 200  # along the training steps; further records are averaged
 _BAND = (25, 75)  # percentiles: the middle half of the images
+_SMALL, _LARGEST_RATIO = 1 << 20, 100  # bytes that a log may unpack to, or times its own: rows are filled up
 _TICKS = (1, 5, 10, 20, 40, 60, 80, 100)  # per cent of the images
 
 
@@ -109,14 +112,21 @@ class EntropyLog:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, give an entropy log (.npz)")
         try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > max(_SMALL, _LARGEST_RATIO * path.stat().st_size):
+                raise ValueError(f"{unpacked} bytes when unpacked")
             with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+                arrays = {name: file[name] for name in ("every", "steps", "sizes", *KINDS)}
             log = cls(int(arrays["every"]))
             for index, (step, sizes) in enumerate(zip(arrays["steps"], arrays["sizes"], strict=True)):
                 rows = zip(KINDS, sizes, strict=True)
                 log.add(int(step), *(torch.from_numpy(arrays[name][index, :size]) for name, size in rows))
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: no entropy log ({error}), give a .npz file that EntropyLog.save wrote") from None
+        except Exception as error:  # a damaged file can raise almost anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{path}: no entropy log ({reason}), give a .npz file that EntropyLog.save wrote"
+            ) from None
         return log
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,7 +162,8 @@ def plot_entropies(log: EntropyLog | str | Path, path: str | Path, title: str = 
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
     log = log if isinstance(log, EntropyLog) else EntropyLog.load(log)
-    draw_entropies(log, title).savefig(path, format="png", dpi=160)
+    figure = draw_entropies(log, title)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
 
 
 def draw_entropies(log: EntropyLog, title: str = "") -> "Figure":

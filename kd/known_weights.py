@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -253,10 +254,11 @@ def open_weights(path: str | Path) -> Iterator[BinaryIO]:
             yield opened
         return
     try:
-        archive = tarfile.open(file)  # noqa: SIM115
-        members = {member.name: member for member in archive if member.isreg()}
-    except tarfile.TarError as error:
-        raise ValueError(f"{file} is damaged or not a tar: {error}") from error
+        archive = tarfile.open(file, "r:")  # noqa: SIM115 - a compressed one could unpack to any size
+        members = {member.name: member for member in _checked(archive, file.stat().st_size) if member.isreg()}
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, MemoryError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} is damaged or not a tar: {reason}") from error
     with archive:
         found = [member for each, member in members.items() if each == name or each.endswith(f"/{name}")]
         content = archive.extractfile(found[0]) if len(found) == 1 else None
@@ -265,6 +267,23 @@ def open_weights(path: str | Path) -> Iterator[BinaryIO]:
                 f"{file} has {len(found) or 'no'} files {name}: give one of {', '.join(sorted(members)) or 'none'}"
             )
         yield content  # pyright: ignore[reportReturnType]
+
+
+def _checked(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar of so many bytes.
+
+    Raises:
+        ValueError: one does not lie in it, or its name or link leads out of the folder that it would be unpacked to.
+    """
+    for member in archive:
+        if member.size < 0 or (member.isreg() and member.offset_data + member.size > size) or member.issparse():
+            raise ValueError(f"{member.name[:80]!r} is not all in it")
+        target = PurePosixPath(member.name).parent / member.linkname if member.issym() else member.linkname
+        for path in map(PurePosixPath, (member.name, target)):
+            depths = accumulate(-1 if part == ".." else 1 for part in path.parts)
+            if path.is_absolute() or "\0" in str(path) or min(depths, default=0) < 0:
+                raise ValueError(f"{member.name[:80]!r} leads out of the folder that it is unpacked to")
+        yield member
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalikd.pipelines.content import image_sides, is_jpeg2000, lacks_app14, lacks_end, refusal
+from dalikd.pipelines.content import LONGEST, goes_apart, image_sides, lacks_app14, lacks_end, refusal
 from dalikd.pipelines.draw_spec import AUGMENTED_VIEWS_IN_DALI, BatchPlan, DrawSpec, ViewRun
 from dalikd.pipelines.draws import place_windows
 from dalikd.pipelines.hardware import PLAIN, Decoding, is_decode_failure
@@ -42,12 +41,14 @@ __all__ = [
 _READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: by DALI, and one planned
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
 _END = (0xFF, 0xD9)  # of a JPEG
+_NO_FILE, _NO_IMAGE = np.frombuffer(b"/dev/null", np.uint8), np.zeros(2, np.uint8)
 _ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
 Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
 
 
 class UnfitError(RuntimeError):
-    """DALI has decoded an image of a kind that it gets wrong; `doctor` says which and why."""
+    """DALI has decoded an image of a kind that it gets wrong, or bytes that are not those of the image; `doctor` says
+    which and why."""
 
 
 class Output(NamedTuple):
@@ -134,7 +135,7 @@ class DeviceTransfer:
 
 
 class Decoder(Protocol):
-    """What is used here of a `doctor.Decoder`, which decodes images one by one, and JPEG 2000 in another process."""
+    """What is used here of a `doctor.Decoder`: it decodes images one by one, JPEG 2000 and TIFF in another process."""
 
     at_once: int
 
@@ -261,7 +262,7 @@ class DaliBackend(Backend):
         self._ahead: Future[tuple[BatchPlan, tuple[Any, ...]]] | None = None
         self._fit: set[int] = set()  # rows of rare formats that have been looked at
         self._mend_cmyk = False
-        self._judge: Decoder | None = None  # once a JPEG 2000 image has come
+        self._judge: Decoder | None = None  # once a JPEG 2000 or TIFF image has come
         self._judged = np.zeros(len(source), bool)  # rows that it knows
 
     def fetch(self, position: int) -> Output:
@@ -279,7 +280,7 @@ class DaliBackend(Backend):
         try:
             outputs = self._graph.run(*stream)
         except RuntimeError as error:
-            if self._judge is not None or not is_decode_failure(error) or not self._holds_jpeg2000(position):
+            if self._judge is not None or not is_decode_failure(error) or not self._goes_apart(position):
                 raise
             outputs = None
         if outputs is None:
@@ -332,17 +333,20 @@ class DaliBackend(Backend):
             images = source.arrays[plan.rows] if source.arrays is not None else self._contents(plan)
         if self._sides is not None:
             sides = np.maximum(self._sides[plan.rows], 1)
+            too_large = sides.prod(1, dtype=np.int64) > source.max_pixels
+            if too_large.any():  # DALI fails on nothing, and allocates nothing for it
+                images = _without(images, too_large)
             start, shape = place_windows(draws["tries"], draws["offsets"], sides, self._view.ratio)
             draws = {**draws, "start": start, "shape": shape}
         return plan, (images, *(np.ascontiguousarray(draws[name]) for name in self._names), *trusted)
 
-    def _holds_jpeg2000(self, position: int) -> bool:
-        """Whether JPEG 2000 is in a microbatch: a graph that is not told which images of it are well fails on all."""
+    def _goes_apart(self, position: int) -> bool:
+        """Whether JPEG 2000 or TIFF is in a microbatch: a graph that is not told which are well fails on all."""
         plan = self.plan(position)
-        return any(is_jpeg2000(self._content_or_nothing(plan, slot)) for slot in range(len(plan.rows)))
+        return any(goes_apart(self._content_or_nothing(plan, slot)) is not None for slot in range(len(plan.rows)))
 
     def _trusted(self, plan: BatchPlan, judge: Decoder) -> np.ndarray:
-        """Which JPEG 2000 images DALI may decode: those that another process has decoded, each once.
+        """Which JPEG 2000 and TIFF images DALI may decode: those that another process has decoded, each once.
 
         Returns:
             uint8 [B], 1 for these. Other formats need none.
@@ -353,7 +357,7 @@ class DaliBackend(Backend):
                 slots = new[first : first + judge.at_once]
                 read = pool.map(partial(self._content_or_nothing, plan), slots)
                 contents = zip(plan.rows[slots].tolist(), read, strict=True)
-                found = {row: content for row, content in contents if is_jpeg2000(content)}
+                found = {row: content for row, content in contents if goes_apart(content) is not None}
                 answers = zip(found, judge.decode(list(found.values())), strict=True)
                 self._fit |= {row for row, answer in answers if not isinstance(answer, str)}
         self._judged[plan.rows] = True
@@ -385,16 +389,16 @@ class DaliBackend(Backend):
 
         Returns:
             whether the batch must be made again, with the right sides or CMYK mended.
+
+        Raises:
+            UnfitError: an image is of a kind that DALI gets wrong, or larger than was known.
         """
-        if self._sides is not None:
-            wrong = (self._sides[plan.rows] != shape[:, :2]).any(1)
-            self._sides[plan.rows[wrong]] = shape[wrong, :2]
-            if wrong.any():
-                return True
+        if self._has_wrong_sides(plan, shape):
+            return True
         rare = (second != _JPEG) | (shape[:, 2] == 4)
         if ends is not None:
             rare |= (ends != _END).any(1)
-        rare = np.flatnonzero((second != _PNG) & rare)
+        rare, context = np.flatnonzero((second != _PNG) & rare), self._context
         for slot in rare.tolist():
             row = int(plan.rows[slot])
             if row in self._fit:
@@ -403,10 +407,10 @@ class DaliBackend(Backend):
                 encoded = self._content(plan, slot)
             except OSError as error:  # it has just been there
                 raise UnfitError from error
-            if refusal(encoded) is not None:
+            if refusal(encoded, context.source.max_pixels) is not None:
                 raise UnfitError
             cut_off = ends is not None and lacks_end(encoded)
-            if cut_off and isinstance(self._context.decoder(1).decode([encoded])[0], str):
+            if cut_off and isinstance(context.decoder(1).decode([encoded])[0], str):
                 raise UnfitError
             if not self._mend_cmyk and second[slot] == _JPEG and shape[slot, 2] == 4 and lacks_app14(encoded):
                 self._mend_cmyk = True
@@ -414,9 +418,19 @@ class DaliBackend(Backend):
             self._fit.add(row)
         return False
 
+    def _has_wrong_sides(self, plan: BatchPlan, shape: np.ndarray) -> bool:
+        """Whether windows were placed by other sides than a batch has; these are known from now on."""
+        if self._sides is None:
+            return False
+        if (shape[:, 0] * shape[:, 1] > self._context.source.max_pixels).any():
+            raise UnfitError
+        wrong = (self._sides[plan.rows] != shape[:, :2]).any(1)
+        self._sides[plan.rows[wrong]] = shape[wrong, :2]
+        return bool(wrong.any())
+
     def _content(self, plan: BatchPlan, slot: int) -> bytes:
         """The encoded image in a slot of a batch."""
-        return Path(self._context.source.path(int(plan.rows[slot]))).read_bytes()
+        return self._context.source.read(int(plan.rows[slot]))
 
     def _build(self, position: int) -> Any:
         from dalikd.pipelines.graphs import build_graph
@@ -433,8 +447,9 @@ class DaliBackend(Backend):
             prefetch=self._options.prefetch,
             decoding=self._options.decoding,
             mend_cmyk=self._mend_cmyk,
-            jpeg2000=self._judge is not None,
+            apart=self._judge is not None,
             ends=context.device.type == "cuda" and self._reader != "arrays",
+            max_pixels=context.source.max_pixels,
         )
 
     def _inputs(self, info: Any) -> tuple[Any, ...]:
@@ -463,9 +478,18 @@ class ShardBackend(DaliBackend):
         self._most = options.prefetch + _READ_AHEAD
 
     def fetch(self, position: int) -> Output:
-        """The pixels of a microbatch."""
+        """The pixels of a microbatch.
+
+        Raises:
+            UnfitError: DALI has made them of bytes that are not those that were written.
+        """
         output = super().fetch(position)
-        self._read.pop(position, None)
+        read = self._read.get(position)  # None where the batch was made again, and has been looked at
+        if read is not None:
+            damaged = read.ids[read.damaged & (read.ids == output.plan.rows)]
+            if len(damaged):
+                raise UnfitError(f"image {damaged[0]} of {self._shards.folder} came with other bytes than were written")
+            del self._read[position]
         return output
 
     def plan(self, position: int, rows: np.ndarray | None = None) -> BatchPlan:
@@ -503,8 +527,18 @@ class ShardBackend(DaliBackend):
             ]
         if self._sides is not None:
             for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once
-                self._sides[plan.rows[slot]] = image_sides(partial(_part, contents[slot]))
+                self._sides[plan.rows[slot]] = np.minimum(image_sides(partial(_part, contents[slot])), LONGEST)
         return contents
+
+
+def _without(images: Any, hidden: np.ndarray) -> Any:
+    """Encoded images, or paths in one array that end in zeros, without some: nothing in their places."""
+    if not isinstance(images, np.ndarray):
+        return [_NO_IMAGE if hide else image for hide, image in zip(hidden, images, strict=True)]
+    images = np.pad(images, ((0, 0), (0, len(_NO_FILE))))
+    images[hidden] = 0
+    images[hidden, : len(_NO_FILE)] = _NO_FILE
+    return images
 
 
 def _part(content: np.ndarray, offset: int, count: int) -> bytes:

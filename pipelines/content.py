@@ -1,17 +1,36 @@
 """What an encoded image holds, by its bytes: its format, and whether DALI decodes it to the pixels that others see."""
 
 import io
+import math
 import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import NamedTuple
 
-__all__ = ["extension_of", "image_sides", "is_jpeg2000", "lacks_app14", "lacks_end", "refusal", "why_damaged"]
+__all__ = [
+    "BYTES_A_PIXEL",
+    "LONGEST",
+    "MAX_PIXELS",
+    "Facts",
+    "extension_of",
+    "facts_of",
+    "goes_apart",
+    "image_sides",
+    "lacks_app14",
+    "lacks_end",
+    "refusal",
+    "why_damaged",
+]
 
+#: of an image where nothing else is said; Pillow refuses to open more. DALI asks for three bytes each, for each thread.
+MAX_PIXELS = 178_000_000
+BYTES_A_PIXEL = 8  # of a file at most: four channels of 16 bits
+
+LONGEST = (1 << 31) - 1  # pixels of a side, as they are kept in int32
 _HEADER_BYTES = 4096  # read at once where a header is looked for: nearly always all of it
 _NO_FRAME = {0xC4, 0xC8, 0xCC}  # JPEG's markers from 0xC0 to 0xCF that begin no frame
-_MOST_PIXELS = 1 << 30  # of an image; DALI asks for three bytes each before it looks at the data
 _ENDS = {0xD9, 0xDA}  # JPEG's markers after which no header comes
 
 _FORMATS = (  # that DALI decodes: first bytes, name, extension
@@ -22,6 +41,7 @@ _FORMATS = (  # that DALI decodes: first bytes, name, extension
     *((b"P%d" % kind, "PNM", "ppm") for kind in range(1, 7)),
     *((start, "JPEG 2000", "jp2") for start in (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
 )
+_APART = ("JPEG 2000", "TIFF")  # a tile, or a strip, without a size is enough: DALI divides by it
 _OTHER_IMAGES = (
     (b"GIF8", "GIF"),
     (b"\xff\x0a", "JPEG XL"),
@@ -55,16 +75,18 @@ def extension_of(encoded: bytes) -> str:
     return found[1]
 
 
-def is_jpeg2000(encoded: bytes) -> bool:
-    """Whether it is JPEG 2000, which only `doctor.Decoder` may be asked about: a damaged one can end the process."""
+def goes_apart(encoded: bytes) -> str | None:
+    """The name of its format if only `doctor.Decoder` may be asked about it: damaged images of it can end the process
+    that decodes them. None for other formats, of which no such image is known."""
     found = _format(encoded)
-    return found is not None and found[0] == "JPEG 2000"
+    return found[0] if found is not None and found[0] in _APART else None
 
 
-def refusal(encoded: bytes) -> str | None:
+def refusal(encoded: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
     """Why an encoded image is not for DALI, as its header tells; None where it is.
 
-    Some microseconds; pixel data are not looked at. JPEG 2000 passes, of which only `doctor.Decoder` can tell.
+    Some microseconds; pixel data are not looked at. JPEG 2000 that is small enough passes: only `doctor.Decoder` can
+    tell more of it. `max_pixels`: images of more are refused, before anything is allocated for them.
     """
     found = _format(encoded)
     if found is None:
@@ -75,12 +97,25 @@ def refusal(encoded: bytes) -> str | None:
         return f"the header of the {found[0]} is damaged"
     if kind is not None:
         return f"{found[0]} {kind}; save it as PNG or JPEG"
-    if found[0] in ("JPEG", "JPEG 2000"):  # their decoders refuse by themselves
-        return None
-    height, width = image_sides(lambda offset, count: encoded[offset : offset + count])
-    if height * width > _MOST_PIXELS:
-        return f"its header says {width:,} x {height:,} pixels: it is damaged, or too large for DALI"
+    sides = [image_sides(lambda offset, count: encoded[offset : offset + count])]
+    if found[0] == "JPEG 2000":
+        sides.append(_codestream_sides(encoded))
+    height, width = max(sides, key=math.prod)
+    if height * width > max_pixels:
+        return (
+            f"its header gives {width:,} x {height:,} pixels: it is damaged, or larger than --data.max_pixels "
+            f"{max_pixels} allows"
+        )
     return None
+
+
+def _codestream_sides(encoded: bytes) -> tuple[int, int]:
+    """Of a JPEG 2000 image as its decoder takes them, which may be others than those of the file around it."""
+    place = encoded.find(b"\xff\x4f\xff\x51") + 8
+    if place < 8 or len(encoded) < place + 16:
+        return 0, 0
+    right, bottom, left, top = struct.unpack_from(">4I", encoded, place)
+    return bottom - top, right - left
 
 
 def _describe(encoded: bytes) -> str:
@@ -284,3 +319,89 @@ def _tiff_tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
 
 
 _CHECKS: dict[str, Callable[[bytes], str | None]] = {"BMP": _check_bmp, "PNM": _check_pnm, "TIFF": _check_tiff}
+
+
+# -------------------------------------------------------------------------------------- what a data set is made of
+
+
+class Facts(NamedTuple):
+    """What the header of an encoded image says.
+
+    Attributes:
+        format: JPEG, PNG, …; empty: none that DALI decodes.
+        height: in pixels, before any orientation; 0 where the header says none.
+        width: the same.
+        mode: RGB, grey, CMYK, palette, "RGB with alpha", "grey, 16 bit", …; empty where the header does not say.
+        orientation: as in EXIF: 1 is upright, and where nothing is said.
+    """
+
+    format: str
+    height: int
+    width: int
+    mode: str
+    orientation: int = 1
+
+
+def facts_of(encoded: bytes) -> Facts:
+    """Read an image's header, of damaged ones as far as that goes; some microseconds for JPEG and PNG."""
+    found = _format(encoded)
+    if found is None:
+        return Facts("", 0, 0, "")
+    try:
+        return _FACTS.get(found[0], _facts_of_others)(found[0], encoded)
+    except (struct.error, OSError, ValueError, SyntaxError, IndexError, KeyError):  # as Pillow says of damaged headers
+        return Facts(found[0], 0, 0, "")
+
+
+def _facts_of_jpeg(name: str, encoded: bytes) -> Facts:
+    place, orientation = 2, 1
+    while True:
+        filler, marker, length = struct.unpack_from(">BBH", encoded, place)
+        if filler != 0xFF:  # stray bytes, which decoders pass over
+            place = encoded.index(b"\xff", place)
+        elif marker in _ENDS:
+            return Facts(name, 0, 0, "")
+        elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            bits, height, width, channels = struct.unpack_from(">BHHB", encoded, place + 4)
+            mode = {1: "grey", 3: "RGB", 4: "CMYK"}.get(channels, f"{channels} channels")
+            return Facts(name, height, width, mode if bits == 8 else f"{mode}, {bits} bit", orientation)
+        else:
+            if marker == 0xE1 and encoded[place + 4 : place + 10] == b"Exif\0\0":
+                orientation = _orientation(encoded[place + 10 : place + 2 + length])
+            place += 1 if marker == 0xFF else 2 + length  # 0xFF: a fill byte
+
+
+def _facts_of_png(name: str, encoded: bytes) -> Facts:
+    width, height, bits, colors = struct.unpack_from(">IIBB", encoded, 16)
+    before = encoded[: max(0, encoded.find(b"IDAT"))]
+    mode = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}[colors]
+    if b"tRNS" in before:
+        mode += " with alpha"
+    exif = before.find(b"eXIf")
+    orientation = 1 if exif < 0 else _orientation(before[exif + 4 :])
+    return Facts(name, height, width, mode if bits < 16 else f"{mode}, 16 bit", orientation)
+
+
+def _facts_of_others(name: str, encoded: bytes) -> Facts:
+    from PIL import Image
+
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
+        plain, _, deep = image.mode.partition(";")
+        mode = {
+            **{"1": "grey", "L": "grey", "I": "grey", "F": "grey", "P": "palette"},
+            **{"LA": "grey with alpha", "RGBA": "RGB with alpha", "PA": "palette with alpha"},
+        }.get(plain, plain)
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        return Facts(name, image.height, image.width, f"{mode}, 16 bit" if deep.startswith("16") else mode, orientation)
+
+
+def _orientation(exif: bytes) -> int:
+    """Of an EXIF block, which has the form of a TIFF; 1 where it is damaged or says none."""
+    try:
+        value = _tiff_tags(exif).get(_ORIENTATION, (1,))[0]
+    except (struct.error, IndexError, KeyError):
+        return 1
+    return value if 1 <= value <= 8 else 1
+
+
+_FACTS: dict[str, Callable[[str, bytes], Facts]] = {"JPEG": _facts_of_jpeg, "PNG": _facts_of_png}

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NewType, cast
 
+from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.datasets.arrays import find_arrays
 from dalikd.pipelines.datasets.folders import find_digits, find_tinyimagenet, find_tree
 from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
@@ -91,6 +92,9 @@ class DataConfig:
         resident: decode every image once and keep it in the device's memory, 4 bytes a pixel; for pad_crop views
             (evaluation too, unless it resizes). CIFAR, SVHN and STL-10 are always kept so.
         bad_files: at an image that cannot be decoded stop, or replace it by the next one and go on.
+        bad_files_limit: stop nevertheless once more images of a split than this had to be replaced; default: 1 % of
+            them, but at least 10 and at most 1000.
+        max_pixels: of an image: larger ones are taken for bad files by their headers, before memory is asked for them.
     """
 
     name: Literal[
@@ -127,6 +131,8 @@ class DataConfig:
     decode: Decode = "auto"
     resident: bool = False
     bad_files: Literal["stop", "replace"] = "stop"
+    bad_files_limit: int | None = None
+    max_pixels: int = MAX_PIXELS
 
 
 def as_used(config: DataConfig, source: Source, device: "torch.device") -> dict[str, Any]:
@@ -147,10 +153,11 @@ def open_sources(config: DataConfig, seed: int) -> tuple[Source, Source]:
     return train, val
 
 
-def open_split(config: DataConfig, role: Literal["train", "val"], seed: int) -> Source:
+def open_split(config: DataConfig, role: Literal["train", "val"], seed: int, *, silent: bool = False) -> Source:
     """Open one split, limited as the options say; print what was left out of it and how its classes are ordered."""
     source = _open(config, role, seed)
-    _print_notes(source)
+    if not silent:
+        _print_notes(source)
     return source
 
 
@@ -176,6 +183,7 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
         classes=config.classes,
         class_seed=config.class_seed,
         train_split=config.train_split,
+        max_pixels=config.max_pixels,
     )
 
 
@@ -192,6 +200,7 @@ def open_source(
     classes: str | Path | None = None,
     class_seed: int | None = None,
     train_split: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Find the images of one split.
 
@@ -207,6 +216,7 @@ def open_source(
         classes: file that lists the classes to keep; default: all, for imagenet100 a hundred chosen by `class_seed`.
         class_seed: of that choice; default: 0.
         train_split: the training split's own name, where Tiny-ImageNet's validation split finds its classes.
+        max_pixels: images of more are not read.
 
     Raises:
         ValueError: unknown name, role, split or layout; a class without images or one that is not there; a limit or
@@ -240,6 +250,7 @@ def open_source(
             notes=index.notes,
             **default_statistics(name)._asdict(),
         )
+    source = replace(source, max_pixels=max_pixels)
     option = "--data.limit" if role == "train" else "--data.val_limit"
     source = source if limit is None else source.limit(limit, seed, option=option)
     return source.share(share, seed)
@@ -275,6 +286,7 @@ def _open_shards(spec: SplitSpec) -> Source:
         std=manifest.std,
         image_size=manifest.image_size,
         shards=shards,
+        notes=shards.notes,
     )
 
 

@@ -1,9 +1,10 @@
 """Names the files that cannot be decoded: by what they hold, else by asking DALI about each image alone.
 
-DALI's error for a bad file often does not say which one it was. Damaged JPEG 2000 images can end the process that
-decodes them: a process of their own does it, which imports this file, so that torch is no part of it.
+DALI's error for a bad file often does not say which one it was. Damaged JPEG 2000 and TIFF images can end the process
+that decodes them: a process of their own does it, which imports this file, so that torch is no part of it.
 """
 
+import contextlib
 import io
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dalikd.pipelines.content import is_jpeg2000, lacks_end, refusal, why_damaged
+from dalikd.pipelines.content import MAX_PIXELS, goes_apart, lacks_end, refusal, why_damaged
+from dalikd.pipelines.datasets.file_list import FileRecord
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import PLAIN, Decoding, dali_words, is_decode_failure
 
@@ -32,14 +35,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadFile",
+    "Child",
     "Decoder",
+    "answer_questions",
     "decode_windows",
     "find_bad_files",
+    "known_bad_files",
     "printable",
     "serve",
+    "why_unreadable",
 ]
 
 _EACH_THREAD = 2  # images at once
+_LONGEST = 120  # s, for so many images
 
 
 class BadFile(NamedTuple):
@@ -80,7 +88,7 @@ def find_bad_files(
     if source.arrays is not None:
         return []
     listed, bad = [int(row) for row in rows], []
-    decoder = Decoder(threads, device, decoding)
+    decoder = Decoder(threads, device, decoding, source.max_pixels)
     parts = [listed[first : first + decoder.at_once] for first in range(0, len(listed), decoder.at_once)]
     with ThreadPoolExecutor(threads, thread_name_prefix="dalikd-check") as pool:
         reading = pool.map(partial(_read, source), listed[: decoder.at_once])
@@ -93,16 +101,38 @@ def find_bad_files(
     return bad
 
 
+def known_bad_files(source: "Source") -> list[BadFile]:
+    """The files of a source that `dalikd doctor` could not decode and that have not changed since."""
+    if source.arrays is not None:
+        return []
+    record = FileRecord.read(source.record_folder, faulty=True)
+    places = {name: place for place, name in enumerate(record.names)}
+    names = source.encoded.names() if places else ()
+    found = [(row, places[name]) for row, name in enumerate(names) if name in places]
+    bad = []
+    for row, place in found:
+        entry = record.entries[place]
+        with contextlib.suppress(OSError):  # it is gone: the run meets that where it reads
+            if source.stamp(row) == (entry["bytes"], entry["mtime_ns"]):
+                bad.append(BadFile(row, printable(source.path(row)), record.words[entry["fault"]]))
+    return bad
+
+
 def _read(source: "Source", row: int) -> bytes | str:
     """The encoded image, or why there is none."""
     try:
         return source.read(row)
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:
+        return why_unreadable(error)
+
+
+def why_unreadable(error: OSError | ValueError) -> str:
+    """In one line why there is no encoded image."""
+    if isinstance(error, FileNotFoundError):
         return "the file is missing" + str(error).partition(" is missing")[2]
-    except OSError as error:
+    if isinstance(error, OSError):
         return f"the file cannot be read: {error.strerror or type(error).__name__}"
-    except ValueError as error:  # a damaged shard; it says where
-        return printable(str(error))
+    return printable(str(error))  # a damaged shard; it says where
 
 
 def _reasons(contents: Sequence[bytes | str], decoder: "Decoder") -> list[str | None]:
@@ -119,26 +149,34 @@ class Decoder:
         threads: DALI's.
         device: that decodes; None: the CPU.
         decoding: how a GPU does.
-
-    Attributes:
-        at_once: the most images of a call; they keep all threads busy, and whole they are large.
+        max_pixels: of an image; larger ones are not decoded.
+        at_once: the most images of a call; default: so many that all threads are busy, since whole they are large.
     """
 
-    def __init__(self, threads: int, device: "torch.device | None" = None, decoding: Decoding = PLAIN) -> None:
+    def __init__(
+        self,
+        threads: int,
+        device: "torch.device | None" = None,
+        decoding: Decoding = PLAIN,
+        max_pixels: int = MAX_PIXELS,
+        at_once: int | None = None,
+    ) -> None:
         device_id = (device.index or 0) if device is not None and device.type == "cuda" else None
-        self.at_once = _EACH_THREAD * threads
-        self._here = _Dali(threads, device_id, decoding, jpeg2000=False)
-        self._on_cpu = self._here if device_id is None else _Dali(threads, None, decoding, jpeg2000=False)
-        self._apart = _Apart(threads, device_id, decoding)
+        self.at_once = at_once or _EACH_THREAD * threads
+        self._max_pixels = max_pixels
+        how = decoding, self.at_once, max_pixels
+        self._here = _Dali(threads, device_id, *how, apart=False)
+        self._on_cpu = self._here if device_id is None else _Dali(threads, None, *how, apart=False)
+        self._apart = _Apart(threads, device_id, *how)
 
     def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
         """Pixels of each image, uint8 [H, W, 3], or why there are none: its header is refused, DALI fails on it, or it
         is a JPEG 2000 image that DALI decodes otherwise than Pillow.
 
         Raises:
-            RuntimeError: the GPU fails, or the process that decodes JPEG 2000 images cannot work.
+            RuntimeError: the GPU fails, or the process that decodes JPEG 2000 and TIFF images cannot work.
         """
-        answers: list[Any] = [refusal(content) for content in encoded]
+        answers: list[Any] = [refusal(content, self._max_pixels) for content in encoded]
         decoders = [
             self._decoder_of(content) if reason is None else None
             for content, reason in zip(encoded, answers, strict=True)
@@ -151,18 +189,21 @@ class Decoder:
 
     def _decoder_of(self, content: bytes) -> "_Dali | _Apart":
         """Of an image. nvJPEG may decode a JPEG that is cut off to grey without a word: such are for the CPU."""
-        return self._apart if is_jpeg2000(content) else self._on_cpu if lacks_end(content) else self._here
+        return self._apart if goes_apart(content) is not None else self._on_cpu if lacks_end(content) else self._here
 
     def close(self) -> None:
-        """End the process that decodes JPEG 2000 images. The next one starts another."""
+        """End the process that decodes JPEG 2000 and TIFF images. The next one starts another."""
         self._apart.close()
 
 
 class _Dali:
-    """A graph that decodes in this process; of JPEG 2000 all or none."""
+    """A graph that decodes in this process; of JPEG 2000 and TIFF all or none."""
 
-    def __init__(self, threads: int, device_id: int | None, decoding: Decoding, *, jpeg2000: bool) -> None:
-        self._threads, self._device_id, self._decoding, self._jpeg2000 = threads, device_id, decoding, jpeg2000
+    def __init__(
+        self, threads: int, device_id: int | None, decoding: Decoding, at_once: int, max_pixels: int, *, apart: bool
+    ) -> None:
+        self._threads, self._device_id, self._decoding, self._apart = threads, device_id, decoding, apart
+        self._at_once, self._max_pixels = at_once, max_pixels
         self._graph: Any = None
         self._batch: tuple[Any, ...] = ()
 
@@ -183,20 +224,21 @@ class _Dali:
         from dalikd.pipelines.graphs import build_graph
 
         self._batch = ([np.frombuffer(content, np.uint8) for content in encoded],)
-        if self._jpeg2000:
+        if self._apart:
             self._batch += (np.ones(len(encoded), np.uint8),)
         if self._graph is None:
             self._graph = build_graph(
                 lambda _: self._batch,
                 View(1, "whole"),
                 reader="bytes",
-                batch_size=_EACH_THREAD * self._threads,
+                batch_size=self._at_once,
                 threads=self._threads,
                 device_id=self._device_id,
                 prefetch=1,  # no batch is asked for before its images are there
                 decoding=self._decoding,
                 mend_cmyk=True,
-                jpeg2000=self._jpeg2000,
+                apart=self._apart,
+                max_pixels=self._max_pixels,
             )
         images, *_ = self._graph.run()
         images = images.as_cpu()
@@ -238,43 +280,46 @@ def decode_windows(device_id: int | None, hw_decoder_load: float) -> None:
             sys.exit("its pixels are others than Pillow's")
 
 
-# -------------------------------------------------------------------------------------------- JPEG 2000
+# ----------------------------------------------------------------------------------- JPEG 2000 and TIFF
 
 
 class _Apart:
-    """Decodes JPEG 2000 images in a process of its own, which damaged ones can end."""
+    """Decodes JPEG 2000 and TIFF images in a process of its own, which damaged ones can end."""
 
-    def __init__(self, threads: int, device_id: int | None, decoding: Decoding) -> None:
-        # it finds modules where this process finds them
+    def __init__(self, threads: int, device_id: int | None, decoding: Decoding, at_once: int, max_pixels: int) -> None:
         self._code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from dalikd.pipelines.doctor import serve; serve({threads}, {device_id}, *{tuple(decoding)})"
+            "from dalikd.pipelines.doctor import serve; "
+            f"serve({threads}, {device_id}, {at_once}, {max_pixels}, *{tuple(decoding)})"
         )
-        self._child: _Child | None = None
+        self._child: Child | None = None
 
     def decode(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
         if not encoded:
             return []
-        child, self._child = self._child or _Child(self._code), None
-        answers = child.ask(encoded)
+        child, self._child = self._child or Child(self._code), None
+        answers = child.ask(encoded, _LONGEST)
         if not isinstance(answers, str):
             self._child = child  # one that was interrupted is not asked again
             return answers
         if len(encoded) == 1:
-            return [f"this JPEG 2000 ends the process that decodes it ({answers}), as damaged ones do"]
+            return [f"this {goes_apart(encoded[0])} ends the process that decodes it ({answers}), as damaged ones do"]
         return [answer for one in encoded for answer in self.decode([one])]
 
     def close(self) -> None:
         self._child = None
 
 
-class _Child:
-    """The process; it ends with this object."""
+class Child:
+    """A Python process that answers what comes to its stdin, pickled, on its stdout; it ends with this object.
+
+    Args:
+        code: that it runs. It finds modules where this process finds them.
+    """
 
     def __init__(self, code: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -282,8 +327,9 @@ class _Child:
         )
         self._end = weakref.finalize(self, _end, self._process, self._errors)
 
-    def ask(self, encoded: Sequence[bytes]) -> list[np.ndarray | str] | str:
-        """Its answers, one an image; or the name of the signal that it has died by.
+    def ask(self, question: Any, seconds: float | None = None) -> Any:
+        """Its answer, which is no text; or the name of the signal that it has died by. One that takes longer than these
+        seconds is killed.
 
         Raises:
             RuntimeError: it has failed for a reason of its own.
@@ -291,17 +337,25 @@ class _Child:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        late = threading.Timer(seconds or threading.TIMEOUT_MAX, self._process.kill)
+        late.start()
         try:
-            pickle.dump(encoded, stdin)
+            pickle.dump(question, stdin)
             stdin.flush()
             return pickle.load(stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
+        finally:
+            late.cancel()
         if code < 0:
             return signal.Signals(-code).name
         self._errors.seek(0)
         words = self._errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise RuntimeError(f"the process that first decodes JPEG 2000 images has failed: {words}")
+        raise RuntimeError(f"a process that decodes images has failed: {words}")
+
+    def kill(self) -> None:
+        """Whoever waits for an answer then gets SIGKILL."""
+        self._process.kill()
 
 
 def _end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
@@ -310,25 +364,30 @@ def _end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
     errors.close()
 
 
-def serve(threads: int, device_id: int | None, *decoding: Any) -> None:
-    """That process: for each list of images from stdin a list of what `Decoder.decode` says of them to stdout."""
+def answer_questions(answer: Callable[[Any], Any]) -> None:
+    """What a `Child` runs: answers until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print
     Image.MAX_IMAGE_PIXELS = None
-    dali = _Dali(threads, device_id, Decoding(*decoding), jpeg2000=True)
+    while True:
+        try:
+            question = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(answer(question), answers)
+        answers.flush()
+
+
+def serve(threads: int, device_id: int | None, at_once: int, max_pixels: int, *decoding: Any) -> None:
+    """That process: of each list of images what `Decoder.decode` says of them."""
+    dali = _Dali(threads, device_id, Decoding(*decoding), at_once, max_pixels, apart=True)
     with ThreadPoolExecutor(threads) as pool:
-        while True:
-            try:
-                encoded = pickle.load(sys.stdin.buffer)
-            except EOFError:
-                return
-            pickle.dump(list(pool.map(_compare, encoded, dali.decode(encoded))), answers)
-            answers.flush()
+        answer_questions(lambda encoded: list(pool.map(_compare, encoded, dali.decode(encoded))))
 
 
 def _compare(encoded: bytes, answer: np.ndarray | str) -> np.ndarray | str:
-    """The pixels that DALI has made, if Pillow makes the same, to within rounding."""
-    if isinstance(answer, str):
+    """The pixels that DALI has made; of JPEG 2000 if Pillow makes the same, to within rounding."""
+    if isinstance(answer, str) or goes_apart(encoded) != "JPEG 2000":
         return answer
     try:
         image = Image.open(io.BytesIO(encoded), formats=["JPEG2000"])

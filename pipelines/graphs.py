@@ -19,6 +19,7 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 
+from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.draw_spec import View, ViewRun
 from dalikd.pipelines.hardware import PLAIN, Decoding
 
@@ -38,10 +39,10 @@ _AUGMENTED_DRAWS = {
 }
 
 
-def input_names(view: View, views: Sequence[ViewRun] = (), *, jpeg2000: bool = False) -> tuple[str, ...]:
+def input_names(view: View, views: Sequence[ViewRun] = (), *, apart: bool = False) -> tuple[str, ...]:
     """The graph's inputs in order: `source` (paths, encoded images or arrays); the draws by name, of windows their
-    `start` and `shape` (`draws.place_windows`); `trusted` where JPEG 2000 images may come: uint8, 1 for those that
-    another process has decoded."""
+    `start` and `shape` (`draws.place_windows`); `trusted` where JPEG 2000 or TIFF images may come: uint8, 1 for those
+    that another process has decoded."""
     base = {
         "center_crop": (),
         "square": (),
@@ -51,7 +52,7 @@ def input_names(view: View, views: Sequence[ViewRun] = (), *, jpeg2000: bool = F
         "random_resized_crop": ("start", "shape", "flip"),
     }
     more = (f"{name}{index}" for index, run in enumerate(views) for name in _AUGMENTED_DRAWS[run.kind])
-    return ("source", *base[view.crop], *more, *(("trusted",) if jpeg2000 else ()))
+    return ("source", *base[view.crop], *more, *(("trusted",) if apart else ()))
 
 
 def build_graph(
@@ -66,13 +67,14 @@ def build_graph(
     prefetch: int = 2,
     decoding: Decoding = PLAIN,
     mend_cmyk: bool = False,
-    jpeg2000: bool = False,
+    apart: bool = False,
     ends: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Pipeline:
     """Build and warm a pipeline whose inputs come from `callback(BatchInfo)`.
 
     Args:
-        callback: returns one batch for each of `input_names(view, views, jpeg2000=jpeg2000)`, for ever.
+        callback: returns one batch for each of `input_names(view, views, apart=apart)`, for ever.
         view: the base view.
         views: the augmented views.
         reader: the source is "files": paths as uint8 arrays, zeros at their ends or none; "bytes": encoded images as
@@ -84,8 +86,10 @@ def build_graph(
         decoding: how a GPU decodes.
         mend_cmyk: take a JPEG of four channels without an APP14 segment for inverted CMYK, as Pillow does; DALI takes
             it for CMYK that is not, which makes most of them black.
-        jpeg2000: decode the JPEG 2000 images that are `trusted`. A graph without this fails on all of them.
+        apart: decode the JPEG 2000 and TIFF images that are `trusted`. A graph without this fails on all of them.
         ends: give out the last two bytes of the encoded images.
+        max_pixels: the graph fails on an encoded image of more, and allocates nothing for it; but for views whose
+            windows are placed before, by sides that are known then.
 
     Returns:
         a built pipeline with an output for the base view and one for each augmented view: uint8 [H, W, 3] pixels for
@@ -101,8 +105,9 @@ def build_graph(
             reader,
             decoding,
             mend_cmyk,
-            jpeg2000,
+            apart,
             ends,
+            max_pixels,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -134,11 +139,14 @@ def _graph(
     reader: Reader,
     decoding: Decoding,
     mend_cmyk: bool,
-    jpeg2000: bool,
+    apart: bool,
     ends: bool,
+    max_pixels: int,
 ):
-    draws = _inputs(callback, input_names(view, views, jpeg2000=jpeg2000))
-    source = _READERS[reader](draws["source"], decoding, mend_cmyk, draws["trusted"] if jpeg2000 else None)
+    draws = _inputs(callback, input_names(view, views, apart=apart))
+    trusted = draws["trusted"] if apart else None
+    bound = max_pixels if "start" not in draws else None
+    source = _READERS[reader](draws["source"], decoding, mend_cmyk, trusted, bound)
     outputs = [_VIEWS[view.crop](source, view, draws)]
     for index, run in enumerate(views):
         outputs.append(_AUGMENTED[run.kind](outputs[0], view, run, _draws_of(draws, index, run)))
@@ -163,19 +171,28 @@ def _inputs(callback, names: tuple[str, ...]) -> dict[str, Any]:
 _ADOBE = np.frombuffer(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", np.uint8)  # an APP14 segment: CMYK, inverted
 
 
-def _encoded(encoded, decoding: Decoding, mend_cmyk: bool, trusted) -> "_Encoded":
+def _encoded(encoded, decoding: Decoding, mend_cmyk: bool, trusted, max_pixels: int | None) -> "_Encoded":
     """Decoding always depends on the peeked shape: a header that cannot be parsed then raises, where the bare decoder
-    of DALI may crash the process. Peeking at damaged JPEG 2000 does crash it: of that only `trusted` is seen."""
-    second = encoded[1]  # 0xD8 in JPEG, 0 or 0x4F in JPEG 2000, in no other format 0x9E or 0xED
-    hidden = second % 0x4F == 0 if trusted is None else (second % 0x4F + trusted) == 0
+    of DALI may crash the process. Damaged JPEG 2000 and TIFF does crash it: of these only what is `trusted` is seen. Of
+    what is too large the decoder sees nothing either, and fails."""
+    second = encoded[1]
+    sign = (encoded[0] ^ second) % 0xB0  # 0 in TIFF (II or MM) and JPEG 2000 (0 0 or FF 4F), in no other format
+    hidden = sign == 0 if trusted is None else (sign + trusted) == 0
     if hidden:
-        encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
+        encoded = _nothing(encoded)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA, dtype=types.FLOAT)
     if mend_cmyk:
         encoded = _with_app14(encoded, (shape[2] == 4) & (second == 0xD8))
-    if decoding.whole and shape[0] == 0:  # there is no window, which would depend on the shape
-        encoded = fn.slice(encoded, start=[0], shape=[0], axes=[0])
+    if max_pixels is not None:
+        if shape[0] * shape[1] > max_pixels * (1 + 1e-6):  # in float32, whose steps are below 1e-7
+            encoded = _nothing(encoded)
+    elif decoding.whole and shape[0] == 0:  # there is no window, which would depend on the shape
+        encoded = _nothing(encoded)
     return _Encoded(encoded, second, shape, decoding)
+
+
+def _nothing(encoded):
+    return fn.slice(encoded, start=[0], shape=[0], axes=[0])
 
 
 def _with_app14(encoded, wanted):
@@ -218,8 +235,8 @@ class _Encoded:
         )
 
 
-def _files(paths, decoding: Decoding, mend_cmyk: bool, trusted) -> _Encoded:
-    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoding, mend_cmyk, trusted)
+def _files(paths, decoding: Decoding, mend_cmyk: bool, trusted, max_pixels: int | None) -> _Encoded:
+    return _encoded(fn.io.file.read(paths, dont_use_mmap=True), decoding, mend_cmyk, trusted, max_pixels)
 
 
 def _on_gpu() -> bool:
@@ -235,7 +252,7 @@ class _Pixels:
 
     signs = ()
 
-    def __init__(self, pixels, decoding, mend_cmyk, trusted) -> None:  # noqa: ARG002 - readers have one form
+    def __init__(self, pixels, decoding, mend_cmyk, trusted, max_pixels) -> None:  # noqa: ARG002 - readers have one form
         self.shape = fn.shapes(pixels, dtype=types.FLOAT)
         named = fn.reshape(pixels, layout="HWC")
         self.pixels = named.gpu() if _on_gpu() else named

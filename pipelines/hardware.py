@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LACK",
     "PLAIN",
+    "BadFileError",
     "Decode",
     "Decoding",
     "Images",
@@ -262,6 +263,10 @@ def _say(words: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- DALI's errors
+
+
+class BadFileError(ValueError):
+    """An image could not be decoded, while running or when `dalikd doctor` looked at it."""
 
 
 def is_decode_failure(error: RuntimeError) -> bool:

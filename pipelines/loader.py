@@ -1,9 +1,12 @@
 """Batches on the device, from images on disk or in memory; resumable at any batch."""
 
 import os
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +19,14 @@ from dalikd.pipelines.backends import (
     DaliOptions,
     DeviceTransfer,
     GatherBackend,
+    Output,
     ShardBackend,
     UnfitError,
     can_gather,
 )
-from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
+from dalikd.pipelines.doctor import BadFile, Decoder, find_bad_files, known_bad_files, printable
 from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, MixDraws, View
-from dalikd.pipelines.hardware import Decode, dali_words, decoding_on, is_decode_failure
+from dalikd.pipelines.hardware import BadFileError, Decode, dali_words, decoding_on, is_decode_failure
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
@@ -30,12 +34,11 @@ from dalikd.pipelines.sources import Source, why_fingerprints_differ
 __all__ = ["BadFileError", "Loader", "can_be_resident", "decode_source"]
 
 _ASKED_TOO_MUCH = "std::bad_alloc"  # the machine has no memory left, or a damaged header asks for more than there is
+_NAMED = 3  # files of many
+_PATIENCE = 60  # s, after which it is told which batch is waited for
 _DECODED_AT_ONCE = 512  # images
+_MOST_NAMED = 5  # bad files that were known before
 _BY_ROW = "by row"  # of orders that the sampler makes
-
-
-class BadFileError(ValueError):
-    """An image could not be decoded while running."""
 
 
 class Loader:
@@ -52,16 +55,23 @@ class Loader:
         decode: on a GPU, decode windows of the images, or whole ones; as `hardware.decoding_on`.
         bad_files: at an image that cannot be decoded "stop" with BadFileError, or "replace" it by the next row of the
             data set, for the rest of the run, and say so once.
+        bad_files_limit: rows that may be replaced; default: 1 % of the source's, but at least 10 and at most 1000.
         resident: the decoded images of the source, where they are kept on the device.
         buffers: 0: every batch owns its memory. n: batches on a GPU lie in n sets of fixed buffers used in turn, and
             each holds until n - 1 further ones have been taken; nothing is allocated in a step.
         attach: plan -> arrays [B, ...] by name that go along with the batch, as its `extras`.
+
+    Raises:
+        BadFileError: `dalikd doctor` has found files that cannot be decoded, and `bad_files` is "stop".
 
     Attributes:
         position: microbatches consumed since the start of training.
         wait_seconds: host time spent waiting for batches, since the start.
         replaced: row that cannot be decoded -> row used in its place.
         damaged: row that could not be decoded -> size of its file, which may be mended.
+
+    Raises:
+        BadFileError: something in the list of files is known to be no file, and `bad_files` is "stop".
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Loader:
         hw_decoder_load: float | None = None,
         decode: Decode = "auto",
         bad_files: Literal["stop", "replace"] = "stop",
+        bad_files_limit: int | None = None,
         resident: Resident | None = None,
         buffers: int = 0,
         attach: Callable[[BatchPlan], dict[str, np.ndarray]] | None = None,
@@ -94,8 +105,17 @@ class Loader:
         self._transfer = DeviceTransfer(self.device, buffers)
         self._threads = threads or _default_threads()
         self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
-        context = Context(source, sampler, spec, self.device, self._transfer, Decoder, self.replaced)
+        self._limit = min(max(len(source) // 100, 10), 1000) if bad_files_limit is None else bad_files_limit
+        self._waits: tuple[int, float] | None = None  # for which batch, since when
+        self._watch: threading.Event | None = None  # ends the thread that watches this
+        decoder = partial(Decoder, max_pixels=source.max_pixels)
+        context = Context(source, sampler, spec, self.device, self._transfer, decoder, self.replaced)
         self._backend = _backend(context, DaliOptions(self._threads, prefetch, self._decoding), resident)
+        no_files = [row for row in source.no_files().tolist() if row not in self.replaced]
+        if no_files:  # found while they were listed; DALI would wait for what a pipe brings
+            self._drop(find_bad_files(source, no_files), tell=os.environ.get("RANK", "0") == "0")
+        if resident is None:
+            self._pass_over_known()
 
     def __len__(self) -> int:
         """Microbatches of this process in an epoch."""
@@ -110,19 +130,19 @@ class Loader:
         """The next batch, across epochs.
 
         Raises:
-            BadFileError: an image cannot be decoded and `bad_files` is "stop"; the position stays before the batch.
+            BadFileError: an image cannot be decoded and `bad_files` is "stop", or more had to be replaced than
+                `bad_files_limit`; the position stays before the batch.
         """
         started = time.perf_counter()
+        if self._watch is None and isinstance(self._backend, DaliBackend):
+            self._watch = threading.Event()
+            threading.Thread(target=_watch, args=(weakref.ref(self), self._watch), daemon=True).start()
+        self._waits = self.position, started
         self._transfer.turn += 1
-        while True:
-            try:
-                plan, images, augmented = self._backend.fetch(self.position)
-                break
-            except RuntimeError as error:
-                damaged = isinstance(error, UnfitError) or is_decode_failure(error) or _ASKED_TOO_MUCH in str(error)
-                if not damaged:
-                    raise
-                self._handle_bad_files(error)
+        try:
+            plan, images, augmented = self._fetch()
+        finally:
+            self._waits = None
         extras = {} if self._attach is None else self._attach(plan)
         mixes = {
             (number, name): array
@@ -159,7 +179,8 @@ class Loader:
         be decoded then may have been mended.
 
         Raises:
-            ValueError: the state belongs to other data, another seed or another batch size.
+            ValueError: the state belongs to other data, another seed or another batch size, or has replaced more images
+                than `bad_files_limit`.
         """
         self.check_images(state)
         saved = {"order": _BY_ROW, **state}
@@ -171,6 +192,7 @@ class Loader:
                 )
         self.replaced.clear()  # the backend has the same dictionary
         self.replaced.update(state["replaced"])
+        self._check_limit(list(self.replaced))
         self.note_damaged(state.get("damaged", {}))
         self.seek(state["position"])
 
@@ -211,20 +233,53 @@ class Loader:
         """Use the next row of the data set in the place of each of these from now on.
 
         Raises:
-            BadFileError: none is left.
+            BadFileError: none is left, or with these there are more than `bad_files_limit`.
         """
-        bad = {*rows, *self.replaced}
+        new = [row for row in rows if row not in self.replaced]
+        bad = {*new, *self.replaced}
         self.note_damaged(bad)
         for row in sorted(bad):
             self.replaced[row] = self._substitute(row, bad)
+        if new:
+            self._check_limit(new)
+
+    def _check_limit(self, last: list[int]) -> None:
+        if len(self.replaced) > self._limit:
+            names = ", ".join(printable(self.source.path(row)) for row in last[-_NAMED:])
+            raise BadFileError(
+                f"{len(self.replaced)} of {len(self.source)} images cannot be decoded, more than "
+                f"--data.bad_files_limit {self._limit} allows; the last ones are {names}: repair or remove them, or "
+                "raise the limit"
+            )
 
     def close(self) -> None:
         """Free the pipeline's threads and memory. The loader can be used again."""
+        if self._watch is not None:
+            self._watch.set()
+            self._watch = None
         self._backend.close()
 
     def feed(self, index: int) -> tuple[Any, ...]:
         """All that Python does for microbatch number `index`: the inputs of its views. For benchmarks."""
         return self._backend.feed(index)[1]
+
+    def _pass_over_known(self) -> None:
+        """Treat the files that `dalikd doctor` could not decode, unchanged since, before the first batch meets them.
+
+        Raises:
+            BadFileError: there are some, and they are not to be replaced.
+        """
+        bad = known_bad_files(self.source)
+        if not bad:
+            return
+        names = ", ".join(f"{item.path} ({item.reason})" for item in bad[:_MOST_NAMED])
+        more = f" and {len(bad) - _MOST_NAMED:,} more" if len(bad) > _MOST_NAMED else ""
+        found = f"dalikd doctor could not decode {names}{more}"
+        if self.bad_files == "stop":
+            raise BadFileError(f"{found}; repair or remove them, or go on without them by --data.bad_files replace")
+        self.replace(item.row for item in bad)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dalikd: {found}; using the next image in the place of each", flush=True)
 
     def _identity(self) -> dict[str, Any]:
         sampler = self.sampler
@@ -240,6 +295,16 @@ class Loader:
             "order": order,
         }
 
+    def _fetch(self) -> Output:
+        while True:
+            try:
+                return self._backend.fetch(self.position)
+            except RuntimeError as error:
+                damaged = isinstance(error, UnfitError) or is_decode_failure(error) or _ASKED_TOO_MUCH in str(error)
+                if not damaged:
+                    raise
+                self._handle_bad_files(error)
+
     def _handle_bad_files(self, error: RuntimeError) -> None:
         """After a failed decode: name the images, then stop or replace them and start again at the same batch."""
         self._backend.restart()
@@ -254,14 +319,32 @@ class Loader:
                 f"DALI fails on the batch that starts with {printable(self.source.path(int(plan.rows[0])))}, though it "
                 f"decodes each image of it alone; DALI says: {dali_words(error)}"
             ) from error
+        self._drop(bad)
+
+    def _drop(self, bad: Sequence[BadFile], *, tell: bool = True) -> None:
+        """Stop, or replace them and say so."""
         self.note_damaged([item.row for item in bad])
         names = ", ".join(f"{item.path} ({item.reason})" for item in bad)
-        if self.bad_files == "stop":
+        if self.bad_files == "stop" and bad:
             raise BadFileError(
                 f"cannot decode {names}; repair or remove it, or go on without it by --data.bad_files replace"
-            ) from error
+            )
+        if bad and tell:
+            print(f"dalikd: cannot decode {names}; using the next image in its place from now on", flush=True)
         self.replace(item.row for item in bad)
-        print(f"dalikd: cannot decode {names}; using the next image in its place from now on", flush=True)
+
+    def _first_files(self, position: int) -> str:
+        """Which files a batch starts with, and one of it that cannot be read, for a message."""
+        if self.source.files is None:  # what is read ahead of shards is another thread's
+            return f"it is read from {self.source.name} {self.source.split}"
+        rows = np.unique(self._backend.plan(position).rows).tolist()
+        words = f"it holds {', '.join(printable(self.source.path(row)) for row in rows[:_NAMED])}, …"
+        for row in rows:
+            try:
+                self.source.read(row, _PATIENCE / 10)
+            except OSError as error:
+                return f"{words}; {printable(self.source.path(row))} cannot be read: {error.strerror}"
+        return words
 
     def _substitute(self, row: int, bad: set[int]) -> int:
         for step in range(1, len(self.source)):
@@ -269,6 +352,21 @@ class Loader:
             if other not in bad:
                 return other
         raise BadFileError("no image of the data set can be decoded")
+
+
+def _watch(loader: "weakref.ref[Loader]", ended: threading.Event) -> None:
+    """Tell once of each batch that does not come which files it waits for: DALI reads them by itself, and from a disk
+    that does not answer it reads for ever."""
+    told: int | None = None
+    while not ended.wait(_PATIENCE / 10):
+        own = loader()
+        if own is None:
+            return
+        waits = own._waits
+        if waits is not None and waits[0] != told and time.perf_counter() - waits[1] > _PATIENCE:
+            told = waits[0]
+            print(f"dalikd: batch {told} has not come within {_PATIENCE} s; {own._first_files(told)}", flush=True)
+        del own
 
 
 def _backend(context: Context, options: DaliOptions, resident: Resident | None) -> Backend:

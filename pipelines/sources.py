@@ -6,12 +6,15 @@ from functools import cached_property
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from dalikd.pipelines.content import BYTES_A_PIXEL, MAX_PIXELS
 from dalikd.pipelines.datasets.classes import check_equal_classes, share_rows, shorten, stratified_rows
-from dalikd.pipelines.datasets.file_list import FileList
+from dalikd.pipelines.datasets.file_list import FileList, manifest_folder
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
+from dalikd.pipelines.files import read_within
 from dalikd.pipelines.shards.read import ShardSet
 
 __all__ = ["Source", "check_count", "check_same_classes", "why_fingerprints_differ"]
@@ -35,6 +38,7 @@ class Source:
         arrays: uint8 [N, H, W, 3] in memory, or None.
         shards: that `dalikd prepare` has written, or None; a row is an image's row in its first source.
         notes: lines that a run prints at its start: what was left out, how classes were ordered.
+        max_pixels: images of more are not read.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Source:
     arrays: np.ndarray | None = None
     shards: ShardSet | None = None
     notes: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         held = [images for images in (self.files, self.arrays, self.shards) if images is not None]
@@ -87,21 +92,48 @@ class Source:
             return self.shards.name(row)
         return self.files.path(row) if self.files is not None else f"{self.name}/{self.split}[{row}]"
 
-    def read(self, row: int) -> bytes:
+    def no_files(self) -> np.ndarray:
+        """Rows that are known not to be read: of what is no file, as a pipe, and of files with more bytes than the
+        largest image has; int64."""
+        sizes = None if self.files is None else self.files.sizes
+        if sizes is None:
+            return np.empty(0, np.int64)
+        return np.flatnonzero((sizes < 0) | (sizes > BYTES_A_PIXEL * self.max_pixels))
+
+    def read(self, row: int, seconds: float = 60) -> bytes:
         """The encoded bytes of an image in a file or shard.
 
         Raises:
             FileNotFoundError: the file is missing; says where the list of files is remembered, if it is.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or not in so many seconds; it is no file, or has more bytes than the largest
+                image.
             ValueError: the shard is damaged there.
         """
         if self.shards is not None:
             return self.shards.read(row)
         assert self.files is not None, "images in memory are decoded"
         try:
-            return Path(self.files.path(row)).read_bytes()
+            return read_within(self.files.path(row), seconds, BYTES_A_PIXEL * self.max_pixels)
         except FileNotFoundError:
             raise FileNotFoundError(self.files.missing(row)) from None
+
+    @property
+    def encoded(self) -> FileList | ShardSet:
+        """The images that are not in memory."""
+        encoded = self.files if self.shards is None else self.shards
+        assert encoded is not None, "images in memory are decoded"
+        return encoded
+
+    @property
+    def record_folder(self) -> Path:
+        """Where a record of these files is kept."""
+        return manifest_folder(self.shards.folder if self.shards is not None else Path(cast(FileList, self.files).root))
+
+    def stamp(self, row: int) -> tuple[int, int]:
+        """Size in bytes, and time of the last change in ns, of the file that an image lies in. Raises OSError."""
+        path = self.path(row)
+        status = Path(path if self.shards is None else path.rpartition(":")[0]).stat()
+        return status.st_size, status.st_mtime_ns
 
     def limit(self, n: int, seed: int = 0, *, option: str = "--data.limit") -> "Source":
         """A subset of `n` images with the classes in the same proportions, in the same order.
@@ -118,7 +150,7 @@ class Source:
                 f"{option} {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
                 f"give a number from {len(self.classes)} to {len(self)}"
             )
-        return self._take(stratified_rows(self.labels, n, seed))
+        return self.take(stratified_rows(self.labels, n, seed))
 
     def share(self, share: float, seed: int = 0) -> "Source":
         """A subset with this share of each class, drawn class by class, in the same order.
@@ -144,7 +176,7 @@ class Source:
                 f"--data.share {share}: {self.name} {self.split} keeps no image of the class {self.classes[fewest]}, "
                 f"which has {counts[fewest]}; give at least {least:g}"
             )
-        return self._take(share_rows(self.labels, kept, seed))
+        return self.take(share_rows(self.labels, kept, seed))
 
     def _check_divisible(self, option: str, value: float) -> None:
         if self.shards is not None:
@@ -152,7 +184,8 @@ class Source:
                 f"{option} {value}: shards are read whole; write smaller ones by `dalikd prepare {option} {value}`"
             )
 
-    def _take(self, rows: np.ndarray) -> "Source":
+    def take(self, rows: np.ndarray) -> "Source":
+        """The images of some rows, in their order; not of shards."""
         files = None if self.files is None else self.files.take(rows)
         arrays = None if self.arrays is None else self.arrays[rows]
         return replace(self, labels=self.labels[rows], files=files, arrays=arrays)

@@ -1,20 +1,29 @@
 """Options that are classes. Another class has its own defaults: what was given for the former one goes, with a word."""
 
+import json
 import os
+import site
 import sys
+import sysconfig
 from collections.abc import Callable, Collection
 from functools import partial
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.metadata import distribution, packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings  # pyright: ignore[reportPrivateImportUsage]
 from jsonargparse._typehints import resolve_class_path_by_name
 from jsonargparse._util import import_object
 from torch.optim import Optimizer
 
 from dalikd.kd.losses import DistillationLoss
+from dalikd.pipelines.files import Refused, load_yaml
 
-__all__ = ["CLASSES", "Chosen", "whole"]
+__all__ = ["CLASSES", "Chosen", "check_class_path", "check_values", "trust", "whole"]
 
 #: what each of these options is without a word, and the base of what it may be
 CLASSES: dict[str, tuple[dict[str, Any], type]] = {
@@ -30,10 +39,116 @@ _SAID: set[str] = set()
 def whole(value: Any) -> dict[str, Any]:
     """A class option in its long form, with a `class_path`, `init_args` and `dict_kwargs` as far as they are given."""
     if isinstance(value, str):
-        return yaml.safe_load(value) if value.startswith("{") else {"class_path": value}
+        value = load_yaml(value, value[:40])[0] if value.startswith("{") else {"class_path": value}
     if not isinstance(value, dict):
         return {}
     return value if {"class_path", "init_args", "dict_kwargs"} & value.keys() else {"init_args": value}
+
+
+# ------------------------------------------------------------------------------------------ what may be imported
+
+_OF_OURS = ("dalikd", "torch", "torchvision", "timm")
+_TRUSTED: set[str] = set()  # top-level modules that --import names
+
+
+def trust(module: str) -> None:
+    """Import a module, and let config files name its classes.
+
+    Args:
+        module: on sys.path, or else in the working folder.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    top = module.partition(".")[0]
+    try:
+        if top not in sys.modules and find_spec(top) is None:
+            sys.path.append(str(Path.cwd()))  # last: nothing there stands in for a package
+        import_module(module)
+    except Exception as error:  # it may do anything
+        raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
+    _TRUSTED.add(top)
+    _allow(top)
+
+
+def check_class_path(place: str, path: str) -> None:
+    """Refuse a class of a module that is neither of an installed package nor named by --import: to import it runs it.
+
+    Args:
+        place: where it is named, for messages.
+        path: of the class; without a dot it is one that is known.
+
+    Raises:
+        ValueError: as said.
+    """
+    top, dot, _ = path.partition(".")
+    if not dot or top in _TRUSTED or top in _OF_OURS:
+        return
+    if top in sys.stdlib_module_names or top == "jsonargparse":
+        raise ValueError(f"{place} {path}: {top} has no class for this place; give another")
+    found = find_spec(top) if top.isidentifier() and top != "__main__" else None
+    if found is None:
+        raise ValueError(f"{place} {path}: there is no such class (No module named {top!r}); give its whole path")
+    if not _is_installed(top, found):
+        raise ValueError(
+            f"{place} {path}: {top} is of no installed package, and to import it runs its code: if you trust it, give "
+            f"--import {top}"
+        )
+    _allow(top)
+
+
+def check_values(values: Any, place: str, inside: bool = False) -> None:
+    """Refuse, among the options of a layer, classes where none is taken, and whatever `check_class_path` refuses.
+
+    Args:
+        values: nested, as a layer holds them.
+        place: of the layer, for messages; empty: the command line.
+        inside: whether they are of an option that is a class.
+
+    Raises:
+        ValueError: as said; Refused: a text among them costs too much to read.
+    """
+    if isinstance(values, str) and values.lstrip()[:1] in ("{", "[", "&"):
+        try:
+            values = load_yaml(values, f"{place}: {values[:40]}".removeprefix(": "))[0]
+        except Refused:
+            raise
+        except ValueError:
+            return  # the parser says what is wrong with it
+    if isinstance(values, list):
+        for value in values:
+            check_values(value, place, inside)
+    elif isinstance(values, dict):
+        named = values.get("class_path")
+        if named is not None and not inside:
+            where = place or "the command line"
+            raise ValueError(f"{where}: class_path {named} is given to an option that takes no class: leave it out")
+        if isinstance(named, str):
+            check_class_path(f"{place}: class_path" if place else "class_path", named)
+        for name, value in values.items():
+            check_values(value, place, inside or name in CLASSES)
+
+
+def _is_installed(top: str, found: ModuleSpec) -> bool:
+    """Whether a module is a part of an installed package, and not a file of the same name elsewhere."""
+    places = [Path(place) for place in (found.origin, *(found.submodule_search_locations or ())) if place]
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    folders += site.getsitepackages()
+    if not any(place.is_relative_to(folder) for place in places for folder in folders):
+        for name in packages_distributions().get(top, ()):  # takes a second: of packages that are worked on alone
+            source = json.loads(distribution(name).read_text("direct_url.json") or "{}").get("url", "")
+            folders.append(unquote(source.removeprefix("file://")) or "/none")
+    return any(place.is_relative_to(folder) for place in places for folder in folders)
+
+
+def _allow(top: str) -> None:
+    set_parsing_settings(import_path_allowlist=[top])
+
+
+# a class path, wherever a parser meets it, is of what is allowed here, and makes an object only where a class is meant
+set_parsing_settings(
+    import_path_denylist=["*"], import_path_allowlist=list(_OF_OURS), instantiate_subclass_spec_in_any=False
+)
 
 
 class Chosen:

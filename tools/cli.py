@@ -20,8 +20,9 @@ from torch import distributed
 
 from dalikd.pipelines.doctor import printable
 from dalikd.tools import choose_threads
-from dalikd.tools.classes import Chosen
+from dalikd.tools.classes import Chosen, check_values
 from dalikd.tools.layers import (
+    OPTIONS,
     WITH_TASK,
     Grammar,
     Layer,
@@ -61,7 +62,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "schedule": (),
 }
 #: options of one call, not of the run: later calls that read its config give them themselves
-_OF_ONE_CALL = ("resume", "overwrite", "restarts", "verify")
+_OF_ONE_CALL = ("import", "resume", "overwrite", "restarts", "verify")
 #: how a process has ended, for those that wait for it; which line gives the cause, the user sees
 _LEFT = "has ended, as its own line tells"
 
@@ -219,6 +220,9 @@ def build_parser(
     if command in WITH_TASK:
         text = "class path of an options class of your own, whose task is trained; its fields are options then"
         parser.add_argument("--task", type=str | None, metavar="CLASS_PATH", help=text)
+    if command in OPTIONS:
+        text = "module whose classes may be named, such as a loss or a task of your own; repeatable. Its code is run"
+        parser.add_argument("--import", type=str | None, metavar="MODULE", help=text)
     if isinstance(component, type):
         parser.add_class_arguments(component)
     else:
@@ -259,6 +263,8 @@ def _show_help(parser: ArgumentParser, argv: Sequence[str]) -> None:
 
 def resolve(command: str, layers: Sequence[Layer]) -> tuple[Any, dict[str, Any]]:
     """The options of a command, and the same as plain values, from layers that were read. Raises ValueError."""
+    for layer in layers:
+        check_values(layer.content, layer.place)
     tasks = [part["task"] for layer in layers for part in layer.parts(command, ("task",)) if part.get("task")]
     component = options_class(command, tasks[-1] if tasks else None)
     parser = build_parser(command, component)
@@ -279,7 +285,7 @@ def _resolved(
             values = vars(parser.instantiate(config))
         except ValueError as error:
             raise ValueError(f"--loss: {error}") from error  # of all options it alone is made here
-        return make(**{name: value for name, value in values.items() if name not in ("config", "task")})
+        return make(**{name: value for name, value in values.items() if name not in ("config", "import", "task")})
 
     # a run is not gone on with as another class: that is an error, and no note
     parts = [part for layer in layers for part in layer.parts(form.command, form.names)]
@@ -295,7 +301,7 @@ def _resolved(
                 single = {key: [part[key]] for key in form.lists if isinstance(part.get(key), str | int | float)}
                 chosen.settle(part, config, layer.place)
                 config = parser.parse_object(part | single, namespace=config, defaults=False)
-            except (ArgumentError, ValueError) as error:
+            except (ArgumentError, ValueError, TypeError) as error:  # the last of classes that are not of their kind
                 raise _named(error, layer.place) from error
             states.append((layer.place, config))
     config = parser.parse_object({}, namespace=config)

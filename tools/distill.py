@@ -1,6 +1,5 @@
 """`dalikd distill`: distil a teacher into a student, or into several in one go."""
 
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -9,14 +8,14 @@ from typing import Any
 
 import yaml
 
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import read_yaml, remove_litter, write_atomically
 from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
 from dalikd.tools.report import print_training, students_table
 from dalikd.trainers.launch import start
 from dalikd.trainers.run import Planned, run, run_path, run_students
 from dalikd.trainers.tasks.distill import OWN, DistillOptions
-from dalikd.trainers.tracking import RunFolder, write_json
+from dalikd.trainers.tracking import LOCK, RunFolder, alone, write_json
 
 
 def distill(options: DistillOptions, config: dict[str, Any], words: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def _distill_students(options: DistillOptions, config: dict[str, Any], words: Se
     runs = {}
     for entry in entries:
         name = entry.pop("name")
-        goes_on = options.resume is not None and (folder / name / "last" / "trainer.pt").is_file()
+        goes_on = options.resume is not None and RunFolder(folder / name, writes=False).has_state()
         own = {"students": None, "output": str(folder / name), "resume": str(folder / name) if goes_on else None}
         own["overwrite"] = options.overwrite or options.resume is not None  # else it has begun and saved nothing yet
         runs[name] = Planned(*resolve("distill", [*layers, Layer(f"{listed}: student {name}", nested(entry) | own)]))
@@ -55,20 +54,23 @@ def _distill_students(options: DistillOptions, config: dict[str, Any], words: Se
         if not any("loss" in part for layer in layers for part in layer.parts("distill", kept)):
             del kept["loss"]  # what it is by default depends on each student
         content = Path(listed).read_bytes()
+        remove_litter(folder)
+        remove_litter(folder / "last")
         write_atomically(folder / "students.yaml", content)
         write_atomically(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False).encode())
 
-    try:
-        found = run_students(runs, accelerator, begin)
-    finally:
-        for name in runs if accelerator.is_main_process else ():
-            weights = folder / name / "last" / "student.safetensors"
-            if (folder / name / "results.json").is_file() and weights.is_file():
-                (folder / "last").mkdir(exist_ok=True)
-                shutil.copyfile(weights, folder / "last" / f"{name}.safetensors")
-    results = {"students": dict(zip(runs, found, strict=True)), "folder": str(folder)}
+    with alone([(str(folder), folder / LOCK)], accelerator):
+        try:
+            found = run_students(runs, accelerator, begin)
+        finally:
+            for name in runs if accelerator.is_main_process else ():
+                weights = folder / name / "last" / "student.safetensors"
+                if (folder / name / "results.json").is_file() and weights.is_file():
+                    write_atomically(folder / "last" / f"{name}.safetensors", weights.read_bytes())
+        results = {"students": dict(zip(runs, found, strict=True)), "folder": str(folder)}
+        if accelerator.is_main_process:
+            write_json(folder / "results.json", results)
     if accelerator.is_main_process:
-        write_json(folder / "results.json", results)
         print(students_table(results["students"]))
         print(f"weights: {folder}/last/NAME.safetensors\nrun folders: {folder}/NAME")
     return results
@@ -83,7 +85,7 @@ def read_students(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--students {path}: no such file")
-    entries = yaml.safe_load(path.read_text("utf-8"))
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: give a list of students, such as - {{name: a, model: resnet20, seed: 1}}")
     names: set[str] = set()

@@ -8,9 +8,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-import yaml
-
-from dalikd.tools.classes import CLASSES, whole
+from dalikd.pipelines.files import load_yaml, read_text
+from dalikd.tools.classes import CLASSES, check_class_path, trust, whole
 from dalikd.tools.signature import check_words, check_yaml, element, expand_path, option_types
 from dalikd.trainers.renamed import RENAMED, take_old_names, told
 
@@ -38,6 +37,7 @@ OPTIONS: dict[str, str] = {
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",
     "study": "dalikd.trainers.study.options.StudyOptions",
+    "doctor": "dalikd.tools.doctor.DoctorOptions",
     "bench step": "dalikd.tools.bench.common.StepOptions",
     "bench scaling": "dalikd.tools.bench.common.ScalingOptions",
     "bench methods": "dalikd.tools.bench.methods.MethodsOptions",
@@ -126,6 +126,7 @@ def options_class(command: str, task: str | None = None) -> type:
         return resolve_name(OPTIONS[command])
     from dalikd.trainers.tasks.base import TrainingOptions
 
+    check_class_path("--task", task)
     try:
         found = resolve_name(task)
     except (ImportError, AttributeError, ValueError) as error:
@@ -139,11 +140,13 @@ def named_task(command: str, argv: Sequence[str]) -> str | None:
     """The class path that `task` is last set to, on a command line or in its config files."""
     named: list[str | None] = [None]
     for option, values in take_apart(argv) if command in WITH_TASK else ():
-        if option == "--task":
+        if option == "--import":
+            trust(_one(option, values))
+        elif option == "--task":
             named += values
         elif option in ("--config", "--resume") and values:
             path = Path(expand_path(option, values[0])) / ("config.yaml" if option == "--resume" else "")
-            content = _load(path)[0] if path.is_file() and "task" in path.read_text("utf-8") else {}
+            content = _load(path)[0] if path.is_file() else {}
             sections = [content, content.get(command)]
             found = [section["task"] for section in sections if isinstance(section, dict) and section.get("task")]
             named = [*named, *found] if option == "--config" else [None, *found, *named[1:]]
@@ -217,6 +220,9 @@ def read_layers(
         name = option.removeprefix("--")
         if name == "print_config":
             continue
+        if name == "import" and (form.command in OPTIONS or form.line):
+            trust(_one(option, values))
+            continue
         if name == "config" or name.endswith("+"):  # what is added to is read before
             end_line()
         if name == "config":
@@ -281,7 +287,7 @@ def nested(options: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _joined(old: Any, new: Any) -> Any:
-    old = yaml.safe_load(old) if isinstance(old, str) and old.startswith("{") else old
+    old = load_yaml(old, old[:40])[0] if isinstance(old, str) and old.startswith("{") else old
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return {**old, **{key: _joined(old[key], new[key]) if key in old else new[key] for key in new}}
@@ -306,14 +312,10 @@ def _file(name: str, form: Grammar, *, old_names: bool) -> Layer:
 
 def _load(path: Path) -> tuple[dict[str, Any], Any]:
     """The content of a config file, and the same with every scalar as it is written."""
-    text = path.read_text("utf-8")
-    try:
-        content, written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
+    content, written = load_yaml(read_text(path), str(path))
+    if not isinstance(content or {}, dict):
         raise ValueError(f"{path} must hold options as `name: value` lines")
-    return content, written
+    return content or {}, written
 
 
 def _checked(place: str, content: dict[str, Any], written: Any, form: Grammar, *, old_names: bool) -> dict[str, Any]:

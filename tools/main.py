@@ -10,6 +10,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "the whole job on handwritten digits, in minutes: start here",
+    "doctor": "look at every image of a data set, and name what is to be mended before training",
     "prepare": "write a data set into webdataset tars or TFRecords, which are read sequentially",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
@@ -21,6 +22,7 @@ COMMANDS = {
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
+    "replay": "run the step again at which a training run diverged, and name what is first not finite",
     "bench": "measure speed: loader, training step, teacher, several processes",
 }
 

@@ -1,17 +1,19 @@
 """`dalikd prepare`: gets a data set and checks it; writes it into webdataset tars or TFRecords, read in sequence."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
 from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, published_set
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.datasets.spec import Role
-from dalikd.pipelines.shards.layout import MANIFEST
-from dalikd.pipelines.shards.read import ShardSet
-from dalikd.pipelines.shards.write import WriteOptions, check_decodable, check_target, write_shards
+from dalikd.pipelines.shards.layout import CHECKSUMS, MANIFEST, REMEDY, ShardManifest
+from dalikd.pipelines.shards.verify import verify_split
+from dalikd.pipelines.shards.write import WriteOptions, check_decodable, write_splits
 from dalikd.pipelines.sources import Source, check_count
 from dalikd.tools.cli import run_function
 
@@ -34,6 +36,7 @@ class SourceConfig:
             the nearest whole number.
         val_limit: take only so many validation images; seeded, class shares kept.
         download: let torchvision download CIFAR, SVHN or STL-10 into the root if it is not there.
+        max_pixels: of an image: larger ones are taken for bad files by their headers, before memory is asked for them.
     """
 
     name: Literal[
@@ -48,6 +51,7 @@ class SourceConfig:
     share: float = 1.0
     val_limit: int | None = None
     download: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class PrepareOptions(WriteOptions):
         data: the data set.
         output: folder of the result; each split gets a folder in it.
         split: train, val, or both.
-        verify: read this folder's files again and compare them with their checksums; nothing is written.
+        verify: read what was written into this folder again and compare every record; nothing is written.
     """
 
     data: SourceConfig = field(default_factory=SourceConfig)
@@ -82,12 +86,10 @@ def prepare(options: PrepareOptions) -> None:
     sources = check_published(options) if options.check or options.output is None else open_splits(options)
     if options.output is None:
         return None
-    for role, source in sources.items():
-        check_target(source, options.output / role, options)
-    for role, source in sources.items():
-        written = write_shards(source, options.output / role, options)
+    written_to = {options.output / role: source for role, source in sources.items()}
+    for folder, written in zip(written_to, write_splits(written_to, options), strict=True):
         print(
-            f"{options.output / role}: {written.images} images of {len(written.classes)} classes in "
+            f"{folder}: {written.images} images of {len(written.classes)} classes in "
             f"{len(written.shards)} files, {written.bytes / 1e6:.1f} MB"
         )
     print(f"read it with --data.name {options.format} --data.root {options.output}")
@@ -164,14 +166,32 @@ def _root(data: SourceConfig) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Verify every split in a folder, or the one that it is."""
-    found = sorted(path.parent for path in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")))
+    """Verify every split in a folder, or the one that it is; print a line for each file or record that is wrong.
+
+    Raises:
+        ValueError: one is not as it was written.
+    """
+    found = sorted(path.parent.resolve() for path in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")))
     if not found:
         raise FileNotFoundError(f"--verify {folder}: there is no {MANIFEST} in it or in its folders: name an --output")
+    wrong = 0
     for split in found:
-        shards = ShardSet(split)
-        shards.verify()
-        print(f"{split}: {len(shards)} images in {len(shards.paths)} files, all checksums fit")
+        started, before = time.perf_counter(), wrong
+        for line in verify_split(split):
+            print(line, flush=True)
+            wrong += 1
+        if wrong == before:
+            manifest = ShardManifest.read(split)
+            rate = manifest.images / (time.perf_counter() - started)
+            old = "" if CHECKSUMS in manifest.arrays else f"; an earlier dalikd wrote no checksum of {MANIFEST} itself"
+            print(
+                f"{split}: {manifest.images} images in {len(manifest.shards)} files, all as they were written "
+                f"({rate:,.0f} images/s){old}"
+            )
+    if wrong:
+        raise ValueError(
+            f"{folder} is not as it was written (in {wrong} places, listed above): copy it again, or {REMEDY}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 
 from dalikd.trainers.checkpoint import read_state
-from dalikd.trainers.run import run_path
 from dalikd.trainers.signals import SIGNALS, Stopped, obeying, say, signal_name
 from dalikd.trainers.stopping import STARTED_BY
+from dalikd.trainers.tracking import run_path
 
 __all__ = ["RESTARTED", "after_launcher", "going_on", "supervise"]
 

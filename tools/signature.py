@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.files import Refused, load_yaml
 
 __all__ = [
     "check_words",
@@ -117,8 +118,10 @@ def expand_paths(values: dict[str, Any], types: Mapping[str, Any], prefix: str =
 def _expanded_groups(given: Any, group: type, option: str) -> Any:
     """A list of groups of options, or one of them, with paths expanded; read first if it is text."""
     try:
-        found = yaml.safe_load(given) if isinstance(given, str) else given
-    except yaml.YAMLError:
+        found = load_yaml(given, option)[0] if isinstance(given, str) else given
+    except Refused:
+        raise
+    except ValueError:
         return given  # the parser says what is wrong with it
     types = option_types(group)
     for number, entry in enumerate(found if isinstance(found, list) else [found], start=1):

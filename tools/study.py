@@ -9,9 +9,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
+from dalikd.pipelines.files import load_yaml
 from dalikd.tools import choose_threads
 from dalikd.tools.cli import build_parser, guarded, resolve
 from dalikd.tools.distill import distill
@@ -91,7 +91,7 @@ def _form() -> Grammar:
 
 def _pairs(given: Any, place: str, form: Grammar, *, old_names: bool) -> list[dict[str, Any]]:
     """What stands under `pairs`; its entries are checked by `read_pairs`."""
-    pairs = yaml.safe_load(given) if isinstance(given, str) else given
+    pairs = load_yaml(given, f"{place}: pairs")[0] if isinstance(given, str) else given
     if not isinstance(pairs, list):
         raise ValueError(f"{place}: pairs is {pairs!r}: give a list of {{teacher: NET, student: NET}}")
     for index, pair in enumerate(pairs):
@@ -106,7 +106,7 @@ def _pairs(given: Any, place: str, form: Grammar, *, old_names: bool) -> list[di
 
 def _methods(given: Any, place: str) -> dict[str, Any]:
     """What stands under `methods`; its options are checked with those of the cells."""
-    methods = yaml.safe_load(given) if isinstance(given, str) else given
+    methods = load_yaml(given, f"{place}: methods")[0] if isinstance(given, str) else given
     if not isinstance(methods, dict):
         raise ValueError(f"{place}: methods is {methods!r}: give {{NAME: {{loss: CLASS}}}}")
     return methods

@@ -7,20 +7,25 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
 from tqdm import tqdm
 
 from dalikd.kd.backbones.auxiliary import AuxiliaryNet
+from dalikd.kd.teacher import batch_statistics
+from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.draw_spec import Batch
+from dalikd.pipelines.files import file_digest, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
-from dalikd.trainers.checkpoint import read_state, save_state, save_weights
+from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, weights_of
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import check_compiler
 from dalikd.trainers.options import ScheduleConfig
@@ -30,7 +35,20 @@ from dalikd.trainers.stopping import Interrupted, StopSignals, lack_of_memory, s
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tracking import RunFolder, versions
 
-__all__ = ["Loop", "Meter", "learning_rate_factor", "make_optimizer", "parameter_groups", "run_together"]
+__all__ = [
+    "Loop",
+    "Meter",
+    "learning_rate_factor",
+    "make_optimizer",
+    "on_host",
+    "parameter_groups",
+    "run_together",
+    "step_seed",
+]
+
+_TRAINED_AGAIN = 1000  # steps at most, from the last saved state on, to find the first one that is not finite
+_LEAST_SCALE = 2.0**-14  # of losses in fp16: thirty steps that overflow, more than others have been, from the first one
+_LOOKED_AT = 16  # images at most, of the last batch, before a state is saved
 
 
 @dataclass
@@ -142,6 +160,13 @@ class Loop:
         self.averages = {name: MovingAverage(net, options.ema) for name, net in task.nets.items() if options.ema}
         self.meter, self.epoch_meter = Meter(), Meter()
         self.progress = _Progress()
+        self.alone = True  # whether no other loop takes part in the steps
+        self._batches: Sequence[Batch] = ()  # of the last step
+        self._first_state: dict[str, Any] | None = None  # on the host, until a state is saved
+        self.checkpoints = CheckpointWriter(folder.check_there)
+        self._best_due = False  # weights of the best epoch are to be written with the next checkpoint
+        self._fell_back = False  # on the state before the last one
+        self._saved_at = time.monotonic()
         self.stops = StopSignals(accelerator)
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
         self.clock = _Clock(loader)
@@ -181,7 +206,7 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         # whatever a net draws (dropout) is a function of the step too
-        torch.manual_seed((self.options.net_seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63))
+        torch.manual_seed(step_seed(self.options.net_seed, step, rank))
         for part, batch in enumerate(batches, start=1):
             with torch.no_grad():
                 inputs = self.task.prepare(batch, step / self.steps_per_epoch)
@@ -200,6 +225,7 @@ class Loop:
             for name, average in self.averages.items():
                 average.update(self.task.nets[name])
         self.progress.step += 1
+        self._batches = batches
 
     # ------------------------------------------------------------------------------------------- the run
 
@@ -214,6 +240,9 @@ class Loop:
     def begin(self) -> None:
         """Before the first step: do what a stop in the middle of an evaluation has left."""
         self.model.train()
+        if self.progress.step == 0:
+            self._first_state = on_host(self.state_dict())
+        self._saved_at = time.monotonic()
         self.clock.restart(self.progress.step)
         if self.progress.step == (self.progress.epochs + 1) * self.steps_per_epoch:
             self.end_epoch()
@@ -222,16 +251,27 @@ class Loop:
         """After a step: log, evaluate and save where it is time."""
         step, options = self.progress.step, self.options
         end_of_epoch = step % self.steps_per_epoch == 0
-        if step % options.log_every == 0 or end_of_epoch:
+        logged = step % options.log_every == 0 or end_of_epoch
+        due = options.checkpoint_every and step % options.checkpoint_every == 0
+        if logged:
             self._log_interval(bar)
+            self.checkpoints.check()
         if end_of_epoch:
             self.end_epoch()
             self.clock.restart()
-        elif options.checkpoint_every and step % options.checkpoint_every == 0:
-            self.save()
+        elif due or (logged and self._minutes_are_over()):
+            self.save(wait=False)
+
+    def _minutes_are_over(self) -> bool:
+        """Whether it is time for a checkpoint, by the main process's clock; all of them ask, where they meet anyway."""
+        if not self.options.checkpoint_minutes:
+            return False
+        over = [time.monotonic() - self._saved_at >= 60 * self.options.checkpoint_minutes]
+        return broadcast_object_list(over)[0]
 
     def close(self) -> None:
         """Let go of what the run holds, whether it has come to its end or not."""
+        self.checkpoints.close()
         torch.set_num_threads(self._threads)
         self.loader.close()
         self.val_loader.close()
@@ -250,14 +290,14 @@ class Loop:
     def _log_interval(self, bar: tqdm) -> None:
         self.meter.share(self.accelerator)
         terms = self.meter.means()
+        if found := self._wrong_loss(terms):
+            self._diverge(found)
         self.meter.reset()
-        if self.accelerator.scaler is None:  # which skips the steps that overflow in fp16
-            self._check_loss(terms["loss"])
         images = self.clock.steps(self.progress.step) * self.loader.sampler.batch_size
         seconds, waited = self.clock.read()
         entry = {
             "epoch": self.progress.step / self.steps_per_epoch,
-            "train": terms,
+            "train": _finite(terms),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": images / seconds,
             "data_wait_share": waited / seconds,
@@ -265,15 +305,9 @@ class Loop:
         self.folder.log(self.progress.step, entry)
         bar.set_postfix(loss=f"{terms['loss']:.4f}", images_s=f"{images / seconds:.0f}", refresh=False)
 
-    def _check_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {self.progress.step}: training has diverged; lower --optimizer.lr, set "
-                "--clip_grad_norm or --schedule.warmup_epochs"
-            )
-
     def end_epoch(self) -> None:
         """Evaluate where it is time, log the epoch, and save."""
+        self._check_finite()
         progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
         done = progress.step == self.total_steps
         if done or epoch % self.options.eval_every == 0:
@@ -283,21 +317,26 @@ class Loop:
             val, *others = found.values()
             if self.accelerator.device.type == "cuda":
                 self.val_loader.close()  # its pipeline's buffers are the training's until the next evaluation
-            for figures in found.values():
-                self._check_loss(figures["loss"])
+            for name, figures in found.items():
+                if not math.isfinite(figures["loss"]):
+                    what = "the loss" if len(found) == 1 else f"the loss of {name}"
+                    raise ValueError(
+                        f"{what} on the validation images is {figures['loss']} at step {progress.step}: training has "
+                        "diverged; lower --optimizer.lr, set --clip_grad_norm or --schedule.warmup_epochs"
+                    )
             if others:
                 val = {**val, "nets": found}
             self.epoch_meter.share(self.accelerator)
-            train, metrics = self.epoch_meter.means(), self.task.metrics()
+            train, metrics = _finite(self.epoch_meter.means()), self.task.metrics()
             progress.last = {"epoch": epoch, "train": train, "val": val, **metrics}
             if not progress.best or _rank(val) > _rank(progress.best["val"]):
                 progress.best = progress.last
-                self._save_weights("best")
+                self._best_due = True
             # of the whole epoch, by a name of its own: "train" is of an interval
             self.folder.log(progress.step, {"epoch": epoch, "epoch_train": train, "val": val, **metrics})
         self.epoch_meter.reset()
         progress.epochs = epoch
-        self.save()
+        self.save(wait=False)
         self.folder.results(self._results(finished=False))
 
     def _share_buffers(self, nets: Iterable[nn.Module]) -> None:
@@ -318,29 +357,174 @@ class Loop:
             "lowest loss; compare runs by last",
             "evaluated": self._file(next(iter(self.task.nets)), averaged=bool(self.averages)),
             "compile": self.options.compile,
+            "replaced": {  # images of each split, by all processes
+                "train": len(self.loader.replaced),
+                "val": progress.last["val"]["replaced"] if progress.last else 0,
+            },
             "replaced_files": self.replaced_files,
             **self.header,
             "processes": self.accelerator.num_processes,
             "versions": versions(self.accelerator.device),
         }
 
+    # ----------------------------------------------------------------------------------- numbers that are none
+
+    def _wrong_loss(self, terms: dict[str, float]) -> str | None:
+        """What is not finite of terms, in words. A scaler skips the steps that overflow in fp16, but not for ever."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scale = scaler.get_scale()
+            return f"in fp16 gradients overflow even at a loss scale of {scale:.1g}" if scale < _LEAST_SCALE else None
+        wrong = {name: value for name, value in terms.items() if not math.isfinite(value)}
+        if "loss" not in wrong:
+            return None
+        parts = ", ".join(f"{name} {value}" for name, value in wrong.items() if name != "loss")
+        return f"the loss is {wrong['loss']}" + (f" ({parts})" if parts else "")
+
+    def wrong_weight(self) -> str | None:
+        """The first weight or running statistic that is not finite, in words. Waits for the device."""
+        named = list(self.task.named_parameters())
+        for name, net in self.task.nets.items():
+            # other buffers may hold infinities by design
+            named += [(f"{name}.{key}", value) for key, value in net.named_buffers() if "running_" in key]
+        for name, average in self.averages.items():
+            named += [(f"{name}-ema.{key}", value) for key, value in average.module.named_parameters()]
+        finite = torch.stack([torch.isfinite(value.detach()).all() for _, value in named]).tolist()
+        return next((f"{name} is not finite" for (name, _), good in zip(named, finite, strict=True) if not good), None)
+
+    def _wrong_forward(self) -> str | None:
+        """Whether weights that are finite give logits that are not, in words: no run goes on from there."""
+        if not (self._trains and self._batches) or self.accelerator.scaler is not None:
+            return None
+        for name, net in self.task.nets.items():
+            with torch.no_grad(), self.accelerator.autocast(), batch_statistics(net):
+                if not torch.isfinite(net(self._batches[-1].pixels[:_LOOKED_AT])).all():
+                    return f"what {name} gives for images of the last step is not finite"
+        return None
+
+    def _check_finite(self) -> None:
+        """Look at all that a state holds, before it is saved. All processes call this, with meters that are shared.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        found = self._anywhere(self._wrong_loss(self.meter.means()) or self.wrong_weight() or self._wrong_forward())
+        if words := next(filter(None, found), None):
+            self._diverge(words)
+
+    def _anywhere(self, found: str | None) -> list[str | None]:
+        """What each process has found. All of them call this."""
+        return gather_object([found]) if self.accelerator.num_processes > 1 else [found]
+
+    def _diverge(self, words: str) -> NoReturn:
+        """End a run that is not finite any more, and write its first such step down, for `dalikd replay`.
+
+        Good steps keep nothing for that: it is found by training again from the last finite state on. All processes
+        call this.
+
+        Raises:
+            ValueError: always.
+        """
+        step, batches, rank = self.progress.step, self._batches, 0
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()  # the main process alone writes
+        state = self._read()[0] if self.folder.has_state() else self._first_state
+        saved = state["step"] if state is not None and state is not self._first_state else None
+        if self.alone and state is not None and step - state["step"] <= _TRAINED_AGAIN:
+            self.take(state)
+            while self.progress.step < step:
+                state = on_host(self.state_dict())
+                self.meter.reset()
+                self.step()
+                batches = self._batches
+                found = self._anywhere(self._wrong_loss(self.meter.means()) or self.wrong_weight())
+                if any(found):
+                    rank, words = next((rank, words) for rank, words in enumerate(found) if words)
+                    break
+            else:  # what comes next on these weights is
+                state = on_host(self.state_dict())
+            step = state["step"] + 1
+        error = ValueError(
+            f"{words} at step {step}: training has diverged; lower --optimizer.lr, set --clip_grad_norm or "
+            "--schedule.warmup_epochs"
+            + ("" if saved is None else f", and go on from step {saved} with --resume {self.folder.path}")
+        )
+        path = self.folder.path / f"nan-step{step}.pt"
+
+        def write() -> None:
+            if rank == self.accelerator.process_index:
+                content = {"step": step, "words": words, "state": state, **self._describe_step(batches)}
+                write_atomically(path, lambda file: torch.save(on_host(content), file))
+
+        save_after(error, write, f"what the step needs to be run again is in {path}: dalikd replay {path}")
+        self.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
+        raise error
+
+    def _describe_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """All that a step of this process takes besides the state: plain values and tensors."""
+        source, options = self.loader.source, self.identity["options"]
+        told = [options, *(options.get("teachers") or ())]
+        files = [str(value) for part in told for name, value in part.items() if name.split(".")[-1] == "weights"]
+        return {
+            "options": options,
+            "processes": self.accelerator.num_processes,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "batches": [
+                {
+                    **{
+                        name: getattr(batch, name)
+                        for name in ("images", "augmented", "labels", "ids", "total", "extras")
+                    },
+                    "mix": [draws._asdict() for draws in batch.mix],
+                    "paths": [printable(source.path(row)) for row in batch.ids.tolist()],
+                }
+                for batch in batches
+            ],
+            "source": {
+                **{name: getattr(source, name) for name in ("name", "split", "classes", "mean", "std", "image_size")},
+                "labels": torch.from_numpy(source.labels),
+                "fingerprint": source.fingerprint,
+            },
+            "files": {
+                file: torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=torch.uint8)
+                for file in files
+                if Path(file).is_file()
+            },
+        }
+
     # ------------------------------------------------------------------------------------------ the state
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = True) -> None:
         """Write the student's weights and the state. At a step's end the state is the same on every process, once the
-        meters are shared: all of them call this, and the main process writes."""
+        meters are shared: all of them call this, and the main process writes.
+
+        Args:
+            wait: until it is written; else a thread writes copies, while the training goes on.
+
+        Raises:
+            OSError, ValueError: as `CheckpointWriter.save`.
+        """
         self.meter.share(self.accelerator)
         self.epoch_meter.share(self.accelerator)
+        self._check_finite()
         # every process must come here: what one of them has replaced, the main process writes down
         self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
         if self.accelerator.is_main_process:
-            self.write()
+            self.write(wait=wait)
 
-    def write(self) -> None:
-        """The same by the main process alone, with meters that are shared already."""
-        # the state last: after a kill in between, the run goes on from the one before and writes these weights again
-        self._save_weights("last")
-        save_state(self.folder.state_file, self.state_dict())
+    def write(self, *, wait: bool = True) -> None:
+        """The same by the main process alone, with meters that are shared already.
+
+        Raises:
+            ValueError: the weights or the loss are not finite; what was saved before stays.
+        """
+        if found := self._wrong_loss(self.meter.means()) or self.wrong_weight():
+            raise ValueError(f"{found}, and not saved")
+        weights = self._weights("last") | (self._weights("best") if self._best_due else {})
+        paths = self.folder.state_file, self.folder.previous_state_file
+        self.checkpoints.save(weights, self.state_dict(), paths, wait=wait)
+        self._best_due, self._saved_at, self._first_state = False, time.monotonic(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly."""
@@ -367,7 +551,11 @@ class Loop:
 
     def saved_step(self) -> int:
         """How many steps the saved state has done."""
-        return int(read_state(self.folder.state_file)["step"])
+        return int(self._read()[0]["step"])
+
+    def _read(self) -> tuple[dict[str, Any], str]:
+        trained = [name for name, values in self.task.named_parameters() if values.requires_grad]
+        return read_newest((self.folder.state_file, self.folder.previous_state_file), trained)
 
     def load(self) -> None:
         """Take up the folder's saved state, and say what goes on otherwise than before.
@@ -376,8 +564,22 @@ class Loop:
             FileNotFoundError: there is none.
             ValueError: it belongs to another run.
         """
-        state = read_state(self.folder.state_file)
-        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path)
+        state, damage = self._read()
+        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
+        if found := self.wrong_weight():
+            raise ValueError(
+                f"{self.folder.state_file}: {found}: the run had diverged when it was saved; start it anew with "
+                "--overwrite true and a lower --optimizer.lr"
+            )
+        self._fell_back = bool(damage)
+        if damage:
+            self.accelerator.print(f"{damage}: resumed from the state before it, of step {state['step']}", flush=True)
+        if changes:
+            self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
+
+    def take(self, state: dict[str, Any]) -> list[str]:
+        """Take up a state. Returns what goes on otherwise than before, in words."""
+        changes: list[str] = []
         self.val_loader.check_images(state.get("val_loader", self.val_loader.state_dict()))
         try:
             self.task.load_state_dict(_of_this_form(state)["task"])
@@ -394,6 +596,7 @@ class Loop:
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         self.epoch_meter.load_state_dict(state["epoch_meter"], self.accelerator.device)
         self.progress = _Progress(state["step"], state["epochs"], state["last"], state["best"])
+        self.checkpoints.digests = dict(state.get("digests", {}))
         position = self.progress.step * self.options.accumulation
         self.loader.load_state_dict({**state["loader"], "position": position})
         self.replaced_files = dict(state.get("replaced_files", {}))
@@ -405,9 +608,29 @@ class Loop:
                 f"a run {ended} with {planned} steps has {self.total_steps} now, and the {self.options.schedule.name} "
                 f"schedule is that of the new length: the learning rate goes on with {rate:.4g}"
             )
-        changes += self._take_threads(state.get("threads", torch.get_num_threads()))
-        if changes:
-            self.accelerator.print(f"resumed, but otherwise than before: {'; '.join(changes)}", flush=True)
+        return changes + self._take_threads(state.get("threads", torch.get_num_threads()))
+
+    def mend(self) -> None:
+        """After `load`, by the main process, in a folder that is locked for the run: write the weights that belong to
+        the state where others lie, and say which of the best epoch's cannot be had again."""
+        if self._fell_back:  # else the next checkpoint would keep what cannot be read
+            self.folder.previous_state_file.replace(self.folder.state_file)
+        progress, digests = self.progress, self.checkpoints.digests
+        kept = {"last": self._weights("last"), "best": self._weights("best") if progress.best else {}}
+        for name, weights in kept.items():
+            others = [
+                path
+                for path in weights
+                if not path.is_file() or file_digest(path) != digests.get(f"{name}/{path.name}", "")
+            ]
+            if others and (name == "last" or progress.step == progress.best["epoch"] * self.steps_per_epoch):
+                self.checkpoints.write_weights(weights)
+            elif digests and others:
+                print(
+                    f"{others[0]} is not what was saved of epoch {progress.best['epoch']}, the best one so far: it is "
+                    "damaged, or of a later epoch, which is trained again now",
+                    flush=True,
+                )
 
     def _take_threads(self, saved: int) -> list[str]:
         """Compute with as many threads as before, on which the last bits depend; say so where the user wants others."""
@@ -435,18 +658,19 @@ class Loop:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
-    def _save_weights(self, name: str) -> None:
-        if self.accelerator.is_main_process:
-            folder, classes = self.folder.path / name, self.loader.source.classes
-            for net_name, net in self.task.nets.items():
-                saved = {self._file(net_name): net.model}
-                if average := self.averages.get(net_name):
-                    saved[self._file(net_name, averaged=True)] = average.module.get_submodule("model")
-                for file, model in saved.items():
-                    save_weights(folder / file, model, net.normalisation, classes)
-                    if isinstance(model, AuxiliaryNet):  # what a plain net of its name loads
-                        backbone = f"{file.removesuffix('.safetensors')}-backbone.safetensors"
-                        save_weights(folder / backbone, model.backbone, net.normalisation, classes)
+    def _weights(self, name: str) -> dict[Path, Weights]:
+        """The files of a folder of the run and what they hold."""
+        folder, classes, found = self.folder.path / name, self.loader.source.classes, dict[Path, Weights]()
+        for net_name, net in self.task.nets.items():
+            saved = {self._file(net_name): net.model}
+            if average := self.averages.get(net_name):
+                saved[self._file(net_name, averaged=True)] = average.module.get_submodule("model")
+            for file, model in saved.items():
+                found[folder / file] = weights_of(model, net.normalisation, classes)
+                if isinstance(model, AuxiliaryNet):  # what a plain net of its name loads
+                    backbone = f"{file.removesuffix('.safetensors')}-backbone.safetensors"
+                    found[folder / backbone] = weights_of(model.backbone, net.normalisation, classes)
+        return found
 
     def _file(self, net: str, *, averaged: bool = False) -> str:
         """Where a net's weights, or their average, lie in a run's folder."""
@@ -482,7 +706,7 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
     try:
         with first.stops:  # until the state is saved: a launcher hands on what its processes have had already
             try:
-                _run_steps(loops, failed)
+                _train(loops, failed)
             except (BadFileError, Interrupted) as stop:
                 save_after(stop, lambda: save(Loop.save), f"go on with {how}")
                 first.accelerator.wait_for_everyone()  # a launcher ends the others with the first that ends
@@ -503,11 +727,30 @@ def run_together(loops: Sequence[Loop]) -> list[dict[str, Any]]:
     return results
 
 
+def _train(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:
+    """Do the steps, and wait for the checkpoints that are being written; of two errors neither hides the other."""
+    try:
+        _run_steps(loops, failed)
+    except BadFileError:
+        raise
+    except (ValueError, OSError) as error:
+        for loop in loops:
+            try:
+                loop.checkpoints.wait()
+            except (ValueError, OSError) as second:
+                raise type(second)(f"{error}; {second}") from error
+        raise
+    for loop in loops:
+        if loop not in failed:
+            loop.checkpoints.wait()
+
+
 def _run_steps(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:
     first, start = loops[0], min(loop.progress.step for loop in loops)
     name = first.folder.path.name if len(loops) == 1 else f"{len(loops)} students"
     with progress_bar(first.accelerator, name, total=first.total_steps, initial=start, unit="step") as bar:
         for loop in loops:
+            loop.alone = len(loops) == 1
             loop.begin()
         for step in range(start, first.total_steps):
             batches = first.next_batches()
@@ -546,6 +789,11 @@ class _Clock:
         started, waited = self._started, self._waited
         self.restart()
         return self._started - started, self._waited - waited
+
+
+def step_seed(net_seed: int, step: int, rank: int) -> int:
+    """The seed of what nets draw in a step."""
+    return (net_seed * 0x9E3779B97F4A7C15 + step * 0x100000 + rank) % (1 << 63)
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -589,6 +837,20 @@ def make_optimizer(
     if device.type != "cuda" or settled or type(factory([nn.Parameter(torch.zeros(1, 1))])) not in (SGD, Adam, AdamW):
         return factory(parameters)
     return factory(parameters, fused=True)
+
+
+def on_host(state: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors lie in the host's memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: on_host(value) for name, value in state.items()}
+    return [on_host(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def _finite(terms: dict[str, float]) -> dict[str, float | None]:
+    """Without numbers that JSON does not have: in fp16 a step that overflows, and is skipped, may give one."""
+    return {name: value if math.isfinite(value) else None for name, value in terms.items()}
 
 
 def _of_this_form(state: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dalikd.kd.separation import Separation, separation, windows_at
 from dalikd.kd.teacher import StudentPart, Teacher, TeacherPass, entropies
 from dalikd.pipelines.data import FilePath, as_used
 from dalikd.pipelines.draw_spec import Batch, View
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import remove_litter, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
@@ -36,7 +36,7 @@ from dalikd.trainers.renamed import renamed
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.stopping import Interrupted, StopSignals, save_after
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
-from dalikd.trainers.tracking import check_writable, versions
+from dalikd.trainers.tracking import alone, check_writable, versions
 from dalikd.trainers.trial import check_finite
 
 __all__ = [
@@ -140,8 +140,18 @@ def measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, 
     Raises:
         ValueError, OSError: the data, the teacher or the sizes are not as they should be; nothing has run then.
     """
+    check_measuring(options, augmentation_names(options.augmentation))
+    if options.checkpoint is None:
+        return _measure_all(options, accelerator)
+    path = Path(options.checkpoint)
+    with alone([(str(path), path.with_name(f".{path.name}.lock"))], accelerator, "--checkpoint"):
+        if accelerator.is_main_process:
+            remove_litter(path.parent)
+        return _measure_all(options, accelerator)
+
+
+def _measure_all(options: MeasureOptions, accelerator: Accelerator) -> dict[str, Any]:
     names = augmentation_names(options.augmentation)
-    check_measuring(options, names)
     setup = open_run(options, accelerator, "train")
     augmenters = [setup.augmenter(name) for name in names]
     branches = Branches(augmenters)
@@ -313,7 +323,6 @@ class _Pass:
         """Write the logs' arrays and plots, and return the paths of the plots."""
         folder = Path(self.options.entropy_log or ".")
         for name, log in self.logs.items():
-            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{name}.npz", log.save)
             plot_entropies(log, folder / f"{name}.png", name)
         return [str(folder / f"{name}.png") for name in self.logs]

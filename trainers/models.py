@@ -58,6 +58,8 @@ class TeacherConfig:
         mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
             trained, where they or dalikd's list of published files say it, else as the data set is.
         std: as mean; give both or none.
+        verify: before the work begins, ask it about 256 validation images, and stop if it is right no more often than
+            by chance; false goes on with such a teacher.
         fold_bn: fold its batch norms into its convolutions: faster, the same outputs up to rounding.
         cache: a folder that dalikd cache has written for the same data, seed and augmentation: distilling then reads
             the teacher's outputs there and needs no teacher; name and weights may be left out.
@@ -69,6 +71,7 @@ class TeacherConfig:
     sha256: str | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    verify: bool = True
     fold_bn: bool = True
     cache: FilePath | None = None
 

@@ -42,10 +42,15 @@ SHARE = NumberRange(lambda value: 0 < value < 1, "a share between 0 and 1, such 
 # NaN fits nowhere
 DATA_RANGES = {
     **dict.fromkeys(
-        [f"data.{name}" for name in ("image_size", "limit", "val_limit", "val_resize", "threads", "prefetch")], FROM_1
+        [
+            f"data.{name}"
+            for name in ("image_size", "limit", "val_limit", "val_resize", "threads", "prefetch", "max_pixels")
+        ],
+        FROM_1,
     ),
     "data.share": NumberRange(lambda value: 0 < value <= 1, "a share of the training images above 0, up to 1"),
     "data.class_seed": FROM_0,
+    "data.bad_files_limit": FROM_0,
     "data.hw_decoder_load": NumberRange(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
 }
 _RUN = {

@@ -14,10 +14,10 @@ from dalikd.trainers.resume import identity
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tasks.distill import OWN, Distillation, share_pass
-from dalikd.trainers.tracking import RunFolder
+from dalikd.trainers.tracking import LOCK, RunFolder, alone, run_path
 from dalikd.trainers.trial import try_training
 
-__all__ = ["Planned", "check_shared", "run", "run_path", "run_students"]
+__all__ = ["Planned", "check_shared", "run", "run_students"]
 
 
 class Planned(NamedTuple):
@@ -82,10 +82,26 @@ def check_shared(runs: Mapping[str, Planned]) -> None:
 def _run(
     runs: Sequence[Planned], accelerator: Accelerator, command: str, begin: Callable[[], None] | None = None
 ) -> list[dict[str, Any]]:
-    first, folders = runs[0].options, []
+    folders = []
     for planned in runs:
         planned.options.check_machine(accelerator)
         folders.append(_free_folder(planned.options, accelerator, command))
+    with alone([(str(folder.path), folder.path / LOCK) for folder in folders], accelerator) as locks:
+        for folder, lock, planned in zip(folders, locks, runs, strict=False):
+            folder.lock = lock
+            if planned.options.resume is None:  # since the first look another call may have come to its end there
+                folder.check_new(planned.options.overwrite)
+        return _train(runs, folders, accelerator, command, begin)
+
+
+def _train(
+    runs: Sequence[Planned],
+    folders: Sequence[RunFolder],
+    accelerator: Accelerator,
+    command: str,
+    begin: Callable[[], None] | None,
+) -> list[dict[str, Any]]:
+    first = runs[0].options
     setup = open_run(first, accelerator)
     setup.sampler(accumulation=first.accumulation)  # the batch size fits: found before nets are opened
     tasks = [planned.options.build(setup) for planned in runs]
@@ -106,6 +122,8 @@ def _run(
         begin()
     for (options, config), loop in zip(runs, loops, strict=True):
         loop.folder.start(config, None if options.resume is None else loop.progress.step)
+        if options.resume is not None and accelerator.is_main_process:
+            loop.mend()
     accelerator.wait_for_everyone()
     results = run_together(loops)
     return [{**found, "folder": str(loop.folder.path)} for found, loop in zip(results, loops, strict=True)]
@@ -122,14 +140,6 @@ def _load(loops: Sequence[Loop]) -> None:
         if loop.options.resume is None:
             loop.loader.seek(0)
             loop.task.set_extra_state(deepcopy(fresh))
-
-
-def run_path(options: TrainingOptions, command: str) -> Path:
-    """The folder that a run is written to, or that of several students."""
-    name = f"{command}-{options.data.name}-{options.model}"
-    if getattr(options, "students", None) is not None:
-        name = f"students-{options.data.name}"
-    return Path(options.resume or options.output or f"runs/{name}")
 
 
 def _header(options: TrainingOptions, task: Task, setup: Setup, command: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalikd.kd.teacher import Teacher
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
-from dalikd.pipelines.draw_spec import BatchPlan, DrawSpec, View
+from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, View
 from dalikd.pipelines.loader import Loader, can_be_resident, decode_source
 from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
@@ -22,7 +22,15 @@ from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig, open_teacher
 from dalikd.trainers.options import AugmentingOptions, RunOptions
-from dalikd.trainers.trial import check_class_order, knows_its_classes, some_of_each, try_net
+from dalikd.trainers.trial import (
+    CHANCE_IMAGES,
+    ask,
+    check_chance,
+    check_class_order,
+    knows_its_classes,
+    some_of_each,
+    try_net,
+)
 
 __all__ = ["Setup", "open_run", "reading"]
 
@@ -150,7 +158,8 @@ class Setup:
         in the compute type of mixed precision where its answers stay the same. Asked for again, it is the same one.
 
         Raises:
-            ValueError: it is not named, its weights do not fit, or it cannot take such images or answers with NaN.
+            ValueError: it is not named, its weights do not fit, it cannot take such images or answers with NaN, or is
+                right by chance alone.
         """
         if (known := self._teachers.get(str(config))) is not None:
             return known
@@ -166,6 +175,8 @@ class Setup:
                 flush=True,
             )
         self._check_class_order(teacher, name, config.weights)
+        if config.verify:
+            self._check_chance(teacher, name)
         self._teachers[str(config)] = teacher
         return teacher
 
@@ -187,13 +198,27 @@ class Setup:
     def _check_class_order(self, net: Callable[[Tensor], Tensor], name: str, weights: str | None) -> None:
         if knows_its_classes(weights):
             return
+        batch = self._first_batch(some_of_each(self.val, self.val_view.size, self.accelerator.device))
+        check_class_order(net, name, weights, self.val, batch.pixels, batch.labels.cpu().numpy())
+
+    def _check_chance(self, net: Callable[[Tensor], Tensor], name: str) -> None:
+        """With one batch out of the whole validation split."""
+        if len(self.val) < CHANCE_IMAGES:
+            return
+        rows = np.linspace(0, len(self.val) - 1, CHANCE_IMAGES).astype(int)
+        batch = self._first_batch(self.val if self.val.shards is not None else self.val.take(rows))
+        with torch.no_grad():
+            answers = ask(net, batch.pixels, name).argmax(1)
+        check_chance(answers.cpu().numpy(), batch.labels.cpu().numpy(), name, self.val)
+
+    def _first_batch(self, source: Source) -> Batch:
+        """The first images of a data set, 256 at most, as evaluation sees them."""
+        sampler = Sampler(len(source), min(len(source), 256), shuffle=False, drop_last=False)
         device = self.accelerator.device
-        chosen = some_of_each(self.val, self.val_view.size, device)
-        sampler = Sampler(len(chosen), min(len(chosen), 256), shuffle=False, drop_last=False)
-        loader = Loader(chosen, sampler, DrawSpec(self.val_view), device=device, **reading(self.options.data))
+        loader = Loader(source, sampler, DrawSpec(self.val_view), device=device, **reading(self.options.data))
         batch = loader.next()
         loader.close()
-        check_class_order(net, name, weights, self.val, batch.pixels, batch.labels.cpu().numpy())
+        return batch
 
     def _loader(
         self, source: Source, sampler: Sampler, spec: DrawSpec, data: DataConfig, buffers: int = 2, attach: Any = None
@@ -222,4 +247,5 @@ def reading(data: DataConfig) -> dict[str, Any]:
         "hw_decoder_load": data.hw_decoder_load,
         "decode": data.decode,
         "bad_files": data.bad_files,
+        "bad_files_limit": data.bad_files_limit,
     }

@@ -23,8 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import distributed
 
-from dalikd.pipelines.hardware import LACK, dali_words
-from dalikd.pipelines.loader import BadFileError
+from dalikd.pipelines.hardware import LACK, BadFileError, dali_words
 from dalikd.trainers.signals import Asked, command_name, note_reason, obeying, say
 
 __all__ = ["STARTED_BY", "Interrupted", "StopSignals", "Watch", "lack_of_memory", "save_after"]

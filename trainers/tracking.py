@@ -3,6 +3,10 @@
 import json
 import os
 import platform
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +14,27 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from dalikd.kd.known_weights import file_sha256
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import Appended, remove_litter, write_atomically
 from dalikd.pipelines.hardware import package_versions
+from dalikd.pipelines.lock import FolderLock, only_writer
+from dalikd.pipelines.shards.tfrecord import frame
 
-__all__ = ["RunFolder", "check_writable", "versions", "write_json"]
+__all__ = ["LOCK", "RunFolder", "alone", "check_writable", "run_path", "versions", "write_json"]
+
+
+LOCK = ".lock"  # in a folder that one call writes
+
+
+def run_path(options: Any, command: str) -> Path:
+    """The folder that a run of these options is written to, or that of several students."""
+    name = f"{command}-{options.data.name}-{options.model}"
+    if getattr(options, "students", None) is not None:
+        name = f"students-{options.data.name}"
+    return Path(options.resume or options.output or f"runs/{name}")
 
 
 class RunFolder:
@@ -28,13 +47,28 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self._writes = path, writes
-        self._log: Any = None
-        self._board: Any = None
+        self.lock: FolderLock | None = None  # of a folder that was locked for the run
+        self._log: Appended | None = None
+        self._board: Appended | None = None
 
     @property
     def state_file(self) -> Path:
         """What a run is resumed from."""
         return self.path / "last" / "trainer.pt"
+
+    @property
+    def previous_state_file(self) -> Path:
+        """The state that was saved before it, for when it cannot be read."""
+        return self.path / "last" / "trainer-previous.pt"
+
+    def has_state(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.state_file.is_file() or self.previous_state_file.is_file()
+
+    def check_there(self) -> None:
+        """Raises OSError: the folder was removed while the run wrote into it."""
+        if self.lock is not None:
+            self.lock.check()
 
     def check_new(self, overwrite: bool) -> None:
         """Refuse a folder that holds anything, unless told to overwrite a run.
@@ -43,7 +77,7 @@ class RunFolder:
             ValueError: the folder holds a run, or something else, or cannot be written.
         """
         check_writable("--output", self.path / "config.yaml")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(entry.name == LOCK for entry in self.path.iterdir()):
             return
         if not (self.path / "config.yaml").exists():
             raise ValueError(f"--output {self.path} holds other files and is not touched: name another folder")
@@ -57,35 +91,49 @@ class RunFolder:
         """Create the folder, write config.yaml, open the logs; on resuming drop log lines after that step."""
         if not self._writes:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        lines: list[str] = []
+        for folder in (self.path, self.path / "last", self.path / "best"):
+            remove_litter(folder)
+        lines: list[bytes] = []
         log = self.path / "log.jsonl"
         if resumed_step is None:
             self._clear()
         elif log.exists():
-            lines = [line for line in log.read_text("utf-8").splitlines() if _step_of(line) <= resumed_step]
-        write_atomically(log, "".join(line + "\n" for line in lines).encode())
+            lines = [line for line in log.read_bytes().splitlines() if _step_of(line) <= resumed_step]
+        write_atomically(log, b"".join(line + b"\n" for line in lines))
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        self._log = log.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(self.path / "tensorboard"), purge_step=None if resumed_step is None else resumed_step + 1
-        )
+        self._log = Appended(log)
+        # written here and not by TensorBoard's writer, whose thread would meet a full disk by itself
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._board = Appended(self.path / "tensorboard" / name)
+        begin = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        if resumed_step is not None:  # what comes after that step, in the files before, is not shown
+            status = SessionLog(status=SessionLog.START)
+            begin.append(Event(wall_time=time.time(), step=resumed_step + 1, session_log=status))
+        self._board.append(b"".join(frame(event.SerializeToString()) for event in begin))
 
     def log(self, step: int, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl and the numbers of it to TensorBoard, where a curve has one value a step."""
-        if self._log is None:
+        if self._log is None or self._board is None:
             return
-        self._log.write(json.dumps({"step": step, **entry}) + "\n")
-        self._log.flush()
-        for name, value in _flat(entry):
-            if name != "epoch" or "val" not in entry:  # an evaluation's epoch is that of the interval before it
-                self._board.add_scalar(name, value, step)
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        self.check_there()
+        self._log.append((json.dumps({"step": step, **entry}) + "\n").encode())
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in _flat(entry)
+            if name != "epoch" or "val" not in entry  # an evaluation's epoch is that of the interval before it
+        ]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._board.append(frame(event.SerializeToString()))
 
     def results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         if self._writes:
+            self.check_there()
             write_json(self.path / "results.json", results)
 
     def checksums(self) -> dict[str, str]:
@@ -95,18 +143,45 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the logs."""
-        if self._log is not None:
-            self._log.close()
-            self._board.close()
+        for file in (self._log, self._board):
+            if file is not None:
+                file.close()
 
     def _clear(self) -> None:
         for old in (
             *self.path.glob("tensorboard/events*"),
-            *self.path.glob("*/trainer.pt"),
+            *self.path.glob("*/trainer*.pt"),
+            *self.path.glob("nan-step*.pt"),
             *self.path.glob("*/*.safetensors"),
         ):
             old.unlink()
         (self.path / "results.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(
+    places: Sequence[tuple[str, Path]], accelerator: Accelerator, option: str = "--output"
+) -> Iterator[list[FolderLock]]:
+    """Keep other calls from writing somewhere. The main process holds the locks, and all processes enter together.
+
+    Args:
+        places: what is written, for messages, and the file that is locked for it.
+        accelerator: joins the processes.
+        option: that names them.
+
+    Raises:
+        ValueError: another call writes there, in every process.
+    """
+    with ExitStack() as held:
+        locks, refused = list[FolderLock](), [""]
+        try:
+            if accelerator.is_main_process:
+                locks = [held.enter_context(only_writer(path, f"{option} {place}")) for place, path in places]
+        except (ValueError, OSError) as error:
+            refused = [str(error)]
+        if broadcast_object_list(refused)[0]:
+            raise ValueError(refused[0])
+        yield locks
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -148,10 +223,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 1 << 62  # a line cut off by a kill goes
 
 

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from dalikd.pipelines.sources import Source
 
 __all__ = [
     "ask",
+    "check_chance",
     "check_class_order",
     "check_finite",
     "knows_its_classes",
@@ -29,6 +29,8 @@ __all__ = [
     "try_training",
 ]
 
+CHANCE_IMAGES = 256  # fewer tell nothing of a teacher
+_BY_CHANCE = 0.01
 _CLASSES = 10  # that are looked at
 _FEWEST_IMAGES = 20
 _SURE = 0.8  # mean of the largest probabilities
@@ -181,6 +183,33 @@ def check_class_order(
     )
 
 
+def check_chance(answers: np.ndarray, labels: np.ndarray, who: str, source: Source) -> None:
+    """Check that a teacher is right more often than by chance.
+
+    Args:
+        answers: the classes that it gives for images, int64 [B].
+        labels: theirs, int64 [B].
+        who: the net, for messages.
+        source: the data set.
+
+    Raises:
+        ValueError: so many right ones or more come by chance in one of a hundred cases at least. Of fewer than 256
+            images nothing is said.
+    """
+    classes, right = len(source.classes), int((answers == labels).sum())
+    if len(labels) < CHANCE_IMAGES or classes < 2:
+        return
+    from scipy.stats import binom  # scipy takes a second and more to import
+
+    if binom.sf(right - 1, len(labels), 1 / classes) > _BY_CHANCE:
+        raise ValueError(
+            f"{who} gives the right class for {right} of {len(labels)} validation images, no more than by chance (1 in "
+            f"{classes}): its weights may be of another net or for other classes, its classes in another order than "
+            f"{shorten(source.classes)}, or its images normalised otherwise (--teacher.mean and --teacher.std); to go "
+            "on with it all the same give --teacher.verify false"
+        )
+
+
 def knows_its_classes(weights: str | None) -> bool:
     """Whether there is nothing to check: no weights, or a file of this project, which names its classes."""
     if weights is None:
@@ -201,10 +230,7 @@ def some_of_each(source: Source, size: int, device: torch.device) -> Source:
         own = np.flatnonzero(source.labels == label)
         count = min(len(own), max(4, most // len(classes)))
         rows.append(own[np.linspace(0, len(own) - 1, count).astype(int)])
-    taken = np.concatenate(rows)
-    files = None if source.files is None else source.files.take(taken)
-    arrays = None if source.arrays is None else source.arrays[taken]
-    return replace(source, labels=source.labels[taken], files=files, arrays=arrays)
+    return source.take(np.concatenate(rows))
 
 
 def _blank(size: int, device: torch.device) -> Tensor:

@@ -1,12 +1,16 @@
 """Data sets of a few published files, read into memory: CIFAR-10 and -100, SVHN (cropped digits), STL-10.
 
-Which files there are, their checksums, their download, and the readers of SVHN and STL-10 are torchvision's. CIFAR's
-(Krizhevsky, 2009) are Python pickles, and unpickling may call anything that a file names. Here a name is looked up in a
-table of four stand-ins, which can hold an array's bytes and nothing else; every other name is an error.
+Which files there are, their checksums and their download are torchvision's. They are read here, because a file that
+was made to do harm must not: SVHN's (Netzer et al., 2011) are deflated, and a small one may hold any number of zeros;
+CIFAR's (Krizhevsky, 2009) are Python pickles, and unpickling may call anything that a file names. Here a name is looked
+up in a table of four stand-ins, which can hold an array's bytes and nothing else; every other name is an error, and so
+is every operation that data has no need of.
 """
 
+import io
 import pickle
-import tempfile
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from dalikd.pipelines.datasets.info import Finding
+from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.datasets.spec import SplitIndex, SplitSpec
-from dalikd.pipelines.files import build_once, file_digest
+from dalikd.pipelines.files import build_once, file_digest, new_folder
 
 __all__ = ["PUBLISHED_FILES", "PublishedSet", "find_arrays", "published_set"]
 
 #: The data sets by name, with the name that torchvision's class has.
 PUBLISHED_FILES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
+_LARGEST_PICKLE = 256 << 20  # bytes; CIFAR-100's training images take 155 million
+_MOST_PIECES = 2_000_000  # of a pickle; CIFAR-100's training images take 0.6 million
+_Unpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
 _CIFAR_LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
 _CLASSES = {
     "svhn": tuple("0123456789"),
@@ -129,13 +136,12 @@ class PublishedSet:
             if self.archive:
                 build_once(folder, lambda made: self.reader(made.parent, download=True))
                 return
-            folder.mkdir(parents=True, exist_ok=True)
             for part in parts:
                 if self._missing(folder, [part]):
-                    with tempfile.TemporaryDirectory(prefix=f".{self.name}-", dir=folder) as scratch:
+                    with new_folder(folder, self.name) as scratch:
                         self.reader(scratch, split=part, download=True)
                         for file in self.splits[part]:
-                            (Path(scratch) / file).replace(folder / file)
+                            (scratch / file).replace(folder / file)
         except FileExistsError:
             missing = ", ".join(self._missing(folder, parts))
             if missing:  # else another process has just put it there
@@ -183,7 +189,7 @@ def find_arrays(spec: SplitSpec) -> SplitIndex:
         read = [_read_batch(folder / file, _CIFAR_LABELS[spec.name], len(classes)) for file in files]
     else:
         classes = _CLASSES[spec.name]
-        read = [_read_by_torchvision(published, folder, part) for part in parts]
+        read = [_read_images(published, folder, part) for part in parts]
     images, labels = (arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in zip(*read, strict=True))
     return SplitIndex(classes, labels, arrays=images).keep(spec.choose(classes, spec.name))
 
@@ -197,26 +203,87 @@ def _by_pixels(images: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def _read_by_torchvision(published: PublishedSet, folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> uint8 [N, S, S, 3], int64 [N]; 3 kB an image of SVHN, 28 kB of STL-10, and twice that while reading.
-
-    Without its check of every file's MD5, among them 2.6 GB of STL-10 that nobody reads: `PublishedSet.verify` does it.
-    """
-    whole = {"base_folder": "", "_check_integrity": lambda self: True}  # noqa: ARG005 - a method
-    path, side = folder / next(iter(published.splits[part])), {"svhn": 32, "stl10": 96}[published.name]
+def _read_images(published: PublishedSet, folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """SVHN or STL-10 -> uint8 [N, S, S, 3], int64 [N]; 3 kB an image of SVHN, 28 kB of STL-10, and twice that while
+    reading. No more images than were published."""
+    files, most = [folder / file for file in published.splits[part]], DATASET_INFO[published.name].images[part]
+    read, side = (_read_mat, 32) if published.name == "svhn" else (_read_bins, 96)
     try:
-        read = type("_Unchecked", (published.reader,), whole)(folder, split=part)
-        images, labels = np.asarray(read.data), np.asarray(read.labels).astype(np.int64).reshape(-1)
-    except Exception as error:  # a damaged file can raise almost anything, OSError without a number too
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{path} is not a file of the published data set: {error}; fetch it again") from None
+        images, labels = read(files, most)
+    except OSError:
+        raise
+    except Exception as error:  # numbers in a damaged file may lead anywhere
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{files[0]} is not a file of the published data set: {reason}; fetch it again") from None
     if images.dtype != np.uint8 or images.shape[1:] != (3, side, side) or not len(images):
-        raise ValueError(f"{path} does not hold images of {side} x {side} x 3 bytes; fetch it again")
-    if len(labels) != len(images) or labels.min() < 0 or labels.max() > 9:
-        file = folder / list(published.splits[part])[-1]
-        raise ValueError(f"{file} does not hold {len(images)} labels in 1..10; fetch it again")
-    return _by_pixels(images), labels
+        raise ValueError(f"{files[0]} does not hold images of {side} x {side} x 3 bytes; fetch it again")
+    if len(labels) != len(images) or not np.isin(labels, np.arange(1, 11)).all():
+        raise ValueError(f"{files[-1]} does not hold {len(images)} labels in 1..10; fetch it again")
+    labels = labels.astype(np.int64)
+    return _by_pixels(images), labels % 10 if published.name == "svhn" else labels - 1  # SVHN's class 10 is the digit 0
+
+
+def _read_bins(files: Sequence[Path], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """STL-10: bytes of images, column after column, and a byte for each label."""
+    sizes = [path.stat().st_size for path in files]
+    if sizes[0] > most * 3 * 96 * 96 or sizes[1] > most:
+        raise ValueError(f"it has {sizes[0]} bytes, more than {most} images")
+    pixels, labels = (np.fromfile(path, np.uint8) for path in files)
+    return pixels.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2), labels
+
+
+# --------------------------------------------------------------------------------------- SVHN's MATLAB files
+
+_MATRIX, _COMPRESSED = 14, 15  # types of an element
+_MAT_TYPES = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
+_HEADS = 4096  # bytes around the values of an array
+
+
+def _read_mat(files: Sequence[Path], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays X [32, 32, 3, N] and y of a MATLAB 5 file, as uint8 [N, 3, 32, 32] and [N].
+
+    A file is a header of 128 bytes, then elements: type, length, content. One that is an array is often deflated by
+    itself; no more of it is inflated than `most` images take.
+    """
+    content = files[0].read_bytes()
+    if content[124:128] != b"\x00\x01IM":
+        raise ValueError("it is no MATLAB 5 file")
+    found: dict[str, np.ndarray] = {}
+    for kind, element in _mat_elements(memoryview(content)[128:], aligned=False):
+        if kind == _COMPRESSED:
+            stream = zlib.decompressobj()
+            element = memoryview(stream.decompress(element, most * 3 * 32 * 32 + _HEADS))
+            if not stream.eof:
+                raise ValueError(f"it ends too early, or has more than {most} images")
+            [(kind, element)] = _mat_elements(element)
+        if kind != _MATRIX:
+            raise ValueError("it has something else than arrays")
+        _, (_, sides), (_, name), (kind, values) = _mat_elements(element)
+        if bytes(name) not in (b"X", b"y") or bytes(name).decode() in found:
+            raise ValueError(f"it has an array {bytes(name[:20])!r} too many")
+        shape = np.frombuffer(sides, "<i4").tolist()
+        if min(shape) < 0:
+            raise ValueError(f"an array of {shape}")
+        found[bytes(name).decode()] = np.frombuffer(values, _MAT_TYPES[kind]).reshape(shape, order="F")
+    missing = [name for name in ("X", "y") if name not in found]
+    if missing:
+        raise ValueError(f"{missing[0]!r} is missing")
+    return found["X"].transpose(3, 2, 0, 1), found["y"].reshape(-1)
+
+
+def _mat_elements(content: memoryview, *, aligned: bool = True) -> Iterator[tuple[int, memoryview]]:
+    """Type and content of elements; those in others begin at multiples of eight bytes."""
+    place = 0
+    while place < len(content):
+        kind, size = struct.unpack_from("<II", content, place)
+        start = place + 8
+        if kind >> 16:  # up to four bytes, in the place of their length
+            kind, size, start = kind & 0xFFFF, kind >> 16, place + 4
+        if start + size > len(content):
+            raise ValueError("it ends too early")
+        yield kind, content[start : start + size]
+        place = max(place + 8, start + size)
+        place += -place % 8 if aligned else 0
 
 
 # ----------------------------------------------------------------------------------------- CIFAR's pickles
@@ -253,14 +320,15 @@ def _field(entry: dict[str, object], key: str, path: Path) -> object:
 
 def _load(path: Path) -> dict[str, object]:
     """The dictionary in a file, arrays unwrapped. Strings of Python 2 come as bytes."""
+    if path.stat().st_size > _LARGEST_PICKLE:
+        raise ValueError(f"{path} is larger than any file of the published data set; fetch it again")
+    content = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            entry = _ArrayUnpickler(file, encoding="bytes").load()
-        pairs = [(key.decode() if isinstance(key, bytes) else str(key), value) for key, value in entry.items()]
-    except OSError:
-        raise
+        entry: Any = _ArrayUnpickler(content).load()
+        pairs = [(key.decode() if isinstance(key, bytes) else key, value) for key, value in entry.items()]
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise ValueError(f"{path} is not a file of the published data set: {error}; fetch it again") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not a file of the published data set: {reason}; fetch it again") from None
     return {key: value.values if isinstance(value, _PickledArray) else value for key, value in pairs}
 
 
@@ -286,26 +354,88 @@ class _PickledType:
         """Byte order and the like: nothing that matters for single bytes."""
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Stands for `_codecs.encode`, by which Python 3 writes bytes in the old protocols."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
-    return text.encode("latin1")
+class _Entry(dict[bytes | str, object]):
+    """A dictionary whose keys are names: the hash of tuples in tuples, deep enough, overflows the stack."""
+
+    def __setitem__(self, key: bytes | str, value: object) -> None:
+        if not isinstance(key, bytes | str):
+            raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}")
+        super().__setitem__(key, value)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds byte arrays, containers, strings and numbers."""
+class _CountedBytes(io.BytesIO):
+    """A pickle, which gives so many pieces: each operation takes one, and may make an object of 100 bytes."""
 
-    stand_ins = {  # noqa: RUF012 (never written)
-        "numpy.core.multiarray._reconstruct": _PickledArray,
-        "numpy._core.multiarray._reconstruct": _PickledArray,
-        "numpy.ndarray": _PickledArray,
-        "numpy.dtype": _PickledType,
-        "_codecs.encode": _encode,
-    }
+    left = _MOST_PIECES
 
-    def find_class(self, module: str, name: str) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"more than {_MOST_PIECES} parts")
+        return super().read(size)
+
+
+class _Operations(dict[int, Any]):
+    def __missing__(self, code: int) -> Any:
+        raise pickle.UnpicklingError(f"it has the operation {code}, which data has no need of")
+
+
+def _operations() -> _Operations:
+    """Those of pickle's that make containers, strings, numbers and calls, by their code."""
+    names = (
+        *("PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
+        *("EMPTY_LIST", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE"),
+        *("BININT", "BININT1", "BININT2", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
+    )
+    codes = [getattr(pickle, name)[0] for name in names]
+    return _Operations({code: _Unpickler.dispatch[code] for code in codes})
+
+
+class _ArrayUnpickler(_Unpickler):
+    """Builds byte arrays, containers, strings and numbers; in Python, as the one in C takes any memory it is told to.
+
+    Its memory is in proportion to the file.
+    """
+
+    dispatch = _operations()
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(_CountedBytes(content), encoding="bytes")
+        self._to_encode = len(content)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """Stands for `_codecs.encode`, by which Python 3 writes bytes in the old protocols; each of them once."""
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+        self._to_encode -= len(text)
+        if self._to_encode < 0:
+            raise pickle.UnpicklingError("bytes that are encoded again and again")
+        return text.encode("latin1")
+
+    def find_class(self, module: str, name: str) -> object:
         """Raises: pickle.UnpicklingError for every name outside the table."""
-        if f"{module}.{name}" not in self.stand_ins:
+        stand_ins = {
+            "numpy.core.multiarray._reconstruct": _PickledArray,
+            "numpy._core.multiarray._reconstruct": _PickledArray,
+            "numpy.ndarray": _PickledArray,
+            "numpy.dtype": _PickledType,
+            "_codecs.encode": self._encode,
+        }
+        if f"{module}.{name}" not in stand_ins:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which data has no need of")
-        return self.stand_ins[f"{module}.{name}"]
+        return stand_ins[f"{module}.{name}"]
+
+    def load_empty_dictionary(self) -> None:
+        self.append(_Entry())
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _PickledArray | _PickledType):
+            raise pickle.UnpicklingError("it sets what is no array")
+        self.stack[-1].__setstate__(state)
+
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
+    dispatch[pickle.BUILD[0]] = load_build

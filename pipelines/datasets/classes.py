@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dalikd.pipelines.files import read_text
+
 __all__ = [
+    "alike",
     "check_equal_classes",
     "draw_classes",
     "in_order",
@@ -63,11 +66,9 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"--data.classes {path} is no file: name a text file of class names, one a line")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--data.classes {path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from None
+        return read_text(path, encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"--data.classes {error}") from None
 
 
 def keep_listed(present: Sequence[str], path: Path, where: str) -> tuple[str, ...]:
@@ -221,6 +222,18 @@ def _lookalikes(names: Iterable[str], others: Iterable[str]) -> str:
             if form(name) in twins:
                 return f"; {name!a} and {twins[form(name)]!a} differ only in {difference}: {advice}"
     return ""
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """A line for each name that differs from one before it in what is hardly seen only."""
+    found: dict[str, str] = {}
+    for difference, advice, form in reversed(_ALIKE):
+        seen: dict[str, str] = {}
+        for name in names:
+            twin = seen.setdefault(form(name), name)
+            if twin != name:
+                found[name] = f"{twin!a} and {name!a} differ only in {difference}: {advice}"
+    return list(found.values())
 
 
 def shorten(names: Sequence[str], count: int = 5) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from dalikd.pipelines.datasets.classes import check_equal_classes, in_order, stratified_rows
 from dalikd.pipelines.datasets.file_list import FileList, cache_folder, count_of, list_folder, open_tree
 from dalikd.pipelines.datasets.spec import SplitIndex, SplitSpec
-from dalikd.pipelines.files import build_once
+from dalikd.pipelines.files import build_once, read_text, write_atomically
 
 __all__ = ["find_digits", "find_tinyimagenet", "find_tree"]
 
@@ -97,7 +97,7 @@ def _read_annotations(path: Path, classes: tuple[str, ...], train_split: str) ->
     listing = list_folder(folder)
     present, label_of = set(listing.images), {name: label for label, name in enumerate(classes)}
     paths, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         image, wnid = _read_annotation(line, f"{path} line {number}")
         if wnid not in label_of:
             raise ValueError(f"{path} line {number}: class {wnid!r} has no folder in {train_split}")
@@ -169,6 +169,5 @@ def _write_tree(folder: Path) -> None:
 def _write_image(image: np.ndarray, path: Path) -> None:
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     enlarged = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
-    enlarged.convert("RGB").save(path, format="JPEG", quality=95)
+    write_atomically(path, lambda file: enlarged.convert("RGB").save(file, format="JPEG", quality=95), sync=False)

@@ -21,7 +21,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from dalikd.pipelines.draws import Stream, permutation, philox
 from dalikd.pipelines.hardware import dali_words
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.shards.layout import MEMBER_EXTENSIONS, REMEDY, Feature
+from dalikd.pipelines.shards.layout import MEMBER_EXTENSIONS, REMEDY, Feature, image_checksum
 from dalikd.pipelines.shards.read import ShardSet
 
 __all__ = ["Encoded", "MicrobatchReader", "ShardStream", "Shuffle"]
@@ -32,10 +32,12 @@ _WINDOW = 1024  # images; storage is shuffled, so this need only part those that
 
 
 class Encoded(NamedTuple):
-    """Images as read: `contents`, n uint8 arrays of encoded bytes, and `ids`, int64 [n]."""
+    """Images as read: `contents`, n uint8 arrays of encoded bytes; `ids`, int64 [n]; and `damaged`, bool [n], for those
+    whose bytes or id are not as they were written."""
 
     contents: list[np.ndarray]
     ids: np.ndarray
+    damaged: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class ShardStream:
         world, rank = (1, 0) if shuffle is None else (shuffle.world, shuffle.rank)
         self.length = len(shards) * (rank + 1) // world - len(shards) * rank // world  # as DALI cuts shares
         self.position = 0
-        self._folder, self._batch_size = shards.folder, batch_size
+        self._shards, self._batch_size = shards, batch_size
         self._graph = _build(shards, shuffle, batch_size)
         self._outputs: Any = None
 
@@ -82,14 +84,35 @@ class ShardStream:
         """The next images. Their bytes stay as they are for as long as they are held.
 
         Raises:
-            OSError: a shard cannot be read.
+            OSError: a shard cannot be read, or a record is of no image of the set.
         """
         contents: list[np.ndarray] = []
         ids = np.empty(count, np.int64)
         for (encoded, numbers), start, stop in self._pieces(count):
             ids[len(contents) : len(contents) + stop - start] = numbers.as_array().view("<i8")[start:stop, 0]
             contents += [np.asarray(encoded[slot]) for slot in range(start, stop)]  # views, about 1 µs each
-        return Encoded(contents, ids)
+        return Encoded(contents, ids, self._damaged(contents, ids))
+
+    def _damaged(self, contents: list[np.ndarray], ids: np.ndarray) -> np.ndarray:
+        """Which images are not as they were written. Where a record's id is wrong, `ids` gets that of its place."""
+        shards = self._shards
+        foreign = (ids < 0) | (ids >= len(shards))
+        damaged = foreign.copy()
+        if shards.checksums is not None:
+            found = np.fromiter(map(image_checksum, contents), np.uint32, len(contents))
+            damaged |= found != shards.checksums[np.where(foreign, 0, ids)]
+            for slot in np.flatnonzero(damaged).tolist():
+                rows = np.flatnonzero(shards.checksums == found[slot])
+                rows = rows if foreign[slot] else np.append(ids[slot], rows)
+                broken = [row for row in rows.tolist() if not shards.is_whole(row)]
+                if broken:
+                    ids[slot], foreign[slot] = broken[0], False
+        if foreign.any():
+            raise OSError(
+                f"{shards.folder} holds a record of image {ids[foreign][0]}, and has images 0 to {len(shards) - 1}: "
+                f"{_look(shards)}"
+            )
+        return damaged
 
     def skip(self, count: int) -> None:
         """Read on without looking at the images."""
@@ -113,9 +136,12 @@ class ShardStream:
             return self._graph.run()
         except RuntimeError as error:
             raise OSError(
-                f"{self._folder} cannot be read: look for damage with `dalikd prepare --verify {self._folder}`, "
-                f"then copy it again or {REMEDY}; DALI says: {dali_words(error)}"
+                f"{self._shards.folder} cannot be read: {_look(self._shards)}; DALI says: {dali_words(error)}"
             ) from error
+
+
+def _look(shards: ShardSet) -> str:
+    return f"look for damage with `dalikd prepare --verify {shards.folder}`, then copy it again or {REMEDY}"
 
 
 class MicrobatchReader:
@@ -133,11 +159,12 @@ class MicrobatchReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dalikd-records")
 
     def take(self, index: int) -> Encoded:
-        """The images of this process's microbatch number `index`; where it has none, one filler."""
+        """The images of this process's microbatch number `index`; where it has none, the first whole one as filler."""
         place = self._sampler.place(index)
         if not place.valid:
-            filler = int(self._shards.order[0])
-            return Encoded([np.frombuffer(self._shards.read(filler), np.uint8)], np.array([filler]))
+            filler = next(row for row in self._shards.order.tolist() if self._shards.is_whole(row))
+            content = np.frombuffer(self._shards.read(filler), np.uint8)
+            return Encoded([content], np.array([filler]), np.zeros(1, bool))
         per_epoch = self._sampler.microbatches_per_epoch
         epoch, within = divmod(index, per_epoch)
         start = within * self._sampler.microbatch if self._sampler.reads_shares else place.start

@@ -46,7 +46,11 @@ def encode_example(features: dict[str, bytes | int]) -> bytes:
 
 
 def decode_example(payload: bytes) -> dict[str, bytes | int]:
-    """The features that `encode_example` was given."""
+    """The features that `encode_example` was given.
+
+    Raises:
+        ValueError: it is no such message.
+    """
     [(_, entries)] = _fields(payload)
     features: dict[str, bytes | int] = {}
     for _, entry in _fields(entries):
@@ -132,6 +136,8 @@ def _fields(message: bytes | memoryview) -> list[tuple[int, memoryview]]:
     while place < len(view):
         tag, place = _read_varint(view, place)
         length, place = _read_varint(view, place)
+        if length > len(view) - place:
+            raise ValueError("damaged Example: a field is longer than what it is in")
         fields.append((tag >> 3, view[place : place + length]))
         place += length
     return fields
@@ -140,6 +146,8 @@ def _fields(message: bytes | memoryview) -> list[tuple[int, memoryview]]:
 def _read_varint(view: memoryview, place: int) -> tuple[int, int]:
     number = shift = 0
     while True:
+        if place >= len(view) or shift > 63:
+            raise ValueError("damaged Example: a number has no end")
         group = view[place]
         number |= (group & 127) << shift
         place, shift = place + 1, shift + 7

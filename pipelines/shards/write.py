@@ -4,44 +4,55 @@ The images are shuffled once, so that any stretch of a shard is a fair sample; e
 id. Encoded files go in byte by byte, arrays as PNG. All is written beside the target folder, then moved there whole.
 """
 
+import errno
+import fcntl
 import hashlib
 import io
+import os
 import shutil
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 
-from dalikd.pipelines.content import extension_of, is_jpeg2000, refusal
+from dalikd.pipelines.content import extension_of, goes_apart, refusal
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
-from dalikd.pipelines.files import build_once, file_digest
+from dalikd.pipelines.files import file_digest, write_atomically
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
+    CHECKSUMS,
     EXTENSIONS,
     MANIFEST,
+    NAMES,
     VERSION,
     Feature,
     Shard,
     ShardFormat,
     ShardManifest,
+    ends_checksum,
+    image_checksum,
 )
 from dalikd.pipelines.shards.tfrecord import encode_example, frame
 from dalikd.pipelines.sources import Source
 
-__all__ = ["WriteOptions", "check_decodable", "check_target", "write_shards"]
+__all__ = ["Sample", "WriteOptions", "check_decodable", "check_targets", "pack_members", "write_shards", "write_splits"]
 
 _CHUNK = 256  # images that are read ahead
 _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
 _USUAL_SHARD = 1000  # images
 _MOST_NAMED = 5
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLED = 200  # files whose sizes stand for all of them
 _REPAIR = "{} cannot be decoded ({}): repair or remove it (--check true names all such files before writing)"
 
@@ -80,55 +91,127 @@ class WriteOptions:
 
 
 def write_shards(source: Source, folder: Path, options: WriteOptions) -> ShardManifest:
-    """Write one split into a folder of its own.
+    """Write one split into a folder of its own; as `write_splits`."""
+    return write_splits({folder: source}, options)[0]
+
+
+def write_splits(sources: Mapping[Path, Source], options: WriteOptions) -> list[ShardManifest]:
+    """Write splits, each into a folder of its own. Only when all are written they are moved to their places: whoever is
+    killed or fails before leaves what was there, and at most folders with names that start with a dot, which the next
+    call removes.
 
     Args:
-        source: images in files or in memory.
-        folder: must be empty or missing, unless it may be overwritten.
+        sources: images in files or in memory, by folder; folders have one parent, and are empty or missing, unless they
+            may be overwritten.
         options: how.
 
     Raises:
         ValueError: an image is not as it should be.
-        FileExistsError: the folder holds something.
+        FileExistsError: a folder holds something, or another call writes there.
         OSError: a file cannot be read, or the disk is too small.
     """
-    check_target(source, folder, options)
-    target = folder if not folder.exists() else folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(folder.with_name(f".{folder.name}-new"), ignore_errors=True)  # left by an interrupted call
+    [parent] = {folder.absolute().parent for folder in sources}
+    check_targets(sources, options)
     with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
-        if options.check:
+        for source in sources.values() if options.check else ():
             check_decodable(source, options.threads)
-        build_once(target, lambda made: _write_split(source, made, folder.name, options, pool))
-    if target != folder:
-        shutil.rmtree(folder)
-        target.rename(folder)
-    return ShardManifest.read(folder)
+        parent.mkdir(parents=True, exist_ok=True)
+        with _alone_in(parent, [folder.name for folder in sources]):
+            parts = {folder: folder.with_name(f".{folder.name}-{uuid4().hex}") for folder in sources}
+            try:
+                manifests = [
+                    _write_split(source, parts[folder], folder.name, options, pool)
+                    for folder, source in sources.items()
+                ]
+                for folder, part in parts.items():
+                    _put(part, folder, options.overwrite)
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise OSError(
+                        f"{parent}: {error.strerror} while shards were written, and nothing of them was kept: "
+                        "name another --output, or make images smaller with --resize"
+                    ) from error
+                raise
+            finally:
+                for part in parts.values():
+                    shutil.rmtree(part, ignore_errors=True)
+    return manifests
 
 
-def check_target(source: Source, folder: Path, options: WriteOptions) -> None:
-    """Check that `write_shards` may write there, and that there is room.
+@contextmanager
+def _alone_in(parent: Path, names: list[str]) -> Iterator[None]:
+    """Keep other calls out of a folder, and remove what killed ones have left there of splits of these names: at once
+    what they had not written to the end, and the rest, which may be the only copy, when this call has ended well.
 
-    Raises:
-        FileExistsError: the folder holds something that may not be replaced.
-        OSError: the disk is too small.
+    Where the file system has no locks for folders, as NFS, others are kept apart by the names of their parts alone.
     """
-    assert source.shards is None, "shards are made of files or arrays"
-    _check_folder(folder, options.overwrite)
-    _check_space(source, folder, options.resize)
+    lock = os.open(parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        left = [part for name in names for part in parent.glob(f".{name}-{'[0-9a-f]' * 32}")]
+    except BlockingIOError as error:
+        os.close(lock)
+        raise FileExistsError(
+            f"another `dalikd prepare` writes into {parent}: wait for it, or name another --output"
+        ) from error
+    except OSError:
+        left = []
+    try:
+        for part in left:
+            if not (part / MANIFEST).exists():
+                shutil.rmtree(part)
+        yield
+        for part in left:
+            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
-def _write_split(source: Source, folder: Path, prefix: str, options: WriteOptions, pool: ThreadPoolExecutor) -> None:
+def _put(part: Path, folder: Path, overwrite: bool) -> None:
+    """Move what was written to its place."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        part.rename(folder)
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} has been filled by another call meanwhile: name another --output")
+    old = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old)
+
+
+def check_targets(sources: Mapping[Path, Source], options: WriteOptions) -> None:
+    """Check that the folders may be written, and that there is room for all of them."""
+    for folder, source in sources.items():
+        assert source.shards is None, "shards are made of files or arrays"
+        _check_folder(folder, options.overwrite)
+    _check_space(sources, options.resize)
+
+
+def _write_split(
+    source: Source, folder: Path, prefix: str, options: WriteOptions, pool: ThreadPoolExecutor
+) -> ShardManifest:
+    folder.mkdir()
     order = permutation(options.seed, 0, len(source))
     count = -(-len(source) // (options.shard_images or max(_USUAL_SHARD, -(-len(source) // _MOST_SHARDS))))
-    samples = _samples(source, order, options, pool)
+    checksums, names = np.empty(len(source), np.uint32), [""] * len(source)
+
+    def noted() -> Iterator[Sample]:
+        for sample in _samples(source, order, options, pool):
+            checksums[sample.id], names[sample.id] = image_checksum(sample.encoded), sample.name
+            yield sample
+
+    samples = noted()
     shards = tuple(
         _write_shard(folder / f"{prefix}-{number:05d}{EXTENSIONS[options.format]}", options.format, samples, images)
         for number, images in enumerate(len(part) for part in np.array_split(order, count))
     )
-    for name, array in zip(ARRAYS, (source.labels, order), strict=True):
-        np.save(folder / name, array.astype("<i8"))
+    arrays = (source.labels.astype("<i8"), order.astype("<i8"), checksums.astype("<u4"))
+    for name, array in zip((*ARRAYS, CHECKSUMS), arrays, strict=True):
+        write_atomically(folder / name, partial(np.save, arr=array))
+    write_atomically(folder / NAMES, "".join(f"{name}\n" for name in names).encode())
     resized = "" if options.resize is None else f"-short{options.resize}"
-    ShardManifest(
+    manifest = ShardManifest(
         version=VERSION,
         format=options.format,
         name=source.name,
@@ -140,15 +223,17 @@ def _write_split(source: Source, folder: Path, prefix: str, options: WriteOption
         fingerprint=source.fingerprint + resized,
         seed=options.seed,
         resize=options.resize,
-        arrays={name: file_digest(folder / name) for name in ARRAYS},
+        arrays={name: file_digest(folder / name) for name in (*ARRAYS, CHECKSUMS, NAMES)},
         shards=shards,
-    ).write(folder)
+    )
+    manifest.write(folder)
+    return manifest
 
 
 # ------------------------------------------------------------------------------------------------ shards
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
     """An image: its `id`, `label`, `encoded` bytes, their `extension`, and the `name` that it had."""
 
     id: int
@@ -158,10 +243,12 @@ class _Sample(NamedTuple):
     name: str
 
 
-def _write_shard(path: Path, format: ShardFormat, samples: Iterator[_Sample], images: int) -> Shard:
+def _write_shard(path: Path, format: ShardFormat, samples: Iterator[Sample], images: int) -> Shard:
     """Take so many samples and write them and their index."""
     layout, offset, lines, digest = _LAYOUTS[format], 0, [], hashlib.sha256()
-    with path.open("xb") as file:
+
+    def write(file: BinaryIO) -> None:
+        nonlocal offset
         for _ in range(images):
             content, line = layout.pack(next(samples), offset)
             offset += file.write(content)
@@ -169,12 +256,14 @@ def _write_shard(path: Path, format: ShardFormat, samples: Iterator[_Sample], im
             lines.append(line)
         offset += file.write(layout.end)
         digest.update(layout.end)
+
+    write_atomically(path, write)
     index = path.with_suffix(".idx")
-    index.write_text(layout.heading.format(images) + "".join(f"{line}\n" for line in lines), encoding="ascii")
-    return Shard(path.name, images, offset, digest.hexdigest(), file_digest(index))
+    write_atomically(index, (layout.heading.format(images) + "".join(f"{line}\n" for line in lines)).encode("ascii"))
+    return Shard(path.name, images, offset, digest.hexdigest(), file_digest(index), ends_checksum(path))
 
 
-def _pack_members(sample: _Sample, offset: int) -> tuple[bytes, str]:
+def pack_members(sample: Sample, offset: int) -> tuple[bytes, str]:
     """A sample as tar members, and its line in the index: extension, offset, size and name of each."""
     contents = {
         sample.extension: sample.encoded,
@@ -192,7 +281,7 @@ def _pack_members(sample: _Sample, offset: int) -> tuple[bytes, str]:
     return b"".join(members), " ".join(line)
 
 
-def _pack_example(sample: _Sample, offset: int) -> tuple[bytes, str]:
+def _pack_example(sample: Sample, offset: int) -> tuple[bytes, str]:
     """A sample as a TFRecord, and its line in the index: offset and size."""
     features: dict[str, bytes | int] = {
         Feature.ENCODED: sample.encoded,
@@ -207,13 +296,13 @@ def _pack_example(sample: _Sample, offset: int) -> tuple[bytes, str]:
 class _Layout(NamedTuple):
     """How a shard is laid out: a sample's content and index line, what ends it, the index's heading."""
 
-    pack: Callable[[_Sample, int], tuple[bytes, str]]
+    pack: Callable[[Sample, int], tuple[bytes, str]]
     end: bytes
     heading: str
 
 
 _LAYOUTS: dict[str, _Layout] = {
-    "webdataset": _Layout(_pack_members, bytes(2 * tarfile.BLOCKSIZE), "v1.2 {}\n"),
+    "webdataset": _Layout(pack_members, bytes(2 * tarfile.BLOCKSIZE), "v1.2 {}\n"),
     "tfrecord": _Layout(_pack_example, b"", ""),
 }
 
@@ -221,15 +310,15 @@ _LAYOUTS: dict[str, _Layout] = {
 # ----------------------------------------------------------------------------------------------- samples
 
 
-def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: ThreadPoolExecutor) -> Iterator[_Sample]:
+def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: ThreadPoolExecutor) -> Iterator[Sample]:
     """The images in storage order, read and resized by the pool."""
-    decoder = Decoder(options.threads)
+    decoder = Decoder(options.threads, max_pixels=source.max_pixels)
     chunk = _CHUNK if options.resize is None else decoder.at_once
     with progress(f"writing {source.split}", total=len(order), unit=" images") as bar:
         for start in range(0, len(order), chunk):
             samples = list(pool.map(lambda row: _sample(source, row), order[start : start + chunk].tolist()))
             if options.resize is None:
-                _check_jpeg2000(source, samples, decoder)
+                _check_apart(source, samples, decoder)
             else:
                 samples = _resized(source, samples, options.resize, decoder, pool)
             for sample in samples:
@@ -237,7 +326,7 @@ def _samples(source: Source, order: np.ndarray, options: WriteOptions, pool: Thr
                 bar.update()
 
 
-def _sample(source: Source, row: int) -> _Sample:
+def _sample(source: Source, row: int) -> Sample:
     """An image as it is.
 
     Raises:
@@ -247,20 +336,21 @@ def _sample(source: Source, row: int) -> _Sample:
     path = source.path(row)
     arrays = source.arrays
     encoded = source.read(row) if arrays is None else _encode(Image.fromarray(arrays[row]), "PNG")
-    reason = refusal(encoded)
+    reason = refusal(encoded, source.max_pixels)
     if reason is not None:
         raise ValueError(_REPAIR.format(printable(path), reason))
     name = path if source.files is None else path[len(source.files.root) :].lstrip("/")
-    return _Sample(row, int(source.labels[row]), encoded, extension_of(encoded), printable(name))
+    name = "\\n".join(printable(name).splitlines())  # a line in names.txt
+    return Sample(row, int(source.labels[row]), encoded, extension_of(encoded), name)
 
 
-def _check_jpeg2000(source: Source, samples: list[_Sample], decoder: Decoder) -> None:
+def _check_apart(source: Source, samples: list[Sample], decoder: Decoder) -> None:
     """No header tells whether such an image is for DALI.
 
     Raises:
         ValueError: it is not.
     """
-    found = [sample for sample in samples if is_jpeg2000(sample.encoded)]
+    found = [sample for sample in samples if goes_apart(sample.encoded) is not None]
     for first in range(0, len(found), decoder.at_once):
         part = found[first : first + decoder.at_once]
         for sample, answer in zip(part, decoder.decode([sample.encoded for sample in part]), strict=True):
@@ -269,8 +359,8 @@ def _check_jpeg2000(source: Source, samples: list[_Sample], decoder: Decoder) ->
 
 
 def _resized(
-    source: Source, samples: list[_Sample], short_side: int, decoder: Decoder, pool: ThreadPoolExecutor
-) -> list[_Sample]:
+    source: Source, samples: list[Sample], short_side: int, decoder: Decoder, pool: ThreadPoolExecutor
+) -> list[Sample]:
     """JPEGs of what training would see, their short side `short_side`, the long one floored; those that are not larger
     than that stay as they are.
 
@@ -278,7 +368,7 @@ def _resized(
         ValueError: DALI cannot decode one.
     """
 
-    def resize(sample: _Sample, pixels: np.ndarray | str) -> _Sample:
+    def resize(sample: Sample, pixels: np.ndarray | str) -> Sample:
         if isinstance(pixels, str):
             raise ValueError(_REPAIR.format(printable(source.path(sample.id)), pixels))
         height, width = pixels.shape[:2]
@@ -312,10 +402,21 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} holds something else than an image set ({MANIFEST}): name another --output")
 
 
-def _check_space(source: Source, folder: Path, resize: int | None) -> None:
-    """Estimate the bytes from some files' sizes; arrays are larger than their PNGs, a JPEG has below 1 byte a pixel."""
+def _check_space(sources: Mapping[Path, Source], resize: int | None) -> None:
+    """Check that all of them have room, by their folders' parent."""
+    folder = next(iter(sources))
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
+    needed = sum(_bytes_needed(source, resize) for source in sources.values())
+    if needed > free:
+        raise OSError(
+            f"{' and '.join(source.split for source in sources.values())}: takes about {needed / 1e9:.1f} GB, "
+            f"{existing} has {free / 1e9:.1f} GB free: name another --output, or make images smaller with --resize"
+        )
+
+
+def _bytes_needed(source: Source, resize: int | None) -> int:
+    """Estimated from some files' sizes; arrays are larger than their PNGs, a JPEG has below 1 byte a pixel."""
     if source.arrays is not None:
         needed = source.arrays.nbytes
     else:
@@ -324,12 +425,7 @@ def _check_space(source: Source, folder: Path, resize: int | None) -> None:
         needed = int(source.files.take(rows).measure().sum()) * len(source) // len(rows)
     if resize is not None:
         needed = min(needed, 2 * resize * resize * len(source))
-    needed += 4 * tarfile.BLOCKSIZE * len(source)
-    if needed > free:
-        raise OSError(
-            f"{source.split} takes about {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: "
-            "name another --output, or make images smaller with --resize"
-        )
+    return needed + 4 * tarfile.BLOCKSIZE * len(source)
 
 
 def check_decodable(source: Source, threads: int) -> None:

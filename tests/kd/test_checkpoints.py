@@ -4,6 +4,7 @@ import copy
 import hashlib
 import re
 import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -198,6 +199,53 @@ def test_no_state_dict_inside(content, found, tmp_path):
     assert message.endswith(found)
 
 
+def _rezipped(path, changed, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, changed(content) if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R0", r"it calls builtins\.bytearray"),  # 2 GB
+        (b"c_codecs\nencode\nX\x01\0\0\0xX\x06\0\0\0latin1\x86R0", r"it calls _codecs\.encode"),
+        (b")" + b"\x85" * 400_000 + b"0", "larger than that of any net"),
+        (b"c" + b"a" * 300_000 + b"\nb\n0", "it calls aaaa"),
+    ],
+)
+def test_a_torch_file_takes_no_more_memory_than_its_size(code, message, source, tmp_path):
+    path = tmp_path / "net.pt"
+    for zipped in (True, False):
+        torch.save(source.state_dict(), path, _use_new_zipfile_serialization=zipped)
+        if zipped:
+            _rezipped(path, lambda content: content[:2] + code + content[2:])
+        else:
+            start = b"\x80\x02ccollections"
+            path.write_bytes(path.read_bytes().replace(start, start[:2] + code + start[2:], 1))
+        with pytest.raises(ValueError, match=f"{path} is damaged or not a checkpoint: .*{message}"):
+            read_state_dict(path)
+
+
+def test_a_deflated_torch_file_and_tensors_without_end_are_refused(source, tmp_path):
+    path = tmp_path / "net.pt"
+    torch.save(source.state_dict(), path)
+    _rezipped(path, bytes, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="it is compressed"):
+        read_state_dict(path)
+    torch.save({"a": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)
+    with pytest.raises(ValueError, match=r"a of shape \[1048576, 1048576\] repeats fewer numbers"):
+        read_state_dict(path)
+    torch.save({"a": torch.zeros(3, device="meta")}, path)
+    with pytest.raises(ValueError, match="a is no plain tensor"):
+        read_state_dict(path)
+    (tmp_path / "net.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match=r"net\.safetensors is damaged .*: a header of 1099511627776 bytes"):
+        read_state_dict(tmp_path / "net.safetensors")
+
+
 def test_missing_and_unexpected_keys_are_listed_and_the_model_is_untouched(source, tmp_path):
     state = source.state_dict()
     state["fc.weight"] = state.pop("head.weight")
@@ -274,6 +322,30 @@ def test_other_shapes_are_listed(source, tmp_path):
     message = error_of(load_weights, make_model(), tmp_path / "w.pth")
     assert "convolution.weight [4, 1, 3, 3] instead of [4, 3, 3, 3]" in message
     assert "head.weight [10, 8] instead of [10, 4]" in message
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_not_finite_are_named_and_the_model_is_untouched(value, kind, suffix, source, tmp_path):
+    source.norm.running_var[1] = value
+    source.head.bias.data[3] = value
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(source.state_dict(), str(path))
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=f"{path}: norm.running_var holds {kind}, as do 1 more of its tensors: the run"
+    ):
+        load_weights(model, path)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_infinities_that_the_model_itself_holds_are_no_damage(source, tmp_path):
+    for model in (source, other := make_model()):
+        model.register_buffer("mask", torch.full((2,), float("-inf")))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    load_weights(other, tmp_path / "weights.pt")
+    assert torch.equal(other.head.weight, source.head.weight)
 
 
 def test_other_features_of_the_last_layer_are_a_matter_of_shape_not_of_classes(source, tmp_path):

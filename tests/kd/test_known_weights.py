@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import re
@@ -83,7 +84,7 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
 
 @pytest.fixture
 def tar(tmp_path):
-    """With two files, one of them under two names, and a link out of it."""
+    """With two files, one of them under two names, and a link to one."""
     path = tmp_path / "cifar_teachers.tar"
     with tarfile.open(path, "w") as archive:
         for name in ("cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth", "./vgg13_vanilla/ckpt_epoch_240.pth"):
@@ -91,7 +92,7 @@ def tar(tmp_path):
             member.size = len(CONTENT)
             archive.addfile(member, io.BytesIO(CONTENT))
         link = tarfile.TarInfo("link.pth")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        link.type, link.linkname = tarfile.SYMTYPE, "vgg13_vanilla/ckpt_epoch_240.pth"
         archive.addfile(link)
     return path
 
@@ -111,6 +112,39 @@ def test_what_a_tar_has_is_listed_where_a_name_is_wrong(tar, member, count):
     listed = r"\./vgg13_vanilla/ckpt_epoch_240\.pth, cifar_teachers/resnet56_vanilla/ckpt_epoch_240\.pth$"
     with pytest.raises(ValueError, match=rf"cifar_teachers\.tar has {count} files {member}: give one of {listed}"):
         file_sha256(f"{tar}:{member}")
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "kind"),
+    [
+        ("/etc/passwd", "", tarfile.REGTYPE),
+        ("a/../../net.pth", "", tarfile.REGTYPE),
+        ("link.pth", "/etc/passwd", tarfile.SYMTYPE),
+        ("a/link.pth", "../../net.pth", tarfile.SYMTYPE),
+        ("a/link.pth", "../net.pth", tarfile.LNKTYPE),
+    ],
+)
+def test_a_tar_whose_members_lead_out_of_it_is_refused(tar, name, link, kind):
+    with tarfile.open(tar, "a") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, link
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=rf"{tar} is damaged or not a tar: '{name}' leads out of the folder"):
+        file_sha256(f"{tar}:cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth")
+
+
+def test_a_tar_takes_no_more_memory_or_time_than_its_size(tar):
+    member = "cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth"
+    packed = gzip.compress(tar.read_bytes())
+    whole = tar.read_bytes()
+    negative = bytearray(whole)
+    negative[124:136] = b"\xff" * 11 + b"\x00"  # the first member's size
+    huge = bytearray(whole)
+    huge[124:136] = b"77777777777\x00"
+    for content in (packed, negative, huge):
+        tar.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{tar} is damaged or not a tar"):
+            file_sha256(f"{tar}:{member}")
 
 
 def test_a_damaged_tar_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """An image set in shards of both formats."""
 
 import io
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,16 @@ def crashing_jpeg2000() -> bytes:
     Image.new("RGB", (48, 40)).save(buffer, "JPEG2000")
     start, marker, rest = buffer.getvalue().partition(b"\xff\x51")
     return start + marker + rest[:20] + bytes(8) + rest[28:]
+
+
+@pytest.fixture(scope="session")
+def crashing_tiff() -> bytes:
+    """Its strips have no rows, by which the process that decodes it ends: SIGFPE."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 40)).save(buffer, "TIFF")
+    encoded = buffer.getvalue()
+    place = encoded.index(struct.pack("<HHI", 278, 4, 1)) + 8
+    return encoded[:place] + bytes(4) + encoded[place + 4 :]
 
 
 class Written(NamedTuple):

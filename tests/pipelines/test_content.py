@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -250,9 +251,44 @@ def test_jpeg_2000_is_refused_alone(decoder, crashing_jpeg2000):
         assert np.array_equal(beside, RGB)
 
 
+def test_a_tiff_that_ends_the_process_is_refused_alone(crashing_tiff):
+    """Those beside it are decoded, among them a JPEG 2000 by the same process."""
+    beside = [AS_PILLOW[kind]() for kind in ("TIFF", "JPEG 2000", "PNG")]
+    answer, *pixels = Decoder(2).decode([crashing_tiff, *beside])
+    assert answer == "this TIFF ends the process that decodes it (SIGFPE), as damaged ones do"
+    assert all(np.array_equal(image, RGB) for image in pixels)
+
+
+def test_an_image_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr("dalikd.pipelines.doctor._LONGEST", 0.01)  # less than its imports take
+    (answer,) = Decoder(1).decode([_save(RGB, "TIFF")])
+    assert answer == "this TIFF ends the process that decodes it (SIGKILL), as damaged ones do"
+
+
+@pytest.mark.parametrize("kind", [name for name in AS_PILLOW if "," not in name])
+def test_more_pixels_than_allowed_are_refused_by_the_header(kind):
+    encoded, pixels = AS_PILLOW[kind](), math.prod(SIDES)
+    assert refusal(encoded, pixels) is None
+    refused = refusal(encoded, pixels - 1)
+    assert refused is not None
+    assert refused.startswith(
+        f"its header gives {SIDES[1]} x {SIDES[0]} pixels: it is damaged, or larger than --data.max_"
+    )
+    (answer,) = Decoder(1, max_pixels=pixels - 1).decode([encoded])
+    assert answer == refused
+
+
+def test_a_codestream_of_other_sides_than_its_file_is_refused():
+    encoded = _save(RGB, "JPEG2000")
+    place = encoded.index(b"\xff\x4f\xff\x51") + 8
+    refused = refusal(encoded[:place] + struct.pack(">II", 60_000, 50_000) + encoded[place + 8 :])
+    assert refused is not None
+    assert "60,000 x 50,000 pixels" in refused
+
+
 def test_a_failure_of_the_process_for_jpeg_2000_is_passed_on(monkeypatch):
     monkeypatch.setattr("sys.path", [])
-    with pytest.raises(RuntimeError, match=r"first decodes JPEG 2000 images has failed: ModuleNotFoundError"):
+    with pytest.raises(RuntimeError, match=r"a process that decodes images has failed: ModuleNotFoundError"):
         Decoder(1).decode([_save(RGB, "JPEG2000")])
 
 

@@ -259,7 +259,7 @@ def test_decoding_depends_on_the_peeked_shape(crop, whole):
         return
     assert _name(decoder) == "decoders__ImageSlice"
     encoded, start, shape = decoder.inputs
-    assert not _comes_from(encoded, "PeekImageShape")
+    assert _comes_from(encoded, "PeekImageShape") == (crop in ("pad_crop", "center_crop"))  # by the number of pixels
     assert _comes_from(start, "PeekImageShape")
     assert _comes_from(shape, "PeekImageShape")
 
@@ -267,7 +267,7 @@ def test_decoding_depends_on_the_peeked_shape(crop, whole):
 def test_little_is_computed_in_a_graph_of_windows():
     """Each operator on scalars costs DALI what a thread's work on a small image does."""
     graph: Any = build_graph(lambda _: (), View(32, "window"), reader="files", batch_size=2, threads=1, device_id=None)
-    assert len(graph._ops) <= 17
+    assert len(graph._ops) <= 19
 
 
 def test_a_window_ends_where_its_image_does():
@@ -516,3 +516,24 @@ def test_the_last_bytes_come_out_where_they_are_asked_for(photos: Path):
         ends=True,
     )
     assert [bytes(ends) for ends in np.array(graph.run()[3].as_tensor())] == [b"\xff\xd9", b"il"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_image_of_more_pixels_than_allowed_is_not_decoded(photos: Path, whole: bool):
+    path = next(photos.rglob("large.jpg"))
+    for max_pixels, fails in ((640 * 427, False), (640 * 427 - 2, True)):
+        graph: Any = build_graph(
+            lambda _: ([np.frombuffer(path.read_bytes(), np.uint8)],),
+            View(32, "center_crop", resize=32),
+            reader="bytes",
+            batch_size=1,
+            threads=1,
+            device_id=None,
+            decoding=Decoding(whole=whole),
+            max_pixels=max_pixels,
+        )
+        if fails:
+            with pytest.raises(RuntimeError, match="decoders"):
+                graph.run()
+        else:
+            graph.run()

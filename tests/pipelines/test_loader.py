@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -444,7 +445,7 @@ def test_a_header_that_asks_for_more_memory_than_there_is_names_its_file(copy_tr
     content = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
     (root / "bee" / "003.jpg").write_bytes(content)
     loader = _loader(open_source("imagefolder", root, "train", split="."))
-    with pytest.raises(BadFileError, match=r"bee/003.jpg \(its header says 2,000,000 x 1,900,000 pixels"):
+    with pytest.raises(BadFileError, match=r"bee/003.jpg \(its header gives 2,000,000 x 1,900,000 pixels"):
         _run_to_the_end(loader)
 
 
@@ -452,9 +453,88 @@ def test_when_nothing_can_be_decoded_replacing_ends(copy_tree):
     root = copy_tree()
     for path in root.glob("*/*.jpg"):
         _spoil(path, "text")
-    loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace")
+    loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace", bad_files_limit=24)
     with pytest.raises(BadFileError, match="no image of the data set can be decoded"):
         loader.next()
+
+
+def test_more_replaced_files_than_allowed_stop_the_run(copy_tree):
+    root = copy_tree()
+    for row in range(0, 24, 4):
+        _spoil(root / ("ant", "bee", "cat")[row // 8] / f"{row % 8:03d}.jpg", "text")
+    source = open_source("imagefolder", root, "train", split=".")
+    loader = _loader(source, bad_files="replace", bad_files_limit=5)
+    message = (
+        r"6 of 24 images cannot be decoded, more than --data.bad_files_limit 5 allows; the last ones are .*\d\.jpg: "
+    )
+    with pytest.raises(BadFileError, match=message):
+        _run_to_the_end(loader)
+    with pytest.raises(BadFileError, match=message):  # nor does a resumed run go on, where the limit stays
+        _loader(source, bad_files_limit=5).load_state_dict(loader.state_dict())
+    again = _loader(source, bad_files_limit=6)
+    again.load_state_dict(loader.state_dict())
+    _run_to_the_end(again)
+    assert sorted(again.replaced) == list(range(0, 24, 4))
+
+
+@pytest.mark.parametrize(("images", "limit"), [(24, 10), (50_000, 500), (1_281_167, 1000)])
+def test_by_default_one_in_a_hundred_may_be_replaced(source, images, limit):
+    many = replace(source, files=None, arrays=np.empty((images, 1, 1, 3), np.uint8), labels=np.zeros(images, np.int64))
+    assert _loader(many)._limit == limit
+
+
+def test_what_is_no_file_is_known_before_the_first_batch(copy_tree, capsys):
+    """DALI would wait for a pipe for ever."""
+    root = copy_tree()
+    os.mkfifo(root / "bee" / "0pipe.jpg")
+    (root / "bee" / "0pipe_link.jpg").symlink_to(root / "bee" / "0pipe.jpg")
+    (root / "cat" / "gone.jpg").symlink_to(root / "nowhere")
+    os.truncate(root / "cat" / "000.jpg", 9 * 178_000_000)
+    source = open_source("imagefolder", root, "train", split=".")
+    with pytest.raises(
+        BadFileError, match=r"bee/0pipe.jpg \(the file cannot be read: it is a pipe, not a file\), .*; repair"
+    ):
+        _loader(source)
+    loader = _loader(source, DrawSpec(View(32, "random_resized_crop"), 7), bad_files="replace")
+    said = capsys.readouterr().out
+    assert said.count("dalikd: cannot decode") == 1
+    assert "bee/0pipe_link.jpg (the file cannot be read: it is a pipe" in said
+    assert "cat/gone.jpg (the file is missing: it is a link to nothing)" in said
+    assert "cat/000.jpg (the file cannot be read: its 1,602,000,000 bytes are more than" in said
+    assert loader.replaced == {16: 19, 17: 19, 18: 19, 26: 0}
+    _run_to_the_end(loader)
+
+
+def test_a_batch_that_does_not_come_is_told(copy_tree, monkeypatch, capsys):
+    """Here for a pipe that has taken the place of a file; its reader goes on once a writer has come and gone."""
+    root = copy_tree()
+    monkeypatch.setattr("dalikd.pipelines.loader._PATIENCE", 0.2)
+    source = open_source("imagefolder", root, "train", split=".")
+    pipe, empty = root / "bee" / "003.jpg", root / "empty"
+    empty.touch()
+    pipe.unlink()
+    os.mkfifo(pipe)
+    loader = Loader(source, Sampler(24, 24, seed=7), TRAINING, threads=1, bad_files="replace")
+    told: list[str] = []
+
+    def free() -> None:
+        while not told or "has not come" not in told[-1]:
+            told.append(capsys.readouterr().out)
+            time.sleep(0.1)
+        writer = os.open(pipe, os.O_WRONLY)
+        empty.replace(pipe)
+        os.close(writer)
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    batch = loader.next()
+    thread.join()
+    assert "dalikd: batch 0 has not come within 0.2 s; it holds " in told[-1]
+    assert "bee/003.jpg cannot be read: it is a pipe, not a file" in told[-1]
+    assert 11 not in batch.ids.tolist()
+    assert loader.replaced == {11: 12}
+    assert loader._waits is None
+    loader.close()
 
 
 def test_an_error_that_no_file_explains_is_passed_on(copy_tree, monkeypatch):
@@ -468,23 +548,24 @@ def test_an_error_that_no_file_explains_is_passed_on(copy_tree, monkeypatch):
     assert "\n" not in str(stopped.value)
 
 
-def test_what_dali_must_not_be_asked_about_is_named_and_replaced(copy_tree, crashing_jpeg2000, capfd):
-    """DALI decodes the first two, to wrong pixels; damaged JPEG 2000 ends the process that decodes it."""
+def test_what_dali_must_not_be_asked_about_is_named_and_replaced(copy_tree, crashing_jpeg2000, crashing_tiff, capfd):
+    """DALI decodes the first two, to wrong pixels; damaged JPEG 2000 and TIFF end the process that decodes them."""
     root = copy_tree()
     photo = Image.open(root / "ant" / "000.jpg").copy()
     photo.save(root / "ant" / "001.jpg", "TIFF", tiffinfo={274: 6})
     (root / "bee" / "001.jpg").write_bytes(b"P6\n32 32\n15\n" + bytes(32 * 32 * 3))
     (root / "bee" / "005.jpg").write_bytes(crashing_jpeg2000)
+    (root / "bee" / "006.jpg").write_bytes(crashing_tiff)
     photo.save(root / "cat" / "005.jpg", "JPEG2000")
     photo.save(root / "cat" / "006.jpg", "PNG", icc_profile=bytes(3_000_000))  # well, though Pillow refuses it
     photo.save(root / "cat" / "007.jpg", "TIFF")
     loader = _loader(open_source("imagefolder", root, "train", split="."), bad_files="replace")
     _run_to_the_end(loader)
-    assert loader.replaced == {1: 2, 9: 10, 13: 14}
+    assert loader.replaced == {1: 2, 9: 10, 13: 15, 14: 15}
     said = capfd.readouterr().out
     assert all(
         said.count(words) == count
-        for words, count in {"orientation tag (6)": 1, "highest value is 15": 1, "JPEG 2000": 1}.items()
+        for words, count in {"orientation tag (6)": 1, "highest value is 15": 1, "JPEG 2000": 1, "TIFF ends": 1}.items()
     )
 
 

@@ -51,6 +51,10 @@ def test_fill_verify_and_distil(command, caching, training, tmp_path):
 
     _flip(cache)
     spoilt = command("cache", f"--verify={cache}", "--share", 1)
+    assert spoilt.code == 2
+    assert "augmented.npy" in spoilt.err
+    (cache / "epoch-0001" / "checksums.json").unlink()  # as of a cache that was written before there were any
+    spoilt = command("cache", f"--verify={cache}", "--share", 1)
     assert (spoilt.code, spoilt.err) == (1, "")
     assert spoilt.out.splitlines()[-1].startswith("the cache DIFFERS from its teacher (tolerance 0.001 of logits")
     assert command("cache", "--verify", cache, "--share", 1, "--tolerance", 99).code == 0

@@ -1,7 +1,9 @@
+import json
 import os
 import re
 import shlex
 import signal
+import sys
 from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig
-from dalikd.tools import correlate, demo, prepare
+from dalikd.tools import correlate, demo, prepare, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
 from dalikd.tools.layers import OPTIONS, options_class
@@ -428,13 +430,14 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 #: every option that is a path
 PATHS = {
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
-    *("run", "students", "checkpoint", "entropy_log", "points", "plot", "root", "folder", "target"),
+    *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target", "manifest"),
 }
 #: the options of commands that share no configs
 ALONE = {
     "prepare": prepare.PrepareOptions,
     "correlate": correlate.run,
     "demo": demo.run,
+    "replay": replay.replay,
     "bench loader": loader.LoaderOptions,
     "bench host": host.HostOptions,
     "bench first-hour": first_hour.run,
@@ -631,7 +634,8 @@ class OtherLoss(KD):
 
 def test_another_loss_has_its_own_defaults(tmp_path, capsys):
     config = _write(tmp_path / "1.yaml", {"loss": {"init_args": {"temperature": 7.0, "ce_weight": 0.5}}})
-    options, _ = parse("distill", ["--config", config, "--loss", f"{OtherLoss.__module__}.OtherLoss"])
+    words = ["--import", OtherLoss.__module__, "--loss", f"{OtherLoss.__module__}.OtherLoss"]
+    options, _ = parse("distill", ["--config", config, *words])
     assert (type(options.loss), options.loss.temperature) == (OtherLoss, 1.5)
     assert "ce_weight 0.5, temperature 7.0 of dalikd.kd.losses.KD" in capsys.readouterr().err
 
@@ -657,13 +661,14 @@ def test_an_options_class_is_named_by_its_class_path(tmp_path, named_in):
     content = {"rounds": 5, **{"file": task, "section": {"train": task}, "resumed": task}.get(named_in, {})}
     config = _write(tmp_path / "config.yaml", content)
     read = ["--resume", str(tmp_path)] if named_in == "resumed" else ["--config", config]
-    options, plain = parse("train", [*read, *words, "--seed", "4"])
+    options, plain = parse("train", [*read, *words, "--seed", "4", "--import", OwnTask.__module__])
     assert (type(options), options.rounds, options.seed) == (OwnTask, 5, 4)
     assert (plain["task"], plain["rounds"]) == (task["task"], 5)
 
 
 def test_the_last_task_that_is_named_holds():
-    words = ["--task", f"{OwnTask.__module__}.OwnTask", "--task", "dalikd.trainers.tasks.supervised.TrainOptions"]
+    words = ["--import", __name__, "--task", f"{__name__}.OwnTask"]
+    words += ["--task", "dalikd.trainers.tasks.supervised.TrainOptions"]
     assert type(parse("train", words)[0]) is TrainOptions
     assert "task" not in parse("train", [])[1]
 
@@ -672,9 +677,10 @@ def test_the_last_task_that_is_named_holds():
     ("words", "message"),
     [
         ("--task nowhere.Task", "--task nowhere.Task: there is no such class (No module named 'nowhere')"),
+        ("--task os.path.join", "--task os.path.join: os has no class for this place; give another"),
         (
-            "--task os.path.join",
-            "--task os.path.join: give a class that is made from dalikd.trainers.tasks.base",
+            "--task torch.nn.Module",
+            "--task torch.nn.Module: give a class that is made from dalikd.trainers.tasks.base",
         ),
         ("--rounds 3", "unrecognized arguments: --rounds 3"),
     ],
@@ -682,6 +688,79 @@ def test_the_last_task_that_is_named_holds():
 def test_a_task_that_is_none_is_named(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse("train", words.split())
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module in the working folder, which `python -m` would find, and what leaves a trace when it is imported."""
+    (tmp_path / "own_losses.py").write_text(
+        "from pathlib import Path\nfrom dalikd.kd.losses import KD\n\n"
+        f"Path({str(tmp_path / 'trace')!r}).touch()\n\n\nclass Loss(KD):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path / "trace"
+    sys.modules.pop("own_losses", None)
+
+
+_NESTED = {"class_path": "WeightedSum", "init_args": {"losses": [{"class_path": "own_losses.Loss"}]}}
+
+
+@pytest.mark.parametrize("content", ["own_losses.Loss", {"class_path": "own_losses.Loss"}, _NESTED])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_class_path_runs_no_code_that_is_not_installed_or_asked_for(tmp_path, own_module, content, in_file):
+    words = ["--loss", content if isinstance(content, str) else json.dumps(content)]
+    if in_file:
+        words = ["--config", _write(tmp_path / "1.yaml", {"loss": content})]
+    with pytest.raises(
+        ValueError, match=r"own_losses\.Loss: own_losses is of no installed .* give --import own_losses"
+    ):
+        parse("distill", words)
+    assert not own_module.exists()
+
+
+def test_a_module_that_is_asked_for_is_imported(own_module, monkeypatch):
+    monkeypatch.setattr("dalikd.tools.classes._TRUSTED", set())
+    options, plain = parse("distill", ["--import", "own_losses", "--loss", "own_losses.Loss"])
+    assert type(options.loss).__module__ == "own_losses"
+    assert own_module.exists()
+    assert "import" not in plain
+    with pytest.raises(ValueError, match=r"--import no_such_module: ModuleNotFoundError"):
+        parse("distill", ["--import", "no_such_module"])
+
+
+@pytest.mark.usefixtures("own_module")
+def test_a_package_that_is_worked_on_in_the_working_folder_is_installed(tmp_path, monkeypatch):
+    described = tmp_path / "site" / "own_losses-1.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: own_losses\nVersion: 1\n")
+    (described / "top_level.txt").write_text("own_losses\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+    for url, installed in ((f"file://{tmp_path}/elsewhere", False), (f"file://{tmp_path}", True)):
+        (described / "direct_url.json").write_text(json.dumps({"dir_info": {"editable": True}, "url": url}))
+        if installed:
+            assert type(parse("distill", ["--loss", "own_losses.Loss"])[0].loss).__module__ == "own_losses"
+        else:
+            with pytest.raises(ValueError, match="own_losses is of no installed package"):
+                parse("distill", ["--loss", "own_losses.Loss"])
+
+
+def test_a_config_file_cannot_ask_for_an_import(tmp_path, own_module):
+    with pytest.raises(ValueError, match="import"):
+        parse("distill", ["--config", _write(tmp_path / "1.yaml", {"import": "own_losses"})])
+    assert not own_module.exists()
+
+
+@pytest.mark.parametrize("path", ["subprocess.Popen", "os.system", "builtins.eval", "functools.partial"])
+@pytest.mark.parametrize("option", ["optimizer", "loss", "model_args", "teacher.args"])
+def test_what_is_no_optimizer_or_loss_is_not_called(tmp_path, option, path):
+    trace = tmp_path / "trace"
+    call = {"class_path": path, "init_args": {"args": ["touch", str(trace)], "command": f"touch {trace}"}}
+    for value in (call, {"a": call}) if "args" in option else (call,):
+        for words in (["--config", _write(tmp_path / "1.yaml", {option: value})], [f"--{option}", json.dumps(value)]):
+            with pytest.raises(ValueError, match=r"has no class for this place|to an option that takes no class"):
+                parse("distill", words)
+    assert not trace.exists()
 
 
 # -------------------------------------------------------------------------------------------------- renamed options

@@ -14,6 +14,7 @@ from dalikd.tools import study
 from dalikd.tools.cli import parse
 from dalikd.tools.study import command_line, read_study
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.study.plan import Work
 from dalikd.trainers.study.ready import make_ready
 from dalikd.trainers.study.state import keep_config
 from dalikd.trainers.tasks.distill import DistillOptions
@@ -411,3 +412,22 @@ def test_compiling_is_settled_by_each_cells_own_augmentation(content, tmp_path, 
     modes = {options.augmentation: options.compile for options in made.kinds if isinstance(options, DistillOptions)}
     assert modes.pop("manifold_mixup") == "off"
     assert set(modes.values()) == {"default"}
+
+
+def test_students_of_one_pass_share_what_the_teacher_costs(content, tmp_path):
+    loss = {"class_path": "dalikd.kd.losses.KD"}
+    content["study"]["methods"] = {
+        name: {"loss": {**loss, "init_args": {"temperature": heat}}}
+        for name, heat in (("kd", 4), ("hot", 8), ("cold", 1))
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    totals = []
+    for shared in ("true", "false"):
+        words = ["--config", str(path), "--output", str(tmp_path / "new"), "--share_teacher", shared]
+        planned = make_ready(read_study(words))
+        works = [planned.work[cell.name] for cell in planned.cells if cell.command == "distill"]
+        totals.append(sum(works, Work()))
+    together, alone = totals
+    assert (alone.asked, alone.trained) == (3 * together.asked, together.trained)
+    assert 0 < together.flops < alone.flops

@@ -241,7 +241,7 @@ def _stop(accelerator: Accelerator, folder: Path, what: str) -> list[tuple[str, 
     loop.task.prepare = interrupting
     loop.loader.next = lambda: failing(fetch, what == "bad file" and loop.progress.step == 4)
     loop.val_loader.next = lambda: failing(validate, what == "bad file to validate")
-    with mock.patch("dalikd.trainers.loop.save_state", lambda *state: writes.append(save_state(*state))):
+    with mock.patch("dalikd.trainers.checkpoint.save_state", lambda *state: writes.append(save_state(*state))):
         try:
             loop.run()
         except (Interrupted, BadFileError) as stop:

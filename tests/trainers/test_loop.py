@@ -5,18 +5,22 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import SGD, Adagrad, AdamW
+from tqdm import tqdm
 
 from dalikd.kd.known_weights import file_sha256
 from dalikd.kd.losses import KD
 from dalikd.pipelines.loader import BadFileError
 from dalikd.tools.cli import guarded
 from dalikd.trainers.augmentation import MixOptions
+from dalikd.trainers.checkpoint import read_state
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.loop import Loop, Meter, make_optimizer
 from dalikd.trainers.options import ScheduleConfig
@@ -270,8 +274,8 @@ def test_the_moving_average_is_kept_evaluated_and_saved(make_loop):
 
     results = loop.run()
     assert results["evaluated"] == "ema.safetensors"
-    last = loop.folder.path / "last"
-    assert {path.name for path in last.iterdir()} == {"trainer.pt", "student.safetensors", "ema.safetensors"}
+    last, names = loop.folder.path / "last", ("student.safetensors", "ema.safetensors")
+    assert {path.name for path in last.iterdir()} == {"trainer.pt", *names}
     assert (last / "ema.safetensors").read_bytes() != (last / "student.safetensors").read_bytes()
 
 
@@ -340,6 +344,7 @@ def test_a_run_logs_evaluates_and_saves(make_loop):
     assert results["sha256"] == {name: file_sha256(path / name) for name in weights}
     assert {file.relative_to(path).as_posix() for file in path.glob("*/*.*") if file.parent.name != "tensorboard"} == {
         "last/trainer.pt",
+        "last/trainer-previous.pt",
         "last/student.safetensors",
         "best/student.safetensors",
     }
@@ -364,7 +369,7 @@ def test_best_is_the_epoch_of_the_highest_accuracy_and_of_equal_ones_of_the_lowe
 
     def evaluate(*_, **__):
         top1, loss = next(figures)
-        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41}}
+        return {"student": {"loss": loss, "top1": top1, "top5": 1.0, "images": 41, "replaced": 0}}
 
     monkeypatch.setattr("dalikd.trainers.loop.evaluate", evaluate)
     results = make_loop(options=_options(epochs=5)).run()
@@ -378,15 +383,132 @@ def test_a_diverged_run_says_so(make_loop):
         loop.run()
 
 
+def _spoiled(loop: Loop, step: int, value: float = math.nan, *, rate: float | None = None) -> Loop:
+    """A loop that has a weight of this value before a step, or does the step with another learning rate."""
+    inputs = loop.task.prepare
+
+    def spoiling(*of):
+        if loop.progress.step == step and rate is None:
+            loop.task.student.model.fc.weight.data[0, 0] = value
+        elif loop.progress.step == step:
+            loop.optimizer.param_groups[0]["lr"] = rate
+        return inputs(*of)
+
+    loop.task.prepare = spoiling
+    loop.folder.start({}, None)
+    return loop
+
+
+def _are_finite(folder: Path) -> bool:
+    """Whether all weights in a run's folder are, those of the state too."""
+    files = [load_file(path) for path in folder.glob("*/*.safetensors")]
+    files += [
+        {key: value for key, value in read_state(path)["task"].items() if isinstance(value, torch.Tensor)}
+        for path in folder.glob("*/trainer*.pt")
+    ]
+    return all(bool(torch.isfinite(value).all()) for weights in files for value in weights.values())
+
+
+@pytest.mark.parametrize("kind", ["loss", "weights", "next"])
+def test_nothing_that_is_not_finite_is_saved_and_the_first_such_step_is_kept(make_loop, kind):
+    """A loss is not finite; a finite loss leaves weights that are not; or such that their logits are not. The log is
+    read every 50 steps, the state is saved after each second one."""
+    rate = {"loss": None, "weights": math.inf, "next": 1e38}[kind]
+    options = _options(epochs=4, checkpoint_every=2, ema=0.5, optimizer=_sgd(0.05))
+    loop = _spoiled(make_loop(options=options), 6 if kind == "loss" else 7, rate=rate)
+    step = {"loss": 7, "weights": 8, "next": 9}[kind]
+    words = {
+        "loss": "the loss is nan",
+        "weights": "student.model.conv.weight is not finite",
+        "next": "what student gives",
+    }
+    go_on = f"go on from step 6 with --resume {loop.folder.path}; "
+    match = rf"^{words[kind]}.* at step {step}: training has diverged; .* {go_on}"
+    with pytest.raises(ValueError, match=match) as stop:
+        loop.run()
+    path = loop.folder.path / f"nan-step{step}.pt"
+    assert str(stop.value).endswith(f"what the step needs to be run again is in {path}: dalikd replay {path}")
+    assert read_state(loop.folder.state_file)["step"] == 6
+    assert _are_finite(loop.folder.path)
+    found = torch.load(path, weights_only=True)
+    undisturbed = make_loop("undisturbed", options=options)
+    undisturbed.model.train()
+    for _ in range(min(step - 1, 7)):
+        undisturbed.step()
+    assert found["state"]["step"] == step - 1
+    if kind != "next":  # before the step: bit for bit what was trained
+        for key, value in undisturbed.task.student.state_dict().items():
+            assert torch.equal(found["state"]["task"][f"student.{key}"], value)
+        assert found["batches"][0]["ids"].tolist() == undisturbed.next_batches()[0].ids.tolist()
+    assert found["batches"][0]["images"].dtype == torch.uint8
+
+
+def test_a_run_that_has_saved_nothing_yet_is_trained_again_from_its_start(make_loop):
+    loop = _spoiled(make_loop(options=_options(epochs=4, optimizer=_sgd(0.05))), 1)
+    with pytest.raises(
+        ValueError, match=r"the loss is nan at step 2: training has diverged; lower [^;]*warmup_epochs; "
+    ):
+        loop.run()
+    assert torch.load(loop.folder.path / "nan-step2.pt", weights_only=True)["state"]["step"] == 1
+    assert not list(loop.folder.path.glob("last/*"))
+
+
+def test_after_many_steps_the_state_is_kept_as_it_was_saved(make_loop, monkeypatch):
+    """It would take too long to train all of them again."""
+    monkeypatch.setattr("dalikd.trainers.loop._TRAINED_AGAIN", 1)
+    loop = _spoiled(make_loop(options=_options(epochs=4, optimizer=_sgd(0.05))), 4)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 6: .* go on from step 3 with"):
+        loop.run()
+    found = torch.load(loop.folder.path / "nan-step6.pt", weights_only=True)
+    assert found["state"]["step"] == 3
+    assert torch.isfinite(found["state"]["task"]["student.model.fc.weight"]).all()
+
+
+def test_a_second_error_hides_no_divergence(make_loop, monkeypatch):
+    loop = _spoiled(make_loop(options=_options(epochs=4)), 1)
+    monkeypatch.setattr("dalikd.trainers.loop.write_atomically", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(ValueError, match=r"the loss is nan at step 2: .*could not be saved \(OSError: disk full\)"):
+        loop.run()
+
+
+def test_a_state_with_weights_that_are_not_finite_is_not_gone_on_with(make_loop):
+    loop = make_loop()
+    loop.run()
+    state = read_state(loop.folder.state_file)
+    state["task"]["student.model.norm.running_var"][1] = math.inf
+    torch.save(state, loop.folder.state_file)
+    with pytest.raises(
+        ValueError, match=r"trainer.pt: student.model.norm.running_var is not finite: the run had diverged"
+    ):
+        make_loop().load()
+
+
+def test_in_fp16_steps_that_overflow_are_skipped_unless_all_of_them_do(make_loop, monkeypatch):
+    loop, scale = make_loop(), [2.0**-14]
+    scaler = SimpleNamespace(get_scale=lambda: scale[0], state_dict=dict)
+    monkeypatch.setattr(loop.accelerator, "scaler", scaler)
+    loop.folder.start({}, None)
+    loop.meter.add({"loss": torch.tensor(math.nan), "top1": torch.tensor(0.5)})
+    loop.save()
+    loop._log_interval(tqdm(disable=True))
+    assert _log(loop)[0]["train"] == {"loss": None, "top1": 0.5}
+    scale[0] /= 2
+    loop.alone = False
+    with pytest.raises(
+        ValueError, match="in fp16 gradients overflow even at a loss scale of 3e-05 at step 0: training has"
+    ):
+        loop.save()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(make_loop, number):
     loop = make_loop(options=_options(epochs=5))
     before, inputs, save = signal.getsignal(number), loop.task.prepare, loop.save
 
-    def saving() -> None:
+    def saving(**how: bool) -> None:
         if loop.progress.step == 5:
             os.kill(os.getpid(), number)  # as a launcher hands it on
-        save()
+        save(**how)
 
     def interrupting(*of):
         if loop.progress.step == 4:
@@ -400,6 +522,16 @@ def test_a_signal_saves_and_stops(make_loop, number):
     assert stop.value.signal == number
     assert torch.load(loop.folder.state_file, weights_only=True)["step"] == 5
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0, []), (1000.0, []), (1e-9, [2, 4])])
+def test_a_checkpoint_is_due_after_some_minutes(make_loop, minutes, saves):
+    """With a log line, where the processes meet."""
+    loop = make_loop(options=_options(epochs=2, log_every=2, checkpoint_minutes=minutes))
+    saved, save = [], loop.write
+    loop.write = lambda **how: (saved.append(loop.progress.step), save(**how))
+    loop.run()
+    assert saved == sorted([*saves, 3, 6])  # and after each epoch
 
 
 def test_a_signal_in_the_last_step_is_obeyed_after_it(make_loop):
@@ -421,7 +553,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(make_loop, monkeypatch):
         raise BadFileError("cannot decode a.jpg")
 
     loop.loader.next = fail
-    monkeypatch.setattr("dalikd.trainers.loop.save_state", full)
+    monkeypatch.setattr("dalikd.trainers.checkpoint.save_state", full)
     with pytest.raises(
         BadFileError, match=r"a\.jpg; the state could not be saved \(OSError: No space left on device\)"
     ):

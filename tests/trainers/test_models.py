@@ -278,10 +278,10 @@ def test_reinitialising_depends_on_the_seed_alone():
 
 
 def _published_layout(path, key, seed):
-    """A checkpoint as publishers write it, and its digest; its tensors take no room."""
+    """A checkpoint as publishers write it, and its digest."""
     with torch.device("meta"):
         state = create_model("resnet56", 100).state_dict()
-    tensors = {name: torch.full((), seed, dtype=value.dtype).expand(value.shape) for name, value in state.items()}
+    tensors = {name: torch.full(value.shape, seed, dtype=value.dtype) for name, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({key: tensors, "epoch": 240, "accuracy": torch.tensor(72.3), "optimizer": {"state": {}}}, path)
     return file_sha256(path)

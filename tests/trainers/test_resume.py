@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dalikd.kd.backbones import create_model
 from dalikd.tools import distill, mutual, train
-from dalikd.trainers import loop as loop_file
+from dalikd.trainers import checkpoint
 from dalikd.trainers.loop import Loop
 
 
@@ -160,16 +160,16 @@ def test_a_kill_during_the_evaluation_loses_nothing(tree, whole, tmp_path, monke
 def test_a_kill_between_the_last_weights_and_the_last_state_loses_nothing(tree, whole, tmp_path, monkeypatch):
     """Saved after each of five epochs: the last state is not written any more."""
     broken = tmp_path / "broken"
-    original, saved = loop_file.save_state, []
+    original, saved = checkpoint.save_state, []
 
-    def save(path: Path, state: dict[str, Any]) -> None:
+    def save(path: Path, state: dict[str, Any], *previous: Path) -> None:
         if len(saved) == 4:
             raise _Killed
         saved.append(state["step"])
-        original(path, state)
+        original(path, state, *previous)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_file, "save_state", save)
+        patch.setattr(checkpoint, "save_state", save)
         with pytest.raises(_Killed):
             train.main([*_arguments(tree), "--output", str(broken)])
     (broken / "last" / "student.safetensors").write_bytes(b"as a kill may leave it")

@@ -77,10 +77,10 @@ def killed_in(method: str, step: int, name: str, monkeypatch: pytest.MonkeyPatch
     """Where one student is about to do that, after some others have done it and before the rest."""
     original = getattr(Loop, method)
 
-    def doing(loop: Loop, *given: Any) -> None:
+    def doing(loop: Loop, *given: Any, **how: Any) -> None:
         if loop.progress.step == step and loop.folder.path.name == name:
             raise _Killed
-        original(loop, *given)
+        original(loop, *given, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, method, doing)

@@ -100,7 +100,18 @@ def test_a_loss_on_features_comes_from_a_file_of_the_users(outside, tree, tmp_pa
     torch.save(create_model("resnet14", 3).state_dict(), tmp_path / "teacher.pt")
     words = ["--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"]
     words += ["--model", "resnet8", "--teacher.name", "resnet14", "--teacher.weights", str(tmp_path / "teacher.pt")]
-    words += ["--loss", outside, "--loss.weight", "10", "--augmentation", augmentation, "--epochs", "1"]
+    words += [
+        "--import",
+        "outside_of_dalikd",
+        "--loss",
+        outside,
+        "--loss.weight",
+        "10",
+        "--augmentation",
+        augmentation,
+        "--epochs",
+        "1",
+    ]
     distill([*words, "--batch_size", "72", "--mix.group", "8", "--output", str(tmp_path / "run")])
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert '"at":' in log
@@ -229,7 +240,7 @@ def _loop_of(task: Task, like: Loop, folder: Path, **options) -> Loop:
 def test_a_way_to_train_comes_from_a_file_of_the_users(outside, tree, tmp_path):
     """By the class path of its options, whose fields are options; no file of the package knows of it."""
     words = ["--task", outside.replace("Attention", "AskedOptions"), "--peers", "[resnet14]", "--model", "resnet8"]
-    words += ["--epochs", "2"]
+    words += ["--epochs", "2", "--import", "outside_of_dalikd"]
     words += ["--data.root", str(tree), "--data.image_size", "32", "--data.threads", "1", "--device", "cpu"]
     folder = tmp_path / "run"
     train([*words, "--batch_size", "72", "--mix.group", "8", "--ema", "0.5", "--output", str(folder)])
@@ -239,7 +250,9 @@ def test_a_way_to_train_comes_from_a_file_of_the_users(outside, tree, tmp_path):
     for name, model in (("net0", "resnet8"), ("net1", "resnet14")):
         load_weights(create_model(model, 3), folder / "last" / f"{name}.safetensors")
     first = (folder / "last" / "net0.safetensors").read_bytes()
-    train(["--resume", str(folder), "--epochs", "3"])  # the task is named in the folder's config
+    train(
+        ["--resume", str(folder), "--epochs", "3", "--import", "outside_of_dalikd"]
+    )  # the task is named in the folder's config
     assert json.loads((folder / "results.json").read_text())["last"]["epoch"] == 3
     assert (folder / "last" / "net0.safetensors").read_bytes() != first
 

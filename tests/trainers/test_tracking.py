@@ -1,13 +1,15 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dalikd.pipelines.hardware import package_versions
-from dalikd.trainers.tracking import RunFolder, check_writable, versions, write_json
+from dalikd.trainers.tracking import LOCK, RunFolder, alone, check_writable, versions, write_json
 
 
 def _start(path: Path, step: int | None = None) -> RunFolder:
@@ -40,13 +42,50 @@ def test_resuming_drops_the_lines_after_the_saved_step(tmp_path):
         folder.log(step, {"lr": float(step)})
     folder.close()
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"step": 5, "lr"')  # a kill in the middle of a line
+        log.write('{"step": 5, "lr"\n[1]\n')  # a kill in the middle of a line
+    with (tmp_path / "run" / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": 2, "lr": "\xff"}\n')  # a damaged one
     folder = _start(tmp_path / "run", 3)
     folder.log(4, {"lr": 40.0})
     folder.close()
     assert _steps(tmp_path / "run") == [1, 2, 2, 3, 4]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("lr")
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize("full", ["log.jsonl", "tensorboard"])
+def test_a_full_disk_is_an_error_of_the_entry_that_meets_it(tmp_path, full):
+    """Of TensorBoard's too, at once: no thread of its own meets it later."""
+    folder = _start(tmp_path / "run")
+    grown = folder.path / "log.jsonl" if full == "log.jsonl" else next((folder.path / "tensorboard").iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    other = folder.path / "log.jsonl" if full == "tensorboard" else next((folder.path / "tensorboard").iterdir())
+    with grown.open("ab") as file:  # the fuller one of both
+        file.write(bytes(100 + other.stat().st_size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (grown.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{grown.name} cannot be written: File too large"):
+            folder.log(1, {"lr": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        folder.close()
+
+
+def test_a_run_whose_folder_is_removed_notices_it(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    with alone([("run", tmp_path / "run" / LOCK)], accelerator) as (lock,):
+        folder = _start(tmp_path / "run")
+        folder.lock = lock
+        folder.log(1, {"lr": 1.0})
+        with pytest.raises(ValueError, match="--output run is being written by process"):  # noqa: SIM117
+            with alone([("run", tmp_path / "run" / LOCK)], accelerator):
+                pass
+        folder.path.rename(tmp_path / "gone")
+        for write in (lambda: folder.log(2, {"lr": 1.0}), lambda: folder.results({})):
+            with pytest.raises(OSError, match="run was removed or replaced while this call wrote into it"):
+                write()
+        folder.close()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_untold(tmp_path):

@@ -14,7 +14,7 @@ from dalikd.tools import distill, evaluate, measure, train
 from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.options import RunOptions
 from dalikd.trainers.setup import Setup
-from dalikd.trainers.trial import try_net, try_training
+from dalikd.trainers.trial import check_chance, try_net, try_training
 
 CPU = torch.device("cpu")
 
@@ -84,6 +84,49 @@ def test_few_images_and_weights_of_this_project_say_nothing(make_source, tmp_pat
         _check(source, _answer([3, 2, 1, 0]), str(path))
 
 
+# ---------------------------------------------------------------------------------------------------- chance
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "right", "stops"),
+    [
+        (10, 256, 25, True),
+        (10, 256, 37, True),  # 37 right ones or more come by chance in 1.3 % of all cases
+        (10, 256, 38, False),  # 0.8 %
+        (1000, 256, 0, True),
+        (1000, 256, 2, True),
+        (1000, 256, 3, False),
+        (2, 256, 120, True),
+        (2, 256, 150, False),
+        (10, 255, 0, False),  # too few to tell
+        (1, 256, 0, False),
+    ],
+)
+def test_a_teacher_that_is_right_by_chance_is_refused(make_source, classes, images, right, stops):
+    source = make_source(max(images, classes), classes=classes, side=2)
+    labels = np.arange(images) % classes
+    answers = np.where(np.arange(images) < right, labels, labels + 1)
+    if not stops:
+        check_chance(answers, labels, "the teacher x", source)
+        return
+    with pytest.raises(
+        ValueError, match=f"the teacher x gives the right class for {right} of 256 validation images, no"
+    ):
+        check_chance(answers, labels, "the teacher x", source)
+
+
+def test_a_setup_asks_its_teacher_about_images_of_the_whole_split(make_source, monkeypatch):
+    """Sorted by class, as folders are."""
+    source, asked = make_source(600, classes=4, side=24), []
+    source = source.take(np.argsort(source.labels, kind="stable"))
+    options, here = RunOptions(data=DataConfig(threads=1)), SimpleNamespace(device=CPU)
+    setup = Setup(options, here, source, source)  # type: ignore[arg-type]
+    setup._check_chance(_answer([0, 1, 2, 3], 0.5), "the teacher")
+    monkeypatch.setattr("dalikd.trainers.setup.check_chance", lambda _, labels, *__: asked.append(labels))
+    setup._check_chance(_answer([0, 1, 2, 3]), "the teacher")
+    assert np.bincount(asked[0]).tolist() == [64] * 4
+
+
 # ------------------------------------------------------------------------------------------------ blank images
 
 
@@ -122,9 +165,10 @@ COMMANDS = {
     "train in_chans": "timm:resnet18: in_chans is no option to give: images have three channels; leave it out",
     "train LBFGS": "--optimizer LBFGS cannot do a step of its own on dense gradients (",
     "train SparseAdam": "--optimizer SparseAdam cannot do a step of its own on dense gradients (SparseAdam does not",
-    "distill nan": "the teacher small answers with NaN or infinity: its weights are damaged, or --precision is too",
-    "measure nan": "the teacher small answers with NaN",
-    "evaluate nan": "--model small answers with NaN",
+    "train nan": "nan.pt: conv.weight holds NaN: the run that wrote it has diverged, or the file is damaged",
+    "distill nan": "teacher small: nan.pt: conv.weight holds NaN",
+    "measure nan": "teacher small: nan.pt: conv.weight holds NaN",
+    "evaluate nan": "nan.pt: conv.weight holds NaN",
 }
 
 
@@ -148,7 +192,7 @@ def test_what_does_not_fit_is_one_line_before_a_folder_exists(tree, tmp_path, ca
     common += ["--batch_size", "32"] + ([] if name == "evaluate" else ["--mix.group", "8", "--epochs", "1"])
     if name in ("distill", "measure"):
         common += ["--teacher.name", teacher[0], "--teacher.weights", *teacher[1:]]
-    if name == "evaluate":
+    if name == "evaluate" or case == "train nan":
         common += ["--weights", "nan.pt"]
     command = {"train": train, "distill": distill, "measure": measure, "evaluate": evaluate}[name]
     model = ["--model", "small"] if name != "measure" else ["--augmentation", "flip"]

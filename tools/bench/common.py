@@ -16,6 +16,7 @@ from dalikd.kd.backbones import create_model
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.pipelines.data import FilePath, open_split
 from dalikd.pipelines.draw_spec import Batch, View
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.record import Record
@@ -60,6 +61,7 @@ class StepOptions(DistillOptions):
     log_every: int = field(default=50, init=False)
     eval_every: int = field(default=1, init=False)
     checkpoint_every: int = field(default=0, init=False)
+    checkpoint_minutes: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,8 +164,9 @@ def with_weights(options: Options, folder: Path) -> Options:
         return options
     classes = len(open_split(options.data, "train", options.seed).classes)
     torch.manual_seed(options.seed)  # the same for every process
-    torch.save(create_model(teacher.name, classes, **teacher.args).state_dict(), folder / "teacher.pt")
-    return replace(options, teacher=replace(teacher, weights=str(folder / "teacher.pt")))
+    weights = create_model(teacher.name, classes, **teacher.args).state_dict()
+    write_atomically(folder / "teacher.pt", lambda file: torch.save(weights, file), sync=False)
+    return replace(options, teacher=replace(teacher, weights=str(folder / "teacher.pt"), verify=False))
 
 
 def teacher_net(options: StepOptions | TeacherOptions, setup: Setup) -> Normalized:

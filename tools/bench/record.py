@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.machine import describe, device_slug, environment, synchronize
@@ -202,7 +203,7 @@ def write(record: Record, output: Path) -> list[Path]:
     parts = record.environment["date"], record.benchmark, record.variant, record.device
     path = output if output.suffix == ".json" else output / f"{'-'.join(part for part in parts if part)}.json"
     write_json(path, asdict(record))
-    path.with_suffix(".md").write_text(markdown(record), "utf-8")
+    write_atomically(path.with_suffix(".md"), markdown(record).encode())
     kinds = (".json", ".md", ".png") if record.shown else (".json", ".md")
     if record.shown:
         _plot(record, path.with_suffix(".png"))
@@ -282,7 +283,7 @@ def _plot(record: Record, path: Path) -> None:
     whiskers = f"median; whiskers: lowest and highest of {cells[0]['repetitions']} repetitions"
     figure.supxlabel(f"{record.plotted}  ({whiskers})", fontsize=10)
     figure.suptitle(textwrap.fill(record.title, 110), x=0.01, ha="left", fontsize=10)
-    figure.savefig(path, dpi=130)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 def check_names(option: str, names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -317,4 +318,4 @@ def write_tables(folder: Path = Path(__file__).parents[2] / "docs/benchmarks", c
     wanted = before + _BEGIN + (f"\n\n{table(rows)}\n\n" if rows else "\n") + _END + after
     if check and wanted != text:
         raise ValueError(f"{readme} is not up to date: run dalikd bench tables")
-    readme.write_text(wanted, "utf-8")
+    write_atomically(readme, wanted.encode())

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from dalikd.pipelines.data import open_split
+from dalikd.pipelines.files import write_atomically
 from dalikd.tools.bench.common import ScalingOptions, open_loop
 from dalikd.tools.bench.machine import cores, run_process
 from dalikd.tools.bench.record import alternate, begin, finish, ratio, summary
@@ -74,7 +75,7 @@ def launch(
 ) -> float:
     """Start so many processes once; images a second of all of them together. What they found is added to `found`."""
     file, written, share = folder / f"{processes}.json", folder / "config.yaml", _share(processes)
-    written.write_text(yaml.safe_dump(dict(config)), "utf-8")
+    write_atomically(written, yaml.safe_dump(dict(config)).encode(), sync=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["-m", "dalikd.tools.bench", "scaling-worker", "--config", str(written), "--data.threads"]
     command += [str(options.data.threads or share), "--batch_size", str(processes * options.batch_size)]

@@ -10,6 +10,7 @@ from dalikd.trainers.study.options import Net, Pair, StudyOptions
 
 __all__ = [
     "ONE_CALL",
+    "STUDENTS_OF_A_PASS",
     "Axes",
     "Cell",
     "Reading",
@@ -26,6 +27,10 @@ __all__ = [
 
 #: options of the study that do not change what comes out
 ONE_CALL = ("pair", "reference", "shard", "share_teacher", "dry_run", "report", "poll_seconds", "output")
+
+
+#: the most that learn from one teacher pass
+STUDENTS_OF_A_PASS = 12
 
 
 @dataclass(frozen=True)

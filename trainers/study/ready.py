@@ -3,10 +3,12 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +31,7 @@ from dalikd.trainers.models import TeacherConfig, build_model, build_teacher, ch
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.study.gains import choose_reference
 from dalikd.trainers.study.options import Net, Pair, StudyOptions
-from dalikd.trainers.study.plan import Axes, Cell, Reading, Study, Work, deal, plan
+from dalikd.trainers.study.plan import STUDENTS_OF_A_PASS, Axes, Cell, Reading, Study, Work, deal, plan
 from dalikd.trainers.study.work import Sizes, work
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import OWN, DistillOptions, build_loss, check_views
@@ -133,10 +135,15 @@ def make_ready(reading: Reading) -> Study:
     folder = Path(options.output or f"runs/study-{trained.data.name}")
     axes, stops_early = _axes(options, measured, opened), measured.stop_confidence is not None
     every = plan(pairs, axes, folder, trained.ema, stops_early=stops_early)
-    costs = {cell.name: check_cell(cell, kinds.options(cell), opened) for cell in every}
+    units = {cell.name: shared_pass(cell) for cell in every if options.share_teacher}
+    students = Counter(units.values())
+    costs = {}
+    for cell in every:
+        alike = students[unit] if (unit := units.get(cell.name)) else 1
+        passes = ceil(alike / STUDENTS_OF_A_PASS)
+        costs[cell.name] = check_cell(cell, kinds.options(cell), opened, passes / alike)
     _check_teachers(pairs, every, kinds, opened, download=not (options.dry_run or options.report))
     cells = plan(chosen, axes, folder, trained.ema, stops_early=stops_early)
-    units = {cell.name: shared_pass(cell) for cell in cells if options.share_teacher}
     shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1], units)
     return Study(
         reading, pairs, axes, folder, cells, every, costs, shards, list(kinds.known.values()), opened.described()
@@ -306,8 +313,8 @@ def _check_labels(role: str, things: Sequence[Net] | Sequence[Pair]) -> None:
 # -------------------------------------------------------------------------------- what would go wrong, each after hours
 
 
-def check_cell(cell: Cell, options: Any, opened: Opened) -> Work:
-    """What a cell will compute.
+def check_cell(cell: Cell, options: Any, opened: Opened, share: float = 1.0) -> Work:
+    """What a cell will compute, with its share of the teacher's work.
 
     Raises:
         ValueError, OSError: the call would find its options, the data or a net wrong.
@@ -316,7 +323,7 @@ def check_cell(cell: Cell, options: Any, opened: Opened) -> Work:
     evaluation_view(options.data, opened.sources(options)[1])
     try:
         augmenters = _check_options(options, opened)
-        return work(options, sizes, augmenters)
+        return work(options, sizes, augmenters, share)
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from error
 

@@ -8,9 +8,9 @@ from typing import IO, Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dalikd.pipelines.lock import holder, take_lock
 from dalikd.trainers.stopping import Interrupted
-from dalikd.trainers.study.lock import holder, take_lock
-from dalikd.trainers.study.plan import Cell
+from dalikd.trainers.study.plan import STUDENTS_OF_A_PASS, Cell
 from dalikd.trainers.study.state import clear_unsaved, is_done
 
 __all__ = ["Queue", "run_cells"]
@@ -19,8 +19,6 @@ __all__ = ["Queue", "run_cells"]
 RunCell = Callable[[Cell, Path | None], object]
 #: runs several cells at once, each with such a folder or None
 RunTogether = Callable[[Sequence[tuple[Cell, Path | None]]], object]
-
-_MOST = 12  # students on one teacher pass
 
 
 class Queue:
@@ -90,7 +88,7 @@ class Queue:
                 continue
             self._locks.append(lock)
             taken.append(cell)
-            if len(taken) == _MOST or self._alike(cell) is None:
+            if len(taken) == STUDENTS_OF_A_PASS or self._alike(cell) is None:
                 break
         return taken
 

@@ -1,17 +1,17 @@
 """What is done of a study, from its folder alone, so that a kill at any moment loses at most the work since a save."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import yaml
 
+from dalikd.pipelines.files import read_json, read_yaml, remove_litter, write_atomically
+from dalikd.pipelines.lock import only_writer
 from dalikd.trainers.study.plan import Cell
-from dalikd.trainers.tracking import check_writable
+from dalikd.trainers.tracking import LOCK, RunFolder, check_writable
 
 __all__ = ["clear_unsaved", "is_done", "keep_config", "read_result"]
 
@@ -30,9 +30,11 @@ def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text("utf-8"))
+        result = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a result ({error}): delete it, and it is made again") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path} is not a result: delete it, and it is made again")
     return result if result.get("finished", True) else None
 
 
@@ -46,14 +48,15 @@ def clear_unsaved(folder: Path, cell: Cell) -> Path | None:
     run = folder / cell.name
     if not cell.is_run or not run.exists():
         return None
-    if (run / "last" / "trainer.pt").exists():
+    if RunFolder(run, writes=False).has_state():
         return run
-    shutil.rmtree(run)
+    with only_writer(run / LOCK, f"the run folder {run}"):
+        shutil.rmtree(run)
     return None
 
 
 def _read(path: Path) -> Any:
-    return yaml.safe_load(path.read_text("utf-8"))
+    return read_yaml(path)
 
 
 def check_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], dict[str, Any]] = _read) -> None:
@@ -98,15 +101,12 @@ def keep_config(folder: Path, config: dict[str, Any], reread: Callable[[Path], d
     if path.exists():
         check_config(folder, config, reread)  # another may have written it since
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{_CONFIG}.{uuid4().hex}"  # shards of several machines may have one process number
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     try:
-        os.link(temporary, path)  # fails if another was quicker
-    except FileExistsError:
+        write_atomically(path, yaml.safe_dump(config, sort_keys=False).encode(), replace=False)
+    except FileExistsError:  # another was quicker
         check_config(folder, config, reread)
-    finally:
-        temporary.unlink()
+    for place in (folder, folder / "plots"):
+        remove_litter(place)
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str, str] | None:

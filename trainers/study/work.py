@@ -32,13 +32,14 @@ class Sizes:
     side: int  # of an image, in pixels
 
 
-def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Work:
+def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = (), share: float = 1.0) -> Work:
     """What a call will compute.
 
     Args:
         options: of train, distill, measure or evaluate.
         sizes: of the data set.
         augmenters: of distill one, of measure those of one pass.
+        share: of the teacher's work that is the call's, where several students learn from one pass.
 
     Raises:
         ValueError: an unknown net, or options that it does not take.
@@ -49,10 +50,11 @@ def work(options: Any, sizes: Sizes, augmenters: Sequence[Augmenter] = ()) -> Wo
         done = _measuring(options, sizes, augmenters)
     else:
         done = _training(options, sizes, augmenters)
-    return replace(done, flops=_flops(options, done, sizes))
+        done = replace(done, asked=round(share * done.asked))
+    return replace(done, flops=_flops(options, done, sizes, share))
 
 
-def _flops(options: Any, done: Work, sizes: Sizes) -> float:
+def _flops(options: Any, done: Work, sizes: Sizes, share: float) -> float:
     total, backward = 0.0, 0.0 if getattr(options, "freeze_backbone", False) else _BACKWARD
     if options.model:
         net = options.model, options.model_args, sizes
@@ -61,7 +63,7 @@ def _flops(options: Any, done: Work, sizes: Sizes) -> float:
             total += ((1 + _BACKWARD) * done.turned + done.evaluated) * heads_flops(*net)
     if done.asked:
         teacher = options.teacher.name, options.teacher.args, sizes
-        total += done.asked * forward_flops(*teacher) + (done.turned and done.turned * heads_flops(*teacher))
+        total += done.asked * forward_flops(*teacher) + (done.turned and share * done.turned * heads_flops(*teacher))
     return total
 
 

@@ -48,6 +48,7 @@ _TRAINING = {
     "restarts": FROM_0,
     "eval_every": FROM_1,
     "checkpoint_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for none"),
+    "checkpoint_minutes": NumberRange(lambda value: 0 <= value < math.inf, "minutes, or 0 for none"),
     "schedule.milestones": NumberRange(
         lambda values: all(map(math.isfinite, values)) and all(a < b for a, b in pairwise([-1e-9, *values])),
         "epochs from 0 on, each later than the one before",
@@ -100,6 +101,8 @@ class TrainingOptions(AugmentingOptions, ABC):
         log_every: steps between log lines.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints, besides the one after each epoch; 0: none.
+        checkpoint_minutes: minutes from a checkpoint to the next one at the latest, which is written with the log line
+            that comes next; 0: none.
     """
 
     model: str | None = None
@@ -126,6 +129,7 @@ class TrainingOptions(AugmentingOptions, ABC):
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can work with."""

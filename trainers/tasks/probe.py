@@ -4,14 +4,12 @@ The protocol is that of Yang et al., "Hierarchical Self-supervised Augmented Kno
 arXiv:2107.13715. Beside it stands a vote of nearest neighbours among the same features.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import SGD
@@ -22,6 +20,7 @@ from dalikd.kd.knn import classifier_inputs, knn_scores
 from dalikd.kd.known_weights import file_sha256, identify, weights_digest
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
+from dalikd.pipelines.files import read_json, read_yaml
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.options import FROM_0, ScheduleConfig, check_numbers
@@ -205,11 +204,13 @@ def _read_run(folder: Path) -> tuple[str, dict[str, Any], str]:
     config, results = folder / "config.yaml", folder / "results.json"
     if not config.is_file():
         raise ValueError(f"--run {folder}: there is no run ({config} is missing); name a run folder")
-    options = yaml.safe_load(config.read_text("utf-8"))
+    options = read_yaml(config)
     if not isinstance(options, dict) or not options.get("model"):
         raise ValueError(f"--run {folder}: {config} names no model; name the folder of a run that trains a net")
-    evaluated = json.loads(results.read_text("utf-8")).get("evaluated") if results.is_file() else None
-    weights = folder / "last" / (evaluated or "student.safetensors")
+    found = read_json(results) if results.is_file() else {}
+    if not isinstance(found, dict) or not isinstance(options.get("model_args") or {}, dict):
+        raise ValueError(f"--run {folder}: its files are damaged: name another run folder")
+    weights = folder / "last" / Path(str(found.get("evaluated") or "student.safetensors")).name
     if not weights.is_file():
         raise ValueError(f"--run {folder} has no weights: {weights} is missing; wait for its first epoch to end")
     return options["model"], dict(options.get("model_args") or {}), str(weights)
@@ -222,5 +223,5 @@ def _architecture(weights: str | None) -> str | None:
     if known := identify(path):
         return known.model
     config = path.absolute().parents[1] / "config.yaml"
-    options = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None
+    options = read_yaml(config) if config.is_file() else None
     return options.get("model") if isinstance(options, dict) else None

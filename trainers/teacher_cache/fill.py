@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections import deque
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +23,7 @@ from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.draws import Microbatch, permutation
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError
+from dalikd.pipelines.lock import FolderLock
 from dalikd.pipelines.sampler import Sampler
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
@@ -40,6 +43,7 @@ from dalikd.trainers.teacher_cache.layout import (
 )
 from dalikd.trainers.teacher_cache.read import check_cacheable, logits_of, run_fingerprint, teacher_fingerprint
 from dalikd.trainers.teacher_step import Branches, TeacherStep
+from dalikd.trainers.tracking import LOCK, alone
 from dalikd.trainers.trial import check_finite
 
 __all__ = ["CacheOptions", "Comparison", "fill_cache", "verify_cache"]
@@ -126,7 +130,15 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
     """
     _check_options(options, accelerator)
     assert options.output is not None
-    folder, work = Path(options.output), _open_work(options, accelerator)
+    folder = Path(options.output)
+    with alone([(str(folder), folder / LOCK)], accelerator) as locks:
+        return _fill_locked(folder, options, accelerator, config, *locks)
+
+
+def _fill_locked(
+    folder: Path, options: CacheOptions, accelerator: Accelerator, config: dict[str, Any], *locks: FolderLock
+) -> TeacherCache:
+    work = _open_work(options, accelerator)
     sampler = work.setup.sampler(drop_last=False)
     needed, free = TeacherCache.check_target(folder, work.layout)
     accelerator.wait_for_everyone()  # nobody looks at the folder once the main process writes there
@@ -136,13 +148,15 @@ def fill_cache(options: CacheOptions, accelerator: Accelerator, config: dict[str
         write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     accelerator.wait_for_everyone()
     cache = TeacherCache(folder, writable=True)
-    _fill(cache, work, sampler)
+    _fill(cache, work, sampler, locks)
     accelerator.wait_for_everyone()
     cache.check_filled()
+    if accelerator.is_main_process:
+        cache.seal()
     return cache
 
 
-def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
+def _fill(cache: TeacherCache, work: _Work, sampler: Sampler, locks: Sequence[FolderLock]) -> None:
     options, accelerator = work.options, work.setup.accelerator
     loader = work.setup.loader(work.augmenter.draw_spec, sampler)
     ask, writer = work.teacher_step(), _Writer(cache, options.mix.group)
@@ -162,6 +176,7 @@ def _fill(cache: TeacherCache, work: _Work, sampler: Sampler) -> None:
 
     def flush() -> None:
         writer.finish()
+        deque(map(FolderLock.check, locks), 0)
         cache.flush(epoch)
 
     with bar, closing(loader), StopSignals(accelerator) as stops:
@@ -308,7 +323,8 @@ class _SomeBatches(Sampler):
 
 @torch.no_grad()
 def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
-    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare.
+    """Ask the teacher again about a share of each epoch, in the microbatches that it was asked in, and compare; before
+    that, compare all files with their checksums.
 
     Where images were picked, the images compared are those that the cache says were picked; that the teacher would pick
     others now is counted by itself.
@@ -320,6 +336,8 @@ def verify_cache(options: CacheOptions, accelerator: Accelerator) -> Comparison:
     _check_options(options, accelerator)
     cache = TeacherCache(Path(options.verify))
     cache.check_filled()
+    for epoch in range(cache.layout.epochs):
+        cache.check_bytes(epoch)
     work = _open_work(options, accelerator)
     cache.check_made_for(work.layout.fingerprint, "Set the options to those of the cache")
     layout = cache.layout

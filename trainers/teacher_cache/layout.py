@@ -12,17 +12,19 @@ group. Processes write disjoint rows of the same files, on one machine.
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import build_once, read_json, read_npy, remove_litter, unwritable, write_atomically
 from dalikd.trainers.renamed import renamed
+from dalikd.trainers.tracking import LOCK
 
 __all__ = [
     "CacheLayout",
@@ -39,7 +41,10 @@ Storage = Literal["float32", "float16", "topk"]
 
 _VERSION = 1  # of the folder's layout
 _DESCRIPTION = "cache.json"
+_MOST = 1 << 31  # samples, classes, …
 _FILLED = "filled"  # uint8 [N], 1 where a row is written; the last file of an epoch to be created
+_CHECKSUMS = "checksums.json"  # of an epoch whose rows are all there: the CRC-32 of each of its files
+_CHUNK = 1 << 20  # bytes
 _LARGEST_HALF = 65504.0
 _SMALLEST_MASS = float(np.finfo(np.float32).tiny)  # instead of a residual mass of 0, whose logarithm is not finite
 
@@ -116,6 +121,7 @@ class TeacherCache:
         self._mode: Literal["r", "r+"] = "r+" if writable else "r"
         self._columns = self.layout.columns()
         self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._verified: set[int] = set()
 
     @classmethod
     def check_target(cls, folder: Path, layout: CacheLayout) -> tuple[int, int]:
@@ -147,7 +153,7 @@ class TeacherCache:
         """
         cls.check_target(folder, layout)
         missing = _missing_epochs(folder, layout)
-        folder.mkdir(parents=True, exist_ok=True)
+        remove_litter(folder)
         description = json.dumps({"version": _VERSION, **asdict(layout)}, indent=2) + "\n"
         write_atomically(folder / _DESCRIPTION, description.encode())
         for epoch in missing:
@@ -177,8 +183,22 @@ class TeacherCache:
         columns[_FILLED][rows] = 1
 
     def read(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of an epoch: every column but "filled", each [B, ...] in memory of its own."""
-        return {name: array[rows] for name, array in self._epoch(epoch).items() if name != _FILLED}
+        """Rows of an epoch: every column but "filled", each [B, ...] in memory of its own. Before the first ones the
+        epoch's files are compared with their checksums, which also brings them into memory.
+
+        Raises:
+            ValueError: a file is damaged, or has changed since it was written.
+        """
+        if epoch not in self._verified and self._mode == "r":
+            self._verified.add(epoch)
+            self.check_bytes(epoch)
+        found = {name: array[rows] for name, array in self._epoch(epoch).items() if name != _FILLED}
+        for name, array in found.items():  # of these alone every value is a place in something
+            most = self.layout.pool if name == "picks" else self.layout.classes
+            if (name == "picks" or name.endswith("_classes")) and (array.min() < 0 or array.max() >= most):
+                path = _epoch_folder(self.folder, epoch) / f"{name}.npy"
+                raise ValueError(f"{path} holds a number outside of 0..{most - 1}: make the cache anew")
+        return found
 
     def filled(self, epoch: int, rows: np.ndarray) -> bool:
         """Whether all these rows of an epoch are written."""
@@ -189,6 +209,41 @@ class TeacherCache:
         for array in self._epoch(epoch).values():
             if isinstance(array.base, np.memmap):
                 array.base.flush()
+
+    def seal(self) -> None:
+        """Write the checksums of all epochs that have none. To be called once every row is there, by one process."""
+        for epoch in range(self.layout.epochs):
+            folder = _epoch_folder(self.folder, epoch)
+            if not (folder / _CHECKSUMS).exists():
+                found = {path.name: _checksum(path) for path in self._paths(folder)}
+                write_atomically(folder / _CHECKSUMS, (json.dumps(found, indent=2) + "\n").encode())
+
+    def check_bytes(self, epoch: int) -> bool:
+        """Compare an epoch's files with their checksums.
+
+        Returns:
+            whether there are any: caches of earlier versions have none.
+
+        Raises:
+            ValueError: a file has changed since it was written, or the checksums themselves.
+        """
+        folder = _epoch_folder(self.folder, epoch)
+        if not (folder / _CHECKSUMS).exists():
+            return False
+        try:
+            written = dict(json.loads((folder / _CHECKSUMS).read_text("utf-8")))
+        except (ValueError, TypeError):
+            written = {}
+        for path in self._paths(folder):
+            if written.get(path.name) != _checksum(path):
+                raise ValueError(
+                    f"{path} is not what dalikd cache has written (by its checksum in {_CHECKSUMS}): it was changed or "
+                    "damaged; copy the cache again, or make it anew in another folder"
+                )
+        return True
+
+    def _paths(self, folder: Path) -> list[Path]:
+        return [folder / f"{name}.npy" for name in self._columns]
 
     def check_filled(self) -> None:
         """Check that every row of every epoch is there.
@@ -231,7 +286,7 @@ class TeacherCache:
                 f"{path} is missing: call the same dalikd cache again, which makes epochs that are not there, or make "
                 "the cache anew in another folder"
             )
-        array = np.load(path, mmap_mode=self._mode)
+        array = read_npy(path, mode=self._mode)
         if array.shape != (self.layout.rows, *row.shape) or array.dtype != row.dtype:
             raise ValueError(
                 f"{path} holds {array.dtype} {array.shape}, {_DESCRIPTION} says otherwise: make the cache anew in "
@@ -345,6 +400,15 @@ def _older(name: str, cached: Any, own: Any) -> str:
 # -------------------------------------------------------------------------------------------------------- files
 
 
+def _checksum(path: Path) -> str:
+    """The CRC-32 of a file: it finds damage at the speed of the disk, and no more is wanted of it."""
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return f"{found:08x}"
+
+
 def _missing_epochs(folder: Path, layout: CacheLayout) -> list[int]:
     """Epochs that have no files yet."""
     return [epoch for epoch in range(layout.epochs) if not (_epoch_folder(folder, epoch) / f"{_FILLED}.npy").exists()]
@@ -365,12 +429,21 @@ def _index_type(count: int) -> type[np.signedinteger]:
 
 
 def _make_epoch(folder: Path, layout: CacheLayout) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, row in layout.columns().items():
-        path = folder / f"{name}.npy"
-        np.lib.format.open_memmap(path, "w+", row.dtype, (layout.rows, *row.shape))
-        with path.open("r+b") as file:  # a memory-mapped write to a full disk would kill the process
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    """All files of an epoch or none; those that a kill, or an earlier dalikd, left incomplete go."""
+
+    def make(made: Path) -> None:
+        for name, row in layout.columns().items():
+            path = made / f"{name}.npy"
+            try:
+                np.lib.format.open_memmap(path, "w+", row.dtype, (layout.rows, *row.shape))
+                with path.open("r+b") as file:  # a memory-mapped write to a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise unwritable(folder / path.name, error) from error
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    build_once(folder, make)
 
 
 def _read_layout(folder: Path) -> CacheLayout:
@@ -378,13 +451,21 @@ def _read_layout(folder: Path) -> CacheLayout:
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no teacher cache ({path} is missing): make one with dalikd cache")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         version = content.pop("version")
         layout = CacheLayout(**{**content, "fingerprint": renamed(content["fingerprint"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a teacher cache: make one with dalikd cache") from error
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this program reads {_VERSION}: make the cache anew")
+    counts = layout.rows, layout.classes, layout.epochs, layout.k, layout.pool, layout.microbatch
+    if (
+        not all(type(count) is int and 0 <= count <= _MOST for count in counts)
+        or layout.storage not in get_args(Storage)
+        or min(counts[:3]) < 1
+        or not int(layout.storage == "topk") <= layout.k <= layout.classes
+    ):
+        raise ValueError(f"{path} describes no teacher cache that can be ({counts}): make the cache anew")
     return layout
 
 
@@ -396,7 +477,7 @@ def _form(layout: CacheLayout) -> dict[str, Any]:
 
 def _check_folder(folder: Path, layout: CacheLayout) -> None:
     """A new folder, or one that holds a cache of the same run with as many epochs or fewer."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(entry.name == LOCK for entry in folder.iterdir()):
         return
     if not (folder / _DESCRIPTION).exists():
         raise ValueError(f"--output {folder} holds other files and is not touched: name another folder")

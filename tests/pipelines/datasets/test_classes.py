@@ -6,6 +6,7 @@ import pytest
 
 from dalikd import configs
 from dalikd.pipelines.datasets.classes import (
+    alike,
     check_equal_classes,
     draw_classes,
     in_order,
@@ -173,3 +174,13 @@ def test_shorten() -> None:
     assert shorten("abc") == "a, b, c"
     assert shorten("abcdefg") == "a, b, c, d, e and 2 more"
     assert shorten("abc", 2) == "a, b and 1 more"
+
+
+def test_names_that_look_alike_are_told_once() -> None:
+    found = alike(["cat", "Cat", "dog", "caf\u00e9", "cafe\u0301", "dog\u200b"])
+    assert [line.partition(":")[0] for line in found] == [
+        "'cat' and 'Cat' differ only in upper and lower case",
+        "'caf\\xe9' and 'cafe\\u0301' differ only in Unicode form (NFC, NFD)",
+        "'dog' and 'dog\\u200b' differ only in spaces or signs that are not seen",
+    ]
+    assert alike(["cat", "dog"]) == []

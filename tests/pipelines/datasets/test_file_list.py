@@ -3,8 +3,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,7 +136,7 @@ class TestScan:
         with pytest.raises(ValueError, match="dog/again links back to a folder above it"):
             scan(tree, ("dog",))
 
-    @pytest.mark.parametrize("name", ["dog/gone.jpg", "dog/gone", "gone"])
+    @pytest.mark.parametrize("name", ["dog/gone", "gone"])
     def test_link_to_nothing(self, tree: Path, name: str) -> None:
         (tree / name).symlink_to(tree / "nowhere")
         with pytest.raises(FileNotFoundError, match=rf"tree/{name} is a link to nothing \(No such file"):
@@ -146,12 +146,24 @@ class TestScan:
         with pytest.raises(FileNotFoundError, match=rf"tree/{name} is a link to nothing \(Too many levels"):
             scan(tree, ("dog",))
 
-    @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
-    def test_what_is_no_file_but_is_named_like_an_image(self, tree: Path, make: Callable[[Path], None]) -> None:
-        make(tree / "dog" / "x.jpg")
-        with pytest.raises(
-            ValueError, match=r"dog/x\.jpg is a (folder|pipe, socket or device), but its name ends as an"
-        ):
+    def test_what_is_no_file_but_is_named_like_an_image_is_listed_without_a_size(self, tree: Path) -> None:
+        os.mkfifo(tree / "dog" / "pipe.jpg")
+        (tree / "dog" / "folder.jpg").mkdir()
+        (tree / "dog" / "folder.jpg" / "in_it.jpg").touch()
+        (tree / "dog" / "device.jpg").symlink_to("/dev/zero")
+        (tree / "dog" / "gone.jpg").symlink_to(tree / "nowhere")
+        (tree / "dog" / "circle.jpg").symlink_to(tree / "dog" / "circle.jpg")
+        (tree / "dog" / "link.jpg").symlink_to(tree / "cat" / "a.jpg")
+        files = scan(tree, ("dog",)).files
+        sizes = {Path(files.path(row)).stem: size for row, size in enumerate(files.measure().tolist())}
+        assert sizes == dict.fromkeys(("pipe", "folder", "device", "gone", "circle"), -1) | dict.fromkeys("xy", 0) | {
+            "link": 0
+        }
+        assert files.sides().tolist() == [[0, 0]] * len(files)  # and none of them is waited for
+
+    def test_a_class_folder_that_is_named_like_an_image(self, tree: Path) -> None:
+        (tree / "dog.jpg").mkdir()
+        with pytest.raises(ValueError, match=r"tree/dog\.jpg is a folder, but its name ends as an image's: rename"):
             scan(tree, ("dog",))
 
 
@@ -265,6 +277,35 @@ class TestOpenTree:
     def test_damaged_json(self, tree: Path, content: str) -> None:
         expected = paths(open_small(tree))
         (manifest_folder(tree) / "manifest.json").write_text(content, encoding="latin1")
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert paths(open_small(tree)) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("paths", lambda array: array.tobytes().replace(b"tree/", b"etc//", 1)),
+            ("paths", lambda array: array[:-8].tobytes() + b"x/../y.j"),
+            ("offsets", lambda array: array[[0, 2, 1, *range(3, len(array))]]),
+            ("offsets", lambda array: array + 1),
+            ("labels", lambda array: array - 1),
+            ("labels", lambda array: array + 2),
+            ("labels", lambda array: array[:-1]),
+            ("sizes", lambda array: -1 - array),
+            ("sizes", lambda array: array.astype(np.float64)),
+        ],
+    )
+    def test_a_list_that_scan_did_not_make_is_not_used(self, tree: Path, name: str, change: Any) -> None:
+        """With its right checksum."""
+        expected = paths(open_small(tree))
+        place = manifest_folder(tree) / "manifest.json"
+        note = json.loads(place.read_text())
+        arrays = {each: np.load(place.parent / f"{each}-{note['checksum']}.npy") for each in manifest._ARRAYS}
+        made = change(arrays[name])
+        arrays[name] = np.frombuffer(made, np.uint8) if isinstance(made, bytes) else made
+        note["checksum"] = manifest._checksum(arrays.values())
+        for each, array in arrays.items():
+            np.save(place.parent / f"{each}-{note['checksum']}.npy", array)
+        place.write_text(json.dumps(note))
         with pytest.warns(UserWarning, match="is damaged"):
             assert paths(open_small(tree)) == expected
 

@@ -134,6 +134,8 @@ X, Y = images_of("train", 2).transpose(1, 2, 3, 0), np.array([[1], [2]], np.uint
         (mat_file({"X": X}), r"is not a file of the published data set: 'y'"),
         (mat_file({"X": X.astype(np.float64), "y": Y}), "does not hold images of 32 x 32 x 3 bytes"),
         (mat_file({"X": X[:31], "y": Y}), "does not hold images of 32 x 32 x 3 bytes"),
+        (mat_file({"X": X, "y": Y, "z": Y}), r"is not a file of the published data set: it has an array b'z' too many"),
+        (mat_file({"X": np.zeros((32, 32, 3, 27_000), np.uint8), "y": Y}), "it ends too early, or has more than 26032"),
         (mat_file({"X": X, "y": Y[:1]}), r"does not hold 2 labels in 1\.\.10"),
         (mat_file({"X": X, "y": Y + 9}), r"does not hold 2 labels in 1\.\.10"),
         (mat_file({"X": X, "y": Y.astype(np.float64) - 5}), r"does not hold 2 labels in 1\.\.10"),

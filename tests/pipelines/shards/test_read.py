@@ -1,5 +1,8 @@
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,8 @@ import pytest
 
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.shards import read as records_module
+from dalikd.pipelines.shards import layout, read
+from dalikd.pipelines.shards.layout import ShardManifest
 from dalikd.pipelines.shards.read import ShardSet
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
 
@@ -25,8 +29,62 @@ def _shard(folder: Path) -> Path:
 
 
 def _describe(folder: Path, **changes: object) -> None:
+    """Change the description, as one who knows its checksum."""
     path = folder / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    content = json.loads(path.read_text()) | changes
+    del content["sha256"]
+    path.write_text(json.dumps({**content, "sha256": layout._own_checksum(content)}))
+
+
+def _as_version_1(folder: Path) -> None:
+    """What an earlier version has written of the same images."""
+    content = json.loads((folder / "dataset.json").read_text()) | {"version": 1}
+    del content["sha256"]
+    for name in ("checksums.npy", "names.txt"):
+        del content["arrays"][name]
+        (folder / name).unlink()
+    for shard in content["shards"]:
+        del shard["ends_crc32"]
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def _edit(folder: Path) -> None:
+    path = folder / "dataset.json"
+    path.write_text(path.read_text().replace('"bee"', '"bat"'))
+
+
+def _set_array(folder: Path, name: str, row: int, value: int) -> None:
+    """Change an array, and its checksum."""
+    array = np.load(folder / name)
+    array[row] = value
+    np.save(folder / name, array)
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    _describe(folder, arrays={**ShardManifest.read(folder).arrays, name: digest})
+
+
+def _repeat_shard(folder: Path) -> None:
+    shards = json.loads((folder / "dataset.json").read_text())["shards"]
+    _describe(folder, shards=[*shards[:4], shards[0]])
+
+
+def _swap_counts(folder: Path) -> None:
+    shards = json.loads((folder / "dataset.json").read_text())["shards"]
+    shards[0]["images"], shards[1]["images"] = 59, 61
+    _describe(folder, shards=shards)
+
+
+def _cut_index(folder: Path) -> None:
+    path = _shard(folder).with_suffix(".idx")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:31]))
+
+
+def _change_first_byte(folder: Path) -> None:
+    path = _shard(folder)
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+
+
+def _add_shard(folder: Path) -> None:
+    _shard(folder).with_stem("train-00005").write_bytes(_shard(folder).read_bytes())
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -123,12 +181,27 @@ def _cut_labels(folder: Path) -> None:
         ),
         (_remove_description, FileNotFoundError, r"train has no dataset\.json: .*`dalikd prepare --data\.name"),
         (lambda folder: (folder / "order.npy").unlink(), FileNotFoundError, r"order\.npy is missing: write"),
-        (_cut_labels, ValueError, r"labels\.npy has 299 entries, dataset\.json 300: write"),
-        (lambda folder: _describe(folder, version=2), ValueError, r"has version 2, this dalikd reads 1: write"),
+        (_cut_labels, ValueError, r"labels\.npy is not as it was written \(its checksum differs\): copy it again, or"),
+        (_edit, ValueError, r"dataset\.json is not as it was written \(its checksum differs\): copy it again, or"),
+        (_repeat_shard, ValueError, r"dataset\.json lists train-00000\.t\w+ more than once: copy it again, or"),
+        (_swap_counts, ValueError, r"train-00000\.idx has 60 images, dataset\.json says 59: write"),
+        (_cut_index, ValueError, r"train-00002\.idx is not the index that was written .*: make it with `\w+2idx \S+"),
+        (_change_first_byte, ValueError, r"train-00002\.t\w+ is another shard, or damaged .*: copy it again, or"),
+        (_add_shard, ValueError, r"train-00005\.t\w+ is not of this image set .*: move what belongs to another"),
+        (
+            lambda folder: _set_array(folder, "labels.npy", 7, 3),
+            ValueError,
+            r"image 7 the label 3, .* 3 classes",
+        ),
+        (lambda folder: _set_array(folder, "labels.npy", 7, -1), ValueError, r"image 7 the label -1, .*: write"),
+        (lambda folder: _set_array(folder, "order.npy", 7, 300), ValueError, r"order\.npy does not hold every image"),
+        (lambda folder: (folder / "names.txt").write_text(""), ValueError, r"names\.txt is not as it was written"),
+        (lambda folder: (folder / "checksums.npy").unlink(), FileNotFoundError, r"checksums\.npy is missing: write"),
+        (lambda folder: _describe(folder, version=3), ValueError, r"has version 3, this dalikd reads 1 and 2: write"),
         (lambda folder: _describe(folder, seeds=2), ValueError, r"dataset\.json is damaged \(TypeError"),
         (lambda folder: _describe(folder, shards=[]), ValueError, r"dataset\.json lists no image: write"),
         (lambda folder: _describe(folder, format="zip"), ValueError, r"format 'zip' is unknown: write"),
-        (lambda folder: (folder / "dataset.json").write_text("{"), ValueError, r"is damaged \(JSONDecodeError"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), ValueError, r"is damaged \(.*not a JSON file"),
         (shutil.rmtree, FileNotFoundError, r"train does not exist: check --data\.root"),
     ],
 )
@@ -154,43 +227,74 @@ def test_the_other_format_is_named(written):
 
 
 def test_more_tars_than_may_be_open(monkeypatch, written):
-    monkeypatch.setattr(records_module.resource, "getrlimit", lambda _: (265, 1000))
+    monkeypatch.setattr(read.resource, "getrlimit", lambda _: (265, 1000))
     if written.format == "tfrecord":
         assert len(ShardSet(written.folder)) == 300  # DALI opens these one after the other
         return
     with pytest.raises(ValueError, match=r"has 5 tars, .* only 265 files: run `ulimit -n 266` before"):
         ShardSet(written.folder)
-    monkeypatch.setattr(records_module.resource, "getrlimit", lambda _: (266, 1000))
+    monkeypatch.setattr(read.resource, "getrlimit", lambda _: (266, 1000))
     assert len(ShardSet(written.folder)) == 300
 
 
-# ------------------------------------------------------------------------------------------------- verify
+def test_files_that_are_hidden_are_no_shards(copy):
+    (copy / f"._{_shard(copy).name}").write_bytes(b"as some systems leave them")
+    assert len(ShardSet(copy)) == 300
 
 
-def test_what_is_whole_is_verified(written):
-    ShardSet(written.folder).verify()
-
-
-def test_every_changed_file_is_named(copy):
-    changed = [_shard(copy), copy / "train-00004.idx", copy / "labels.npy"]
-    for path in changed:
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match="checksum differs") as error:
-        ShardSet(copy).verify()
-    assert all(str(path) in str(error.value) for path in changed)
-    assert str(error.value).count(str(copy)) == 3
-
-
-def test_a_damaged_record_is_named(copy):
+def test_an_index_made_by_dalis_tool_is_the_one_that_was_written(copy):
     path = _shard(copy)
-    if path.suffix != ".tfrecord":
-        return
-    content = bytearray(path.read_bytes())
-    content[500] ^= 1
-    path.write_bytes(content)
+    index = path.with_suffix(".idx")
+    index.unlink()
+    tool = {".tar": "wds2idx", ".tfrecord": "tfrecord2idx"}[path.suffix]
+    command = shutil.which(tool, path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip(f"{tool} is not installed")
+    subprocess.run([command, str(path), str(index)], check=True, capture_output=True)
+    assert len(ShardSet(copy)) == 300
+
+
+# ----------------------------------------------------------------------------------------- earlier version
+
+
+def test_what_an_earlier_version_wrote_is_read(written, copy):
+    _as_version_1(copy)
     shards = ShardSet(copy)
-    row = int(shards.order[120])  # the first image of the third shard
-    with pytest.raises(ValueError, match=rf"train-00002\.tfrecord:{row:09d}: damaged TFRecord"):
+    assert shards.checksums is None
+    assert [shards.read(row) for row in (0, 299)] == [Path(written.source.path(row)).read_bytes() for row in (0, 299)]
+    source = open_source(written.format, copy.parent, "train")
+    assert [note.count("earlier dalikd") for note in source.notes] == [1]
+    assert written.open().notes == ()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_cut_shard, "bytes instead of"),
+        (_cut_index, "is not the index that was written"),
+        (_cut_labels, r"labels\.npy is not as it was written"),
+        (_add_shard, "is not of this image set"),
+    ],
+)
+def test_of_an_earlier_version_most_is_compared(copy, spoil, message):
+    _as_version_1(copy)
+    spoil(copy)
+    with pytest.raises(ValueError, match=message):
+        ShardSet(copy)
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_a_damaged_record_is_named(written, copy):
+    shards = ShardSet(copy)
+    row = int(shards.order[2 * 60 + 7])
+    path = _shard(copy)
+    origin, content = Path(written.source.path(row)), path.read_bytes()
+    path.write_bytes(content.replace(origin.read_bytes(), origin.read_bytes()[:-9] + b"123456789"))
+    named = rf"train-00002\.t\w+:{row:09d}\S*: record 7 of the shard, from {origin.parent.name}/{origin.name}: "
+    reason = {"webdataset": "the image's bytes are not those", "tfrecord": "damaged TFRecord: its checksum"}
+    with pytest.raises(ValueError, match=named + reason[written.format]):
         shards.read(row)
+    assert not shards.is_whole(row)
+    assert all(shards.is_whole(other) for other in range(300) if other != row)

@@ -1,9 +1,12 @@
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import struct
 import tarfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,19 +73,27 @@ def test_what_a_folder_holds(written):
     extension = {"webdataset": "tar", "tfrecord": "tfrecord"}[written.format]
     shards = [f"train-0000{number}.{ending}" for number in range(5) for ending in (extension, "idx")]
     assert sorted(path.name for path in written.folder.iterdir()) == sorted(
-        [*shards, "dataset.json", "labels.npy", "order.npy"]
+        [*shards, "dataset.json", "labels.npy", "order.npy", "checksums.npy", "names.txt"]
     )
     source, order = written.source, np.load(written.folder / "order.npy")
     assert np.array_equal(np.load(written.folder / "labels.npy"), source.labels)
     assert np.array_equal(order, permutation(4, 0, 300))
+    paths = [Path(source.path(row)) for row in range(300)]
+    assert np.load(written.folder / "checksums.npy").tolist() == [zlib.crc32(path.read_bytes()) for path in paths]
+    names = "".join(f"{path.parent.name}/{path.name}\n" for path in paths)
+    assert (written.folder / "names.txt").read_text() == names
 
 
 def test_the_description(written):
     content = json.loads((written.folder / "dataset.json").read_text())
     source, shards = written.source, content.pop("shards")
-    assert content.pop("arrays").keys() == {"labels.npy", "order.npy"}
+    arrays = content.pop("arrays")
+    assert arrays.keys() == {"labels.npy", "order.npy", "checksums.npy", "names.txt"}
+    for name, digest in arrays.items():
+        assert digest == hashlib.sha256((written.folder / name).read_bytes()).hexdigest()
+    assert len(content.pop("sha256")) == 64
     assert content == {
-        "version": 1,
+        "version": 2,
         "format": written.format,
         "name": "imagefolder",
         "split": ".",
@@ -99,6 +110,7 @@ def test_the_description(written):
         path = written.folder / shard["name"]
         assert shard["bytes"] == path.stat().st_size
         assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert shard["ends_crc32"] == zlib.crc32(path.read_bytes()[:1024] + path.read_bytes()[-1024:])
         assert shard["index_sha256"] == hashlib.sha256(path.with_suffix(".idx").read_bytes()).hexdigest()
 
 
@@ -328,8 +340,8 @@ def test_overwriting_replaces_the_folder_whole(tree, tmp_path):
     write_shards(_open(tree), tmp_path / "out", replace(ONE_THREAD, shard_images=4))
     manifest = write_shards(_open(tree), tmp_path / "out", WriteOptions("tfrecord", overwrite=True, threads=1))
     assert ShardManifest.read(tmp_path / "out") == manifest
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tfrecord", ".idx", ".npy", ".json"}
-    assert len(list((tmp_path / "out").iterdir())) == 5
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tfrecord", ".idx", ".npy", ".json", ".txt"}
+    assert len(list((tmp_path / "out").iterdir())) == 7
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -359,3 +371,66 @@ def test_a_full_disk_is_told_before(monkeypatch, tree, tmp_path):
         write_shards(_open(tree), tmp_path / "new/folder", ONE_THREAD)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=needed))
     assert write_shards(_open(tree), tmp_path / "new/folder", ONE_THREAD).images == 12
+
+
+def test_splits_come_together_or_not_at_all(tree, tmp_path):
+    sources = {tmp_path / "out" / name: _open(tree) for name in ("train", "val")}
+    usage = convert.shutil.disk_usage(tmp_path)
+    needed = 2 * (sum(path.stat().st_size for path in tree.glob("*/*")) + 12 * 2048)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+        with pytest.raises(OSError, match="name another --output"):
+            convert.write_splits(sources, ONE_THREAD)
+    written = convert.write_splits(sources, ONE_THREAD)
+    assert [ShardManifest.read(folder) for folder in sources] == written
+    before = [path.read_bytes() for path in sorted((tmp_path / "out").rglob("*.json"))]
+    path = tree / "ant/001.jpg"
+    broken = {**sources, tmp_path / "out" / "val": _open(tree)}
+    path.rename(tree / "away.jpg")
+    with pytest.raises(FileNotFoundError, match=r"ant/001\.jpg"):
+        convert.write_splits(broken, replace(ONE_THREAD, overwrite=True, seed=3))
+    assert [path.read_bytes() for path in sorted((tmp_path / "out").rglob("*.json"))] == before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train", "val"}
+
+
+def test_what_a_killed_call_has_left_is_removed(tree, tmp_path):
+    left = [tmp_path / f".train-{digit * 32}" for digit in "ab"]
+    for part in left:
+        part.mkdir()
+    (left[1] / "dataset.json").touch()
+    (tmp_path / ".train-notes").mkdir()
+    write_shards(_open(tree), tmp_path / "train", ONE_THREAD)
+    assert {path.name for path in tmp_path.iterdir()} == {"tree", "train", ".train-notes"}
+
+
+def test_only_one_call_writes_into_a_folder(monkeypatch, tree, tmp_path):
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(FileExistsError, match="another `dalikd prepare` writes into"):
+        write_shards(_open(tree), tmp_path / "train", ONE_THREAD)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "no locks here")
+
+    part = tmp_path / f".train-{32 * 'a'}"
+    part.mkdir()
+    monkeypatch.setattr(convert.fcntl, "flock", refuse)
+    write_shards(_open(tree), tmp_path / "train", ONE_THREAD)
+    assert part.exists()  # it may be another's
+    os.close(lock)
+
+
+def test_a_folder_that_another_call_has_filled_meanwhile_is_kept(monkeypatch, tree, tmp_path):
+    write_split = convert._write_split
+
+    def late(*arguments):
+        manifest = write_split(*arguments)
+        (tmp_path / "train").mkdir()
+        (tmp_path / "train" / "dataset.json").write_text("another's")
+        return manifest
+
+    monkeypatch.setattr(convert, "_write_split", late)
+    with pytest.raises(FileExistsError, match="has been filled by another call meanwhile"):
+        write_shards(_open(tree), tmp_path / "train", ONE_THREAD)
+    assert {path.name for path in tmp_path.iterdir()} == {"tree", "train"}
+    assert (tmp_path / "train" / "dataset.json").read_text() == "another's"

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
+from dalikd.pipelines.lock import take_lock
 from dalikd.trainers.stopping import Interrupted
-from dalikd.trainers.study.lock import take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.run import Queue, run_cells
 from dalikd.trainers.tracking import write_json

@@ -1,4 +1,5 @@
 import json
+import resource
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from dalikd.trainers.teacher_cache.layout import (
     unpack_logits,
 )
 
+_FILE_SIZE = resource.RLIMIT_FSIZE
 SMALL = CacheLayout(
     rows=6, classes=3, epochs=2, augmented=True, pool=8, fingerprint={"seed": 0, "view.scale": [0.5, 1]}
 )
@@ -159,6 +161,22 @@ def test_disk_space_is_reserved(tmp_path):
     assert path.stat().st_blocks * 512 >= path.stat().st_size > 1_200_000
 
 
+def test_a_full_disk_leaves_no_half_epoch(tmp_path):
+    layout, before = replace(SMALL, rows=10_000, classes=1, augmented=False, pool=0), resource.getrlimit(_FILE_SIZE)
+    for size, file in ((20_000, "logits"), (39_000, "logits")):
+        resource.setrlimit(_FILE_SIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match=rf"epoch-0000/{file}.npy cannot be written: File too large"):
+                TeacherCache.create(tmp_path / "cache", layout)
+        finally:
+            resource.setrlimit(_FILE_SIZE, before)
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["cache.json"]
+    (tmp_path / "cache" / "epoch-0000").mkdir()
+    (tmp_path / "cache" / "epoch-0000" / "logits.npy").touch()  # as an earlier dalikd left it, when it was killed
+    cache = TeacherCache.create(tmp_path / "cache", layout)
+    assert not cache.filled(0, np.arange(3))
+
+
 def test_rows_are_read_as_they_were_written(tmp_path):
     TeacherCache.create(tmp_path / "cache", SMALL)
     writers = [TeacherCache(tmp_path / "cache", writable=True) for _ in range(2)]  # as of two processes
@@ -187,6 +205,46 @@ def test_what_is_read_is_ones_own_and_what_is_open_cannot_be_written(tmp_path):
         reader.write(0, np.arange(6), _rows(6))
 
 
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("name", ["logits", "augmented", "picks", "filled", "checksums"])
+def test_a_changed_byte_is_found_when_an_epoch_is_first_read(tmp_path, name, place):
+    cache = TeacherCache.create(tmp_path / "cache", SMALL)
+    for epoch in range(2):
+        cache.write(epoch, np.arange(6), _rows(6, seed=epoch))
+    cache.seal()
+    path = tmp_path / "cache" / "epoch-0001" / f"{name}.{'json' if name == 'checksums' else 'npy'}"
+    content = bytearray(path.read_bytes())
+    content[-1 if place == "last" and name != "checksums" else 130 if name != "checksums" else 20] ^= 2
+    path.write_bytes(content)
+    reader = TeacherCache(tmp_path / "cache")
+    reader.check_filled()
+    for _ in range(2):
+        assert np.array_equal(reader.read(0, np.arange(6))["logits"], _rows(6, seed=0)["logits"])
+    with pytest.raises(
+        ValueError, match=r"is not what dalikd cache has written .* copy the cache again, or make it anew"
+    ):
+        reader.read(1, np.arange(6))
+
+
+def test_checksums_are_of_whole_epochs_and_made_once(tmp_path):
+    """Those of an epoch that is made anew go; a cache of an earlier version has none, and is read all the same."""
+    cache = TeacherCache.create(tmp_path / "cache", SMALL)
+    cache.write(0, np.arange(6), _rows(6))
+    cache.write(1, np.arange(6), _rows(6))
+    assert not TeacherCache(tmp_path / "cache").check_bytes(0)
+    cache.seal()
+    assert TeacherCache(tmp_path / "cache").check_bytes(0)
+    first, second = (tmp_path / "cache" / f"epoch-000{epoch}" / "checksums.json" for epoch in range(2))
+    before = first.stat().st_mtime_ns
+    second.with_name("filled.npy").unlink()
+    cache = TeacherCache.create(tmp_path / "cache", SMALL)
+    assert not second.exists()
+    cache.write(1, np.arange(6), _rows(6, seed=3))
+    cache.seal()
+    assert first.stat().st_mtime_ns == before
+    assert np.array_equal(TeacherCache(tmp_path / "cache").read(1, np.arange(6))["logits"], _rows(6, seed=3)["logits"])
+
+
 def test_flushing_reaches_the_maps(tmp_path, monkeypatch):
     cache, flushed = TeacherCache.create(tmp_path / "cache", SMALL), []
     monkeypatch.setattr(np.memmap, "flush", lambda array: flushed.append(array.shape))
@@ -209,6 +267,30 @@ def test_a_cache_gets_more_epochs_and_keeps_its_rows(tmp_path):
     assert longer.layout.epochs == 3
     assert np.array_equal(longer.read(1, np.arange(6))["logits"], rows["logits"])
     assert not longer.filled(2, np.arange(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows", 0), ("classes", 1 << 40), ("epochs", "2"), ("storage", "int8"), ("k", -1), ("pool", None)],
+)
+def test_a_description_of_no_cache_is_refused(tmp_path, name, value):
+    TeacherCache.create(tmp_path / "cache", SMALL)
+    path = tmp_path / "cache" / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"{path} describes no teacher cache that can be"):
+        TeacherCache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "value"), [("picks", 8), ("picks", -1), ("logits_classes", 4)])
+def test_places_that_are_none_are_not_given_to_a_device(tmp_path, name, value):
+    layout = CacheLayout(6, 4, 1, "topk", k=2, pool=8)
+    cache = TeacherCache.create(tmp_path / "cache", layout)
+    arrays = {each: np.zeros((6, *row.shape), row.dtype) for each, row in layout.columns().items() if each != "filled"}
+    arrays[name][2] = value
+    cache.write(0, np.arange(6), arrays)
+    assert (cache.read(0, np.array([0, 1]))[name] == 0).all()
+    with pytest.raises(ValueError, match=rf"epoch-0000/{name}\.npy holds a number outside of 0\.\."):
+        cache.read(0, np.array([1, 2]))
 
 
 @pytest.mark.parametrize(
