@@ -174,8 +174,9 @@ def prepare_process() -> None:
 
 def _ask_again(event: Any) -> None:
     """What is raised while an object is deleted goes no further than that: the signal is sent once more, a moment
-    later."""
-    if not isinstance(event.exc_value, Stopped):
-        return sys.__unraisablehook__(event)
-    _asked.number, _asked.raised = 0, False
-    threading.Timer(0.01, os.kill, (os.getpid(), event.exc_value.signal)).start()
+    later. Objects that a signal has left half made may complain when they are deleted; of no use to the user."""
+    if isinstance(event.exc_value, Stopped):
+        _asked.number, _asked.raised = 0, False
+        threading.Timer(0.01, os.kill, (os.getpid(), event.exc_value.signal)).start()
+    elif not _asked.raised:
+        sys.__unraisablehook__(event)

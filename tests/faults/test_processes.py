@@ -234,8 +234,8 @@ def test_ctrl_c_ends_any_command_at_any_moment_in_one_line(start_forked, small_i
             said = [line for line in process.err.replace("\r", "\n").splitlines() if "stopped" in line]
             done = code == 0 or (code == 2 and "holds a" in process.err)
             if not (done or (code == 130 and len(said) == 1)) or left or "Traceback" in process.err:
-                wrong.append((name, moment, code, left, process.err[-2000:]))
-    assert wrong == []
+                wrong.append(f"{name} after {moment} s: {code}, {left}, {process.err[-2000:]}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_ctrl_c_ends_a_command_while_it_is_loaded_and_what_it_has_started(small_images, tmp_path, full):
