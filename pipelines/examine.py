@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Examination", "Surroundings", "examine", "look_around", "serve"]
 
 _PART_IMAGES, _PART_BYTES = 1024, 64 << 20  # that a process is asked about at once: a second or two of work
+_LEAST_IMAGES = 32  # of a part, where there are enough
 _SPANS, _READ_TOGETHER, _READERS = 4, 32, 4  # of a part, one is read while the one before is decoded; by threads
 _DECODED_IMAGES, _DECODED_PIXELS = 256, 16 << 20  # by DALI at once
 _HERE = 256  # so few images are looked at in this process
@@ -122,11 +123,14 @@ def examine(
             warnings.warn(f"what was found of {source.split} could not be kept in {folder}: {error}", stacklevel=2)
 
     total = len(names) - found.known
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = processes or cores
+    most = max(_LEAST_IMAGES, min(_PART_IMAGES, total // (_SPANS * count)))  # so that all have parts to the end
     order = np.arange(len(names)) if source.shards is None else source.shards.order
     parts = [
         (rows, Part(*_where(source, rows), hashing, decoding))
         for wanted, decoding in ((~same, True), (unhashed, False))
-        for rows in _cut(order[wanted[order]], stamps[:, 0] if source.files is not None else None)
+        for rows in _cut(order[wanted[order]], stamps[:, 0] if source.files is not None else None, most)
     ]
     with progress(f"examining {source.split}", total=total, unit=" images") as bar:
 
@@ -143,8 +147,7 @@ def examine(
                 for rows, part in parts:
                     note(rows, part.decoding, *look_at(part, _decoder()))
             else:
-                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-                _share_out(parts, [] if crew is None else crew, min(processes or cores, len(parts)), note, save)
+                _share_out(parts, [] if crew is None else crew, min(count, len(parts)), note, save)
         finally:
             if total:
                 save()
@@ -177,12 +180,12 @@ def _where(source: "Source", rows: np.ndarray) -> tuple[Sequence[bytes], str, Se
     return [path.tobytes() for path in source.files.encoded(rows)], "", ()
 
 
-def _cut(rows: np.ndarray, sizes: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Divide rows into parts of bounded numbers of images and bytes."""
+def _cut(rows: np.ndarray, sizes: np.ndarray | None, most: int) -> Iterator[np.ndarray]:
+    """Divide rows into parts of at most so many images, and of bounded bytes."""
     bytes_of = np.full(len(rows), _PART_BYTES // _PART_IMAGES) if sizes is None else sizes[rows]
     first, held = 0, 0
     for place, size in enumerate(bytes_of.tolist()):
-        if place > first and (place - first == _PART_IMAGES or held + size > _PART_BYTES):
+        if place > first and (place - first == most or held + size > _PART_BYTES):
             yield rows[first:place]
             first, held = place, 0
         held += size

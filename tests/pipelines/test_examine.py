@@ -59,6 +59,7 @@ def test_processes_find_what_this_process_finds(source: Source, monkeypatch: pyt
 
 
 def test_what_was_found_before_an_interruption_is_kept(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examining, "_LEAST_IMAGES", 50)
     monkeypatch.setattr(examining, "_PART_IMAGES", 50)
     look_at, calls = examining.look_at, []
 
@@ -99,6 +100,7 @@ def test_an_image_that_ends_the_process_is_named(source: Source, monkeypatch: py
     source = _add(source, "SIGSEGV")
     monkeypatch.setattr(examining, "_CODE", _STUB)
     monkeypatch.setattr(examining, "_HERE", 0)
+    monkeypatch.setattr(examining, "_LEAST_IMAGES", 8)
     monkeypatch.setattr(examining, "_PART_IMAGES", 8)
     found = examine(source, processes=2).record
     faults = {
@@ -119,13 +121,13 @@ def test_a_process_that_is_killed_blames_no_image(source: Source, monkeypatch: p
     assert known_bad_files(source) == []
 
 
-def test_processes_are_used_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_a_small_set_and_are_used_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examining, "_CODE", _STUB)
     monkeypatch.setattr(examining, "_HERE", 0)
-    monkeypatch.setattr(examining, "_PART_IMAGES", 50)
     crew: list[Child] = []
     examine(source, crew, processes=2)
     before = list(crew)
+    assert len(before) == 2
     for row in range(300):
         os.utime(source.path(row))
     assert examine(source, crew, processes=2).known == 0
