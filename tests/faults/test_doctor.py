@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def test_stopped_or_killed_it_says_the_same_in_the_end(photos, start_forked, ful
     for number in range(100 if full else 24):
         shutil.copytree(photos, data, dirs_exist_ok=True, copy_function=lambda one, two, n=number: _copy(one, two, n))
     bad = data / "bird/0-portrait.jpg"
-    bad.write_bytes(bad.read_bytes()[:2000])
+    content = bad.read_bytes()
+    bad.unlink()  # a hard link, and other tests read what it is one to
+    bad.write_bytes(content[:2000])
 
     def start(cache: str, report: str):
         words = ("doctor", data, "--json", tmp_path / report, "--processes", 2)
@@ -36,10 +39,11 @@ def test_stopped_or_killed_it_says_the_same_in_the_end(photos, start_forked, ful
     assert start("whole", "whole.json").wait() == 1
     expected = _report(tmp_path / "whole.json")
     assert expected["splits"]["train"]["cannot_decode"][0]["path"] == str(bad)
-    for number, seconds in enumerate((0.5, 2, 3, 4, 5, 6) if full else (3,)):
+    for number, seconds in enumerate((0.5, 2, 3, 4, 5, 6) if full else (1,)):
         stopped = start("stopped", f"{number}.json")
         time.sleep(seconds)
-        os.kill(stopped.pid, signal.SIGINT if number % 2 == 0 else signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it was faster
+            os.kill(stopped.pid, signal.SIGINT if number % 2 == 0 else signal.SIGTERM)
         code = stopped.wait()
         assert code in (1, 130, 143), stopped.err
         assert "Traceback" not in stopped.err
