@@ -285,6 +285,7 @@ class TestOpenTree:
         [
             ("paths", lambda array: array.tobytes().replace(b"tree/", b"etc//", 1)),
             ("paths", lambda array: array[:-8].tobytes() + b"x/../y.j"),
+            ("paths", lambda array: array[:-1].tobytes() + b"\0"),
             ("offsets", lambda array: array[[0, 2, 1, *range(3, len(array))]]),
             ("offsets", lambda array: array + 1),
             ("labels", lambda array: array - 1),
