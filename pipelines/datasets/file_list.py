@@ -551,9 +551,8 @@ def _check_files(files: FileList, labels: np.ndarray, classes: int) -> None:
         chunk = offsets[first : min(first + _CHUNK_ROWS, len(labels))]
         if (paths[chunk[:, None] + np.arange(len(start))] != start).any():
             raise ValueError(f"a path does not begin with {files.root}")
-    if (
-        not paths.all() or b"/../" in paths.tobytes() + b"/"
-    ):  # no name has a zero byte; a path begins with /, so that this one may end the path before it
+    # no name has a zero byte; a path begins with /, so that the last one may end the path before it
+    if not paths.all() or b"/../" in paths.tobytes() + b"/":
         raise ValueError(f"a path leads out of {files.root}")
 
 
