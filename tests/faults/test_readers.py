@@ -313,8 +313,9 @@ def _open_tree(folder: Path) -> None:
     assert set(tree.labels.tolist()) <= {0, 1}
     assert all(Path(tree.files.path(row)).is_relative_to(folder / "tree") for row in range(10))
     tree.files.sides()
-    if told:  # the list is refused, and the folder scanned anew
-        raise ValueError(str(told[0].message))
+    for warning in told:  # the list is refused, and the folder scanned anew
+        if warning.category is UserWarning:
+            raise ValueError(str(warning.message))
 
 
 def _make_cifar(folder: Path) -> dict[Path, tuple[Mutate, ...]]:
