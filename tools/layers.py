@@ -146,9 +146,11 @@ def named_task(command: str, argv: Sequence[str]) -> str | None:
             named += values
         elif option in ("--config", "--resume") and values:
             path = Path(expand_path(option, values[0])) / ("config.yaml" if option == "--resume" else "")
-            content = _load(path)[0] if path.is_file() else {}
+            content = _load(path)[0] if path.is_file() and "task" in read_text(path) else {}
             sections = [content, content.get(command)]
             found = [section["task"] for section in sections if isinstance(section, dict) and section.get("task")]
+            if not all(isinstance(task, str) for task in found):
+                raise ValueError(f"{path}: task is {str(found[0])[:40]}: give the class path of an options class")
             named = [*named, *found] if option == "--config" else [None, *found, *named[1:]]
     return named[-1]
 

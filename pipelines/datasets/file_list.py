@@ -473,7 +473,7 @@ def _load(target: Path, folder: Path, classes: Sequence[str]) -> Tree | None:
         if not _is_current(note, folder, classes):
             return None
         tree = _load_arrays(target, folder, note)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         warnings.warn(f"the list of {folder} in {target} is damaged ({error}); scanning again", stacklevel=2)
         return None
     return tree if _has_same_sizes(tree.files) else None

@@ -666,6 +666,11 @@ def test_an_options_class_is_named_by_its_class_path(tmp_path, named_in):
     assert (plain["task"], plain["rounds"]) == (task["task"], 5)
 
 
+def test_a_task_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"1\.yaml: task is \{.*: give the class path of an"):
+        parse("train", ["--config", _write(tmp_path / "1.yaml", {"task": {"a": 1}})])
+
+
 def test_the_last_task_that_is_named_holds():
     words = ["--import", __name__, "--task", f"{__name__}.OwnTask"]
     words += ["--task", "dalikd.trainers.tasks.supervised.TrainOptions"]

@@ -310,6 +310,15 @@ class TestOpenTree:
         with pytest.warns(UserWarning, match="is damaged"):
             assert paths(open_small(tree)) == expected
 
+    def test_folders_of_another_form(self, tree: Path) -> None:
+        expected = paths(open_small(tree))
+        place = manifest_folder(tree) / "manifest.json"
+        note = json.loads(place.read_text())
+        note["directories"] = {name: state[:2] for name, state in note["directories"].items()}
+        place.write_text(json.dumps(note))
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert paths(open_small(tree)) == expected
+
     @pytest.mark.parametrize(("key", "value"), [("version", 0), ("folder", "/elsewhere")])
     def test_foreign_manifest_is_not_used(self, tree: Path, key: str, value: object) -> None:
         open_small(tree)
