@@ -1,5 +1,6 @@
 """Runs that are interrupted, killed, stopped or left alone: each ends soon, in one line, and loses nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -196,10 +197,12 @@ def _commands(small_images: Path, folder: Path) -> dict[str, Sequence[object]]:
     split = [*data, "--data.val_split", "."]
     torch.save(create_model("resnet8", 3).state_dict(), folder / "teacher.pt")
     weights = ["--teacher.name", "resnet8", "--teacher.weights", folder / "teacher.pt", "--teacher.verify", "false"]
+    points = [{"da": name, "t_stddev": 0.1 * place, "s_test_loss": 1.0 + place} for place, name in enumerate("abcd")]
+    (folder / "points.json").write_text(json.dumps({"points": points}))
     net = ["--model", "resnet8"]
     return {
         "prepare": [*data[:4], "--split", "train", "--output", folder / "prepared"],
-        "measure": [*data, *weights, "--augmentation", "cutmix", "--epochs", "20", "--json", folder / "measure.json"],
+        "measure": [*data, *weights, "--augmentation", "flip", "cutmix", "--epochs", "90", "--json", folder / "m.json"],
         "methods": [],
         "demo": ["--output", folder / "demo"],
         "train": [*split, *net, "--epochs", "50", "--output", folder / "run"],
@@ -207,9 +210,9 @@ def _commands(small_images: Path, folder: Path) -> dict[str, Sequence[object]]:
         "cache": [*data, *weights, "--epochs", "100", "--output", folder / "cache"],
         "probe": [*split, *net, "--weights", folder / "teacher.pt", "--epochs", "50", "--output", folder / "probe"],
         "study": ["--config", Path(__file__).parents[2] / "configs/demo_study.yaml", "--output", folder / "study"],
-        "correlate": [Path(__file__).parents[1] / "data/good_da_points.json", "--plot", folder / "plot.png"],
+        "correlate": [folder / "points.json", "--plot", folder / "plot.png"],
         "evaluate": [*split, *net, "--weights", folder / "teacher.pt"],
-        "bench loader": [*data, "--images", "60", "--output", folder / "bench"],
+        "bench loader": [*data, "--backends", "dalikd", "--batch_size", "60", "--output", folder / "bench"],
         "bench step": [*split, *net, *weights, "--steps", "50", "--output", folder / "bench"],
     }
 
