@@ -228,8 +228,8 @@ def kept_safe(rounds: dict[str, list[Round]], saves: list[float], every: int) ->
     shares = [safe.rate / plain.rate for safe, plain in zip(rounds["e"], rounds["c"], strict=True)]
     longest, middle, share = 1000 * max(saves), 1000 * float(np.median(saves)), float(np.median(shares))
     return (
-        f"e/c, with a checkpoint every {every} steps: {share:.3f} (median of the rounds' own ratios); a checkpoint stops "
-        f"the training for {middle:.0f} ms (median of {len(saves)}), {longest:.0f} ms at most."
+        f"e/c, with a checkpoint every {every} steps: {share:.3f} (median of the rounds' own ratios); a checkpoint "
+        f"stops the training for {middle:.0f} ms (median of {len(saves)}), {longest:.0f} ms at most."
     )
 
 
