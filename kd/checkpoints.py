@@ -400,8 +400,10 @@ def _check_pickle(content: bytes) -> int:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, _UnsafeError):
-        save = "torch.save(model.state_dict(), path)"
-        return f"{path} {error}: save its state_dict alone, {save}, where the file comes from"
+        return (
+            f"{path} {error}: save its state_dict alone, "
+            "torch.save(model.state_dict(), path), where the file comes from"
+        )
     return f"{path} is damaged or not a checkpoint: {type(error).__name__}, {_first_line(error)}"
 
 
