@@ -9,7 +9,7 @@ from dalikd.tools import choose_threads, correlate
 from dalikd.tools.cli import parse, run_function
 from dalikd.tools.distill import distill
 from dalikd.tools.measure import measure
-from dalikd.tools.report import next_steps, ranking_table
+from dalikd.tools.summary import next_steps, ranking_table
 from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import Device, Precision

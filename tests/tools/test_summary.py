@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from dalikd.tools.cli import parse
 from dalikd.tools.measure import comparison
-from dalikd.tools.report import next_steps, print_training, ranking_table
+from dalikd.tools.summary import next_steps, print_training, ranking_table
 
 VAL = {"top1": 0.5, "top5": 0.9, "loss": 1.25, "images": 10}
 
