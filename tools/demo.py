@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dalikd import configs
+from dalikd.pipelines.data import FilePath
 from dalikd.tools import choose_threads, correlate
 from dalikd.tools.cli import parse, run_function
 from dalikd.tools.distill import distill
@@ -67,7 +68,8 @@ def run(
         points.append({"da": name, "t_stddev": stddev[name], "s_test_loss": val["loss"], "top1": val["top1"]})
     write_json(output / "points.json", {"points": points})
     print(f"\n4. the ranking, best student first\n{ranking_table(points)}\n")
-    result = correlate.run(output / "points.json", output / "scatter.png", output / "correlation.json", "digits")
+    written = {"plot": output / "scatter.png", "json": output / "correlation.json"}
+    result = correlate.run([FilePath(str(output / "points.json"))], **written, title="digits")
     print(next_steps(output))
     return {"points": points, **result}
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_result",
     "differences",
     "find_runs",
+    "measured_for",
     "read_measurement",
     "read_run",
     "teacher_of",
@@ -47,7 +48,6 @@ _OF_A_RUN |= {"last.val.images": _NUMBER}
 #: what says, besides the seed where images are chosen, which images a split has
 _CHOICE = ("name", "classes", "class_seed")
 _PARTS = {"train": ("limit", "share"), "val": ("val_limit",)}
-_LISTED = 5
 #: options that change where and how a run works and what it writes, not what is trained; files are known by content
 _FREE = (
     *("seed", "output", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "eval_every", "compile"),
@@ -294,6 +294,18 @@ def _options(run: Run) -> dict[str, Any]:
     return {**kept, "command": run.results["command"], "teacher": teacher}
 
 
+def measured_for(run: Run, measurement: Mapping[str, Any]) -> str | None:
+    """Why a measurement is not of a run's teacher and augmentation; None: it is."""
+    teacher, own = teacher_of(measurement), teacher_of(run.results)
+    if teacher is None or teacher != own:
+        return f"T. stddev was measured with the teacher {teacher}, and {run.folder} has {own or 'none, or several'}"
+    measured, mix = measurement.get("mix") or {}, run.config.get("mix") or {}
+    for name in measured:
+        if mix.get(name, measured[name]) != measured[name]:
+            return f"T. stddev was measured with --mix.{name} {measured[name]}, and {run.folder} has {mix[name]}"
+    return None
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The options, by their dotted names, that are not the same in all runs, and the value of each run; None where a
     run, of an earlier version or another command, does not know one. Seeds, places and how fast a run works are none.
@@ -333,7 +345,7 @@ def check_comparable(runs: Sequence[Run], varied: Iterable[str] = ("augmentation
         groups: dict[str, list[str]] = {}
         for run, value in zip(runs, values, strict=True):
             groups.setdefault("left out" if value is None else str(value), []).append(str(run.folder))
-        found = "; ".join(f"{value:.60} in {_listed(names)}" for value, names in groups.items())
+        found = "; ".join(f"{value:.60} in {_listed(names, 1)}" for value, names in groups.items())
         raise ValueError(f"these runs cannot be compared, {name} differs: {found}: leave out those of one side")
 
 
@@ -380,6 +392,6 @@ def _fingerprints_of(result: dict[str, Any]) -> dict[str, str]:
     return {"train" if "results" in result else "val": fingerprint}
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
