@@ -20,6 +20,7 @@ __all__ = [
     "differences",
     "find_runs",
     "measured_for",
+    "options_of",
     "read_measurement",
     "read_run",
     "teacher_of",
@@ -281,7 +282,7 @@ def teacher_of(result: Mapping[str, Any]) -> str | None:
     return f"{teacher.get('name')} {str(teacher.get('sha256') or teacher.get('weights'))[:12]}"
 
 
-def _options(run: Run) -> dict[str, Any]:
+def options_of(run: Run) -> dict[str, Any]:
     """The options by their dotted names that make a run what it is, beside its seed."""
     flat = _flat(run.config)
     kept = {
@@ -310,7 +311,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The options, by their dotted names, that are not the same in all runs, and the value of each run; None where a
     run, of an earlier version or another command, does not know one. Seeds, places and how fast a run works are none.
     """
-    all_options = [_options(run) for run in runs]
+    all_options = [options_of(run) for run in runs]
     names, found = dict.fromkeys(name for options in all_options for name in options), {}
     for name in names:
         known = [options[name] for options in all_options if name in options]
