@@ -261,7 +261,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
         data = {"name": "imagefolder", "root": "gone"}
-        options = {"data": data, "model": "resnet8", "seed": seed, "augmentation": augmentation, "epochs": 2.0}
+        options = {"data": data, "model": "resnet8", "seed": seed, "augmentation": augmentation, "epochs": 2}
         options |= {"schedule": {"name": "cosine", "final": 0.0}, "mix": {"group": 8}, "batch_size": 16}
         options |= {"loss": {"class_path": "dalikd.kd.losses.KD", "init_args": {"kd_weight": 0.9}}} | (config or {})
         val = {"loss": loss, "top1": top1, "top5": 1.0, "images": 200}

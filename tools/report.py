@@ -8,7 +8,6 @@ from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.files import write_atomically
 from dalikd.tools.cli import resolve, run_function
 from dalikd.tools.layers import Layer
-from dalikd.trainers.report.compare import read_settings
 from dalikd.trainers.report.page import Samples, page
 from dalikd.trainers.runs import Found, find_runs, read_measurement
 from dalikd.trainers.tracking import check_writable
@@ -38,13 +37,13 @@ def run(
         raise ValueError(f"--samples {samples}: give 0 to 32")
     found = find_runs([Path(place) for place in runs])
     found.measurements.update({Path(path): read_measurement(Path(path)) for path in measure or ()})
-    settings = read_settings(found)
     names = ", ".join(Path(place).resolve().name for place in runs[:3]) + (" and others" if runs[3:] else "")
-    text = page(title or names, found, settings, _samples(found, samples))
+    text = page(title or names, found, lambda: _samples(found, samples))
     write_atomically(output, text.encode())
     for words in found.left_out:
         print(f"left out: {words}")
-    print(f"{len(found.runs)} runs in {len(settings)} settings\nwritten: {output} ({len(text.encode()) / 1e6:.2f} MB)")
+    counts = f"{len(found.runs)} runs" if len(found.runs) > 1 else "one run"
+    print(f"{counts}\nwritten: {output} ({len(text.encode()) / 1e6:.2f} MB)")
 
 
 def _samples(found: Found, count: int) -> Samples:

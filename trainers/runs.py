@@ -153,22 +153,22 @@ def read_run(folder: Path) -> Run:
     config = read_yaml(config_file)
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} is damaged: it holds no options; leave {folder} out, or run it anew")
-    results = read_json(path) if path.is_file() else {"finished": False}
-    if isinstance(results, dict) and not results.get("finished", True):
+    try:
+        results = read_json(path) if path.is_file() else {"finished": False}
+        finished, log = not isinstance(results, dict) or results.get("finished", True), []
+        if finished:
+            check_result(path, results, "run")
+            _need(path, results, _OF_A_RUN)
+            lines = enumerate(read_text(log_file, 16 * LARGEST_TEXT).splitlines(), start=1)
+            log = [_line(f"{log_file} line {number}", line) for number, line in lines]
+    except ValueError as error:
+        raise ValueError(f"{error}: the run is damaged or of another version; leave it out, or run it anew") from None
+    if not finished:
         done = f", {results['steps']} steps are done" if isinstance(results.get("steps"), int) else ""
         raise _Unfinished(
             f"{folder} is not finished{done}: go on with it by dalikd {results.get('command', 'COMMAND')} --resume "
             f"{folder}, or leave it out"
         )
-    try:
-        check_result(path, results, "run")
-        _need(path, results, _OF_A_RUN)
-        log = [
-            _line(f"{log_file} line {number}", line)
-            for number, line in enumerate(read_text(log_file, 16 * LARGEST_TEXT).splitlines(), start=1)
-        ]
-    except ValueError as error:
-        raise ValueError(f"{error}: the run is damaged or of another version; leave it out, or run it anew") from None
     return Run(folder, config, results, log)
 
 

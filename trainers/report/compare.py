@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalikd.trainers.runs import Found, Run, check_images, differences, measured_for
+from dalikd.trainers.runs import Run, check_images, differences, measured_for
 from dalikd.trainers.study.gains import compare
 
-__all__ = ["Figure", "Setting", "curves", "figure", "read_settings", "seconds_of"]
+__all__ = ["Figure", "Setting", "curves", "figure", "join_seeds", "seconds_of", "split_teachers"]
 
 #: options whose part in a setting's name has a name of its own
 _NAMED = ("augmentation", "command", "model", "model_args", "teacher", "teachers", "loss", "epochs", "epoch_factor")
@@ -79,15 +79,25 @@ def _wilson(share: float, count: int) -> tuple[float | None, float | None]:
     return (center - half) / (1 + z * z / count), (center + half) / (1 + z * z / count)
 
 
-def read_settings(found: Found) -> list[Setting]:
+def split_teachers(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Runs whose weights teach others among them, and all others.
+
+    Raises:
+        ValueError: runs were evaluated on other images.
+    """
+    check_images({str(run.folder): run.results for run in runs}, "these runs")
+    _check_validation(runs)
+    asked = {(run.results.get("teacher") or {}).get("sha256") for run in runs} - {None}
+    teach = [run for run in runs if asked & set((run.results.get("sha256") or {}).values())]
+    return teach, [run for run in runs if not any(run is other for other in teach)]
+
+
+def join_seeds(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, Any]]) -> list[Setting]:
     """Join the runs of each setting, in the order in which they were found.
 
     Raises:
-        ValueError: runs were evaluated on other images, or are of one setting and seed.
+        ValueError: two runs are of one setting and seed.
     """
-    runs = found.runs
-    check_images({str(run.folder): run.results for run in runs}, "these runs")
-    _check_validation(runs)
     parts = _parts(runs)
     joined: dict[tuple[str, ...], list[Run]] = {}
     for run, part in zip(runs, parts, strict=True):
@@ -98,12 +108,14 @@ def read_settings(found: Found) -> list[Setting]:
                     f"{other.folder} and {run.folder} are one run, with seed {run.results['seed']}: leave one out"
                 )
         same.append(run)
+    if not runs:
+        return []
     columns = dict(zip(parts[0], zip(*joined, strict=True), strict=True))
     named = {name: values for name, values in columns.items() if len({*values} - {""}) > 1}
     if len({*zip(*named.values(), strict=True)}) < len(joined):  # what some have, and others have not, tells them apart
         named = {name: values for name, values in columns.items() if len({*values}) > 1}
     return [
-        Setting({name: values[place] for name, values in named.items()}, same, _stddev(same, found.measurements))
+        Setting({name: values[place] for name, values in named.items()}, same, _stddev(same, measurements))
         for place, same in enumerate(joined.values())
     ]
 

@@ -1,14 +1,14 @@
 """The page of a report: one HTML file that needs nothing else, for screens, phones and paper."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from string import Template
 from typing import Any, NamedTuple
 
 from dalikd.kd.correlation import FEWEST_POINTS, correlate, intervals
-from dalikd.trainers.report.compare import Setting, curves, figure
+from dalikd.trainers.report.compare import Setting, curves, figure, join_seeds, split_teachers
 from dalikd.trainers.report.svg import Dot, Line, legend, line_plot, scatter
 from dalikd.trainers.report.tables import (
     AUGMENTATION,
@@ -21,11 +21,12 @@ from dalikd.trainers.report.tables import (
     times,
     varies,
 )
-from dalikd.trainers.runs import Found
+from dalikd.trainers.runs import Found, Run
 
 __all__ = ["Samples", "page"]
 
 _MOST_LINES = 16  # in a plot
+_LISTED = 5  # of what is left out
 _OPEN = 2  # groups of curves that are not folded
 
 _CSS = """
@@ -62,7 +63,8 @@ pre { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere }
 @media (max-width: 600px) { body { padding: 10px; font-size: 15px } h1 { font-size: 22px } }
 @media print { body { max-width: none; font-size: 10.5pt } nav, summary::marker { display: none } a { color: inherit }
   h2, h3, figcaption { break-after: avoid } tr, figure { break-inside: avoid } .scroll { overflow: visible }
-  table { font-size: 8.5pt } * { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
+  table { font-size: 8.5pt } .plots figure { width: 47% } svg.plot { width: 100% }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
 """
 
 _PAGE = Template("""<!doctype html>
@@ -92,55 +94,44 @@ class Samples(NamedTuple):
     note: str
 
 
-def page(title: str, found: Found, settings: Sequence[Setting], samples: Samples) -> str:
+def page(title: str, found: Found, samples: Callable[[], Samples]) -> str:
     """The page as text.
 
     Args:
         title: of the page.
         found: the runs and what lies beside them.
-        settings: the same runs, joined.
-        samples: images of the augmentations.
+        samples: makes images of the augmentations, once it is known that the runs can be compared.
+
+    Raises:
+        ValueError: the runs were evaluated on other images, or two are of one setting and seed.
     """
-    teachers, ranked = _apart(found, settings)
-    series = next(
-        (name for name in (AUGMENTATION, "method") if varies(ranked, name)), next(iter(settings[0].parts), "")
-    )
+    teach, others = split_teachers(found.runs)
+    if not others:
+        teach, others = [], teach
+    teachers, ranked = join_seeds(teach, {}), join_seeds(others, found.measurements)
+    first = next(iter(ranked[0].parts), "")
+    series = next((name for name in (AUGMENTATION, "method") if varies(ranked, name)), first)
     styles = {name: number for number, name in enumerate(dict.fromkeys(one.parts.get(series, "") for one in ranked))}
     groups = _groups(ranked, series)
     sections = {
-        "Ranking": ranking(ranked) + grid(ranked),
+        "Ranking" if len(ranked) > 1 else "Result": ranking(ranked) + grid(ranked),
         "T. stddev and students": _scatter(groups, series, styles),
-        "Curves": _curves(groups, series, styles),
-        "Where the time went": times(ranked, groups),
-        "Runs": runs_table(settings),
-        "Samples": _samples(samples),
+        "Curves": _curves(groups, series, styles, teachers),
+        "Where the time went": times(ranked, groups, teachers),
+        "Runs": runs_table(ranked, teachers),
+        "Samples": _samples(samples()),
     }
     ids = {name: name.lower().replace(" ", "-").replace(".", "") for name in sections}
     return _PAGE.substitute(
         title=escape(title),
         css=_CSS,
-        top=_top(found, ranked, teachers),
-        links="".join(f'<a href="#{ids[name]}">{escape(name)}</a>' for name in sections),
+        top=_top(found, ranked, teach),
+        links=" ".join(f'<a href="#{ids[name]}">{escape(name)}</a>' for name in sections),
         sections="\n".join(
             f'<section><h2 id="{ids[name]}">{escape(name)}</h2>{text}</section>' for name, text in sections.items()
         ),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def _apart(found: Found, settings: Sequence[Setting]) -> tuple[list[str], list[Setting]]:
-    """Teachers that lie among the runs, in words, and the settings that are compared."""
-    asked = {(run.results.get("teacher") or {}).get("sha256") for run in found.runs} - {None}
-    words, ranked = [], []
-    for setting in settings:
-        run = setting.runs[0]
-        if asked & set((run.results.get("sha256") or {}).values()):
-            words.append(_teacher_line(run.results["model"], run.results["last"]["val"]))
-        else:
-            ranked.append(setting)
-    for result in found.evaluations.values():
-        words.append(_teacher_line(str(result["config"].get("model")), result))
-    return list(dict.fromkeys(words)), ranked or list(settings)
 
 
 def _teacher_line(name: str, val: Mapping[str, Any]) -> str:
@@ -155,21 +146,25 @@ def _groups(settings: Sequence[Setting], series: str) -> list[Group]:
     return [Group(name, inside) for name, inside in found.items()]
 
 
-def _top(found: Found, ranked: Sequence[Setting], teachers: Sequence[str]) -> str:
+def _top(found: Found, ranked: Sequence[Setting], teach: Sequence[Run]) -> str:
+    teachers = [_teacher_line(run.results["model"], run.results["last"]["val"]) for run in teach]
+    teachers += [_teacher_line(str(of["config"].get("model")), of) for of in found.evaluations.values()]
     seeds = sorted({run.results["seed"] for run in found.runs})
     data = found.runs[0].results["data"]
     images = found.runs[0].results["last"]["val"]["images"]
-    counts = f"{len(found.runs)} runs" if len(found.runs) > 1 else "One run"
+    counts = f"{len(found.runs)} runs in {len(ranked)} settings" if len(found.runs) > 1 else "One run"
     words = [
-        f"{counts}, {len(ranked)} compared, seeds {', '.join(map(str, seeds))}; data {data.get('name')}, "
+        f"{counts}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; data {data.get('name')}, "
         f"{data.get('train_images', '?')} training and {images:,} validation images.",
-        *teachers,
+        *dict.fromkeys(teachers),
     ]
     replaced = sum((run.results.get("replaced") or {}).get("val", 0) for run in found.runs)
     if replaced:
         words.append(f"{replaced} validation images of all runs could not be decoded; others stood in for them.")
     parts = [f"<p>{escape(' '.join(words))}</p>"]
-    parts += [f'<p class="warning">Left out: {escape(one)}</p>' for one in found.left_out]
+    listed, more = found.left_out[:_LISTED], len(found.left_out) - _LISTED
+    parts += [f'<p class="warning">Left out: {escape(one)}</p>' for one in listed]
+    parts += [f'<p class="warning">Left out as well: {more} more, which the command printed.</p>'] if more > 0 else []
     return "".join(parts)
 
 
@@ -201,7 +196,7 @@ def _scatter(groups: Sequence[Group], series: str, styles: Mapping[str, int]) ->
                 for one, value in zip(inside, found, strict=True)
                 if one.stddev is not None
             ]  # fmt: skip
-            size = (500, 360) if single else (340, 230)
+            size = (430, 330) if single else (340, 230)
             title = f"{group.name}: T. stddev and student {label}"
             plot = scatter(dots, ("T. stddev", f"student {label}"), title, named=single, size=size)
             pictures.append(f"<figure>{plot}</figure>")
@@ -245,11 +240,15 @@ def _coefficients(dots: Sequence[Dot]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- curves
 
 
-def _curves(groups: Sequence[Group], series: str, styles: Mapping[str, int]) -> str:
+def _curves(groups: Sequence[Group], series: str, styles: Mapping[str, int], teachers: Sequence[Setting]) -> str:
     parts = []
-    for number, group in enumerate(groups):
-        inside = sorted(group.settings, key=lambda one: -figure(one, "top1").mean)[:_MOST_LINES]
-        names = [(one.parts.get(series) or one.name, styles[one.parts.get(series, "")]) for one in inside]
+    alone = len(groups) == 1 and not groups[0].name
+    for number, group in enumerate(
+        [*groups, *(Group(f"teacher {one.runs[0].results['model']}", [one]) for one in teachers)]
+    ):
+        best = sorted(group.settings, key=lambda one: -figure(one, "top1").mean)[:_MOST_LINES]
+        inside = [one for one in group.settings if one in best]
+        names = [(one.parts.get(series) or one.name, styles.get(one.parts.get(series, ""), 0)) for one in inside]
         found = [curves(one) for one in inside]
         pictures, single = [], []
         for term in _ordered(found):
@@ -264,13 +263,12 @@ def _curves(groups: Sequence[Group], series: str, styles: Mapping[str, int]) -> 
             note += f" The {_MOST_LINES} best of {len(group.settings)} are drawn."
         text = f'{legend(names)}<div class="plots">{"".join(pictures)}</div>'
         text += f'<p class="note">{escape(note)}</p>' if note else ""
-        title = group.name or "all runs"
-        alone = len(groups) == 1 and not group.name
-        parts.append(text if alone else folded(title, text, is_open=number < _OPEN))
+        parts.append(text if alone and number == 0 else folded(group.name or "others", text, is_open=number < _OPEN))
     note = (
         "Mean over the seeds; the band goes from the lowest to the highest seed. train: mean over the steps since the "
         "point before, on augmented images where the method uses them; val: all validation images at an epoch's end. "
-        "Train losses of different methods or weights are not on one scale."
+        "Train losses of different methods or weights are not on one scale. An upward axis is logarithmic where its "
+        "values span more than a factor of 30."
     )
     return f'<p class="note">{escape(note)}</p>{"".join(parts)}'
 

@@ -16,6 +16,7 @@ _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 _INK, _GRID = "#444", "#e4e4e4"
 _LETTER = 0.56  # width of a letter, in font sizes
 _FONT = 12
+_LOGARITHMIC = 30  # largest by smallest value, above which an axis is so
 
 
 class Dot(NamedTuple):
@@ -79,9 +80,14 @@ class _Axes:
         self, xs: Sequence[float], ys: Sequence[float], width: int, height: int, labels: tuple[str, str], pad: float
     ) -> None:
         self.width, self.height = width, height
+        self._log = min(ys) > 0 and max(ys) > _LOGARITHMIC * min(ys)
         self.x0, self.x1 = _widened(min(xs), max(xs), pad)
-        self.y0, self.y1 = _widened(min(ys), max(ys), max(pad, 0.04))
+        self.y0, self.y1 = _widened(*(math.log10(y) if self._log else y for y in (min(ys), max(ys))), max(pad, 0.04))
         x_ticks, y_ticks = _ticks(self.x0, self.x1, width // 75), _ticks(self.y0, self.y1, height // 45)
+        if self._log:
+            powers = range(math.floor(self.y0), math.ceil(self.y1) + 1)
+            steps = [part * 10.0**power for power in powers for part in ((1, 3) if len(powers) < 5 else (1,))]
+            y_ticks = [step for step in steps if self.y0 <= math.log10(step) <= self.y1]
         self.left = 16 + max(len(_number(tick)) for tick in y_ticks) * _FONT * _LETTER + (16 if labels[1] else 0)
         self.right, self.top, self.bottom = width - 14, 8, height - (38 if labels[0] else 22)
         parts = []
@@ -106,6 +112,7 @@ class _Axes:
         return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
 
     def y(self, value: float) -> float:
+        value = math.log10(value) if self._log else value
         return self.bottom - (value - self.y0) / (self.y1 - self.y0) * (self.bottom - self.top)
 
     def close(self, title: str) -> str:
@@ -141,9 +148,13 @@ def scatter(dots: Sequence[Dot], labels: tuple[str, str], title: str, *, named: 
     for dot in dots:
         x, y, bars = axes.x(dot.x), axes.y(dot.y), ""
         if dot.x_error:
-            bars += f"M{axes.x(dot.x - dot.x_error):.1f} {y:.1f}H{axes.x(dot.x + dot.x_error):.1f}"
+            left, right = axes.x(dot.x - dot.x_error), axes.x(dot.x + dot.x_error)
+            bars += f"M{left:.1f} {y:.1f}H{right:.1f}"
+            taken.append((left, y - 2, right, y + 2))
         if dot.y_low is not None and dot.y_high is not None:
-            bars += f"M{x:.1f} {axes.y(dot.y_low):.1f}V{axes.y(dot.y_high):.1f}"
+            bottom, top = axes.y(dot.y_low), axes.y(dot.y_high)
+            bars += f"M{x:.1f} {bottom:.1f}V{top:.1f}"
+            taken.append((x - 2, top, x + 2, bottom))
         if bars:
             axes.parts.append(f'<path d="{bars}" stroke="{_color(dot.style)}" stroke-opacity=".55" fill="none"/>')
     for dot in dots:
@@ -158,10 +169,8 @@ def _label(axes: _Axes, dot: Dot, taken: list[tuple[float, float, float, float]]
     """A name where it covers least of points and other names, beside its point."""
     x, y, width = axes.x(dot.x), axes.y(dot.y), len(dot.name) * _FONT * _LETTER
     places = []
-    for up in (0, -13, 13, -26, 26):
-        side = 9 if abs(up) < 20 else 3
-        places += [(x + side, y + up + 4), (x - side - width, y + up + 4)]
-    places += [(x - width / 2, y - 10), (x - width / 2, y + 18)]
+    for up in (-11, 11, 0, -25, 25):
+        places += [(x + 8, y + up + 4), (x - 8 - width, y + up + 4), (x - width / 2, y + 1.3 * up + 4)]
     boxes = [(left, base - 10, left + width, base + 3) for left, base in places]
 
     def cost(box: tuple[float, float, float, float]) -> float:

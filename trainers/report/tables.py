@@ -91,7 +91,8 @@ def _stddev(one: Setting) -> str:
 
 def _explain_ranking(rows: Sequence[tuple[Setting, Figure, Figure]], *, measured: bool) -> str:
     kinds = {top1.kind for _, top1, _ in rows}
-    words = ["The highest top1 of the last epoch comes first; the column by loss gives the place by loss."]
+    first = "The highest top1 of the last epoch comes first; the column by loss gives the place by loss."
+    words = [first] if len(rows) > 1 else []
     if "seeds" in kinds:
         words.append(
             "In brackets: the 95 % interval of the mean, Student's t over a setting's seeds (two or three give wide "
@@ -105,7 +106,7 @@ def _explain_ranking(rows: Sequence[tuple[Setting, Figure, Figure]], *, measured
         )
     words.append("The best epoch is chosen by these images themselves, which flatters it: compare by the last.")
     if measured:
-        words.append("T. stddev ± its standard error over windows; lower is said to be better.")
+        words.append("T. stddev ± its standard error over windows; the lower, the better the students should be.")
         if any(one.stddev and one.stddev["from"] == "while training" for one, _, _ in rows):
             words.append("Where no measurement lies beside the runs it is what they had while training.")
     return escape(" ".join(words))
@@ -152,12 +153,12 @@ def _shaded(value: float | None, low: float, high: float) -> str:
 # --------------------------------------------------------------------------------------------------- time, runs
 
 
-def times(ranked: Sequence[Setting], groups: Sequence[Group]) -> str:
+def times(ranked: Sequence[Setting], groups: Sequence[Group], teachers: Sequence[Setting]) -> str:
     rows, missing = [], 0
     listed = [(one.name, one.runs) for one in ranked]
     if len(listed) > _SHOWN:
         listed = [(group.name, [run for one in group.settings for run in one.runs]) for group in groups]
-    for name, runs in listed:
+    for name, runs in [*listed, *((f"teacher {one.runs[0].results['model']}", one.runs) for one in teachers)]:
         known = [seconds for run in runs if (seconds := seconds_of(run)) is not None]
         missing += len(runs) - len(known)
         if known:
@@ -190,19 +191,20 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def runs_table(settings: Sequence[Setting]) -> str:
-    runs = [(one, run) for one in settings for run in one.runs]
-    names = list(settings[0].parts)
-    figures = [(name, when) for when in ("last", "best") for name in FIGURES]
+def runs_table(ranked: Sequence[Setting], teachers: Sequence[Setting]) -> str:
+    """What differs between the runs, and what does not."""
+    runs = [(one, run) for one in ranked for run in one.runs]
+    names = list(ranked[0].parts)
+    figures = [(name, "last") for name in FIGURES] + [("top1", "best")]
     heads = ["folder", *map(escape, names), "seed", *(f"{name}, {when}" for name, when in figures)]
     rows = [
         [
             f"<small>{escape(str(run.folder))}</small>",
-            *(escape(one.parts[name]) for name in names),
+            *(escape(one.parts.get(name, "teacher" if number >= len(runs) else "")) for name in names),
             str(run.results["seed"]),
             *(_plain(run.results[when]["val"][name], name) for name, when in figures),
         ]
-        for one, run in runs
+        for number, (one, run) in enumerate([*runs, *((one, run) for one in teachers for run in one.runs)])
     ]
     listed = table(heads, rows, 1 + len(names))
     options = [options_of(run) for _, run in runs]
@@ -215,8 +217,15 @@ def runs_table(settings: Sequence[Setting]) -> str:
     if losses:
         lines = "\n".join(f"{name}: {json.dumps(loss)}" for name, loss in losses.items())
         text += folded("losses of the methods", f"<pre>{escape(lines)}</pre>")
-    text += folded("options that all runs have in common", f'<div class="same">{shown}</div>') if same else ""
-    return "<p class='note'>What differs between the runs, and their figures: loss, top1 and top5 in %.</p>" + text
+    text += (
+        folded(
+            "options that all runs have in common" if len(rows) > 1 else "options", f'<div class="same">{shown}</div>'
+        )
+        if same
+        else ""
+    )
+    note = "What differs between the runs, and their figures: the loss, and top1 and top5 in %."
+    return (f'<p class="note">{note}</p>' if len(rows) > 1 else "") + text
 
 
 def _plain(value: float, name: str) -> str:
