@@ -68,8 +68,12 @@ def run(
         points.append({"da": name, "t_stddev": stddev[name], "s_test_loss": val["loss"], "top1": val["top1"]})
     write_json(output / "points.json", {"points": points})
     print(f"\n4. the ranking, best student first\n{ranking_table(points)}\n")
-    written = {"plot": output / "scatter.png", "json": output / "correlation.json"}
-    result = correlate.run([FilePath(str(output / "points.json"))], **written, title="digits")
+    result = correlate.run(
+        [FilePath(str(output / "points.json"))],
+        plot=output / "scatter.png",
+        json=output / "correlation.json",
+        title="digits",
+    )
     print(next_steps(output))
     return {"points": points, **result}
 

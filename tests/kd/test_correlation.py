@@ -50,7 +50,9 @@ def test_intervals_are_quantiles_of_the_coefficients_of_resamples():
     x, y = np.array([1.0, 2.0, 2.0, 3.0, 5.0, 4.0]), np.array([2.0, 1.0, 4.0, 4.0, 6.0, 3.0])  # with ties
     drawn = np.random.default_rng(3).multinomial(6, [1 / 6] * 6, 60)
     rows = [np.repeat(np.arange(6), counts) for counts in drawn]
-    found = [correlate(x[row], y[row]) for row in rows if len(set(x[row])) > 1 and len(set(y[row])) > 1]
+    found = [
+        correlate(x[row].tolist(), y[row].tolist()) for row in rows if len(set(x[row])) > 1 and len(set(y[row])) > 1
+    ]
     for name, interval in intervals(x.tolist(), y.tolist(), 0.8, resamples=60, seed=3).items():
         coefficients = [getattr(one, name).coefficient for one in found]
         assert interval == pytest.approx(np.quantile(coefficients, [0.1, 0.9]))

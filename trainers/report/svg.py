@@ -82,7 +82,8 @@ class _Axes:
         self.width, self.height = width, height
         self._log = min(ys) > 0 and max(ys) > _LOGARITHMIC * min(ys)
         self.x0, self.x1 = _widened(min(xs), max(xs), pad)
-        self.y0, self.y1 = _widened(*(math.log10(y) if self._log else y for y in (min(ys), max(ys))), max(pad, 0.04))
+        low, high = (math.log10(y) if self._log else y for y in (min(ys), max(ys)))
+        self.y0, self.y1 = _widened(low, high, max(pad, 0.04))
         x_ticks, y_ticks = _ticks(self.x0, self.x1, width // 75), _ticks(self.y0, self.y1, height // 45)
         if self._log:
             powers = range(math.floor(self.y0), math.ceil(self.y1) + 1)

@@ -217,13 +217,8 @@ def runs_table(ranked: Sequence[Setting], teachers: Sequence[Setting]) -> str:
     if losses:
         lines = "\n".join(f"{name}: {json.dumps(loss)}" for name, loss in losses.items())
         text += folded("losses of the methods", f"<pre>{escape(lines)}</pre>")
-    text += (
-        folded(
-            "options that all runs have in common" if len(rows) > 1 else "options", f'<div class="same">{shown}</div>'
-        )
-        if same
-        else ""
-    )
+    common = "options that all runs have in common" if len(rows) > 1 else "options"
+    text += folded(common, f'<div class="same">{shown}</div>')
     note = "What differs between the runs, and their figures: the loss, and top1 and top5 in %."
     return (f'<p class="note">{note}</p>' if len(rows) > 1 else "") + text
 
