@@ -227,6 +227,9 @@ def build_parser(
         parser.add_class_arguments(component)
     else:
         parser.add_function_arguments(component, as_group=False, as_positional=positional)
+    for action in parser._get_positional_actions():
+        if str(action.metavar).startswith("["):  # a list, which the command line takes as words
+            action.metavar = f"{action.dest.upper()} …"
     if any(action.dest == "batch_size" for action in parser._actions):
         _order_groups(parser)
     return parser

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from dalikd import configs
+from dalikd.pipelines.data import FilePath
 from dalikd.tools import choose_threads, correlate
 from dalikd.tools.cli import parse, run_function
 from dalikd.tools.distill import distill
 from dalikd.tools.measure import measure
-from dalikd.tools.report import next_steps, ranking_table
+from dalikd.tools.summary import next_steps, ranking_table
 from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import Device, Precision
@@ -67,7 +68,12 @@ def run(
         points.append({"da": name, "t_stddev": stddev[name], "s_test_loss": val["loss"], "top1": val["top1"]})
     write_json(output / "points.json", {"points": points})
     print(f"\n4. the ranking, best student first\n{ranking_table(points)}\n")
-    result = correlate.run(output / "points.json", output / "scatter.png", output / "correlation.json", "digits")
+    result = correlate.run(
+        [FilePath(str(output / "points.json"))],
+        plot=output / "scatter.png",
+        json=output / "correlation.json",
+        title="digits",
+    )
     print(next_steps(output))
     return {"points": points, **result}
 

@@ -11,7 +11,7 @@ import yaml
 from dalikd.pipelines.files import read_yaml, remove_litter, write_atomically
 from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
-from dalikd.tools.report import print_training, students_table
+from dalikd.tools.summary import print_training, students_table
 from dalikd.trainers.launch import start
 from dalikd.trainers.run import Planned, run, run_path, run_students
 from dalikd.trainers.tasks.distill import OWN, DistillOptions

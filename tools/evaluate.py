@@ -9,7 +9,7 @@ import torch
 
 from dalikd.pipelines.data import as_used
 from dalikd.tools.cli import run_command
-from dalikd.tools.report import evaluation_line
+from dalikd.tools.summary import evaluation_line
 from dalikd.trainers.evaluate import EvaluateOptions, evaluate, replaced_files
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.models import build_model

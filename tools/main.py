@@ -19,6 +19,7 @@ COMMANDS = {
     "methods": "list the distillation losses: papers, default weights, what they need, configs that use them",
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",
+    "report": "show runs, a study or a folder of runs as one HTML page: ranking, curves, times, samples",
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",

@@ -25,10 +25,10 @@ from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
 from dalikd.trainers.run import Planned, run_students
+from dalikd.trainers.runs import check_images
 from dalikd.trainers.study.plan import Cell, Reading, Study
 from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready, shared_pass
 from dalikd.trainers.study.report import print_plan, write_report
-from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells
 from dalikd.trainers.study.state import check_config, keep_config, read_result
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dalikd.tools.cli import run_command
-from dalikd.tools.report import print_training
+from dalikd.tools.summary import print_training
 from dalikd.trainers.launch import start
 from dalikd.trainers.run import run
 from dalikd.trainers.tasks.supervised import TrainOptions

@@ -18,7 +18,7 @@ import yaml
 from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
-from dalikd.pipelines.data import DataConfig
+from dalikd.pipelines.data import DataConfig, FilePath
 from dalikd.tools import correlate, demo, prepare, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
 from dalikd.tools.classes import import_words
@@ -567,6 +567,14 @@ def test_a_function_takes_words_by_their_places():
 
     run_function("some", command, ["--plot", "out.png", "points.json"], positional=True)
     assert found == [(Path("points.json"), Path("out.png"))]
+
+    def several(files: list[FilePath], plot: Path | None = None) -> None:
+        """Says what it was given."""
+        found.append((files, plot))
+
+    words = ["a, [b]", "--plot", "out.png", "c", "d"]
+    run_function("some", several, words, lists=("files",), positional=True)
+    assert found[1] == (["a, [b]", "c", "d"], Path("out.png"))
 
 
 # --------------------------------------------------------------------------------------------------- classes

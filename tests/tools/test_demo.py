@@ -47,7 +47,7 @@ def test_the_demo_shows_the_whole_job(tiny, tmp_path, capsys):
         results = json.loads((folder / point["da"] / "results.json").read_text())
         assert point["s_test_loss"] == results["last"]["val"]["loss"]
         assert results["data"]["train_images"] == 96
-    assert set(json.loads((folder / "correlation.json").read_text())) == {"pearson", "spearman", "kendall"}
+    assert json.loads((folder / "correlation.json").read_text()).keys() > {"pearson", "spearman", "kendall"}
     assert (folder / "scatter.png").read_bytes().startswith(b"\x89PNG")
     assert "dalikd train   --data.name imagefolder" in out
 
