@@ -32,6 +32,7 @@ from dalikd.trainers.options import (
     check_numbers,
 )
 from dalikd.trainers.setup import Setup
+from dalikd.trainers.trackers import TrackerName
 
 __all__ = ["OptimizerFactory", "Task", "TrainingOptions"]
 
@@ -98,6 +99,8 @@ class TrainingOptions(AugmentingOptions, ABC):
         overwrite: replace a run that lies in the run folder.
         restarts: how often the run is started again, from its last saved state, after a crash (by a signal such as
             SIGSEGV, or for lack of memory); under torchrun give --max_restarts to torchrun.
+        trackers: one or several that get what log.jsonl does: tensorboard, wandb, trackio, mlflow. All but the first
+            are extras, as pip install 'dalikd[wandb]'; a resumed run goes on in its own curves.
         log_every: steps between log lines.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints, besides the one after each epoch; 0: none.
@@ -126,6 +129,7 @@ class TrainingOptions(AugmentingOptions, ABC):
     resume: FilePath | None = None
     overwrite: bool = False
     restarts: int = 0
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 0
