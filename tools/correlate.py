@@ -7,7 +7,8 @@ from typing import Any
 from dalikd.kd.correlation import Correlation, correlate, read_points
 from dalikd.kd.correlation import plot as draw_plot
 from dalikd.tools.cli import run_function
-from dalikd.trainers.tracking import check_writable, write_json
+from dalikd.tools.report import give_json
+from dalikd.trainers.tracking import check_writable
 
 
 def correlation_lines(result: Correlation) -> list[str]:
@@ -21,12 +22,11 @@ def run(points: Path, plot: Path | None = None, json: Path | None = None, title:
     Args:
         points: JSON file {"points": [{"da": name, "t_stddev": number, "s_test_loss": number}, …]}.
         plot: PNG file for the scatter plot.
-        json: JSON file for the coefficients, {"pearson": [coefficient, p], …}.
+        json: JSON file for the coefficients, - for stdout, {"pearson": [coefficient, p], …}.
         title: of the plot.
     """
-    for option, path in (("--plot", plot), ("--json", json)):
-        if path is not None:
-            check_writable(option, path)
+    if plot is not None:
+        check_writable("--plot", plot)
     read = read_points(points)
     result = correlate([point.t_stddev for point in read], [point.s_test_loss for point in read])
     print("\n".join(correlation_lines(result)))
@@ -35,9 +35,7 @@ def run(points: Path, plot: Path | None = None, json: Path | None = None, title:
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw_plot(read, result, plot, title)
         print(f"plot: {plot}")
-    if json is not None:
-        write_json(json, content)
-        print(f"written: {json}")
+    give_json(json, content)
     return content
 
 

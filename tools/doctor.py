@@ -22,7 +22,8 @@ from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.shards.layout import MANIFEST, ShardManifest
 from dalikd.pipelines.sources import Source, check_same_classes
 from dalikd.tools.cli import run_command
-from dalikd.trainers.tracking import check_writable, write_json
+from dalikd.tools.report import give_json
+from dalikd.trainers.tracking import check_writable
 
 _NAMED = 10  # examples of a fault that are printed
 _TREES = ("imagefolder", "imagenet", "imagenet100", "webdataset", "tfrecord")  # whose splits are folders of any name
@@ -53,7 +54,7 @@ class DoctorOptions:
     Args:
         data: the data set.
         seed: of --data.limit and --data.share.
-        json: JSON file for all that was found.
+        json: JSON file for all that was found, - for stdout.
         manifest: file of JSON lines for all images, one each: path, split, class, label, height, width, bytes, fault,
             and sha256 if it was asked for.
         hash: compare contents too: images that are twice in a split, or in both; those of different classes first.
@@ -90,9 +91,8 @@ class Split(NamedTuple):
 
 def doctor(options: DoctorOptions, config: dict[str, Any]) -> dict[str, Any]:
     """Look, print the report, write the files that are asked for, and return the report."""
-    for option in ("json", "manifest"):
-        if (path := getattr(options, option)) is not None:
-            check_writable(f"--{option}", Path(path))
+    if options.manifest is not None:
+        check_writable("--manifest", Path(options.manifest))
     data, roles = _as_it_lies(options.data)
     faults: list[Fault] = []
     splits: dict[Role, Split] = {}
@@ -116,9 +116,7 @@ def doctor(options: DoctorOptions, config: dict[str, Any]) -> dict[str, Any]:
     if options.manifest is not None:
         write_atomically(Path(options.manifest), lambda file: file.writelines(_rows(splits)))
         print(f"written: {options.manifest}")
-    if options.json is not None:
-        write_json(Path(options.json), report)
-        print(f"written: {options.json}")
+    give_json(options.json, report)
     print(f"mend first: {faults[0].remedy or faults[0].what}" if faults else "fine")
     return report
 

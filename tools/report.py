@@ -1,12 +1,62 @@
-"""What commands print at their end."""
+"""What commands print at their end, and what --json asks for."""
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 
-__all__ = ["evaluation_line", "next_steps", "print_training", "ranking_table", "students_table"]
+from dalikd.trainers.tracking import check_writable, write_json
+
+__all__ = [
+    "evaluation_line",
+    "give_json",
+    "json_asked",
+    "next_steps",
+    "print_training",
+    "ranking_table",
+    "students_table",
+]
+
+_stdout: list[TextIO] = []  # the JSON's alone, where --json - asks for it
+
+
+@contextmanager
+def json_asked(file: str | Path | None) -> Iterator[None]:
+    """Inside of this context `give_json` may be called. With "-" all that is printed meanwhile goes to stderr.
+
+    Args:
+        file: what --json names.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if str(file) != "-":
+        if file is not None:
+            check_writable("--json", Path(file))
+        yield
+        return
+    _stdout.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.pop()
+
+
+def give_json(file: str | Path | None, content: dict[str, Any]) -> None:
+    """Write JSON to the file that --json names, to stdout for "-"; nothing where it is not asked for."""
+    if file is None:
+        return
+    if str(file) == "-":
+        print(json.dumps(content, indent=2, allow_nan=False), file=_stdout[-1] if _stdout else sys.stdout, flush=True)
+        return
+    write_json(Path(file), content)
+    print(f"written: {file}")
 
 
 def evaluation_line(val: dict[str, Any]) -> str:
@@ -24,8 +74,9 @@ def evaluation_line(val: dict[str, Any]) -> str:
     )
 
 
-def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
-    """Last and best epoch of a training run, the weights that these figures are of, and where all lies."""
+def print_training(results: dict[str, Any], accelerator: Accelerator, json: str | None = None) -> None:
+    """Last and best epoch of a training run, the weights that these figures are of, and where all lies; the whole of it
+    for --json."""
     if not accelerator.is_main_process:
         return
     for name in ("last", "best"):
@@ -41,6 +92,7 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
         print(f"T. stddev while training: too few windows ({last['windows']} of at least 2; 640 teacher outputs each)")
     print(f"weights: {results['folder']}/last/{results['evaluated']}")
     print(f"run folder: {results['folder']}")
+    give_json(json, results)
 
 
 def students_table(students: dict[str, dict[str, Any]]) -> str:

@@ -97,6 +97,7 @@ class TrainingOptions(AugmentingOptions, ABC):
         output: the run folder; default: runs/COMMAND-DATA-MODEL.
         resume: go on with this run folder; its config.yaml is read first.
         overwrite: replace a run that lies in the run folder.
+        json: file for the content of results.json, - for stdout.
         restarts: how often the run is started again, from its last saved state, after a crash (by a signal such as
             SIGSEGV, or for lack of memory); under torchrun give --max_restarts to torchrun.
         trackers: one or several that get what log.jsonl does: tensorboard, wandb, trackio, mlflow. All but the first
@@ -128,6 +129,7 @@ class TrainingOptions(AugmentingOptions, ABC):
     output: FilePath | None = None
     resume: FilePath | None = None
     overwrite: bool = False
+    json: FilePath | None = None
     restarts: int = 0
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 50
