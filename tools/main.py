@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "the whole job on handwritten digits, in minutes: start here",
-    "doctor": "look at every image of a data set, and name what is to be mended before training",
+    "doctor": "look at the installation, or at every image of a data set, and name what is to be mended first",
     "prepare": "write a data set into webdataset tars or TFRecords, which are read sequentially",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",

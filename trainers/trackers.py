@@ -46,7 +46,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def _knows_wandb() -> bool:
     """Whether wandb would ask nobody for a key: it is offline, or finds one where it looks for them."""
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     settings = wandb.setup().settings  # of its own files too
     modes = os.environ.get("WANDB_MODE", ""), settings.mode
@@ -153,7 +153,7 @@ def _begin(name: str, folder: Path, config: dict[str, Any], ident: str | None) -
 
     tracker: Any
     if name == "wandb":
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         ident = ident or uuid4().hex[:8]
         project, place = os.environ.get("WANDB_PROJECT", _PROJECT), os.environ.get("WANDB_DIR", str(folder))
@@ -172,7 +172,7 @@ def _begin(name: str, folder: Path, config: dict[str, Any], ident: str | None) -
         if ident is None:  # options of a run are written once there
             tracker.store_init_configuration(_flat(config))
         ident = tracker.tracker.info.run_id
-    return tracker, ident
+    return tracker, str(ident)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
