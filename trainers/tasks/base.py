@@ -253,6 +253,10 @@ class Task(nn.Module, ABC):
     def forward(self, inputs: Any) -> dict[str, Tensor]:
         """Named scalar terms; "loss", which is minimised, among them."""
 
+    def own_draws(self, batch: Batch) -> Batch:
+        """A batch as this task alone would get it, where its loader draws for others too."""
+        return batch
+
     def evaluate(self, net: Normalized, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch's images, float64 scalars; figures are the sums over "images".
 
