@@ -14,7 +14,7 @@ from dalikd import configs
 from dalikd.tools import choose_threads, correlate
 from dalikd.tools.cli import parse, run_function
 from dalikd.tools.measure import measure
-from dalikd.tools.report import next_steps, ranking_table, students_table
+from dalikd.tools.report import give_json, next_steps, ranking_table, students_table
 from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names, picks_by_student
 from dalikd.trainers.launch import Device, Precision, start
@@ -31,6 +31,7 @@ def run(
     device: Device = "auto",
     precision: Precision = "fp32",
     overwrite: bool = False,
+    json: Path | None = None,
 ) -> dict[str, Any]:
     """Train a teacher on handwritten digits, measure all nine augmentations, distil students with several, rank them.
 
@@ -41,6 +42,7 @@ def run(
         device: auto takes the GPU where there is one.
         precision: fp32, tf32, bf16, fp16 or fp64.
         overwrite: replace an earlier demo in the folder.
+        json: JSON file for points and coefficients, - for stdout.
     """
     if len(augmentation_names(augmentation)) < 3:
         raise ValueError("--augmentation: name at least three, a correlation needs as many points")
@@ -80,7 +82,9 @@ def run(
     print(f"\n4. the ranking, best student first\n{ranking_table(points)}\n")
     result = correlate.run(output / "points.json", output / "scatter.png", output / "correlation.json", "digits")
     print(next_steps(output))
-    return {"points": points, **result}
+    found = {"points": points, **result}
+    give_json(json, found)
+    return found
 
 
 @contextmanager
