@@ -9,9 +9,10 @@ from dalikd.kd.correlation import Correlation, Point, Spread, correlate, interva
 from dalikd.kd.correlation import plot as draw_plot
 from dalikd.pipelines.data import FilePath
 from dalikd.tools.cli import run_function
+from dalikd.tools.summary import give_json
 from dalikd.trainers.augmentation import picks_by_student
 from dalikd.trainers.runs import Run, check_comparable, check_images, find_runs, measured_for, read_measurement
-from dalikd.trainers.tracking import check_writable, write_json
+from dalikd.trainers.tracking import check_writable
 
 
 def correlation_lines(result: Correlation, found: dict[str, tuple[float, float]], confidence: float) -> list[str]:
@@ -107,13 +108,12 @@ def run(
         epoch: last, or best: the one with the highest top1 on the validation images themselves, which flatters it.
         confidence: of the intervals.
         plot: PNG file for the scatter plot.
-        json: JSON file for the coefficients, {"pearson": [coefficient, p], …} and "intervals", {"pearson": [low, high],
-            …}.
+        json: JSON file for the coefficients, - for stdout: {"pearson": [coefficient, p], …} and "intervals",
+            {"pearson": [low, high], …}.
         title: of the plot.
     """
-    for option, path in (("--plot", plot), ("--json", json)):
-        if path is not None:
-            check_writable(option, path)
+    if plot is not None:
+        check_writable("--plot", plot)
     read, spreads = _read([*map(Path, files)], [*map(Path, measure or [])], value, epoch)
     x, y = [point.t_stddev for point in read], [point.s_test_loss for point in read]
     result, found = correlate(x, y), intervals(x, y, confidence)
@@ -128,9 +128,7 @@ def run(
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw_plot(read, result, plot, title, spreads, "Student top1 (%)" if value == "accuracy" else None)
         print(f"plot: {plot}")
-    if json is not None:
-        write_json(json, content)
-        print(f"written: {json}")
+    give_json(json, content)
     return content
 
 

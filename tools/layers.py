@@ -58,6 +58,7 @@ _MEASURED = {
 WITH_TASK = ("train", "distill")
 #: options that take several words
 _LISTS = {
+    **dict.fromkeys(("train", "distill", "mutual", "probe"), ("trackers",)),
     "measure": ("augmentation", "metrics"),
     "study": ("augmentation", "seeds", "epoch_factor", "pair"),
     "bench scaling": ("processes",),

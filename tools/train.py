@@ -14,7 +14,7 @@ def train(options: TrainOptions, config: dict[str, Any], command: str = "train")
     """Train a net on labels, or several together, and return the content of results.json."""
     accelerator = start(options.device, options.precision)
     results = run(options, accelerator, command, config)
-    print_training(results, accelerator)
+    print_training(results, accelerator, options.json)
     return results
 
 

@@ -482,7 +482,7 @@ class Loop:
                     "mix": [draws._asdict() for draws in batch.mix],
                     "paths": [printable(source.path(row)) for row in batch.ids.tolist()],
                 }
-                for batch in batches
+                for batch in map(self.task.own_draws, batches)
             ],
             "source": {
                 **{name: getattr(source, name) for name in ("name", "split", "classes", "mean", "std", "image_size")},

@@ -103,7 +103,7 @@ class MeasureOptions(AugmentingOptions):
         entropy_log_every: batches from one to the next.
         checkpoint: file that the measurement is saved in, and gone on from when called again.
         checkpoint_every: batches between two savings.
-        json: file the results are written to.
+        json: file the results are written to, - for stdout.
     """
 
     augmentation: list[str] = field(default_factory=lambda: ["published"])

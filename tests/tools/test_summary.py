@@ -1,10 +1,13 @@
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from dalikd.tools.cli import parse
 from dalikd.tools.measure import comparison
-from dalikd.tools.summary import next_steps, print_training, ranking_table
+from dalikd.tools.summary import give_json, json_asked, next_steps, print_training, ranking_table
 
 VAL = {"top1": 0.5, "top5": 0.9, "loss": 1.25, "images": 10}
 
@@ -60,3 +63,26 @@ def test_the_next_steps_are_commands_that_exist():
     for name, arguments in commands:
         options, _ = parse(name, arguments.split())
         assert options.data.root == "DATA"
+
+
+def test_json_goes_to_stdout_alone_and_text_beside_it(capsys, tmp_path):
+    with json_asked("-"):
+        print("a table")
+        give_json("-", {"a": [1]})
+        print("and more")
+    assert json.loads((captured := capsys.readouterr()).out) == {"a": [1]}
+    assert captured.err == "a table\nand more\n"
+    with json_asked(tmp_path / "new/a.json"):
+        print("a table")
+        give_json(tmp_path / "new/a.json", {"a": [1]})
+    assert json.loads((tmp_path / "new/a.json").read_text()) == {"a": [1]}
+    assert capsys.readouterr() == (f"a table\nwritten: {tmp_path}/new/a.json\n", "")
+    with json_asked(None):
+        give_json(None, {"a": [1]})
+        print("a table")
+    assert capsys.readouterr() == ("a table\n", "")
+
+
+def test_a_json_file_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match=r"^--json: .* cannot be written"), json_asked(tmp_path):
+        raise AssertionError
