@@ -8,6 +8,8 @@ from accelerate import Accelerator
 
 __all__ = ["evaluation_line", "next_steps", "print_training", "ranking_table", "students_table"]
 
+_TOPS = ("top1", "top5")
+
 
 def evaluation_line(val: dict[str, Any]) -> str:
     """What `evaluate` has found, in words."""
@@ -28,7 +30,10 @@ def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
     """Last and best epoch of a training run, the weights that these figures are of, and where all lies."""
     if not accelerator.is_main_process:
         return
-    for name in ("last", "best"):
+    if results["last"]["val"] is None:
+        told = [f"{name} {value:.4f}" for name, value in results["last"]["train"].items() if value is not None]
+        print(f"last epoch ({results['last']['epoch']}): not evaluated, no labelled images; training {', '.join(told)}")
+    for name in ("last", "best") if results["best"] else ():
         val = results[name]["val"]
         for net, figures in val.get("nets", {"": val}).items():
             print(f"{name} epoch ({results[name]['epoch']}){net and f', {net}'}: {evaluation_line(figures)}")
@@ -48,10 +53,8 @@ def students_table(students: dict[str, dict[str, Any]]) -> str:
     lines = ["| student | model | loss | top1 | top5 |", "|:--|:--|--:|--:|--:|"]
     for name, results in students.items():
         val = results["last"]["val"]
-        lines.append(
-            f"| {name} | {results['model']} | {val['loss']:.4f} | {100 * val['top1']:.2f} % | "
-            f"{100 * val['top5']:.2f} % |"
-        )
+        figures = ["-"] * 3 if val is None else [f"{val['loss']:.4f}", *(f"{100 * val[top]:.2f} %" for top in _TOPS)]
+        lines.append(f"| {name} | {results['model']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
