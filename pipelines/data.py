@@ -191,7 +191,7 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
     name, root = config.name, config.root
     if config.val_root is not None and name != "images":
         raise ValueError(
-            f"--data.val_root is for --data.name images; {name} has its own validation split: leave it out"
+            f"--data.val_root is for --data.name images: leave it out, {name} has a validation split of its own"
         )
     if name == "images" and not train:
         if config.val_root is None and split is None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,7 +19,7 @@ from dalikd.trainers.launch import start
 from dalikd.trainers.preview import Preview, PreviewOptions, Tile, look
 from dalikd.trainers.tracking import check_writable
 
-_SMALLEST, _LARGEST = 112, 256  # sides in pixels that images are drawn at; small ones by a whole factor
+_SMALLEST, _LARGEST = 112, 160  # sides in pixels that images are drawn at; small ones by a whole factor
 _FRAME, _RIGHT, _WRONG, _INK, _PALE = "#d55e00", "#00614c", "#b3261e", "#1a1a1a", "#5f6368"
 
 
@@ -68,24 +69,24 @@ def _draw(found: Preview) -> Image.Image:
 
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     font, bold = ImageFont.truetype(file, 13), ImageFont.truetype(file.with_name("DejaVuSans-Bold.ttf"), 13)
-    line, gap, rows = 17, 14, found.rows
+    line, gap, rows = 17, 16, found.rows
     images = [[_enlarged(tile.image) for tile in row.tiles] for row in rows]
     side, columns = images[0][0].width, len(rows[0].tiles)
     words = [word for row in rows for word in (*row.title.split(", "), *_wrapped(row.note, font, 190))]
     margin = gap + max(math.ceil(bold.getlength(word)) for word in words) + gap
-    heads = [line] if rows[0].tiles[0].label else [0]
+    head = line + 3 if rows[0].tiles[0].label else 0
     heights = [side + line * max(len(_captions(tile)) for tile in row.tiles) + gap for row in rows]
     width = max(margin + columns * (side + gap), 640)
     texts = [part for text in found.lines for part in _wrapped(printable(text), font, width - 2 * gap)]
     top = gap + line * len(texts) + gap
-    canvas = Image.new("RGB", (width, top + heads[0] + sum(heights) + gap), "white")
+    canvas = Image.new("RGB", (width, top + head + sum(heights) + gap), "white")
     pen = ImageDraw.Draw(canvas)
     for number, text in enumerate(texts):
         pen.text((gap, gap + number * line), text, _PALE, font)
     for column, tile in enumerate(rows[0].tiles):
         name = _cut(printable(tile.label), bold, side)
         pen.text((margin + column * (side + gap), top), name, _INK, bold)
-    y = top + heads[0]
+    y = top + head
     for row, drawn, height in zip(rows, images, heights, strict=True):
         said = [(part, bold, _INK) for part in row.title.split(", ")]
         said += [(part, font, _PALE) for part in _wrapped(row.note, font, 190)]
@@ -94,10 +95,10 @@ def _draw(found: Preview) -> Image.Image:
         for column, (tile, image) in enumerate(zip(row.tiles, drawn, strict=True)):
             x = margin + column * (side + gap)
             if tile.picked:
-                pen.rectangle((x - 5, y - 5, x + side + 4, y + side + 4), _FRAME)
+                pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), _FRAME)
             canvas.paste(image, (x, y))
             for number, (text, colour) in enumerate(_captions(tile)):
-                pen.text((x, y + side + 3 + number * line), _cut(printable(text), font, side + gap - 4), colour, font)
+                pen.text((x, y + side + 6 + number * line), _cut(printable(text), font, side + gap - 4), colour, font)
         y += height
     return canvas
 
@@ -128,14 +129,14 @@ _STYLE = """
 body { font: 14px/1.35 system-ui, sans-serif; color: #1a1a1a; margin: 16px; }
 p { color: #5f6368; margin: 0 0 6px; overflow-wrap: anywhere; }
 .grid { overflow-x: auto; }
-table { border-spacing: 8px 10px; border-collapse: separate; margin-left: -8px; }
-th { text-align: left; vertical-align: top; font-weight: 600; font-size: 13px; overflow-wrap: anywhere; }
+table { border-spacing: 10px; border-collapse: separate; margin-left: -10px; }
+th { text-align: left; vertical-align: top; font-weight: 600; font-size: 13px; }
 th small { display: block; font-weight: 400; color: #5f6368; }
 tbody th { position: sticky; left: 0; background: #fff; width: 140px; min-width: 110px; padding-right: 4px; }
 td { vertical-align: top; }
 td div, thead th div { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; font-size: 13px; }
-img { display: block; image-rendering: pixelated; margin-bottom: 3px; }
-.picked img { outline: 5px solid #d55e00; }
+img { display: block; image-rendering: pixelated; margin-bottom: 6px; }
+.picked img { outline: 4px solid #d55e00; }
 @media print { tr { break-inside: avoid; } .grid { overflow: visible; } }
 """
 
@@ -167,7 +168,8 @@ def _html(found: Preview) -> str:
             f"{''.join(cell(*caption) for caption in _captions(tile))}</td>"
             for tile in row.tiles
         )
-        body.append(f"<tr><th scope='row'>{escape(row.title)}<small>{escape(row.note)}</small></th>{tiles}</tr>")
+        title = re.sub("([+_])", r"\1<wbr>", escape(row.title))
+        body.append(f"<tr><th scope='row'>{title}<small>{escape(row.note)}</small></th>{tiles}</tr>")
     lines = "".join(f"<p>{escape(printable(line))}</p>" for line in found.lines)
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>dalikd preview</title>"

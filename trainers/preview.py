@@ -230,4 +230,5 @@ def _lines(
     if source.labelled:
         right = int((logits.argmax(1) == labels).sum())
         said += f": right on {right} of {len(labels)} images of the base view"
-    return [*lines, f"{said}; mean entropy {float(entropy(logits).mean()):.2f} nats"]
+    most = math.log(max(1, len(source.classes)))
+    return [*lines, f"{said}; mean entropy {float(entropy(logits).mean()):.2f} of at most {most:.2f} nats"]
