@@ -98,7 +98,7 @@ def _draw(found: Preview) -> Image.Image:
                 pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), _FRAME)
             canvas.paste(image, (x, y))
             for number, (text, colour) in enumerate(_captions(tile)):
-                pen.text((x, y + side + 6 + number * line), _cut(printable(text), font, side + gap - 4), colour, font)
+                pen.text((x, y + side + 6 + number * line), _cut(printable(text), font, side + 6), colour, font)
         y += height
     return canvas
 

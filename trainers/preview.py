@@ -216,10 +216,10 @@ def _lines(
     """What the images are of, and how the teacher does on all of the base view's, those that are not drawn too."""
     source, view = setup.source, setup.view
     mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (source.mean, source.std))
-    where = f" in {source.files.root}" if source.files is not None else ""
+    where = f"in {source.files.root}" if source.files is not None else source.split
     counted = f"{len(source):,} images, {len(source.classes)} classes" if source.classes else f"{len(source):,} images"
     lines = [
-        f"{source.name} {source.split}{where}: {counted}; {view.crop} to {view.size} pixels, seed {options.seed}; "
+        f"{source.name} {where}: {counted}; {view.crop} to {view.size} pixels, seed {options.seed}; "
         f"the data's mean {mean}, std {std}"
     ]
     if teacher is None or logits is None:
