@@ -77,9 +77,11 @@ class _Images(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        self.outside += [value for name, value in attrs if name in ("href", "src") and not value.startswith("data:")]
+        self.outside += [
+            value for name, value in attrs if name in ("href", "src") and not f"{value}".startswith("data:")
+        ]
         if tag == "img":
-            content = base64.b64decode(attributes["src"].partition(",")[2])
+            content = base64.b64decode(str(attributes["src"]).partition(",")[2])
             self.found.append((np.asarray(Image.open(io.BytesIO(content))), attributes["alt"]))
 
 
