@@ -1,5 +1,5 @@
-"""Images that every test may read, processes that start at once, and the rule that a test marked `gpu` needs a CUDA
-device."""
+"""Images that every test may read, processes that start at once, and the rules that a test marked `gpu` needs a CUDA
+device, and one marked `full` the option `--full`."""
 
 import gc
 import multiprocessing
@@ -53,7 +53,7 @@ def _compile_what_is_asked_for() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="of the tests of faults all cases, not some of each kind")
+    parser.addoption("--full", action="store_true", help="all cases, not some of each kind")
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +197,8 @@ def sync_is_an_error() -> Iterator[Callable[[], None]]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if item.get_closest_marker("full") is not None and not item.config.getoption("--full"):
+        pytest.skip("only with --full")
 
 
 @pytest.fixture(scope="session")

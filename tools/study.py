@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from dalikd.pipelines.files import load_yaml
 from dalikd.tools import choose_threads
+from dalikd.tools.classes import import_words
 from dalikd.tools.cli import build_parser, guarded, resolve
 from dalikd.tools.distill import distill
 from dalikd.tools.evaluate import evaluate_net
@@ -169,7 +170,7 @@ def command_line(study: Study, cell: Cell) -> str:
     words = [
         word for name, value in given for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     ]
-    return shlex.join(["dalikd", cell.command, "--config", str(study.kept), *words])
+    return shlex.join(["dalikd", cell.command, *import_words(), "--config", str(study.kept), *words])
 
 
 def _begin(study: Study) -> Accelerator:

@@ -21,6 +21,7 @@ from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig
 from dalikd.tools import correlate, demo, prepare, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
+from dalikd.tools.classes import import_words
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
 from dalikd.tools.layers import OPTIONS, options_class
 from dalikd.tools.signature import expand_path, is_path, option_types
@@ -725,11 +726,12 @@ def test_a_class_path_runs_no_code_that_is_not_installed_or_asked_for(tmp_path, 
 
 
 def test_a_module_that_is_asked_for_is_imported(own_module, monkeypatch):
-    monkeypatch.setattr("dalikd.tools.classes._TRUSTED", set())
+    monkeypatch.setattr("dalikd.tools.classes._TRUSTED", {})
     options, plain = parse("distill", ["--import", "own_losses", "--loss", "own_losses.Loss"])
     assert type(options.loss).__module__ == "own_losses"
     assert own_module.exists()
     assert "import" not in plain
+    assert import_words() == ["--import", "own_losses"]  # of the same call in another process
     with pytest.raises(ValueError, match=r"--import no_such_module: ModuleNotFoundError"):
         parse("distill", ["--import", "no_such_module"])
 
