@@ -62,7 +62,7 @@ WITH_TASK = ("train", "distill")
 #: options that take several words
 _LISTS = {
     "measure": ("augmentation", "metrics"),
-    "preview": ("augmentation", "output"),
+    "preview": ("augmentation",),
     "study": ("augmentation", "seeds", "epoch_factor", "pair"),
     "bench scaling": ("processes",),
     "bench methods": ("methods",),

@@ -25,14 +25,15 @@ _FRAME, _RIGHT, _WRONG, _INK, _PALE = "#d55e00", "#00614c", "#b3261e", "#1a1a1a"
 
 def preview(options: PreviewOptions, config: dict[str, Any]) -> Preview:  # noqa: ARG001
     """Look, write the files, and return what was drawn."""
-    for path in options.output:
-        check_writable("--output", Path(path))
+    output = Path(options.output)
+    paths = [output] if output.suffix else [output.with_suffix(".png"), output.with_suffix(".html")]
+    for path in paths:
+        check_writable("--output", path)
     accelerator = start(options.device, options.precision)
     found = look(options, accelerator)
-    for path in options.output:
-        drawn = _html(found).encode() if path.endswith(".html") else _encoded(_draw(found), "PNG")
-        write_atomically(Path(path), drawn)
-    print("\n".join([*map(printable, found.lines), *(f"written: {path}" for path in options.output)]))
+    for path in paths:
+        write_atomically(path, _html(found).encode() if path.suffix == ".html" else _encoded(_draw(found), "PNG"))
+    print("\n".join([*map(printable, found.lines), *(f"written: {path}" for path in paths)]))
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = ["Preview", "PreviewOptions", "Row", "Tile", "look"]
 
 
 _AT_ONCE = 1024  # images that a net sees in a call
+_ENDINGS, _FILE = ("", ".png", ".html"), FilePath("preview.png")
 
 
 @dataclass
@@ -47,7 +49,7 @@ class PreviewOptions(AugmentingOptions):
         model_args: options of that architecture.
         weights: its weights; without them it is a fresh one made from the seed, as at the start of a run.
         images: how many are drawn, the columns.
-        output: files to write, .png or .html by their ending; one or several.
+        output: file to write, .png or .html by its ending; without an ending both.
     """
 
     augmentation: list[str] = field(default_factory=lambda: ["published"])
@@ -56,14 +58,16 @@ class PreviewOptions(AugmentingOptions):
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: FilePath | None = None
     images: int = 8
-    output: list[FilePath] = field(default_factory=lambda: [FilePath("preview.png")])
+    output: FilePath = _FILE
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers and files that cannot be drawn."""
         super().__post_init__()
         check_numbers(self, {"images": FROM_1})
-        if not self.output or not all(path.endswith((".png", ".html")) for path in self.output):
-            raise ValueError(f"--output {' '.join(self.output)}: give files that end in .png or .html")
+        if Path(self.output).suffix not in _ENDINGS:
+            raise ValueError(
+                f"--output {self.output}: give a file that ends in .png or .html, or without an ending both"
+            )
 
 
 class Tile(NamedTuple):

@@ -87,7 +87,9 @@ class _Images(HTMLParser):
 
 def test_both_files_show_all_images(arguments, tmp_path, capsys):
     files = [str(tmp_path / "new" / f"preview{ending}") for ending in (".png", ".html")]
-    options = parse("preview", [*arguments, "--augmentation", "cutmixpick_teacher", "--output", *files])
+    options = parse(
+        "preview", [*arguments, "--augmentation", "cutmixpick_teacher", "--output", str(tmp_path / "new" / "preview")]
+    )
     found = preview(*options)
     assert f"written: {files[1]}" in capsys.readouterr().out
     page = _Images()
@@ -113,7 +115,7 @@ def test_without_a_teacher_images_are_drawn_and_nothing_is_picked(options):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--output", "a.jpg"], "--output a.jpg: give files that end in .png or .html"),
+        (["--output", "a.jpg"], "--output a.jpg: give a file that ends in .png or .html"),
         (["--images", "0"], "--images 0: give at least 1"),
         (["--augmentation", "cutmx"], 'unknown --augmentation "cutmx": did you mean cutmix'),
     ],
@@ -128,6 +130,6 @@ def test_the_config_of_a_run_is_read_but_for_its_folder(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("{output: runs/x, augmentation: cutmix, seed: 4, epochs: 3}")
     options = parse("preview", ["--config", str(config)])[0]
-    assert (options.output, options.augmentation, options.seed) == (["preview.png"], ["cutmix"], 4)
-    config.write_text("{output: runs/x, preview: {output: [a.html]}}")
-    assert parse("preview", ["--config", str(config)])[0].output == ["a.html"]
+    assert (options.output, options.augmentation, options.seed) == ("preview.png", ["cutmix"], 4)
+    config.write_text("{output: runs/x, preview: {output: a.html}}")
+    assert parse("preview", ["--config", str(config)])[0].output == "a.html"
