@@ -430,21 +430,9 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 
 #: every option that is a path
 PATHS = {
+    "data.val_root",
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
-    *(
-        "data.val_root",
-        "run",
-        "students",
-        "checkpoint",
-        "entropy_log",
-        "points",
-        "file",
-        "plot",
-        "root",
-        "folder",
-        "target",
-        "manifest",
-    ),
+    *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target", "manifest"),
 }
 #: the options of commands that share no configs
 ALONE = {

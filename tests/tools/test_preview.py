@@ -104,8 +104,10 @@ def test_both_files_show_all_images(arguments, tmp_path, capsys):
 
 
 def test_without_a_teacher_images_are_drawn_and_nothing_is_picked(options):
-    found = _looked(list(map(str, options)), "--images", "3", "--model", "small")
-    assert len(found.rows) == 1 + 7 - 1 + 2 * 2  # the paper's nine: identity is the base view, and two make two runs
+    names = ["identity", "cutmixpick_student", "cutmixpick_teacher"]
+    more = ["--images", "3", "--mix.group", str(GROUP), "--model", "small", "--augmentation", *names]
+    found = _looked(list(map(str, options)), *more)
+    assert len(found.rows) == 1 + 2 * 2  # identity is the base view
     notes = {row.title: row.note for row in found.rows}
     assert notes["cutmixpick_teacher, run 1 of 2"] == "no picks without --teacher.name"
     assert notes["cutmixpick_student, run 1 of 2"] == "framed: picked"
