@@ -139,6 +139,8 @@ def _as_it_lies(data: DataConfig) -> tuple[DataConfig, tuple[Role, ...]]:
     """The data options, completed by what lies in the folder: shards, which splits there are; and these."""
     if data.root is None and data.name in _TREES:
         raise ValueError("doctor needs DATA: give the folder of a data set, as `dalikd doctor FOLDER`")
+    if data.name == "images" and data.val_root is None and data.val_split is None:
+        return data, ("train",)
     if data.name not in _TREES:
         return data, ("train", "val")
     root = Path(os.path.realpath(Path(str(data.root)).expanduser()))
@@ -240,11 +242,11 @@ def _describe(
 
 
 def _counts(source: Source) -> list[int]:
-    return np.bincount(source.labels, minlength=len(source.classes)).tolist()
+    return np.bincount(source.labels, minlength=len(source.classes)).tolist() if source.labelled else []
 
 
 def _class(source: Source, row: int) -> str:
-    return printable(source.classes[source.labels[row]])
+    return printable(source.classes[source.labels[row]]) if source.labelled else ""
 
 
 def _tally(places: np.ndarray, words: list[str]) -> dict[str, int]:
@@ -280,6 +282,8 @@ def _wrong_endings(source: Source, found: Examination) -> list[dict[str, str]]:
 
 
 def _compare_classes(splits: dict[Role, Split], faults: list[Fault]) -> None:
+    if not splits["train"].source.labelled:
+        return
     try:
         check_same_classes(splits["train"].source, splits["val"].source)
     except ValueError as error:
@@ -306,7 +310,7 @@ def _duplicates(splits: dict[Role, Split], faults: list[Fault]) -> list[dict[str
         groups.append(
             {
                 "sha256": digests[members[number][0]].tobytes().hex(),
-                "labels_differ": len({file["class"] for file in files}) > 1,
+                "labels_differ": len({file["class"] for file in files} - {""}) > 1,
                 "in_both_splits": len({file["split"] for file in files}) > 1,
                 "files": files,
             }

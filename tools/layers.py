@@ -34,6 +34,7 @@ OPTIONS: dict[str, str] = {
     "mutual": "dalikd.trainers.tasks.mutual.MutualOptions",
     "probe": "dalikd.trainers.tasks.probe.ProbeOptions",
     "measure": "dalikd.trainers.measure.MeasureOptions",
+    "preview": "dalikd.trainers.preview.PreviewOptions",
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",
     "study": "dalikd.trainers.study.options.StudyOptions",
@@ -45,8 +46,10 @@ OPTIONS: dict[str, str] = {
     "bench passes": "dalikd.tools.bench.common.TeacherOptions",
     "bench published": "dalikd.tools.bench.common.PublishedOptions",
 }
-#: the command that a benchmark measures: it takes that one's section of a config too, and leaves its run folder alone
+#: the command that a benchmark measures or a preview is of: it takes that one's section of a config too, and leaves its
+#: run folder alone
 _MEASURED = {
+    "preview": "measure",
     "bench step": "distill",
     "bench scaling": "distill",
     "bench methods": "distill",
@@ -60,6 +63,7 @@ WITH_TASK = ("train", "distill")
 _LISTS = {
     **dict.fromkeys(("train", "distill", "mutual", "probe"), ("trackers",)),
     "measure": ("augmentation", "metrics"),
+    "preview": ("augmentation",),
     "study": ("augmentation", "seeds", "epoch_factor", "pair"),
     "bench scaling": ("processes",),
     "bench methods": ("methods",),

@@ -12,6 +12,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "the whole job on handwritten digits, in minutes: start here",
     "doctor": "look at the installation, or at every image of a data set, and name what is to be mended first",
+    "preview": "draw a data set's images under each augmentation, with the teacher's answers and the picks framed",
     "prepare": "write a data set into webdataset tars or TFRecords, which are read sequentially",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",

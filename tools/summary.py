@@ -81,7 +81,10 @@ def print_training(results: dict[str, Any], accelerator: Accelerator, json: str 
     for --json."""
     if not accelerator.is_main_process:
         return
-    for name in ("last", "best"):
+    if results["last"]["val"] is None:
+        told = [f"{name} {value:.4f}" for name, value in results["last"]["train"].items() if value is not None]
+        print(f"last epoch ({results['last']['epoch']}): not evaluated, no labelled images; training {', '.join(told)}")
+    for name in ("last", "best") if results["best"] else ():
         val = results[name]["val"]
         for net, figures in val.get("nets", {"": val}).items():
             print(f"{name} epoch ({results[name]['epoch']}){net and f', {net}'}: {evaluation_line(figures)}")
@@ -102,10 +105,9 @@ def students_table(students: dict[str, dict[str, Any]]) -> str:
     lines = ["| student | model | loss | top1 | top5 |", "|:--|:--|--:|--:|--:|"]
     for name, results in students.items():
         val = results["last"]["val"]
-        lines.append(
-            f"| {name} | {results['model']} | {val['loss']:.4f} | {100 * val['top1']:.2f} % | "
-            f"{100 * val['top5']:.2f} % |"
-        )
+        tops = () if val is None else (f"{100 * val[top]:.2f} %" for top in ("top1", "top5"))
+        figures = ["-"] * 3 if val is None else [f"{val['loss']:.4f}", *tops]
+        lines.append(f"| {name} | {results['model']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -138,12 +140,13 @@ def next_steps(folder: Path) -> str:
 def split_lines(role: str, split: dict[str, Any]) -> list[str]:
     """What doctor has found of a split."""
     classes, sizes, images = split["classes"], split["sizes"], split["images"]
-    few, many = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
     weight = "" if split["bytes"] is None else f", {split['bytes'] / 1e6:,.1f} MB"
-    lines = [
-        f"{role} ({split['split']}): {some(images)} of {some(len(classes), 'class', 'classes')}{weight}",
-        f"  smallest class {few} ({classes[few]:,}), largest {many} ({classes[many]:,})",
-    ]
+    lines = [f"{role} ({split['split']}): {some(images)} of {some(len(classes), 'class', 'classes')}{weight}"]
+    if classes:
+        few, many = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
+        lines.append(f"  smallest class {few} ({classes[few]:,}), largest {many} ({classes[many]:,})")
+    else:
+        lines = [f"{role} ({split['split']}): {some(images)} without labels{weight}"]
     if "smallest" in sizes:
         smallest, median, largest = (
             "{1:,g} x {0:,g}".format(*sizes[which]) for which in ("smallest", "median", "largest")

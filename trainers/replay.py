@@ -113,7 +113,7 @@ def run_again(content: Mapping[str, Any], options: TrainingOptions, accelerator:
     plain: dict[str, Any] = {name: given[name] for name in ("name", "split", "image_size")}
     plain |= {name: tuple(given[name]) for name in ("classes", "mean", "std")}
     images = np.broadcast_to(np.zeros((), np.uint8), (len(labels), side, side, 3))  # which nobody looks at
-    source = Source(**plain, labels=labels, arrays=images)
+    source = Source(**plain, labels=labels, arrays=images, labelled=bool((labels >= 0).all()))
     source.__dict__["fingerprint"] = given["fingerprint"]  # of the run's own images
     task = options.build(_OneStep(options, accelerator, source, source))
     loader: Any = _NoLoader(source, content["steps_per_epoch"])

@@ -110,7 +110,8 @@ def _train(
     tasks = [planned.options.build(setup) for planned in runs]
     if len(tasks) > 1:
         share_pass([task for task in tasks if isinstance(task, Distillation)], first.accumulation)
-    loader, val_loader = tasks[0].loader(setup, first.accumulation), setup.val_loader()
+    loader = tasks[0].loader(setup, first.accumulation)
+    val_loader = setup.val_loader() if setup.val.labelled else None
     for planned, task in zip(runs, tasks, strict=True):
         _try_training(task, setup, planned.options)
     loops: list[Loop] = []
@@ -151,7 +152,7 @@ def _header(options: TrainingOptions, task: Task, setup: Setup, command: str) ->
     data = {
         **as_used(options.data, setup.source, setup.accelerator.device),
         "train_images": len(setup.source),
-        "val_images": len(setup.val),
+        "val_images": len(setup.val) if setup.val.labelled else 0,
     }
     return {
         "command": command,
@@ -166,7 +167,10 @@ def _header(options: TrainingOptions, task: Task, setup: Setup, command: str) ->
         "precision": options.precision,
         "data": data,
         "class_names": list(setup.source.classes),  # index = label
-        "fingerprint": {"train": setup.source.fingerprint, "val": setup.val.fingerprint},
+        "fingerprint": {
+            "train": setup.source.fingerprint,
+            "val": setup.val.fingerprint if setup.val.labelled else None,
+        },
         **task.header,
     }
 

@@ -430,6 +430,7 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 
 #: every option that is a path
 PATHS = {
+    "data.val_root",
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
     *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target", "manifest"),
 }

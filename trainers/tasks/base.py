@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -109,6 +109,8 @@ class TrainingOptions(AugmentingOptions, ABC):
             that comes next; 0: none.
     """
 
+    learns_from_labels: ClassVar[bool] = True
+
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: FilePath | None = None
@@ -146,6 +148,12 @@ class TrainingOptions(AugmentingOptions, ABC):
             raise ValueError(f"--epochs {self.epochs} x --epoch_factor {self.epoch_factor} is no whole epoch")
         if warmup > self.length:
             raise ValueError(f"--schedule.warmup_epochs {warmup}: give at most as many as are trained, {self.length}")
+
+        if self.learns_from_labels and self.data.name == "images":
+            raise ValueError(
+                "--data.name images has no labels to learn from: give labelled images, such as --data.name "
+                "imagefolder, or let a teacher answer for them with dalikd distill"
+            )
 
     @property
     def length(self) -> int:

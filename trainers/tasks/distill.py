@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs
+from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs, WeightedSum
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.rotation import TURNS, rotations
@@ -34,7 +34,16 @@ from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["OWN", "DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views", "share_pass"]
+__all__ = [
+    "OWN",
+    "DistillOptions",
+    "Distillation",
+    "DistillationInputs",
+    "build_loss",
+    "check_unlabelled",
+    "check_views",
+    "share_pass",
+]
 
 
 @dataclass
@@ -64,6 +73,8 @@ class DistillOptions(TrainingOptions):
             that picks; they go to entropies.npz and entropies.png in the run folder. 0: none.
     """
 
+    learns_from_labels: ClassVar[bool] = False
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: list[TeacherConfig] = field(default_factory=list)
     teacher_weights: list[float] | None = None
@@ -79,6 +90,8 @@ class DistillOptions(TrainingOptions):
         """Raises ValueError for numbers that no training can work with, and for teachers that do not go together."""
         super().__post_init__()
         check_numbers(self, {"entropy_log_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for no log")})
+        if self.data.name == "images":
+            check_unlabelled(self.loss)
         count = len(self.teachers)
         if count and any(config.cache is not None for config in (self.teacher, *self.teachers)):
             raise ValueError("a teacher cache holds the answers of one teacher: leave it out, or --teachers")
@@ -129,6 +142,7 @@ class DistillOptions(TrainingOptions):
             compile_mode=self.compile,
             side=setup.view.size,
             labels=setup.source.labels,
+            labelled=setup.source.labelled,
             batch=setup.sampler(accumulation=self.accumulation).microbatch,
         )
         task.header, task.contents = header, {"the_teacher's_weights_or_normalisation": digest}
@@ -232,6 +246,7 @@ class Distillation(Task):
         side: of the images in pixels,
         labels: of all that are trained on, and
         batch: images of a batch on this process, for a loss that is built from the nets.
+        labelled: whether there are labels; else the student's agreement with the teacher is counted for its accuracy.
 
     Raises:
         ValueError: the loss needs what there is not.
@@ -253,8 +268,10 @@ class Distillation(Task):
         side: int = 32,
         labels: Sequence[int] | np.ndarray = (),
         batch: int = 0,
+        labelled: bool = True,
     ) -> None:
         super().__init__()
+        self._labelled = labelled
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
@@ -352,7 +369,8 @@ class Distillation(Task):
         )
 
     def forward(self, inputs: DistillationInputs) -> dict[str, Tensor]:
-        """Named terms: the loss's, and the accuracy on the originals."""
+        """Named terms: the loss's, and "top1", the accuracy on the originals; without labels "agreement", the share of
+        them to which the student gives the teacher's class."""
         pixels, augmented, joint = inputs.pixels, inputs.augmented, self.joint_forward
         wanted = {"features": self._features, "preactivations": "preactivations" in self.loss.needs}
         wanted["heads"] = self._turned
@@ -374,8 +392,11 @@ class Distillation(Task):
         mixed = MixedOutputs(
             mixed_logits, inputs.augmented_logits, inputs.augmented_labels, inputs.partner_labels, inputs.lam
         )
-        terms = self.loss(StepOutputs(student, teacher, inputs.labels, inputs.ids, inputs.epoch, mixed, turned))
-        return {**terms, "top1": (student.logits.argmax(1) == inputs.labels).float().mean()}
+        outputs = StepOutputs(student, teacher, inputs.labels, inputs.ids, inputs.epoch, mixed, turned, self._labelled)
+        given = student.logits.argmax(1)
+        if not self._labelled:
+            return {**self.loss(outputs), "agreement": (given == teacher.logits.argmax(1)).float().mean()}
+        return {**self.loss(outputs), "top1": (given == inputs.labels).float().mean()}
 
     def metrics(self) -> dict[str, Any]:
         """T. stddev and entropy so far; of several teachers, what they give together, and "teachers", a list of name
@@ -560,6 +581,21 @@ def build_loss(
     rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
     loss.build(LossContext(own, given, num_classes, len(labels), rows, classifier, last, norms, batch, side))
     loss.to(next(student.parameters()).dtype)
+
+
+def check_unlabelled(loss: DistillationLoss) -> None:
+    """Raises ValueError where a loss learns from labels, and there are none."""
+    name, options = f"--loss {type(loss).__name__}", loss.label_options
+    if options is None:
+        raise ValueError(
+            f"{name} learns from labels, and --data.name images has none: take one that can compare the nets alone, "
+            "such as --loss KD --loss.ce_weight 0"
+        )
+    if options:
+        remedy = " ".join(f"--loss.{option} 0" for option in options)
+        if isinstance(loss, WeightedSum):
+            remedy = f"{', '.join(options)}: 0, in the config"
+        raise ValueError(f"{name} learns from labels, and --data.name images has none: give {remedy}")
 
 
 def check_views(loss: DistillationLoss, augmenter: Augmenter) -> None:
