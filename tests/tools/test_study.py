@@ -225,7 +225,7 @@ def test_a_study_cut_off_again_and_again_ends_the_same(finished, finished_once, 
         out = cut_off("dalikd.trainers.loop.Loop.step", killing(step))
         assert "[18/20] teachers/made\n" in out
         (finished / "teachers/made/config.yaml").write_text("")  # as a kill while it is written anew would leave it
-    out = cut_off("dalikd.tools.measure.write_json", _raise_killed)
+    out = cut_off("dalikd.tools.measure.give_json", _raise_killed)
     assert "[18/20] teachers/made (goes on)" in out
     assert (finished / "teachers/made/last/student.safetensors").read_bytes() == weights
     assert not (finished / measurement).exists()
