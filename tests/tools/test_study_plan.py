@@ -333,8 +333,10 @@ def test_other_images_than_those_of_the_runs_that_are_done_are_refused(content, 
     ready = make_ready(read_study(words))
     keep_config(folder, ready.reading.config)
     (seen,) = ready.images
-    result = {**seen, "fingerprint": {**seen["fingerprint"], "val": "other"}, "finished": True}
-    write_json(folder / "students/resnet8/x1/seed0/results.json", result)
+    epoch = {"epoch": 1, "val": {"loss": 1.0, "top1": 0.5, "top5": 1.0}}
+    made = {"finished": True, "versions": {}, "epochs": 1, "last": epoch, "best": epoch}
+    made |= {**seen, "fingerprint": {**seen["fingerprint"], "val": "other"}}
+    write_json(folder / "students/resnet8/x1/seed0/results.json", made)
     with pytest.raises(SystemExit):
         study.main(words)
     assert (
