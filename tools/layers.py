@@ -162,12 +162,16 @@ def _heads(names: Collection[str]) -> set[str]:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def take_apart(argv: Sequence[str], positional: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
+def take_apart(
+    argv: Sequence[str], positional: Sequence[str] = (), lists: Collection[str] = ()
+) -> list[tuple[str, list[str]]]:
     """Options with the words after them, up to the next option. A word may begin with one dash.
 
     Args:
         argv: the arguments.
-        positional: names of the options that may be given without their name, one word each.
+        positional: names of the options that may be given without their name, one word each. Beside them any other
+            option takes one word.
+        lists: names of those that take several nevertheless.
 
     Raises:
         ValueError: a word belongs to no option.
@@ -183,7 +187,7 @@ def take_apart(argv: Sequence[str], positional: Sequence[str] = ()) -> list[tupl
             words.appendleft(option)
             option = f"--{names.popleft()}"
         values = []
-        while words and not words[0].startswith("--") and not (positional and values):
+        while words and not words[0].startswith("--") and not (positional and values and option[2:] not in lists):
             values.append(words.popleft())
         found.append((option, values))
     return found
@@ -218,7 +222,7 @@ def read_layers(
             layers.append(Layer(form.line, checked))
             given.clear()
 
-    for option, values in take_apart(argv, positional):
+    for option, values in take_apart(argv, positional, form.lists):
         name = option.removeprefix("--")
         if name == "print_config":
             continue

@@ -17,11 +17,13 @@ COMMANDS = {
     "mutual": "train several nets together that imitate each other",
     "probe": "train a linear classifier on a frozen net's features, for other images; k-NN beside it",
     "methods": "list the distillation losses: papers, default weights, what they need, configs that use them",
+    "recipes": "list the configs that are installed, which --config takes by name",
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
+    "export": "give the student alone away: safetensors with a model card, ONNX, torch.export; to the Hugging Face Hub",
     "replay": "run the step again at which a training run diverged, and name what is first not finite",
     "bench": "measure speed: loader, training step, teacher, several processes",
 }
