@@ -1,6 +1,8 @@
 """`dalikd export`: the net of a run alone, as files that need no dalikd, checked against the net on real images."""
 
+import contextlib
 import io
+import logging
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -211,10 +213,11 @@ def write_export(
         with torch.inference_mode():
             wanted = saved.net(images)
             given = images if pixels else saved.net.normalize(images)
-        name, what = ("pixels" if pixels else "images"), ""
+        name, what, level = "pixels" if pixels else "images", "torch.export", logging.root.manager.disable
+        logging.disable(logging.CRITICAL)  # the exporters log at length what their one error says
         try:
-            what = "torch.export"
-            program = torch.export.export(model, (given[:2].clone(),), dynamic_shapes=({0: Dim("batch")},))
+            with contextlib.redirect_stderr(io.StringIO()):  # a graph that fails is printed
+                program = torch.export.export(model, (given[:2].clone(),), dynamic_shapes=({0: Dim("batch")},))
             for node in program.graph.nodes:
                 node.meta.pop("stack_trace", None)  # paths of this machine
             for what in (one for one in formats if one != "safetensors"):
@@ -228,6 +231,8 @@ def write_export(
         except Exception as error:  # what torch's exporters and onnxruntime cannot do, they say in errors of any kind
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ValueError(f"{what} cannot express {saved.name}: {reason}; leave it out of --format") from error
+        finally:
+            logging.disable(level)
         for what, parity in found.items():
             if not parity.difference <= tolerance:
                 raise ValueError(f"{what}: {parity}, above --tolerance {tolerance:g}: nothing is written")
@@ -336,7 +341,8 @@ def _card(
         else f"dalikd {results.get('command', '')}".strip(),
         "augmentation": config.get("augmentation"),
         "T. stddev": None if entry.get("t_stddev") is None else f"{entry['t_stddev']:.6f}",
-        "data": f"{data.get('name')}, {len(saved.class_names)} classes, {data.get('train_images', '?')} images to train on",
+        "data": f"{data.get('name')}, {data.get('train_images', '?')} training images",
+        "classes": len(saved.class_names),
         "data fingerprint": ", ".join(f"{split} {digest}" for split, digest in fingerprint.items()) or None,
         "training": f"{results.get('steps')} steps of {config.get('batch_size')} images, seed {config.get('seed')}, "
         f"{config.get('precision')}; weights of the {saved.epoch} epoch ({entry.get('epoch', 'unknown')})",
