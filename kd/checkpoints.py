@@ -35,6 +35,7 @@ __all__ = [
     "class_order",
     "find_classifier",
     "has_heads",
+    "last_layers",
     "load_torch",
     "load_weights",
     "order_classes",
@@ -105,7 +106,7 @@ def load_weights(
     try:
         _check_keys(weights, expected, path, strict)
         weights = {key: value for key, value in weights.items() if not key.startswith(kept)}
-        _check_shapes(weights, expected, path, _last_layers(model))
+        _check_shapes(weights, expected, path, last_layers(model))
         _check_numbers(weights, expected, path)
     except ValueError as error:
         known = identify(path) or _known_by_keys(weights, model)
@@ -200,11 +201,11 @@ def order_classes(weights: dict[str, Tensor], model: nn.Module, order: Sequence[
     Raises:
         ValueError: the last layer is not found, or is neither linear nor a convolution.
     """
-    names = _last_layers(model)
-    last_layers = [model.get_submodule(name) for name in names]
+    names = last_layers(model)
+    layers = [model.get_submodule(name) for name in names]
     if not names or not all(
         isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) in (len(order), TURNS * len(order))
-        for layer in last_layers
+        for layer in layers
     ):
         raise ValueError(
             f"{what} has its classes in another order than the data, and the last layer of this model is not known: "
@@ -365,7 +366,15 @@ def load_torch(file: BinaryIO) -> Any:
         for _ in range(_PICKLES_BEFORE_TENSORS):
             start = start[_check_pickle(start) :]
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's advice in it is to run the code
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise (_UnsafeError(f"needs unsafe unpickling ({refused[1]})") if refused else error) from None
+
+
+class _UnsafeError(ValueError):
+    """A file names code."""
 
 
 def _check_pickle(content: bytes) -> int:
@@ -391,10 +400,9 @@ def _check_pickle(content: bytes) -> int:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if refused:
+    if isinstance(error, _UnsafeError):
         return (
-            f"{path} needs unsafe unpickling ({refused[1]}): save its state_dict alone, "
+            f"{path} {error}: save its state_dict alone, "
             "torch.save(model.state_dict(), path), where the file comes from"
         )
     return f"{path} is damaged or not a checkpoint: {type(error).__name__}, {_first_line(error)}"
@@ -497,7 +505,7 @@ def _check_numbers(weights: dict[str, Tensor], expected: dict[str, Tensor], path
         )
 
 
-def _last_layers(model: nn.Module) -> list[str]:
+def last_layers(model: nn.Module) -> list[str]:
     """Names of the layers that give logits; those of auxiliary heads come last."""
     layers = [
         part for layer in _named_classifiers(model) for part in (layer if isinstance(layer, nn.Sequential) else [layer])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NewType, cast
 
 from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.datasets.arrays import find_arrays
-from dalikd.pipelines.datasets.folders import find_digits, find_tinyimagenet, find_tree
+from dalikd.pipelines.datasets.folders import find_digits, find_images, find_tinyimagenet, find_tree
 from dalikd.pipelines.datasets.info import DATASET_INFO, Statistics, default_statistics
 from dalikd.pipelines.datasets.spec import Role, SplitIndex, SplitSpec
 from dalikd.pipelines.draw_spec import View
@@ -39,6 +39,7 @@ FilePath = NewType("FilePath", str)
 _DOWNLOADABLE = tuple(name for name, info in DATASET_INFO.items() if info.downloadable)
 _FINDERS: dict[str, Callable[[SplitSpec], SplitIndex]] = {
     "imagefolder": find_tree,
+    "images": find_images,
     "imagenet": find_tree,
     "imagenet100": find_tree,
     "tinyimagenet": find_tinyimagenet,
@@ -57,14 +58,17 @@ class DataConfig:
     """Which images, and how they are read.
 
     Args:
-        name: the data set: imagefolder (any tree of class folders), imagenet, imagenet100 (a hundred classes of an
-            ImageNet tree), tinyimagenet (its original layout), cifar10 and cifar100 (the published python files), svhn
-            and stl10 (the published files), digits (scikit-learn's, written out as JPEGs), webdataset and tfrecord
-            (what `dalikd prepare` has written of any of these).
-        root: its folder.
+        name: the data set: imagefolder (any tree of class folders), images (a folder of images without labels, to
+            measure and distil with), imagenet, imagenet100 (a hundred classes of an ImageNet tree), tinyimagenet (its
+            original layout), cifar10 and cifar100 (the published python files), svhn and stl10 (the published files),
+            digits (scikit-learn's, written out as JPEGs), webdataset and tfrecord (what `dalikd prepare` has written of
+            those with labels).
+        root: its folder; of images all of it is taken, at any depth.
         train_split: name of the training split, or of its folder; svhn also has extra and train+extra. Default: the
-            data set's own.
+            data set's own; of images the whole root.
         val_split: name of the validation split, or of its folder; default: the data set's own.
+        val_root: for images: the folder of labelled ones that nets are evaluated on; it holds class folders, or has the
+            folder that val_split names. Without either there is no evaluation, and the classes are the teacher's.
         classes: text file of the classes to keep, one a line, # before remarks; labels follow the data set's order, not
             the file's. Default: all; for imagenet100 a hundred chosen by class_seed.
         class_seed: of that choice; default: 0. It has nothing to do with the seed of training.
@@ -99,6 +103,7 @@ class DataConfig:
 
     name: Literal[
         "imagefolder",
+        "images",
         "imagenet",
         "imagenet100",
         "tinyimagenet",
@@ -113,6 +118,7 @@ class DataConfig:
     root: FilePath | None = None
     train_split: str | None = None
     val_split: str | None = None
+    val_root: FilePath | None = None
     classes: FilePath | None = None
     class_seed: int | None = None
     image_size: int | None = None
@@ -141,15 +147,26 @@ def as_used(config: DataConfig, source: Source, device: "torch.device") -> dict[
 
 
 def open_sources(config: DataConfig, seed: int) -> tuple[Source, Source]:
-    """Open the training and the validation split.
+    """Open the training and the validation split. Where images have no labels, and none are given to evaluate on, the
+    second is the first.
 
     Raises:
         ValueError: the data set is not as it should be, or the splits have different classes.
         FileNotFoundError: a folder or file is missing.
     """
-    train, val = _open(config, "train", seed), _open(config, "val", seed)
+    train = _open(config, "train", seed)
+    if not train.labelled and config.val_root is None and config.val_split is None:
+        _print_notes(train)
+        return train, train
+    val = _open(config, "val", seed)
     _print_notes(train, val)
-    check_same_classes(train, val)
+    if train.labelled:
+        check_same_classes(train, val)
+    elif train.files is not None and val.files is not None and Path(val.files.root).is_relative_to(train.files.root):
+        raise ValueError(
+            f"{val.files.root} is to be evaluated on, and lies in the folder that is trained on, {train.files.root}: "
+            "name another one with --data.train_split, or move one of them"
+        )
     return train, val
 
 
@@ -171,9 +188,22 @@ def _print_notes(*sources: Source) -> None:
 def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Source:
     train = role == "train"
     split, limit = (config.train_split, config.limit) if train else (config.val_split, config.val_limit)
+    name, root = config.name, config.root
+    if config.val_root is not None and name != "images":
+        raise ValueError(
+            f"--data.val_root is for --data.name images: leave it out, {name} has a validation split of its own"
+        )
+    if name == "images" and not train:
+        if config.val_root is None and split is None:
+            raise ValueError(
+                "images have no labels: name a folder of labelled ones to evaluate on with --data.val_root"
+            )
+        if config.val_root is not None and not Path(config.val_root).expanduser().is_dir():
+            raise FileNotFoundError(f"--data.val_root {config.val_root} is no folder: name one of class folders")
+        name, root, split = "imagefolder", config.val_root or root, split or "."
     return open_source(
-        config.name,
-        config.root,
+        name,
+        root,
         role,
         split=split,
         limit=limit,
@@ -234,6 +264,8 @@ def open_source(
         None if path is None else Path(os.path.realpath(Path(path).expanduser())) for path in (root, classes)
     )
     _check_options(name, folder, download, listed, class_seed)
+    if name == "images":
+        split = split or "."
     split = split or ("test" if role == "val" and name in _DOWNLOADABLE else role)  # as these are published
     spec = SplitSpec(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
     if name in EXTENSIONS:
@@ -248,6 +280,7 @@ def open_source(
             files=index.files,
             arrays=index.arrays,
             notes=index.notes,
+            labelled=name != "images",
             **default_statistics(name)._asdict(),
         )
     source = replace(source, max_pixels=max_pixels)
@@ -261,6 +294,8 @@ def _check_options(name: str, root: Path | None, download: bool, classes: Path |
         origin = DATASET_INFO[name].origin if name in DATASET_INFO else ""
         advice = f"; to get it, {origin.replace('ROOT', str(root or 'ROOT'))}" if origin else ""
         raise ValueError(f"{name} cannot be downloaded by --data.download; only {', '.join(_DOWNLOADABLE)} can{advice}")
+    if classes is not None and name == "images":
+        raise ValueError("--data.classes chooses classes, and images have none: leave it out")
     if classes is not None and name in EXTENSIONS:
         raise ValueError(
             "--data.classes: shards are read whole; choose classes when they are written: "

@@ -24,13 +24,13 @@ _WITHOUT_SIZES, _WITH_SIZES = 16, 20  # hex digits of a fingerprint: its length 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
-    """The N labelled images of one split: on disk (`files`), in memory (`arrays`) or in `shards`.
+    """The N images of one split: on disk (`files`), in memory (`arrays`) or in `shards`.
 
     Attributes:
         name: data set, e.g. "tinyimagenet".
         split: e.g. "train".
         classes: names, index = label.
-        labels: int64 [N].
+        labels: int64 [N]; -1 where there are none.
         mean: per-channel mean of pixels scaled to 0..1.
         std: per-channel standard deviation of the same.
         image_size: the data set's usual side in pixels.
@@ -39,6 +39,7 @@ class Source:
         shards: that `dalikd prepare` has written, or None; a row is an image's row in its first source.
         notes: lines that a run prints at its start: what was left out, how classes were ordered.
         max_pixels: images of more are not read.
+        labelled: whether there are labels. If not, the classes are those of the net that is asked, and none before.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     shards: ShardSet | None = None
     notes: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         held = [images for images in (self.files, self.arrays, self.shards) if images is not None]
@@ -74,7 +76,8 @@ class Source:
         """
         if self.shards is not None:
             return self.shards.manifest.fingerprint
-        digest = sha256(json.dumps([self.name, self.split, self.classes]).encode())
+        classes = self.classes if self.labelled else ()  # a net's are not the images' own
+        digest = sha256(json.dumps([self.name, self.split, classes]).encode())
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         if self.files is not None:
             for chunk in self.files.relative_chunks():
@@ -148,9 +151,9 @@ class Source:
         if not len(self.classes) <= n <= len(self):
             raise ValueError(
                 f"{option} {n}: {self.name} {self.split} has {len(self)} images of {len(self.classes)} classes; "
-                f"give a number from {len(self.classes)} to {len(self)}"
+                f"give a number from {max(1, len(self.classes))} to {len(self)}"
             )
-        return self.take(stratified_rows(self.labels, n, seed))
+        return self.take(stratified_rows(np.maximum(self.labels, 0), n, seed))
 
     def share(self, share: float, seed: int = 0) -> "Source":
         """A subset with this share of each class, drawn class by class, in the same order.
@@ -167,16 +170,17 @@ class Source:
         if share == 1:
             return self
         self._check_divisible("--data.share", share)
-        counts = np.bincount(self.labels, minlength=len(self.classes))
+        labels, classes = np.maximum(self.labels, 0), self.classes or ("images",)
+        counts = np.bincount(labels, minlength=len(classes))
         kept = np.floor(np.round(share * counts, 9) + 0.5).astype(np.int64)  # 0.29 * 50 is 14.499999999999998
         if not kept.all():
             fewest = int(counts.argmin())
             least = ceil(500_000 / counts[fewest]) / 1_000_000  # half an image, in six digits
             raise ValueError(
-                f"--data.share {share}: {self.name} {self.split} keeps no image of the class {self.classes[fewest]}, "
+                f"--data.share {share}: {self.name} {self.split} keeps no image of the class {classes[fewest]}, "
                 f"which has {counts[fewest]}; give at least {least:g}"
             )
-        return self.take(share_rows(self.labels, kept, seed))
+        return self.take(share_rows(labels, kept, seed))
 
     def _check_divisible(self, option: str, value: float) -> None:
         if self.shards is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dalikd.pipelines.files import load_yaml, read_text
 from dalikd.tools.classes import CLASSES, check_class_path, trust, whole
-from dalikd.tools.signature import check_words, check_yaml, element, expand_path, option_types
+from dalikd.tools.signature import check_words, check_yaml, element, expand_path, is_path, option_types
 from dalikd.trainers.renamed import RENAMED, take_old_names, told
 
 __all__ = [
@@ -34,6 +34,7 @@ OPTIONS: dict[str, str] = {
     "mutual": "dalikd.trainers.tasks.mutual.MutualOptions",
     "probe": "dalikd.trainers.tasks.probe.ProbeOptions",
     "measure": "dalikd.trainers.measure.MeasureOptions",
+    "preview": "dalikd.trainers.preview.PreviewOptions",
     "cache": "dalikd.trainers.teacher_cache.fill.CacheOptions",
     "evaluate": "dalikd.trainers.evaluate.EvaluateOptions",
     "study": "dalikd.trainers.study.options.StudyOptions",
@@ -45,8 +46,10 @@ OPTIONS: dict[str, str] = {
     "bench passes": "dalikd.tools.bench.common.TeacherOptions",
     "bench published": "dalikd.tools.bench.common.PublishedOptions",
 }
-#: the command that a benchmark measures: it takes that one's section of a config too, and leaves its run folder alone
+#: the command that a benchmark measures or a preview is of: it takes that one's section of a config too, and leaves its
+#: run folder alone
 _MEASURED = {
+    "preview": "measure",
     "bench step": "distill",
     "bench scaling": "distill",
     "bench methods": "distill",
@@ -58,7 +61,9 @@ _MEASURED = {
 WITH_TASK = ("train", "distill")
 #: options that take several words
 _LISTS = {
+    **dict.fromkeys(("train", "distill", "mutual", "probe"), ("trackers",)),
     "measure": ("augmentation", "metrics"),
+    "preview": ("augmentation",),
     "study": ("augmentation", "seeds", "epoch_factor", "pair"),
     "bench scaling": ("processes",),
     "bench methods": ("methods",),
@@ -169,9 +174,10 @@ def take_apart(
 
     Args:
         argv: the arguments.
-        positional: names of the options that may be given without their name, one word each. Beside them any other
+        positional: names of the options that may be given without their name, one word each; with one of them each
             option takes one word.
-        lists: names of those that take several nevertheless.
+        lists: those that take several: of the positional ones all words that are left; where none of these is a list,
+            of the others all words up to the next option.
 
     Raises:
         ValueError: a word belongs to no option.
@@ -185,9 +191,10 @@ def take_apart(
             if not names:
                 raise ValueError(f"{option}: options begin with --, and have a value")
             words.appendleft(option)
-            option = f"--{names.popleft()}"
+            option = f"--{names[0] if names[0] in lists else names.popleft()}"
         values = []
-        while words and not words[0].startswith("--") and not (positional and values and option[2:] not in lists):
+        several = not positional or (option[2:] in lists and not set(positional) & set(lists))
+        while words and not words[0].startswith("--") and (several or not values):
             values.append(words.popleft())
         found.append((option, values))
     return found
@@ -238,7 +245,8 @@ def read_layers(
             resumed = [_file(_folder_config(option, folder), form, old_names=True), Layer("", {"output": folder})]
             given[name] = folder
         else:
-            given[name] = _value(option, values, form)
+            value = _value(option, values, form)
+            given[name] = given[name] + value if positional and name in form.lists and name in given else value
     end_line()
     return resumed + layers
 
@@ -260,6 +268,8 @@ def _value(option: str, values: list[str], form: Grammar) -> Any:
     old = (rest if head in OPTIONS else name).replace(".init_args.", ".")
     if old in RENAMED and name not in form.types:
         raise ValueError(_renamed("--", old))
+    if name in form.lists and is_path(element(form.types[name])) and values:
+        return [expand_path(option, word) for word in values]  # they may have commas, brackets and spaces
     if name in form.lists:
         divided = [word.strip("[]").replace(",", " ").replace('"', " ").replace("'", " ").split() for word in values]
         if not any(divided):

@@ -1,6 +1,5 @@
 """`dalikd recipes`: the configs that are installed with dalikd, by name."""
 
-import json as json_text
 import re
 import sys
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from dalikd.tools.cli import run_function
 from dalikd.tools.signature import RECIPE_PREFIX, RECIPES
-from dalikd.trainers.tracking import check_writable, write_json
+from dalikd.tools.summary import give_json
 
 
 def recipes(pattern: str = "", json: Path | None = None) -> list[dict[str, str | list[str]]]:
@@ -18,11 +17,8 @@ def recipes(pattern: str = "", json: Path | None = None) -> list[dict[str, str |
 
     Args:
         pattern: a part of the name, or of the whole name with * in it, such as cifar100/*/vgg13_*.
-        json: JSON file for the same, {"recipes": [{"name", "commands", "about", "file"}, …]}; - prints it instead.
+        json: JSON file for the same, {"recipes": [{"name", "commands", "about", "file"}, …]}; - for stdout.
     """
-    printed = str(json) == "-"
-    if json is not None and not printed:
-        check_writable("--json", json)
     found: list[dict[str, str | list[str]]] = []
     for path in sorted(RECIPES.rglob("*.yaml")):
         name = path.relative_to(RECIPES).with_suffix("").as_posix()
@@ -37,15 +33,10 @@ def recipes(pattern: str = "", json: Path | None = None) -> list[dict[str, str |
         )
     if not found:
         raise ValueError(f"{pattern}: no recipe has such a name; `dalikd recipes` lists all of them")
-    if printed:
-        print(json_text.dumps({"recipes": found}, indent=2))
-        return found
     print("| --config | commands | about |\n|:--|:--|:--|")
     for recipe in found:
         print(f"| {recipe['name']} | {', '.join(recipe['commands'])} | {recipe['about']} |")
-    if json is not None:
-        write_json(json, {"recipes": found})
-        print(f"written: {json}")
+    give_json(json, {"recipes": found})
     return found
 
 

@@ -26,7 +26,7 @@ from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.launch import start
 from dalikd.trainers.options import RunOptions
 from dalikd.trainers.setup import open_run
-from dalikd.trainers.tracking import read_run, write_json
+from dalikd.trainers.tracking import read_run_files, write_json
 
 __all__ = [
     "Format",
@@ -114,7 +114,7 @@ def open_net(folder: Path, epoch: Literal["last", "best"] = "last", net: str | N
         ValueError: it is no run folder, has no such weights, or they are not what the run has written.
         OSError: a file cannot be read.
     """
-    config, results = read_run(folder, str(folder))
+    config, results = read_run_files(folder, str(folder))
     there = sorted(path.stem for path in (folder / epoch).glob("*.safetensors"))
     evaluated = Path(str(results.get("evaluated") or "student.safetensors")).stem
     chosen = net or (evaluated if evaluated in there or len(there) != 1 else there[0])

@@ -25,7 +25,7 @@ from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import file_digest, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
-from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, weights_of
+from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, reading, weights_of
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import check_compiler
 from dalikd.trainers.options import ScheduleConfig
@@ -110,7 +110,7 @@ class Loop:
     Args:
         task: what is trained.
         loader: the training batches.
-        val_loader: the validation images, each once.
+        val_loader: the validation images, each once; None: nothing is evaluated, and no epoch is the best one.
         options: of the run.
         accelerator: devices and processes.
         folder: where the run is written.
@@ -125,7 +125,7 @@ class Loop:
         self,
         task: Task,
         loader: Loader,
-        val_loader: Loader,
+        val_loader: Loader | None,
         options: TrainingOptions,
         accelerator: Accelerator,
         folder: RunFolder,
@@ -133,6 +133,7 @@ class Loop:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.task, self.loader, self.val_loader = task, loader, val_loader
+        self._loaders = (loader,) if val_loader is None else (loader, val_loader)
         self.options, self.accelerator, self.folder, self.header = options, accelerator, folder, header
         self.identity = identity or {"options": {}, "contents": {}}
         task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -273,8 +274,8 @@ class Loop:
         """Let go of what the run holds, whether it has come to its end or not."""
         self.checkpoints.close()
         torch.set_num_threads(self._threads)
-        self.loader.close()
-        self.val_loader.close()
+        for loader in self._loaders:
+            loader.close()
         self.folder.close()
         if self.options.compile != "off":
             torch.compiler.reset()  # what many runs of one process leave behind would pass torch's limit
@@ -311,25 +312,11 @@ class Loop:
         progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
         done = progress.step == self.total_steps
         if done or epoch % self.options.eval_every == 0:
-            nets = {name: average.module for name, average in self.averages.items()} or self.task.nets
-            self._share_buffers(nets.values())
-            found = evaluate(nets, self.val_loader, self.accelerator, self.task.evaluate, stops=self.stops)
-            val, *others = found.values()
-            if self.accelerator.device.type == "cuda":
-                self.val_loader.close()  # its pipeline's buffers are the training's until the next evaluation
-            for name, figures in found.items():
-                if not math.isfinite(figures["loss"]):
-                    what = "the loss" if len(found) == 1 else f"the loss of {name}"
-                    raise ValueError(
-                        f"{what} on the validation images is {figures['loss']} at step {progress.step}: training has "
-                        "diverged; lower --optimizer.lr, set --clip_grad_norm or --schedule.warmup_epochs"
-                    )
-            if others:
-                val = {**val, "nets": found}
+            val = None if self.val_loader is None else self._evaluate(self.val_loader)
             self.epoch_meter.share(self.accelerator)
             train, metrics = _finite(self.epoch_meter.means()), self.task.metrics()
             progress.last = {"epoch": epoch, "train": train, "val": val, **metrics}
-            if not progress.best or _rank(val) > _rank(progress.best["val"]):
+            if val is not None and (not progress.best or _rank(val) > _rank(progress.best["val"])):
                 progress.best = progress.last
                 self._best_due = True
             # of the whole epoch, by a name of its own: "train" is of an interval
@@ -338,6 +325,23 @@ class Loop:
         progress.epochs = epoch
         self.save(wait=False)
         self.folder.results(self._results(finished=False))
+
+    def _evaluate(self, loader: Loader) -> dict[str, Any]:
+        """The figures of the first net; of several those of each too. Raises ValueError where a loss is not finite."""
+        nets = {name: average.module for name, average in self.averages.items()} or self.task.nets
+        self._share_buffers(nets.values())
+        found = evaluate(nets, loader, self.accelerator, self.task.evaluate, stops=self.stops)
+        if self.accelerator.device.type == "cuda":
+            loader.close()  # its pipeline's buffers are the training's until the next evaluation
+        for name, figures in found.items():
+            if not math.isfinite(figures["loss"]):
+                what = "the loss" if len(found) == 1 else f"the loss of {name}"
+                raise ValueError(
+                    f"{what} on the validation images is {figures['loss']} at step {self.progress.step}: training has "
+                    "diverged; lower --optimizer.lr, set --clip_grad_norm or --schedule.warmup_epochs"
+                )
+        first = next(iter(found.values()))
+        return first if len(found) == 1 else {**first, "nets": found}
 
     def _share_buffers(self, nets: Iterable[nn.Module]) -> None:
         """Take the main process's running statistics, as every training forward does, so that all evaluate one net."""
@@ -354,12 +358,14 @@ class Loop:
             "last": progress.last,
             "best": progress.best,
             "best_is": "the epoch with the highest top1 on the validation split itself, among equal ones with the "
-            "lowest loss; compare runs by last",
+            "lowest loss; compare runs by last"
+            if self.val_loader is not None
+            else "none: there are no labelled images to evaluate on",
             "evaluated": self._file(next(iter(self.task.nets)), averaged=bool(self.averages)),
             "compile": self.options.compile,
             "replaced": {  # images of each split, by all processes
                 "train": len(self.loader.replaced),
-                "val": progress.last["val"]["replaced"] if progress.last else 0,
+                "val": (progress.last.get("val") or {}).get("replaced", 0),
             },
             "replaced_files": self.replaced_files,
             **self.header,
@@ -382,8 +388,11 @@ class Loop:
         return f"the loss is {wrong['loss']}" + (f" ({parts})" if parts else "")
 
     def wrong_weight(self) -> str | None:
-        """The first weight or running statistic that is not finite, in words. Waits for the device."""
+        """The first weight, running statistic or momentum that is not finite, in words. Waits for the device."""
         named = list(self.task.named_parameters())
+        for name, values in tuple(named):
+            kept = self.optimizer.state.get(values, {}).items()
+            named += [(f"{key} of {name}", kept) for key, kept in kept if isinstance(kept, Tensor) and kept.dim()]
         for name, net in self.task.nets.items():
             # other buffers may hold infinities by design
             named += [(f"{name}.{key}", value) for key, value in net.named_buffers() if "running_" in key]
@@ -479,7 +488,7 @@ class Loop:
                     "mix": [draws._asdict() for draws in batch.mix],
                     "paths": [printable(source.path(row)) for row in batch.ids.tolist()],
                 }
-                for batch in batches
+                for batch in map(self.task.own_draws, batches)
             ],
             "source": {
                 **{name: getattr(source, name) for name in ("name", "split", "classes", "mean", "std", "image_size")},
@@ -509,7 +518,7 @@ class Loop:
         self.epoch_meter.share(self.accelerator)
         self._check_finite()
         # every process must come here: what one of them has replaced, the main process writes down
-        self.replaced_files |= replaced_files((self.loader, self.val_loader), self.accelerator)
+        self.replaced_files |= replaced_files(self._loaders, self.accelerator)
         if self.accelerator.is_main_process:
             self.write(wait=wait)
 
@@ -545,7 +554,7 @@ class Loop:
             "meter": self.meter.state_dict(),
             "epoch_meter": self.epoch_meter.state_dict(),
             "loader": self.loader.state_dict(),
-            "val_loader": self.val_loader.state_dict(),
+            "val_loader": None if self.val_loader is None else self.val_loader.state_dict(),
             "replaced_files": dict(self.replaced_files),
         }
 
@@ -565,7 +574,8 @@ class Loop:
             ValueError: it belongs to another run.
         """
         state, damage = self._read()
-        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
+        with reading(self.folder.state_file):
+            changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
         if found := self.wrong_weight():
             raise ValueError(
                 f"{self.folder.state_file}: {found}: the run had diverged when it was saved; start it anew with "
@@ -580,7 +590,8 @@ class Loop:
     def take(self, state: dict[str, Any]) -> list[str]:
         """Take up a state. Returns what goes on otherwise than before, in words."""
         changes: list[str] = []
-        self.val_loader.check_images(state.get("val_loader", self.val_loader.state_dict()))
+        if self.val_loader is not None and state.get("val_loader"):  # else nothing was evaluated before
+            self.val_loader.check_images(state["val_loader"])
         try:
             self.task.load_state_dict(_of_this_form(state)["task"])
         except RuntimeError as error:

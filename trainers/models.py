@@ -18,6 +18,7 @@ from dalikd.kd.checkpoints import (
     Origin,
     class_order,
     has_heads,
+    last_layers,
     load_weights,
     order_classes,
     read_origin,
@@ -32,7 +33,15 @@ from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.launch import Precision, autocast_type, model_type
 
-__all__ = ["TeacherConfig", "build_model", "build_teacher", "describe_teacher", "open_teacher", "reinitialise"]
+__all__ = [
+    "TeacherConfig",
+    "build_model",
+    "build_teacher",
+    "describe_teacher",
+    "open_teacher",
+    "reinitialise",
+    "teacher_classes",
+]
 
 _PRETRAINED = "pretrained"  # in place of a weights file
 _IMAGENET_CLASSES = 1000
@@ -170,6 +179,13 @@ def _remember(file: str, *, chosen: bool) -> None:
         )
 
 
+def _no_weights(teacher: str) -> ValueError:
+    return ValueError(
+        f"the teacher {teacher} has no weights: give a file with --teacher.weights (dalikd train makes one), "
+        'or "pretrained" for a timm model'
+    )
+
+
 def build_teacher(config: TeacherConfig, source: Source, view: View | None = None) -> Normalized:
     """Build the teacher with its weights; `view` is compared with what pretrained weights were made for.
 
@@ -181,10 +197,7 @@ def build_teacher(config: TeacherConfig, source: Source, view: View | None = Non
     if config.name is None:
         raise ValueError("no teacher given: name its architecture with --teacher.name, e.g. --teacher.name resnet56")
     if config.weights is None:
-        raise ValueError(
-            f"the teacher {config.name} has no weights: give a file with --teacher.weights (dalikd train makes one), "
-            'or "pretrained" for a timm model'
-        )
+        raise _no_weights(config.name)
     try:
         teacher = build_model(
             config.name, source, weights=config.weights, args=config.args, mean=config.mean, std=config.std,
@@ -197,6 +210,36 @@ def build_teacher(config: TeacherConfig, source: Source, view: View | None = Non
     if config.weights == _PRETRAINED and view is not None:
         _warn_of_other_view(teacher, view)
     return teacher
+
+
+def teacher_classes(config: TeacherConfig) -> tuple[str, ...]:
+    """The classes that a teacher answers with, index = logit: their names where its weights say them, else numbers.
+
+    Raises:
+        ValueError, OSError: no weights are named, they cannot be read, or their number of classes is not found.
+    """
+    name, weights = str(config.name), config.weights
+    if weights is None:
+        raise _no_weights(name)
+    if weights == _PRETRAINED:
+        check_pretrained(name, None)
+        import timm
+
+        pretrained = timm.get_pretrained_cfg(name.removeprefix("timm:").removesuffix("_aux"))
+        count = 0 if pretrained is None else pretrained.num_classes
+        names = published_classes("ImageNet") if count == _IMAGENET_CLASSES else None
+    else:
+        names, state = read_origin(weights).class_names, read_state_dict(weights, sha256=config.sha256)
+        with torch.device("meta"):
+            last = last_layers(create_model(name, _IMAGENET_CLASSES, **config.args))
+        own = [key for layer in last for key in (f"{layer}.weight", f"backbone.{layer}.weight") if key in state]
+        count = len(state[own[0]]) if own else 0
+    if not count and names is None:
+        raise ValueError(
+            f"{weights}: the number of classes of the teacher {name} is not found: check --teacher.name, or name "
+            "labelled images with --data.val_root"
+        )
+    return names or tuple(map(str, range(count)))
 
 
 def open_teacher(

@@ -10,11 +10,11 @@ __all__ = ["check_same_run", "identity"]
 
 #: options, and groups of them, that change where and how fast a run works, or name files whose content is compared
 _FREE = (
-    *("device", "output", "log_every", "checkpoint_every", "checkpoint_minutes", "accumulation", "compile"),
+    *("device", "output", "log_every", "trackers", "checkpoint_every", "checkpoint_minutes", "accumulation", "compile"),
     *("weights", "reinit", "run"),
     *("teacher.name", "teacher.args", "teacher.weights", "teacher.cache", "teacher.sha256", "teacher.fold_bn"),
     *("teacher.mean", "teacher.std", "teacher.verify", "teachers"),
-    *("data.name", "data.root", "data.train_split", "data.val_split", "data.classes", "data.download"),
+    *("data.name", "data.root", "data.train_split", "data.val_split", "data.val_root", "data.classes", "data.download"),
     *("data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode", "data.resident", "data.bad_files"),
     *("data.bad_files_limit", "data.max_pixels"),
 )

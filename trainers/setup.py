@@ -1,9 +1,11 @@
 """What a command works on: data, views and devices, opened once; and what is built for them."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +22,9 @@ from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
-from dalikd.trainers.models import TeacherConfig, open_teacher
+from dalikd.trainers.models import TeacherConfig, open_teacher, teacher_classes
 from dalikd.trainers.options import AugmentingOptions, RunOptions
+from dalikd.trainers.teacher_cache.layout import TeacherCache
 from dalikd.trainers.trial import (
     CHANCE_IMAGES,
     ask,
@@ -50,10 +53,21 @@ def open_run(options: RunOptions, accelerator: Accelerator, split: Literal["both
         ValueError: the data set is not as it should be, or its splits have different classes.
         FileNotFoundError: a folder or file is missing.
     """
-    if split == "both":
-        return Setup(options, accelerator, *open_sources(options.data, options.seed))
+    if split == "both" or (split == "train" and options.data.name == "images"):
+        source, val = open_sources(options.data, options.seed)
+        if not source.labelled:
+            source = replace(source, classes=val.classes if val.labelled else _classes_of_teacher(options))
+        return Setup(options, accelerator, source, val if val.labelled else source)
     source = open_split(options.data, split, options.seed)
     return Setup(options, accelerator, source, source)
+
+
+def _classes_of_teacher(options: RunOptions) -> tuple[str, ...]:
+    """Of images without labels; none where no teacher is named, which is told where one is needed."""
+    config: TeacherConfig = next(iter(getattr(options, "teachers", ())), getattr(options, "teacher", TeacherConfig()))
+    if config.cache is not None and (config.name is None or config.weights is None):
+        return tuple(map(str, range(TeacherCache(Path(config.cache)).layout.classes)))
+    return () if config.name is None else teacher_classes(config)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class Setup:
         options: of the command.
         accelerator: its device and processes.
         source: the images that it trains on, measures or evaluates.
-        val: the images that a net is evaluated on; the same where one split is read.
+        val: the images that a net is evaluated on; the same where one split is read, or where there are none with
+            labels.
     """
 
     options: RunOptions
@@ -153,9 +168,13 @@ class Setup:
         keep = can_be_resident(self.val_view)
         return self._loader(self.val, sampler, DrawSpec(self.val_view), replace(data, resident=data.resident and keep))
 
-    def teacher(self, config: TeacherConfig) -> Teacher:
+    def teacher(self, config: TeacherConfig, *, warn: bool = False) -> Teacher:
         """A frozen teacher on this process's device, whose weights are for these classes in their order. They are kept
         in the compute type of mixed precision where its answers stay the same. Asked for again, it is the same one.
+
+        Args:
+            config: of the teacher.
+            warn: say why its answers for the images would be refused, and go on with it.
 
         Raises:
             ValueError: it is not named, its weights do not fit, it cannot take such images or answers with NaN, or is
@@ -174,9 +193,14 @@ class Setup:
                 "others",
                 flush=True,
             )
-        self._check_class_order(teacher, name, config.weights)
-        if config.verify:
-            self._check_chance(teacher, name)
+        try:
+            self._check_class_order(teacher, name, config.weights)
+            if config.verify:
+                self._check_chance(teacher, name)
+        except ValueError as error:
+            if not warn:
+                raise
+            print(f"dalikd: a run would be refused: {error}", file=sys.stderr, flush=True)
         self._teachers[str(config)] = teacher
         return teacher
 
@@ -196,13 +220,17 @@ class Setup:
         self._check_class_order(net, name, weights)
 
     def _check_class_order(self, net: Callable[[Tensor], Tensor], name: str, weights: str | None) -> None:
-        if knows_its_classes(weights):
+        if knows_its_classes(weights) or not self.val.labelled:
             return
         batch = self._first_batch(some_of_each(self.val, self.val_view.size, self.accelerator.device))
         check_class_order(net, name, weights, self.val, batch.pixels, batch.labels.cpu().numpy())
 
     def _check_chance(self, net: Callable[[Tensor], Tensor], name: str) -> None:
         """With one batch out of the whole validation split."""
+        if not self.val.labelled:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"dalikd: {name} is not verified: there are no labelled images", flush=True)
+            return
         if len(self.val) < CHANCE_IMAGES:
             return
         batch = self.some_val_images(CHANCE_IMAGES)

@@ -124,12 +124,13 @@ class StepOutputs(NamedTuple):
     Attributes:
         student: on the originals x.
         teacher: on x, without gradient.
-        labels: int64 [B].
+        labels: int64 [B]; -1 where there are none.
         ids: rows of the data set, int64 [B].
         epoch: epochs done, in fractions too; a float32 scalar.
         mixed: outputs on the augmented images x', if there are any.
         turned: the student's and the teacher's on the originals in all four quarter turns, [4B] rows in the order of
             `kd.rotation.rotations`, with their heads; where a loss needs them. `student` and `teacher` are a part.
+        labelled: whether there are labels; if not, terms of them are left out.
     """
 
     student: NetOutput
@@ -139,6 +140,7 @@ class StepOutputs(NamedTuple):
     epoch: Tensor
     mixed: MixedOutputs | None = None
     turned: tuple[NetOutput, NetOutput] | None = None
+    labelled: bool = True
 
 
 #: needs of a loss that is built for the shapes of the student's features
@@ -199,6 +201,12 @@ class DistillationLoss(nn.Module, ABC):
         """Whether it learns anything of augmented images. Where it does not, none are made for it."""
         return True
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """Those of its options that must be 0, and are not, for images without labels; None: it learns from labels
+        however it is set, as one does that says nothing of it."""
+        return None
+
     def build(self, context: LossContext) -> None:
         """Make what depends on the nets' shapes: connectors, memories. Called once, before the optimizer is made; a
         loss belongs to one task.
@@ -227,6 +235,9 @@ class LogitLoss(DistillationLoss):
     `ce_weight * CE(x) + kd_weight * (kd_share * D(x) + ce_mix_share * CE(x') + kd_mix_share * D(x'))`. D is what a
     subclass compares by; where that is by a label, x' has two of them, and D(x') is the mean of both by their shares.
 
+    Attributes:
+        by_labels: it compares by the labels too; images without labels are refused then.
+
     Args:
         ce_weight: Weight of the cross-entropy of the original images, 0 or more; a number, or a schedule over epochs.
         kd_weight: Weight of everything else; likewise.
@@ -238,6 +249,8 @@ class LogitLoss(DistillationLoss):
         standardize: Compare logits whose mean over the classes is 0 and whose standard deviation is 1 (Sun et al., CVPR
             2024, arXiv 2403.01427).
     """
+
+    by_labels: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -265,6 +278,12 @@ class LogitLoss(DistillationLoss):
         """Where it gives them a share."""
         return self.shares["ce_mix"] != 0 or self.shares["kd_mix"] != 0
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """The weights of its cross-entropies; None where it compares by labels."""
+        weights = {"ce_weight": self.ce_weight, "ce_mix_share": self.shares["ce_mix"]}
+        return None if self.by_labels else [name for name, weight in weights.items() if weight != 0]
+
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor, epoch: Tensor) -> Tensor:
         """How far apart the nets' logits are.
@@ -282,10 +301,9 @@ class LogitLoss(DistillationLoss):
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return "loss", "ce", "kd"; with augmented images also "ce_mix" and "kd_mix", where their shares are not 0."""
         mixed, epoch, smoothing = outputs.mixed, outputs.epoch, self.label_smoothing
-        terms = {
-            "ce": cross_entropy(outputs.student.logits, outputs.labels, smoothing),
-            **self.compare_originals(outputs),
-        }
+        terms = self.compare_originals(outputs)
+        if outputs.labelled:
+            terms = {"ce": cross_entropy(outputs.student.logits, outputs.labels, smoothing), **terms}
         if mixed is not None:
             if self.shares["ce_mix"] != 0:
                 terms["ce_mix"] = mixed_cross_entropy(
@@ -352,6 +370,11 @@ class FeatureLoss(DistillationLoss):
         """Features are those of the originals."""
         return False
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """The weight of its cross-entropy."""
+        return [] if self.ce_weight == 0 else ["ce_weight"]
+
     def build(self, context: LossContext) -> None:
         """Check the features that are compared, and make what depends on their shapes (`connect`)."""
         features = self.choose(context.student, context.teacher)
@@ -378,10 +401,14 @@ class FeatureLoss(DistillationLoss):
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return "loss", "ce", and the comparison by the name of the class in small letters."""
-        ce = cross_entropy(outputs.student.logits, outputs.labels, self.label_smoothing)
         term = self.compare(*self.choose(outputs.student, outputs.teacher), outputs)
+        name = type(self).__name__.lower()
+        if not outputs.labelled:
+            unused = 0 * outputs.student.logits.sum()  # several processes wait for a gradient of every weight
+            return {"loss": weight_at(self.weight, outputs.epoch) * term + unused, name: term}
+        ce = cross_entropy(outputs.student.logits, outputs.labels, self.label_smoothing)
         total = weight_at(self.ce_weight, outputs.epoch) * ce + weight_at(self.weight, outputs.epoch) * term
-        return {"loss": total, "ce": ce, type(self).__name__.lower(): term}
+        return {"loss": total, "ce": ce, name: term}
 
     def choose(self, student: NetOutput, teacher: NetOutput) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The features that are compared.
@@ -453,6 +480,14 @@ class WeightedSum(DistillationLoss):
     def uses_augmented(self) -> bool:
         """Whether a part does."""
         return any(loss.uses_augmented for loss in self._parts())
+
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """Those of the parts, whatever their weights; None where one learns from labels however it is set."""
+        each = [(type(loss).__name__, loss.label_options) for loss in self._parts()]
+        if any(options is None for _, options in each):
+            return None
+        return [f"{name} of {part}" for part, options in each for name in options or ()]
 
     def _parts(self) -> list[DistillationLoss]:
         return list(self.losses)  # pyright: ignore[reportReturnType]

@@ -185,6 +185,11 @@ class CRD(FeatureLoss):
         by_class = self.negatives == "exact" or self.mode == "relax"
         return frozenset({"features", "ids"} | ({"all_labels"} if by_class else set()))
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """The weight of its cross-entropy; None where negatives or positives are chosen by class."""
+        return None if "all_labels" in self.needs else super().label_options
+
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:
         """Embeddings, memories and the images of each class."""
         images = context.images

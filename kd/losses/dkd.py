@@ -96,6 +96,7 @@ class DKD(LogitLoss):
     """
 
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
+    by_labels = True
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class NKD(LogitLoss):
     """
 
     paper = "Yang et al., ICCV 2023, arXiv 2303.13005"
+    by_labels = True
 
     def __init__(self, kd_weight: Weight = 1.0, gamma: float = 1.5, temperature: float = 1.0, **kwargs: Any) -> None:
         super().__init__(kd_weight=kd_weight, **kwargs)

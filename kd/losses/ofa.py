@@ -80,6 +80,11 @@ class OFA(FeatureLoss):
             raise ValueError(f"epsilon is {epsilon}: give 1 or more")
         self.kd_weight, self.epsilon, self.temperature = kd_weight, epsilon, temperature
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """None: the label's class is what it enlarges."""
+        return None
+
     def connect(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: LossContext) -> None:  # noqa: ARG002
         """Make the branches, as wide at their end as the wider of the two nets' pooled features."""
         check_maps("OFA", *student)

@@ -70,6 +70,7 @@ class RLD(LogitLoss):
     """
 
     paper = "Sun et al., ICCV 2025, arXiv 2408.07703"
+    by_labels = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ Touvron et al., "Training Data-Efficient Image Transformers & Distillation Throu
 arXiv 2012.12877.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -55,6 +56,11 @@ class DistillationToken(DistillationLoss):
         """Both tokens learn from the originals."""
         return False
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """The class token learns from labels alone, unless the distillation token has all the weight."""
+        return [] if self.weight == 1 else None
+
     def build(self, context: LossContext) -> None:
         """Check the heads.
 
@@ -72,9 +78,12 @@ class DistillationToken(DistillationLoss):
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return "loss", "ce" of the class token and "kd" of the distillation token."""
         first, second = outputs.student.heads
-        ce, teacher = cross_entropy(first, outputs.labels, self.label_smoothing), outputs.teacher.logits
+        teacher = outputs.teacher.logits
         if self.target == "hard":
             kd = cross_entropy(second, teacher.argmax(1))
         else:
             kd = kd_loss(second, teacher, self.temperature)
+        if not outputs.labelled:
+            return {"loss": kd + 0 * first.sum(), "kd": kd}  # several processes wait for a gradient of every weight
+        ce = cross_entropy(first, outputs.labels, self.label_smoothing)
         return {"loss": self.ce_weight * ce + self.weight * kd, "ce": ce, "kd": kd}

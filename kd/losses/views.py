@@ -1,7 +1,7 @@
 """What losses share that compare two views of each image: the original x and one augmented image x' of it."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,6 +52,11 @@ class TwoViewLoss(DistillationLoss):
         self.ce_weight, self.weights = ce_weight, weights
         self.label_smoothing, self.standardize = label_smoothing, standardize
 
+    @property
+    def label_options(self) -> Sequence[str] | None:
+        """The weight of both cross-entropies."""
+        return [] if self.ce_weight == 0 else ["ce_weight"]
+
     @abstractmethod
     def compare(self, student: Views, teacher: Views) -> dict[str, Tensor]:
         """The other terms by their names, scalars."""
@@ -69,10 +74,10 @@ class TwoViewLoss(DistillationLoss):
                 f"{0 if mixed is None else len(mixed.labels)} augmented images, give one for each"
             )
         smoothing, carried = self.label_smoothing, (mixed.labels, mixed.partner_labels, mixed.lam)
-        ce = {
-            "ce": cross_entropy(student, outputs.labels, smoothing),
-            "ce_mix": mixed_cross_entropy(mixed.student_logits, *carried, smoothing),
-        }
+        ce = {}
+        if outputs.labelled:
+            ce["ce"] = cross_entropy(student, outputs.labels, smoothing)
+            ce["ce_mix"] = mixed_cross_entropy(mixed.student_logits, *carried, smoothing)
         compared = self.compare(Views(student, mixed.student_logits), Views(teacher, mixed.teacher_logits))
         weighted = [weight_at(self.ce_weight, epoch) * term for term in ce.values()]
         weighted += [weight_at(self.weights[name], epoch) * term for name, term in compared.items()]

@@ -38,6 +38,7 @@ from dalikd.pipelines.progress import progress
 
 __all__ = [
     "ENTRY",
+    "EVERYTHING",
     "IMAGE_EXTENSIONS",
     "NEVER",
     "FileList",
@@ -58,6 +59,9 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
+
+#: In place of class folders: all images of a folder, at any depth.
+EVERYTHING = "."
 
 _NOT_DATA = frozenset(  # in lower case: of Mac, Windows, Linux, Synology and QNAP
     {
@@ -315,16 +319,16 @@ def scan(folder: Path, classes: Sequence[str]) -> Tree:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder, but its name ends as an image's: rename or remove it")
     directories = {".": (*times, listing.digest)}
-    left_out = Counter({"image(s) beside the class folders": len(listing.images)} if listing.images else {})
+    beside = 0 if EVERYTHING in classes else len(listing.images)
+    left_out = Counter({"image(s) beside the class folders": beside} if beside else {})
     buffers, lengths, labels = [], [], []
     for label, name in enumerate(progress(f"scanning {folder}", classes, unit=" classes")):
         others = Counter[str]()
         paths = [os.fsencode(path) for path in _walk(folder, name, directories, others, frozenset())]
         if not paths:
             found = f"; it has {count_of(others)}" if others else ""
-            raise ValueError(
-                f"{folder / name} has no image ({' '.join(IMAGE_EXTENSIONS)}){found}: add some or remove the folder"
-            )
+            remedy = "check --data.root" if name == EVERYTHING else "add some or remove the folder"
+            raise ValueError(f"{folder / name} has no image ({' '.join(IMAGE_EXTENSIONS)}){found}: {remedy}")
         left_out += others
         buffers.append(b"".join(paths))
         lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))

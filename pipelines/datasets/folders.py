@@ -1,4 +1,4 @@
-"""Folder trees of images: class folders, Tiny-ImageNet's own layout, scikit-learn's digits as they are written here."""
+"""Folder trees: class folders, bare images, Tiny-ImageNet's own layout, scikit-learn's digits as written here."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from dalikd.pipelines.datasets.classes import check_equal_classes, in_order, stratified_rows
-from dalikd.pipelines.datasets.file_list import FileList, cache_folder, count_of, list_folder, open_tree
+from dalikd.pipelines.datasets.file_list import EVERYTHING, FileList, cache_folder, count_of, list_folder, open_tree
 from dalikd.pipelines.datasets.spec import SplitIndex, SplitSpec
 from dalikd.pipelines.files import build_once, read_text, write_atomically
 
-__all__ = ["find_digits", "find_tinyimagenet", "find_tree"]
+__all__ = ["find_digits", "find_images", "find_tinyimagenet", "find_tree"]
 
 _DIGITS = {"train": 1347, "val": 450}  # images of each split
 
@@ -23,6 +23,14 @@ def find_tree(spec: SplitSpec) -> SplitIndex:
     if not present:
         raise ValueError(f"{spec.name}: {folder} has no class folders: put images in {folder}/<class>/")
     return _read_classes(spec, folder, present)
+
+
+def find_images(spec: SplitSpec) -> SplitIndex:
+    """`split/**/image`, without labels: they are -1, which no cross-entropy takes, and there are no classes yet."""
+    folder = spec.split_folder()
+    tree = open_tree(folder, [EVERYTHING], part=True)  # remembered apart from its class folders, if it has any
+    labels = np.full(len(tree.labels), -1, np.int64)
+    return SplitIndex((), labels, files=tree.files, notes=tuple(_left_out(folder, tree.left_out)))
 
 
 def find_tinyimagenet(spec: SplitSpec) -> SplitIndex:

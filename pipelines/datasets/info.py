@@ -99,6 +99,7 @@ _IMAGENET_ORIGIN = (
 DATASET_INFO: Mapping[str, DatasetInfo] = MappingProxyType(
     {
         "imagefolder": DatasetInfo(mean=_IMAGENET_MEAN, std=_IMAGENET_STD, image_size=224),
+        "images": DatasetInfo(mean=_IMAGENET_MEAN, std=_IMAGENET_STD, image_size=224),
         "imagenet": DatasetInfo(
             mean=_IMAGENET_MEAN,
             std=_IMAGENET_STD,

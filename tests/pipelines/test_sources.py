@@ -57,7 +57,7 @@ class TestOpenSource:
     def test_unknown_name(self) -> None:
         with pytest.raises(
             ValueError,
-            match=r"'cifar11' is unknown: did you mean cifar10.* give one of imagefolder, imagenet, imagenet100, tiny",
+            match=r"'cifar11' is unknown: did you mean cifar10.* give one of imagefolder, images, imagenet, ima",
         ):
             open_source("cifar11", None, "train")
         with pytest.raises(ValueError, match="data set 'mnist' is unknown: give one of"):

@@ -216,3 +216,70 @@ def test_torchrun_starts_two_processes(training, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["finished"], results["processes"]) == (True, 2)
     assert results["last"]["train"]["at"] > 0
+
+
+def test_a_run_an_evaluation_and_a_list_are_json_on_stdout(command, training, options, weights, tmp_path):
+    ended = command("train", *training, "--epochs", 1, "--output", tmp_path / "run", "--json", "-")
+    assert json.loads(ended.out)["last"] == json.loads((tmp_path / "run/results.json").read_text())["last"]
+    assert "run folder: " in ended.err
+    assert "json" not in yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    ended = command("evaluate", *options, "--weights", weights, "--json", "-")
+    assert json.loads(ended.out)["images"] == 30
+    assert "on 30 images" in ended.err
+    mistaken = command("evaluate", *options, "--weights", tmp_path / "absent", "--json", "-")
+    assert (mistaken.code, mistaken.out, mistaken.err.count("\n")) == (2, "", 1)
+
+
+@pytest.fixture
+def bare(tree, data_options):
+    """The training images without their labels."""
+    return [*data_options(tree), "--data.name", "images", "--data.train_split", "train"]
+
+
+def test_images_without_labels_are_distilled_and_not_evaluated(command, bare, teacher, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*bare, *teacher, "--model", "small", "--batch_size", 16, "--mix.group", 8, "--augmentation", "mixup"]
+    ended = command("distill", *arguments, "--loss.ce_weight", 0, "--epochs", 1, "--output", run)
+    assert (ended.code, ended.err) == (0, "")
+    assert "the teacher small is not verified: there are no labelled images" in ended.out
+    assert "last epoch (1): not evaluated, no labelled images; training loss" in ended.out
+    results = json.loads((run / "results.json").read_text())
+    assert (results["last"]["val"], results["best"], results["fingerprint"]["val"]) == (None, {}, None)
+    assert set(results["last"]["train"]) == {"loss", "kd", "kd_mix", "agreement"}
+    assert results["best_is"] == "none: there are no labelled images to evaluate on"
+    assert results["class_names"] == ["0", "1", "2"]
+    assert not (run / "best").exists()
+    again = command("distill", "--resume", run, "--epochs", 2)
+    assert (again.code, json.loads((run / "results.json").read_text())["steps"]) == (0, 12)
+
+
+def test_images_without_labels_are_evaluated_on_labelled_ones(command, bare, teacher, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*bare, "--data.val_split", "val", *teacher, "--model", "small", "--batch_size", 48, "--mix.group", 8]
+    assert command("distill", *arguments, "--loss.ce_weight", 0, "--epochs", 1, "--output", run).code == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["class_names"] == ["class0", "class1", "class2"]
+    assert (results["last"]["val"]["images"], results["data"]["val_images"]) == (30, 30)
+    assert results["best"] == results["last"]
+
+
+def test_images_without_labels_are_measured(command, bare, teacher, tmp_path):
+    asked = [*teacher, "--epochs", 1, "--window", 32, "--augmentation", "flip", "cutmixpick_teacher", "--mix.group", 8]
+    assert command("measure", *bare, *asked, "--json", tmp_path / "bare.json").code == 0
+    labelled = [*bare[:6], *bare[6:8], *asked, "--teacher.verify", "false", "--json", tmp_path / "labelled.json"]
+    assert command("measure", *labelled).code == 0
+    found = [json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("bare", "labelled")]
+    assert found[0] == found[1]
+
+
+def test_learning_from_labels_that_are_not_there_is_refused(command, bare, teacher, tmp_path):
+    """In one line, before anything is read or written."""
+    common = [*bare, "--model", "small", "--output", tmp_path / "run"]
+    refused = {name: command(name, *common).err for name in ("train", "probe")}
+    for name, line in refused.items():
+        assert line.startswith(f"dalikd {name}: error: --data.name images has no labels to learn from")
+    kd, dkd = (command("distill", *common, *teacher, "--loss", loss).err for loss in ("KD", "DKD"))
+    why = "learns from labels, and --data.name images has none"
+    assert kd == f"dalikd distill: error: --loss KD {why}: give --loss.ce_weight 0\n"
+    assert f"--loss DKD {why}: take one that can compare the nets alone" in dkd
+    assert not (tmp_path / "run").exists()

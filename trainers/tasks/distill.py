@@ -2,9 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from dalikd.kd.backbones.auxiliary import AuxiliaryNet
 from dalikd.kd.backbones.layers import NetOutput, Normalized
 from dalikd.kd.entropy_log import EntropyLog, plot_entropies
 from dalikd.kd.goodness import TeacherStddev
-from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs
+from dalikd.kd.losses import KD, DistillationLoss, LossContext, MixedOutputs, StepOutputs, WeightedSum
 from dalikd.kd.manifold import mixed_forward
 from dalikd.kd.mixing import HiddenMix
 from dalikd.kd.rotation import TURNS, rotations
@@ -34,7 +34,16 @@ from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
 from dalikd.trainers.trial import check_finite
 
-__all__ = ["OWN", "DistillOptions", "Distillation", "DistillationInputs", "build_loss", "check_views", "share_pass"]
+__all__ = [
+    "OWN",
+    "DistillOptions",
+    "Distillation",
+    "DistillationInputs",
+    "build_loss",
+    "check_unlabelled",
+    "check_views",
+    "share_pass",
+]
 
 
 @dataclass
@@ -64,6 +73,8 @@ class DistillOptions(TrainingOptions):
             that picks; they go to entropies.npz and entropies.png in the run folder. 0: none.
     """
 
+    learns_from_labels: ClassVar[bool] = False
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: list[TeacherConfig] = field(default_factory=list)
     teacher_weights: list[float] | None = None
@@ -79,6 +90,8 @@ class DistillOptions(TrainingOptions):
         """Raises ValueError for numbers that no training can work with, and for teachers that do not go together."""
         super().__post_init__()
         check_numbers(self, {"entropy_log_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for no log")})
+        if self.data.name == "images":
+            check_unlabelled(self.loss)
         count = len(self.teachers)
         if count and any(config.cache is not None for config in (self.teacher, *self.teachers)):
             raise ValueError("a teacher cache holds the answers of one teacher: leave it out, or --teachers")
@@ -129,6 +142,7 @@ class DistillOptions(TrainingOptions):
             compile_mode=self.compile,
             side=setup.view.size,
             labels=setup.source.labels,
+            labelled=setup.source.labelled,
             batch=setup.sampler(accumulation=self.accumulation).microbatch,
         )
         task.header, task.contents = header, {"the_teacher's_weights_or_normalisation": digest}
@@ -232,6 +246,7 @@ class Distillation(Task):
         side: of the images in pixels,
         labels: of all that are trained on, and
         batch: images of a batch on this process, for a loss that is built from the nets.
+        labelled: whether there are labels; else the student's agreement with the teacher is counted for its accuracy.
 
     Raises:
         ValueError: the loss needs what there is not.
@@ -253,8 +268,10 @@ class Distillation(Task):
         side: int = 32,
         labels: Sequence[int] | np.ndarray = (),
         batch: int = 0,
+        labelled: bool = True,
     ) -> None:
         super().__init__()
+        self._labelled = labelled
         self.student, self.loss, self.teacher = student, loss, teacher
         self.joint_forward = joint_forward
         self.augmenter, self._accelerator = augmenter, accelerator
@@ -268,6 +285,8 @@ class Distillation(Task):
         if not isinstance(teacher, CachedTeacher):
             ask = TeacherStep(teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs & FEATURE_NEEDS)
         self._pass = SharedPass(ask)
+        self._branch = 0  # of the pass
+        self.draw_spec = augmenter.draw_spec
         self._names = teacher.names if isinstance(teacher, Teachers) and metric else ()
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.goodness_of_each = [TeacherStddev(num_classes, device=accelerator.device) for _ in self._names]
@@ -286,11 +305,21 @@ class Distillation(Task):
 
     def loader(self, setup: Setup, accumulation: int = 1) -> Loader:
         """The batches, with what a cache holds of the teacher; after its last epoch the first comes again."""
-        spec, cached = self.augmenter.draw_spec, self.teacher
+        spec, cached = self.draw_spec, self.teacher
         if not isinstance(cached, CachedTeacher):
             return setup.loader(spec, accumulation=accumulation)
         repeat = cached.cache.layout.epochs
         return setup.loader(spec, accumulation=accumulation, repeat=repeat, attach=cached.attach)
+
+    def own_draws(self, batch: Batch) -> Batch:
+        """Without what the augmentations of other tasks, which share the pass, have drawn."""
+        own, joint = self.augmenter.draw_spec, self.draw_spec
+        views, mixes = map(joint.views.index, own.views), map(joint.mixes.index, own.mixes)
+        return replace(
+            batch,
+            augmented=tuple(batch.augmented[place] for place in views),
+            mix=tuple(batch.mix[place] for place in mixes),
+        )
 
     def finish(self, folder: Path) -> None:
         """Write the entropies, and draw them."""
@@ -305,8 +334,8 @@ class Distillation(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> DistillationInputs:
         """Pixels, labels and what the teacher gives; T. stddev and the log see the same."""
-        found, pixels, fresh = self._pass(batch, turned=self._turned)
-        (branch,) = found.branches
+        found, pixels, fresh = self._pass(batch, self._branch, turned=self._turned)
+        branch = found.branches[self._branch]
         if not self._asked:
             self._asked = True  # the first time, at the cost of a wait
             check_finite(torch.cat((found.originals.logits, branch.logits)), "the teacher")
@@ -340,7 +369,8 @@ class Distillation(Task):
         )
 
     def forward(self, inputs: DistillationInputs) -> dict[str, Tensor]:
-        """Named terms: the loss's, and the accuracy on the originals."""
+        """Named terms: the loss's, and "top1", the accuracy on the originals; without labels "agreement", the share of
+        them to which the student gives the teacher's class."""
         pixels, augmented, joint = inputs.pixels, inputs.augmented, self.joint_forward
         wanted = {"features": self._features, "preactivations": "preactivations" in self.loss.needs}
         wanted["heads"] = self._turned
@@ -362,8 +392,11 @@ class Distillation(Task):
         mixed = MixedOutputs(
             mixed_logits, inputs.augmented_logits, inputs.augmented_labels, inputs.partner_labels, inputs.lam
         )
-        terms = self.loss(StepOutputs(student, teacher, inputs.labels, inputs.ids, inputs.epoch, mixed, turned))
-        return {**terms, "top1": (student.logits.argmax(1) == inputs.labels).float().mean()}
+        outputs = StepOutputs(student, teacher, inputs.labels, inputs.ids, inputs.epoch, mixed, turned, self._labelled)
+        given = student.logits.argmax(1)
+        if not self._labelled:
+            return {**self.loss(outputs), "agreement": (given == teacher.logits.argmax(1)).float().mean()}
+        return {**self.loss(outputs), "top1": (given == inputs.labels).float().mean()}
 
     def metrics(self) -> dict[str, Any]:
         """T. stddev and entropy so far; of several teachers, what they give together, and "teachers", a list of name
@@ -406,7 +439,7 @@ class SharedPass:
 
     def __init__(self, ask: Callable[..., TeacherPass]) -> None:
         self._ask = ask
-        self._known: deque[tuple[Batch, TeacherPass, Tensor]] = deque()
+        self._known: deque[tuple[Batch, TeacherPass, Tensor, set[int]]] = deque()
         self._kept = 0
 
     def keep(self, batches: int) -> None:
@@ -414,25 +447,29 @@ class SharedPass:
         self._kept = batches
         self._known.clear()
 
-    def __call__(self, batch: Batch, *, turned: bool) -> tuple[TeacherPass, Tensor, bool]:
-        """What the teacher gives, the originals' pixels, all four turns of them where wanted, and whether it was asked
-        now."""
-        for known, found, pixels in self._known:
+    def __call__(self, batch: Batch, branch: int, *, turned: bool) -> tuple[TeacherPass, Tensor, bool]:
+        """What the teacher gives, the originals' pixels, all four turns of them where wanted, and whether nobody has
+        had this branch of the batch yet."""
+        for known, found, pixels, given in self._known:
             if known is batch:
-                return found, pixels, False
+                fresh = branch not in given
+                given.add(branch)
+                return found, pixels, fresh
         if self._known and len(self._known) == self._kept:
             self._known.popleft()  # the device needs its memory now
         pixels = rotations(batch.pixels) if turned else batch.pixels
         found = self._ask(batch, pixels) if turned else self._ask(batch)
         if self._kept:
-            self._known.append((batch, found, pixels))
+            self._known.append((batch, found, pixels, {branch}))
         return found, pixels, True
 
 
 def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
-    """Ask the teacher once a batch for several tasks, which have the same teacher, images and augmentation.
+    """Ask the teacher once a batch for several tasks, which have the same teacher and images; each augmentation is a
+    branch of the pass.
 
-    Those whose losses turn the originals share a pass of their own. T. stddev and the log of entropies are then one's.
+    Those whose losses turn the originals share a pass of their own. T. stddev and the log of entropies are then one's
+    of those with the same augmentation.
 
     Args:
         tasks: each with a student and a loss of its own.
@@ -441,24 +478,29 @@ def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
     Raises:
         ValueError: students pick for themselves.
     """
+    augmenters = {task.augmenter.name: task.augmenter for task in tasks}
+    for augmenter in augmenters.values():
+        if augmenter.criterion is not None and augmenter.criterion.needs_student:
+            raise ValueError(
+                f"--augmentation {augmenter.name} lets each student pick its own images, so that they have no "
+                "teacher pass in common: take cutmixpick_teacher, or distil the students one by one"
+            )
+    branches, names = Branches(list(augmenters.values())), list(augmenters)
     for turned in (False, True):
         alike = [task for task in tasks if task._turned is turned]
         if not alike:
             continue
         first = alike[0]
-        if first.augmenter.criterion is not None and first.augmenter.criterion.needs_student:
-            raise ValueError(
-                f"--augmentation {first.augmenter.name} lets each student pick its own images, so that they have no "
-                "teacher pass in common: take cutmixpick_teacher, or distil the students one by one"
-            )
         if not isinstance(first.teacher, CachedTeacher):
             needs = frozenset().union(*(task.loss.needs for task in alike)) & FEATURE_NEEDS
-            branches = Branches([first.augmenter])
             first._pass = SharedPass(TeacherStep(first.teacher, branches, None, first._compile_mode, needs))
         first.remember(accumulation)
-        for task in alike[1:]:
-            task._pass, task.entropy_log = first._pass, first.entropy_log
-            task.goodness, task.goodness_of_each = first.goodness, first.goodness_of_each
+        firsts = dict[str, Distillation]()  # by their augmentation
+        for task in alike:
+            one = firsts.setdefault(task.augmenter.name, task)
+            task._pass, task._branch = first._pass, names.index(task.augmenter.name)
+            task.draw_spec, task.entropy_log = branches.draw_spec, one.entropy_log
+            task.goodness, task.goodness_of_each = one.goodness, one.goodness_of_each
 
 
 def build_loss(
@@ -539,6 +581,21 @@ def build_loss(
     rows = torch.as_tensor(np.asarray(labels, np.int64)) if "all_labels" in needs else None
     loss.build(LossContext(own, given, num_classes, len(labels), rows, classifier, last, norms, batch, side))
     loss.to(next(student.parameters()).dtype)
+
+
+def check_unlabelled(loss: DistillationLoss) -> None:
+    """Raises ValueError where a loss learns from labels, and there are none."""
+    name, options = f"--loss {type(loss).__name__}", loss.label_options
+    if options is None:
+        raise ValueError(
+            f"{name} learns from labels, and --data.name images has none: take one that can compare the nets alone, "
+            "such as --loss KD --loss.ce_weight 0"
+        )
+    if options:
+        remedy = " ".join(f"--loss.{option} 0" for option in options)
+        if isinstance(loss, WeightedSum):
+            remedy = f"{', '.join(options)}: 0, in the config"
+        raise ValueError(f"{name} learns from labels, and --data.name images has none: give {remedy}")
 
 
 def check_views(loss: DistillationLoss, augmenter: Augmenter) -> None:

@@ -27,7 +27,7 @@ from dalikd.trainers.options import FROM_0, ScheduleConfig, check_numbers
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import OptimizerFactory, TrainingOptions
 from dalikd.trainers.tasks.supervised import Supervised
-from dalikd.trainers.tracking import read_run
+from dalikd.trainers.tracking import read_run_files
 from dalikd.trainers.trial import ask
 
 __all__ = ["Probe", "ProbeOptions"]
@@ -202,7 +202,7 @@ def _count(batch: Batch) -> Tensor:
 
 def _read_run(folder: Path) -> tuple[str, dict[str, Any], str]:
     """Architecture of the first net of a run, its options, and the weights file of the run's last figures."""
-    options, found = read_run(folder, f"--run {folder}")
+    options, found = read_run_files(folder, f"--run {folder}")
     weights = folder / "last" / Path(str(found.get("evaluated") or "student.safetensors")).name
     if not weights.is_file():
         raise ValueError(f"--run {folder} has no weights: {weights} is missing; wait for its first epoch to end")

@@ -190,3 +190,22 @@ def test_all_its_options_are_read_from_a_config(name: str):
 def test_unusable_settings_are_named(loss: type[DistillationLoss], arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         loss(**arguments)
+
+
+@every_loss
+def test_without_labels_the_nets_alone_are_compared(name):
+    """The same loss as with labels that have no weight; terms of labels are left out."""
+    loss = LOSSES[name](ce_weight=0.0)  # pyright: ignore[reportCallIssue]
+    given = step(*random_logits(), *random_logits())
+    if name in ("DKD", "NKD", "RLD"):
+        assert loss.label_options is None
+        return
+    assert (LOSSES[name]().label_options, loss.label_options) == (["ce_weight"], [])
+    unknown = torch.full_like(given.labels, -1)
+    assert given.mixed is not None
+    mixed = given.mixed._replace(labels=unknown, partner_labels=unknown)
+    found = loss(given._replace(labels=unknown, mixed=mixed, labelled=False))
+    expected = loss(given)
+    assert found.keys() == expected.keys() - {"ce", "ce_mix"}
+    for term, value in found.items():
+        torch.testing.assert_close(value, expected[term])

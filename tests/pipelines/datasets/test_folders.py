@@ -1,5 +1,7 @@
 import os
 import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,40 @@ def pets(tmp_path: Path) -> Path:
     return touch(
         tmp_path / "pets", "train/dog/1.jpg", "train/cat/2.jpg", "train/cat/1.jpg", "val/cat/3.jpg", "val/dog/4.png"
     )
+
+
+class TestImages:
+    def test_a_bare_folder_is_taken_at_any_depth_without_labels(self, tmp_path: Path) -> None:
+        bare = touch(tmp_path / "bare", "b.jpg", "a.png", "deep/er/1.jpg", "deep/.hidden.jpg", "notes.txt")
+        source, again = open_sources(DataConfig(name="images", root=str(bare)), seed=0)
+        assert [source.path(row) for row in range(3)] == [str(bare / n) for n in ("a.png", "b.jpg", "deep/er/1.jpg")]
+        assert (source.labels.tolist(), source.classes, source.labelled, again is source) == ([-1] * 3, (), False, True)
+        assert source.notes == (f"{bare}: 1 file is left out: 1 .txt",)
+        assert replace(source, classes=("a", "b")).fingerprint == source.fingerprint  # classes are a net's, not its own
+        assert (len(source.limit(2)), len(source.share(0.67))) == (2, 2)
+
+    def test_labelled_images_to_evaluate_on(self, pets: Path, tmp_path: Path) -> None:
+        bare = touch(tmp_path / "bare", "1.jpg")
+        train, val = open_sources(DataConfig(name="images", root=str(bare), val_root=str(pets / "val")), seed=0)
+        assert (len(train), val.classes, val.labels.tolist()) == (1, ("cat", "dog"), [0, 1])
+        inside = DataConfig(name="images", root=str(pets), train_split="train", val_split="val")
+        assert [len(source) for source in open_sources(inside, seed=0)] == [3, 2]
+        with pytest.raises(ValueError, match=r"val is to be evaluated on, and lies in .*--data\.train_split"):
+            open_sources(replace(inside, train_split=None), seed=0)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"name": "imagefolder", "val_root": "x"}, "--data.val_root is for --data.name images: leave it out"),
+            ({"val_root": "nowhere"}, "--data.val_root nowhere is no folder"),
+            ({"classes": "list.txt"}, "--data.classes chooses classes, and images have none"),
+            ({"train_split": "empty"}, "empty has no image (.jpg"),
+        ],
+    )
+    def test_what_does_not_go_with_them_is_refused(self, pets: Path, options: dict[str, str], message: str) -> None:
+        (pets / "empty").mkdir()
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+            open_sources(DataConfig(**{"name": "images", "root": str(pets), **options}), seed=0)  # type: ignore[arg-type]
 
 
 class TestImageFolder:
