@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # of them torch's exporter needs the first and the last
 ROOMS = ("pipelines", "trainers", "kd", "tools")
 
 
@@ -62,7 +63,8 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1"],
+        "onnx": ONNX,
+        "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1", *ONNX],
         "dev": ["pre-commit>=4"],
         "wandb": ["wandb>=0.19.11"],
         "trackio": ["trackio>=0.2", "accelerate>=1.11"],

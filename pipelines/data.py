@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NewType, cast
 from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.datasets.arrays import find_arrays
 from dalikd.pipelines.datasets.folders import find_digits, find_images, find_tinyimagenet, find_tree
-from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
+from dalikd.pipelines.datasets.info import DATASET_INFO, Statistics, default_statistics
 from dalikd.pipelines.datasets.spec import Role, SplitIndex, SplitSpec
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import Decode, decoding_on
@@ -332,7 +332,7 @@ def training_view(config: DataConfig, source: Source) -> View:
     return View(size, crop, padding=_padding(config, size), border=config.border, interpolation=config.interpolation)
 
 
-def evaluation_view(config: DataConfig, source: Source) -> View:
+def evaluation_view(config: DataConfig, source: Source | Statistics) -> View:
     """The view that evaluation sees: resize the short side, crop the centre."""
     size = config.image_size or source.image_size
     resize = config.val_resize or (size if size <= 96 else round(size * 8 / 7))

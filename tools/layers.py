@@ -176,7 +176,8 @@ def take_apart(
         argv: the arguments.
         positional: names of the options that may be given without their name, one word each; with one of them each
             option takes one word.
-        lists: those of them that take all words that are left.
+        lists: those that take several: of the positional ones all words that are left; where none of these is a list,
+            of the others all words up to the next option.
 
     Raises:
         ValueError: a word belongs to no option.
@@ -192,7 +193,8 @@ def take_apart(
             words.appendleft(option)
             option = f"--{names[0] if names[0] in lists else names.popleft()}"
         values = []
-        while words and not words[0].startswith("--") and not (positional and values):
+        several = not positional or (option[2:] in lists and not set(positional) & set(lists))
+        while words and not words[0].startswith("--") and (several or not values):
             values.append(words.popleft())
         found.append((option, values))
     return found

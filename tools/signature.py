@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from inspect import signature
 from itertools import takewhile
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dalikd import configs
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.files import Refused, load_yaml
 
 __all__ = [
+    "RECIPES",
+    "RECIPE_PREFIX",
     "check_words",
     "check_yaml",
     "element",
@@ -25,6 +29,10 @@ __all__ = [
     "is_word",
     "option_types",
 ]
+
+#: where the packaged recipes lie, and what a path in there begins with: it needs no repository
+RECIPES = Path(configs.__file__).parent
+RECIPE_PREFIX = "dalikd:"
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
 _NUMBERS = re.compile(r"[-+.e\d]+( *, *[-+.e\d]+)+")
@@ -74,11 +82,14 @@ def _kinds(hint: Any) -> list[Any]:
 
 
 def expand_path(option: str, path: str) -> str:
-    """A path with ~, $VAR and ${VAR} replaced; a relative one stays relative to the working directory.
+    """A path with ~, $VAR and ${VAR} replaced; a relative one stays relative to the working directory. dalikd:NAME is a
+    packaged recipe, whose .yaml may be left out.
 
     Raises:
-        ValueError: the variable is not set, or there is no such home folder; names the option.
+        ValueError: the variable is not set, or there is no such home folder or recipe; names the option.
     """
+    if path.startswith(RECIPE_PREFIX):
+        return str(_recipe(option, path.removeprefix(RECIPE_PREFIX)))
 
     def value(match: re.Match[str]) -> str:
         name = match[1].strip("{}")
@@ -90,6 +101,16 @@ def expand_path(option: str, path: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{option} {path}: there is no such home folder; a file of that name is ./{path}")
     return expanded
+
+
+def _recipe(option: str, name: str) -> Path:
+    files = {path.relative_to(RECIPES).as_posix(): path for path in RECIPES.rglob("*.*") if path.suffix != ".py"}
+    found = files.get(name) or files.get(f"{name}.yaml")
+    if found is None:
+        close = get_close_matches(name, [known.removesuffix(".yaml") for known in files], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(RECIPE_PREFIX + known for known in close)}? " if close else ""
+        raise ValueError(f"{option} {RECIPE_PREFIX}{name}: there is no such recipe; {hint}`dalikd recipes` lists them")
+    return found
 
 
 def expand_paths(values: dict[str, Any], types: Mapping[str, Any], prefix: str = "", place: str = "--") -> None:

@@ -233,11 +233,15 @@ class Setup:
             return
         if len(self.val) < CHANCE_IMAGES:
             return
-        rows = np.linspace(0, len(self.val) - 1, CHANCE_IMAGES).astype(int)
-        batch = self._first_batch(self.val if self.val.shards is not None else self.val.take(rows))
+        batch = self.some_val_images(CHANCE_IMAGES)
         with torch.no_grad():
             answers = ask(net, batch.pixels, name).argmax(1)
         check_chance(answers.cpu().numpy(), batch.labels.cpu().numpy(), name, self.val)
+
+    def some_val_images(self, count: int) -> Batch:
+        """Images out of the whole validation split, 256 at most, as evaluation sees them; of shards the first ones."""
+        rows = np.linspace(0, len(self.val) - 1, min(count, len(self.val))).astype(int)
+        return self._first_batch(self.val if self.val.shards is not None else self.val.take(rows))
 
     def _first_batch(self, source: Source) -> Batch:
         """The first images of a data set, 256 at most, as evaluation sees them."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalikd.kd.backbones import factory
-from dalikd.tools import cache, distill, evaluate, measure, probe, train
+from dalikd.tools import cache, distill, evaluate, export, measure, probe, recipes, train
 from dalikd.tools.cli import build_parser
 
 COMMANDS = {
@@ -21,6 +21,8 @@ COMMANDS = {
     "measure": measure.main,
     "cache": cache.main,
     "evaluate": evaluate.main,
+    "export": export.main,
+    "recipes": recipes.main,
 }
 
 

@@ -20,13 +20,14 @@ from dalikd.kd.knn import classifier_inputs, knn_scores
 from dalikd.kd.known_weights import file_sha256, identify, weights_digest
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
-from dalikd.pipelines.files import read_json, read_yaml
+from dalikd.pipelines.files import read_yaml
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.options import FROM_0, ScheduleConfig, check_numbers
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import OptimizerFactory, TrainingOptions
 from dalikd.trainers.tasks.supervised import Supervised
+from dalikd.trainers.tracking import read_run_files
 from dalikd.trainers.trial import ask
 
 __all__ = ["Probe", "ProbeOptions"]
@@ -201,15 +202,7 @@ def _count(batch: Batch) -> Tensor:
 
 def _read_run(folder: Path) -> tuple[str, dict[str, Any], str]:
     """Architecture of the first net of a run, its options, and the weights file of the run's last figures."""
-    config, results = folder / "config.yaml", folder / "results.json"
-    if not config.is_file():
-        raise ValueError(f"--run {folder}: there is no run ({config} is missing); name a run folder")
-    options = read_yaml(config)
-    if not isinstance(options, dict) or not options.get("model"):
-        raise ValueError(f"--run {folder}: {config} names no model; name the folder of a run that trains a net")
-    found = read_json(results) if results.is_file() else {}
-    if not isinstance(found, dict) or not isinstance(options.get("model_args") or {}, dict):
-        raise ValueError(f"--run {folder}: its files are damaged: name another run folder")
+    options, found = read_run_files(folder, f"--run {folder}")
     weights = folder / "last" / Path(str(found.get("evaluated") or "student.safetensors")).name
     if not weights.is_file():
         raise ValueError(f"--run {folder} has no weights: {weights} is missing; wait for its first epoch to end")
