@@ -20,6 +20,7 @@ COMMANDS = {
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",
     "correlate": "correlate T. stddev with students' test loss, and plot",
+    "convert": "turn a config of mdistiller into one of dalikd",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
     "replay": "run the step again at which a training run diverged, and name what is first not finite",
