@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser  # pyright: ignore[reportPrivateImportUs
 from dalikd.kd import losses
 from dalikd.pipelines.files import read_text, write_atomically
 from dalikd.tools.bench.commands import BENCHMARKS
-from dalikd.tools.cli import run_function
+from dalikd.tools.cli import build_parser, run_function
 from dalikd.tools.main import COMMANDS
 
 _ROOT = Path(__file__).parents[1]
@@ -55,6 +55,7 @@ def write_reference(page: Path = _PAGE, check: bool = False) -> None:
 
 def reference() -> str:
     """The page as Markdown."""
+    build_parser.cache_clear()  # one that was used before has other defaults
     commands = [name for name in COMMANDS if name != "bench"] + [f"bench {name}" for name in BENCHMARKS]
     parsers = {name: _parser(name) for name in commands}
     groups = {name: _groups(parser) for name, parser in parsers.items()}
