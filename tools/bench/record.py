@@ -34,7 +34,6 @@ _ROOT = Path(__file__).parents[2]
 _HEADLINES = {
     "loader imagefolder-224": "photos decoded, cropped to 224 pixels, flipped",
     "loader random-32": "images of 32 pixels in memory, cropped, flipped",
-    "passes resnet20-64-fp32": "T. stddev of nine augmentations: a pass each against one pass",
     "published resnet56-option-a-resnet8-32-fp32": "a training step with CutMixPick",
     "published resnet56-aux-resnet20-aux-32-fp32": "a training step of HSAKD",
 }
