@@ -133,6 +133,7 @@ def _row(action: Action) -> str:
     hint: Any = getattr(action, "_typehint", action.type)
     name = next((word for word in action.option_strings if not word.endswith("+")), action.dest)
     default = "" if action.default in (None, SUPPRESS, {}, []) else str(action.default).replace(f"{_ROOT}/", "")
+    default = default.lower() if isinstance(action.default, bool) else default.replace("'", "")
     default = {"dalikd.trainers.tasks.base._sgd": "torch.optim.SGD"}.get(default, default)
     cells = (f"`{name}`", _type(hint), f"`{default}`" if default else "", " ".join((action.help or "").split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
