@@ -365,7 +365,15 @@ def load_torch(file: BinaryIO) -> Any:
         for _ in range(_PICKLES_BEFORE_TENSORS):
             start = start[_check_pickle(start) :]
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's advice in it is to run the code
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise (_UnsafeError(f"needs unsafe unpickling ({refused[1]})") if refused else error) from None
+
+
+class _UnsafeError(ValueError):
+    """A file names code."""
 
 
 def _check_pickle(content: bytes) -> int:
@@ -391,10 +399,9 @@ def _check_pickle(content: bytes) -> int:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if refused:
+    if isinstance(error, _UnsafeError):
         return (
-            f"{path} needs unsafe unpickling ({refused[1]}): save its state_dict alone, "
+            f"{path} {error}: save its state_dict alone, "
             "torch.save(model.state_dict(), path), where the file comes from"
         )
     return f"{path} is damaged or not a checkpoint: {type(error).__name__}, {_first_line(error)}"

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-__all__ = ["Coefficient", "Correlation", "Point", "Spread", "correlate", "draw", "plot", "read_points"]
+__all__ = ["Coefficient", "Correlation", "Point", "Spread", "correlate", "draw", "intervals", "plot", "read_points"]
 
 FEWEST_POINTS = 3
+#: for an interval: fewer points have too few different resamples
+FEWEST_RESAMPLED = 5
 
 
 class Coefficient(NamedTuple):
@@ -76,6 +78,58 @@ def _check_values(name: str, values: Sequence[float]) -> None:
         raise ValueError(f"every value of {name} is {values[0]}: a correlation needs values that differ")
 
 
+def intervals(
+    x: Sequence[float], y: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """How far each coefficient may be from that of more points of the kind: percentile bootstrap intervals.
+
+    Points are drawn anew with replacement, as many as there are (Efron, "Bootstrap Methods: Another Look at the
+    Jackknife", 1979). Resamples without a coefficient, in which all values of one side are equal, are left out. Not
+    BCa: its acceleration does not exist where all points lie on one line or in one order, as few points often do.
+
+    Args:
+        x: of each point.
+        y: of each point.
+        confidence: share of the resamples' coefficients that an interval holds.
+        resamples: how many.
+        seed: of the draws; the same one gives the same intervals.
+
+    Returns:
+        lowest and highest value by the coefficient's name; nothing of fewer than 5 points.
+
+    Raises:
+        ValueError: as `correlate`; or the confidence lies not between 0 and 1.
+    """
+    import numpy as np
+
+    correlate(x, y)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: give a share between 0 and 1, such as 0.95")
+    if (count := len(x)) < FEWEST_RESAMPLED:
+        return {}
+    # how often each point is drawn, [resamples, points]: every coefficient is a function of it alone
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, resamples).astype(float)
+    sides = [np.asarray(side, float) for side in (x, y)]
+    signs = [np.sign(side[:, None] - side) for side in sides]
+
+    def pearson(a: Any, b: Any) -> Any:
+        a, b = (side - (drawn * side).sum(-1, keepdims=True) / count for side in (a, b))
+        return (drawn * a * b).sum(-1) / np.sqrt((drawn * a * a).sum(-1) * (drawn * b * b).sum(-1))
+
+    def pairs(of_each: Any) -> Any:
+        return ((drawn @ of_each) * drawn).sum(-1)
+
+    ranks = [drawn @ (sign > 0).T + drawn @ (sign == 0).T / 2 for sign in signs]  # less a half, which all have
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ties = np.sqrt(pairs(abs(signs[0])) * pairs(abs(signs[1])))
+        found = (pearson(*(side[None] for side in sides)), pearson(*ranks), pairs(signs[0] * signs[1]) / ties)
+    # a side whose values are all equal leaves rounding in the place of 0
+    differ = np.logical_and(*(pairs(abs(sign)) > 0 for sign in signs))
+    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
+    low_high = (np.quantile(np.clip(values[differ], -1, 1), ends).tolist() for values in found)
+    return {name: (low, high) for name, (low, high) in zip(Correlation._fields, low_high, strict=True)}
+
+
 def read_points(path: str | Path) -> list[Point]:
     """Read {"points": [{"da": name, "t_stddev": number, "s_test_loss": number}, ...]}; other keys are ignored.
 
@@ -120,6 +174,7 @@ def plot(
     path: str | Path,
     title: str = "",
     spreads: Sequence[Spread] = (),
+    label: str | None = None,
 ) -> None:
     """Draw a scatter plot of the points, T. stddev to the right and student test loss upwards, into a PNG file.
 
@@ -129,6 +184,7 @@ def plot(
         path: of the file.
         title: of the plot.
         spreads: error bars, one for each point, or none at all.
+        label: of the axis upwards; default: of the test loss.
 
     Raises:
         ValueError: no points, or another number of error bars.
@@ -141,12 +197,16 @@ def plot(
         raise ValueError(f"{len(points)} points and {len(spreads)} error bars: give one for each, or none")
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{path.parent}: no such folder, make it first")
-    figure = draw(points, correlation, title, spreads)
+    figure = draw(points, correlation, title, spreads, label)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
 
 
 def draw(
-    points: Sequence[Point], correlation: Correlation, title: str = "", spreads: Sequence[Spread] = ()
+    points: Sequence[Point],
+    correlation: Correlation,
+    title: str = "",
+    spreads: Sequence[Spread] = (),
+    label: str | None = None,
 ) -> "Figure":
     """Return the figure that `plot` saves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -155,7 +215,7 @@ def draw(
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # draws in memory, whatever backend the process uses
     axes = figure.subplots()
-    axes.set(xlabel="T. stddev", ylabel="Student test loss")
+    axes.set(xlabel="T. stddev", ylabel=label or "Student test loss")
     axes.set_title(title, pad=24)
     axes.margins(0.12)
     axes.grid(color="0.92", linewidth=0.8)

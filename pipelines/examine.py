@@ -1,5 +1,4 @@
-"""Looks at every image of a source on all cores: what its header says, whether it can be decoded, what it hashes to;
-and at what lies beside the images.
+"""Looks at every image of a source on all cores: what its header says, whether it can be decoded, what it hashes to.
 
 Processes of their own read and decode: so all cores are used for small images too, and what a damaged image does to
 the process that decodes it, the command outlives. Torch is no part of them.
@@ -24,15 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dalikd.pipelines.content import BYTES_A_PIXEL, Facts, facts_of
-from dalikd.pipelines.datasets.file_list import ENTRY, IMAGE_EXTENSIONS, NEVER, FileRecord, is_no_data
-from dalikd.pipelines.doctor import Child, Decoder, answer_questions, printable, why_unreadable
+from dalikd.pipelines.datasets.file_list import ENTRY, NEVER, FileRecord
+from dalikd.pipelines.doctor import Child, Decoder, answer_questions, why_unreadable
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.read import ShardSet
 
 if TYPE_CHECKING:
     from dalikd.pipelines.sources import Source
 
-__all__ = ["Examination", "Surroundings", "examine", "look_around", "serve"]
+__all__ = ["Examination", "examine", "serve"]
 
 _PART_IMAGES, _PART_BYTES = 1024, 64 << 20  # that a process is asked about at once: a second or two of work
 _LEAST_IMAGES = 32  # of a part, where there are enough
@@ -389,65 +388,3 @@ def _faults(contents: Sequence[bytes | str], facts: Sequence[Facts], decoder: De
         pixels += own
     decode()
     return faults
-
-
-# ------------------------------------------------------------------------------------------- beside the images
-
-
-@dataclass
-class Surroundings:
-    """What lies in a folder of class folders beside the images.
-
-    Attributes:
-        no_data: paths of what a file server, an archive tool or a system has put there, by its kind; not looked into.
-        left_out: paths of files whose ending is not an image's, by their ending.
-        classes: images of each folder directly in it.
-        blocked: what keeps the folder from being read: links to nothing, what is no file, folders that cannot be read.
-    """
-
-    no_data: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    classes: dict[str, int] = field(default_factory=dict)
-    blocked: list[str] = field(default_factory=list)
-
-
-def look_around(folder: Path) -> Surroundings:  # noqa: C901 - one case an entry may be
-    """Walk through a folder; links are followed. No file is opened."""
-    found = Surroundings()
-
-    def walk(place: str, above: frozenset[tuple[int, int]]) -> int:
-        images = 0
-        try:
-            status = os.stat(place)  # noqa: PTH116 (no Path for each of a million files)
-            if (status.st_dev, status.st_ino) in above:
-                found.blocked.append(f"{printable(place)} links back to a folder above it: remove the link")
-                return 0
-            above |= {(status.st_dev, status.st_ino)}
-            with os.scandir(place) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            found.blocked.append(f"{printable(place)} cannot be read: {error.strerror}")
-            return 0
-        for entry in listed:
-            name, path = entry.name.lower(), printable(entry.path)
-            if is_no_data(name):
-                kind = "._*" if name.startswith("._") else entry.name
-                found.no_data[printable(kind)].append(path)
-            elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110 (as above)
-                found.blocked.append(f"{path} is a link to nothing: restore its target or remove it")
-            elif name.endswith(IMAGE_EXTENSIONS):
-                if entry.is_file():
-                    images += 1
-                else:
-                    found.blocked.append(f"{path} is no file, but its name ends as an image's: rename or remove it")
-            elif entry.is_dir():
-                below = walk(entry.path, above)
-                images += below
-                if place == str(folder):
-                    found.classes[entry.name] = below
-            else:
-                found.left_out[Path(name).suffix or "without an ending"].append(path)
-        return images
-
-    walk(str(folder), frozenset())
-    return found

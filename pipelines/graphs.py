@@ -11,6 +11,7 @@ epoch and the seed alone. `mixed` decode on a GPU, `cpu` otherwise; the rest of 
 import contextlib
 import io
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -96,6 +97,9 @@ def build_graph(
         each sample; where these were encoded, also their second byte (uint8) and their height, width and channels
         (float32 [3]); and their last two bytes (uint8 [2]) where asked for. A window that reaches beyond its image is
         cut off there: compare the sides.
+
+    Raises:
+        OSError: the folder for temporary files is full: DALI writes a graph's code there.
     """
     with _quiet_build():
         graph = _graph(
@@ -127,6 +131,10 @@ def _quiet_build():
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
+    except TypeError as error:
+        if "conditional context" not in str(error):
+            raise
+        raise OSError(f"{tempfile.gettempdir()} is full, and DALI writes code there: free it, or set TMPDIR") from error
     finally:
         warnings.showwarning = original
 

@@ -31,7 +31,7 @@ from dalikd.pipelines.resident import Resident
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source, why_fingerprints_differ
 
-__all__ = ["BadFileError", "Loader", "can_be_resident", "decode_source"]
+__all__ = ["BadFileError", "Loader", "can_be_resident", "decode_source", "default_threads"]
 
 _ASKED_TOO_MUCH = "std::bad_alloc"  # the machine has no memory left, or a damaged header asks for more than there is
 _NAMED = 3  # files of many
@@ -103,7 +103,7 @@ class Loader:
         self.note_damaged(self.replaced)
         self._attach = attach
         self._transfer = DeviceTransfer(self.device, buffers)
-        self._threads = threads or _default_threads()
+        self._threads = threads or default_threads()
         self._decoding = decoding_on(source, self.device, decode, hw_decoder_load)
         self._limit = min(max(len(source) // 100, 10), 1000) if bad_files_limit is None else bad_files_limit
         self._waits: tuple[int, float] | None = None  # for which batch, since when
@@ -387,7 +387,7 @@ def _check_groups(sampler: Sampler, spec: DrawSpec) -> None:
         )
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
     """This process's share of the cores, of which torchrun says how many processes of this machine have one. More than
     16 threads wait for each other, and each holds memory of the host and of the GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

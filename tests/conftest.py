@@ -1,7 +1,8 @@
-"""Images that every test may read, processes that start at once, and the rule that a test marked `gpu` needs a CUDA
-device."""
+"""Images that every test may read, processes that start at once, and the rules that a test marked `gpu` needs a CUDA
+device, and one marked `full` the option `--full`."""
 
 import gc
+import json
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,7 +55,7 @@ def _compile_what_is_asked_for() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="of the tests of faults all cases, not some of each kind")
+    parser.addoption("--full", action="store_true", help="all cases, not some of each kind")
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +199,8 @@ def sync_is_an_error() -> Iterator[Callable[[], None]]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if item.get_closest_marker("full") is not None and not item.config.getoption("--full"):
+        pytest.skip("only with --full")
 
 
 @pytest.fixture(scope="session")
@@ -241,3 +245,63 @@ def _draw_photo(random: np.random.Generator, width: int, height: int) -> Image.I
         (pen.ellipse if random.random() < 0.5 else pen.rectangle)((left, top, right, bottom), fill=color)
     grain = random.normal(0, 4, (height, width, 1))
     return Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the folder of a finished run of made-up figures: two epochs of ten steps, ten images a second."""
+
+    def make(
+        name: str,
+        augmentation: str = "identity",
+        seed: int = 0,
+        loss: float = 1.0,
+        top1: float = 0.5,
+        config: dict[str, Any] | None = None,
+        results: dict[str, Any] | None = None,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"name": "imagefolder", "root": "gone"}
+        options = {"data": data, "model": "resnet8", "seed": seed, "augmentation": augmentation, "epochs": 2}
+        options |= {"schedule": {"name": "cosine", "final": 0.0}, "mix": {"group": 8}, "batch_size": 16}
+        options |= {"loss": {"class_path": "dalikd.kd.losses.KD", "init_args": {"kd_weight": 0.9}}} | (config or {})
+        val = {"loss": loss, "top1": top1, "top5": 1.0, "images": 200}
+        whole = {"finished": True, "epochs": 2.0, "steps": 20, "command": "distill", "seed": seed, "data": data}
+        whole |= {"last": {"epoch": 2, "val": val}, "best": {"epoch": 1, "val": {**val, "top1": 1 - top1}}}
+        whole |= {"fingerprint": {"train": "t", "val": "v"}, "versions": {"torch": "2"}, "batch_size": 16}
+        whole |= {"teacher": {"name": "resnet20", "weights": "t.safetensors", "sha256": "abc"}}
+        whole |= {"model": options["model"], "augmentation": augmentation} | (results or {})
+        log = [
+            {"step": step, "epoch": step / 10, "train": {"loss": loss + 1 / step, "kd": loss}, "lr": 0.1}
+            | {"images_per_second": 10.0, "data_wait_share": 0.25}
+            for step in (5, 10, 15, 20)
+        ]
+        log += [{"step": step, "epoch": step // 10, "epoch_train": {"loss": loss}, "val": val} for step in (10, 20)]
+        (folder / "config.yaml").write_text(yaml.safe_dump(options))
+        (folder / "results.json").write_text(json.dumps(whole))
+        (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def write_measurement(tmp_path: Path) -> Callable[..., Path]:
+    """Writes what `dalikd measure` would of the teacher of `make_run`."""
+
+    def write(stddev: dict[str, float | None], **changed: Any) -> Path:
+        path = tmp_path / "measure.json"
+        rows = [
+            {"augmentation": name, "stddev": value, "stderr": value and value / 10, "entropy": 1.0, "windows": 9}
+            | {"images": 99}
+            for name, value in stddev.items()
+        ]
+        whole = {"results": rows, "mode": "per_sample", "mix_group": 8, "mix": {"group": 8}, "window": 64, "epochs": 1}
+        whole |= {"seed": 0, "precision": "fp32", "confidence": 0.95, "separation": None, "stopped": None}
+        whole |= {"teacher": {"name": "resnet20", "weights": "t.safetensors", "sha256": "abc"}, "student": None}
+        whole |= {"data": {"name": "imagefolder"}, "fingerprint": "t", "versions": {"torch": "2"}}
+        path.write_text(json.dumps(whole | changed))
+        return path
+
+    return write

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def _lines(script: str) -> Iterator[list[str]]:
 
 def _command(words: list[str]) -> tuple[str, list[str]] | None:
     """The name of dalikd's command in a line, and its arguments."""
-    words = words[: words.index(">")] if ">" in words else words
+    end = min([words.index(mark) for mark in (">", "|") if mark in words], default=len(words))
+    words = list(dropwhile(lambda word: re.match("[A-Z_]+=", word), words[:end]))
     if words[:2] == ["dalikd", "bench"]:
         return f"bench {words[2]}", words[3:]
     if words[:1] == ["dalikd"]:
@@ -137,6 +139,9 @@ def _run(words: list[str]) -> None:
         runpy.run_path(words[1], run_name="__main__")
         return
     name, arguments = command
+    arguments = [
+        path for word in arguments for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+    ]
     if "my.yaml" in arguments and name != "train" and not Path("runs/teacher").exists():
         Path("runs/teacher/last").mkdir(parents=True)
         save_file(create_model("resnet14", 3).state_dict(), "runs/teacher/last/student.safetensors")
@@ -170,7 +175,7 @@ def test_a_page_runs(page: str, workplace: Path) -> None:
         results = Path("runs/distill-imagefolder-resnet8/results.json")
         assert json.loads(results.read_text(encoding="utf-8"))["finished"]
     if page == "docs/guides/augmentations.md":
-        assert json.loads(Path("out.json").read_text()).keys() == {"pearson", "spearman", "kendall"}
+        assert json.loads(Path("out.json").read_text()).keys() > {"pearson", "spearman", "kendall"}
         assert Path("out.png").stat().st_size > 0
 
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from dalikd.kd.losses import DistillationLoss
 from dalikd.pipelines.files import Refused, load_yaml
 
-__all__ = ["CLASSES", "Chosen", "check_class_path", "check_values", "trust", "whole"]
+__all__ = ["CLASSES", "Chosen", "check_class_path", "check_values", "import_words", "trust", "whole"]
 
 #: what each of these options is without a word, and the base of what it may be
 CLASSES: dict[str, tuple[dict[str, Any], type]] = {
@@ -48,7 +48,7 @@ def whole(value: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ what may be imported
 
 _OF_OURS = ("dalikd", "torch", "torchvision", "timm")
-_TRUSTED: set[str] = set()  # top-level modules that --import names
+_TRUSTED: dict[str, str] = {}  # modules that --import names, and the top-level module of each
 
 
 def trust(module: str) -> None:
@@ -67,8 +67,13 @@ def trust(module: str) -> None:
         import_module(module)
     except Exception as error:  # it may do anything
         raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
-    _TRUSTED.add(top)
+    _TRUSTED[module] = top
     _allow(top)
+
+
+def import_words() -> list[str]:
+    """The words of a command line that imports the modules that this one has named."""
+    return [word for module in _TRUSTED for word in ("--import", module)]
 
 
 def check_class_path(place: str, path: str) -> None:
@@ -82,7 +87,7 @@ def check_class_path(place: str, path: str) -> None:
         ValueError: as said.
     """
     top, dot, _ = path.partition(".")
-    if not dot or top in _TRUSTED or top in _OF_OURS:
+    if not dot or top in _TRUSTED.values() or top in _OF_OURS:
         return
     if top in sys.stdlib_module_names or top == "jsonargparse":
         raise ValueError(f"{place} {path}: {top} has no class for this place; give another")

@@ -34,6 +34,7 @@ from dalikd.tools.layers import (
 )
 from dalikd.tools.restarts import RESTARTED, after_launcher, supervise
 from dalikd.tools.signature import expand_paths, option_types
+from dalikd.tools.summary import json_asked
 from dalikd.trainers.launch import leave
 from dalikd.trainers.signals import Asked, obeying, stop_words
 from dalikd.trainers.stopping import Interrupted, Watch, lack_of_memory
@@ -62,7 +63,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "schedule": (),
 }
 #: options of one call, not of the run: later calls that read its config give them themselves
-_OF_ONE_CALL = ("import", "resume", "overwrite", "restarts", "verify")
+_OF_ONE_CALL = ("import", "resume", "overwrite", "json", "restarts", "verify")
 #: how a process has ended, for those that wait for it; which line gives the cause, the user sees
 _LEFT = "has ended, as its own line tells"
 
@@ -83,8 +84,9 @@ def run_command(command: str, function: Callable[[Any, dict[str, Any]], Any], ar
                 sys.exit(supervise(command, words, options[0]))
             if extra := after_launcher(command, options[0]):
                 options = parse(command, [*words, *extra])
-        choose_threads()
-        return function(*options)
+        with json_asked(getattr(options[0], "json", None)):
+            choose_threads()
+            return function(*options)
 
 
 def run_function(
@@ -115,14 +117,15 @@ def run_function(
         parser = build_parser(name, component, positional=positional)
         _show_help(parser, words)
         made, _ = _resolved(parser, form, read_layers(words, form, places), options or dict)
-        function(**made) if options is None else function(made)
+        with json_asked(made.get("json") if options is None else getattr(made, "json", None)):
+            function(**made) if options is None else function(made)
 
 
 @contextmanager
 def guarded(command: str) -> Iterator[None]:
     """End the process with one line where a user can mend things; DALIKD_TRACEBACK=1 shows where it came from.
 
-    Exit codes are those that `trainers.signals` lists. A signal unwinds the stack, so that temporary folders go.
+    Exit codes are those of `signals.EXIT_CODES`. A signal unwinds the stack, so that temporary folders go.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file may end a run by being printed
@@ -227,6 +230,9 @@ def build_parser(
         parser.add_class_arguments(component)
     else:
         parser.add_function_arguments(component, as_group=False, as_positional=positional)
+    for action in parser._get_positional_actions():
+        if str(action.metavar).startswith("["):  # a list, which the command line takes as words
+            action.metavar = f"{action.dest.upper()} …"
     if any(action.dest == "batch_size" for action in parser._actions):
         _order_groups(parser)
     return parser

@@ -1,18 +1,25 @@
 """`dalikd demo`: teacher, measure, students, ranking, on handwritten digits, in minutes."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalikd import configs
+from dalikd.pipelines.data import FilePath
 from dalikd.tools import choose_threads, correlate
 from dalikd.tools.cli import parse, run_function
-from dalikd.tools.distill import distill
 from dalikd.tools.measure import measure
-from dalikd.tools.report import next_steps, ranking_table
+from dalikd.tools.summary import give_json, next_steps, ranking_table, students_table
 from dalikd.tools.train import train
-from dalikd.trainers.augmentation import augmentation_names
-from dalikd.trainers.launch import Device, Precision
+from dalikd.trainers.augmentation import augmentation_names, picks_by_student
+from dalikd.trainers.launch import Device, Precision, start
+from dalikd.trainers.run import Planned, run_students
 from dalikd.trainers.tracking import RunFolder, write_json
 
 STUDENTS = ["identity", "cutout", "autoaugment", "mixup", "cutmix", "cutmixpick_teacher"]
@@ -25,6 +32,7 @@ def run(
     device: Device = "auto",
     precision: Precision = "fp32",
     overwrite: bool = False,
+    json: Path | None = None,
 ) -> dict[str, Any]:
     """Train a teacher on handwritten digits, measure all nine augmentations, distil students with several, rank them.
 
@@ -35,6 +43,7 @@ def run(
         device: auto takes the GPU where there is one.
         precision: fp32, tf32, bf16, fp16 or fp64.
         overwrite: replace an earlier demo in the folder.
+        json: JSON file for points and coefficients, - for stdout.
     """
     if len(augmentation_names(augmentation)) < 3:
         raise ValueError("--augmentation: name at least three, a correlation needs as many points")
@@ -54,22 +63,104 @@ def run(
     print("1. a teacher", flush=True)
     teacher = train(*parse("train", [*common, "--output", str(output / "teacher"), *redo]))
     weights = ["--teacher.weights", str(output / "teacher/last" / teacher["evaluated"])]
-    print("\n2. how good each augmentation is, by the teacher alone", flush=True)
-    measured = measure(*parse("measure", [*common, *weights, "--json", str(output / "measure.json")]))
-    stddev = {result["augmentation"]: result["stddev"] for result in measured["results"]}
-    if None in stddev.values():
-        raise ValueError(f"--limit {limit} fills less than two windows of teacher outputs: give at least 320")
+    names = augmentation_names(augmentation)
+    calls = {name: [*common, *weights, "--augmentation", name, "--output", str(output / name), *redo] for name in names}
+    with _other_process(calls) as (here, there):
+        print("\n2. how good each augmentation is, by the teacher alone", flush=True)
+        measured = measure(*parse("measure", [*common, *weights, "--json", str(output / "measure.json")]))
+        stddev = {result["augmentation"]: result["stddev"] for result in measured["results"]}
+        if None in stddev.values():
+            raise ValueError(f"--limit {limit} fills less than two windows of teacher outputs: give at least 320")
+        print(f"\n3. a student with each of {', '.join(names)}", flush=True)
+        found = _distil(here) | there()
+    students = {name: found[name] for name in names}
+    print(students_table(students))
     points = []
-    for number, name in enumerate(augmentation_names(augmentation), start=1):
-        print(f"\n3.{number} a student with {name}", flush=True)
-        arguments = [*common, *weights, "--augmentation", name, "--output", str(output / name), *redo]
-        val = distill(*parse("distill", arguments))["last"]["val"]
+    for name, results in students.items():
+        val = results["last"]["val"]
         points.append({"da": name, "t_stddev": stddev[name], "s_test_loss": val["loss"], "top1": val["top1"]})
     write_json(output / "points.json", {"points": points})
     print(f"\n4. the ranking, best student first\n{ranking_table(points)}\n")
-    result = correlate.run(output / "points.json", output / "scatter.png", output / "correlation.json", "digits")
+    result = correlate.run(
+        [FilePath(str(output / "points.json"))],
+        plot=output / "scatter.png",
+        json=output / "correlation.json",
+        title="digits",
+    )
     print(next_steps(output))
-    return {"points": points, **result}
+    found = {"points": points, **result}
+    give_json(json, found)
+    return found
+
+
+@contextmanager
+def _other_process(
+    calls: Mapping[str, list[str]],
+) -> Iterator[tuple[dict[str, list[str]], Callable[[], dict[str, dict[str, Any]]]]]:
+    """Let half of the students be distilled in another process meanwhile, where torch computes on two threads or more:
+    nets as small as these gain little from the second one.
+
+    Args:
+        calls: the words of `dalikd distill`, by the augmentation.
+
+    Returns:
+        the calls that are left to this process, and what waits for the results of the others, by the augmentation.
+    """
+    threads, names = torch.get_num_threads(), list(calls)
+    words = next(iter(calls.values()))
+    alone = threads < 2 or len(names) < 4 or start(*_device(words)).device.type != "cpu"
+    here = names if alone else names[: len(names) // 2]
+    given = {name: calls[name] for name in names if name not in here}
+    if not given:
+        yield dict(calls), dict
+        return
+    context = get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sending, given, threads // 2), daemon=True)
+    process.start()
+    sending.close()
+    torch.set_num_threads(threads - threads // 2)
+
+    def wait() -> dict[str, dict[str, Any]]:
+        try:
+            answer = receiving.recv()
+        except EOFError:
+            process.join()
+            raise ValueError(f"the process that distils {', '.join(given)} has ended, as its own line tells") from None
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return answer
+
+    try:
+        yield {name: calls[name] for name in here}, wait
+    finally:
+        torch.set_num_threads(threads)
+        process.kill()
+        process.join()
+
+
+def _send(sending: Connection, calls: Mapping[str, list[str]], threads: int) -> None:
+    """In the other process: distil, and send the results or what is to be mended."""
+    torch.set_num_threads(threads)
+    os.environ["TQDM_DISABLE"] = "1"  # the terminal's line is the first process's
+    try:
+        sending.send(_distil(calls))
+    except (ValueError, OSError) as error:
+        sending.send(str(error))
+
+
+def _distil(calls: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """The results of students, by their augmentations: on one teacher pass, but for those that pick by themselves."""
+    runs = {name: Planned(*parse("distill", words)) for name, words in calls.items()}
+    accelerator, done = start(*_device(next(iter(calls.values())))), dict[str, dict[str, Any]]()
+    shared = [name for name in runs if not picks_by_student(name)]
+    for group in filter(None, [shared, *([name] for name in runs if name not in shared)]):
+        done |= zip(group, run_students({name: runs[name] for name in group}, accelerator), strict=True)
+    return done
+
+
+def _device(words: list[str]) -> tuple[Any, Any]:
+    return words[words.index("--device") + 1], words[words.index("--precision") + 1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

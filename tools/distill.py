@@ -11,7 +11,7 @@ import yaml
 from dalikd.pipelines.files import read_yaml, remove_litter, write_atomically
 from dalikd.tools.cli import resolve, run_command
 from dalikd.tools.layers import Layer, grammar, nested, read_layers
-from dalikd.tools.report import print_training, students_table
+from dalikd.tools.summary import give_json, print_training, students_table
 from dalikd.trainers.launch import start
 from dalikd.trainers.run import Planned, run, run_path, run_students
 from dalikd.trainers.tasks.distill import OWN, DistillOptions
@@ -30,7 +30,7 @@ def distill(options: DistillOptions, config: dict[str, Any], words: Sequence[str
         return _distill_students(options, config, words)
     accelerator = start(options.device, options.precision)
     results = run(options, accelerator, "distill", config)
-    print_training(results, accelerator)
+    print_training(results, accelerator, options.json)
     return results
 
 
@@ -73,6 +73,7 @@ def _distill_students(options: DistillOptions, config: dict[str, Any], words: Se
     if accelerator.is_main_process:
         print(students_table(results["students"]))
         print(f"weights: {folder}/last/NAME.safetensors\nrun folders: {folder}/NAME")
+        give_json(options.json, results)
     return results
 
 

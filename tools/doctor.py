@@ -1,4 +1,5 @@
-"""`dalikd doctor DATA`: what a data set is made of, and what is to be mended before a run meets it."""
+"""`dalikd doctor [DATA]`: what a data set is made of, and what is to be mended before a run meets it; without DATA
+whether dalikd works on this machine."""
 
 import json
 import os
@@ -17,12 +18,15 @@ from dalikd.pipelines.datasets.file_list import is_no_data, scan
 from dalikd.pipelines.datasets.info import default_statistics
 from dalikd.pipelines.datasets.spec import Role
 from dalikd.pipelines.doctor import Child, printable
-from dalikd.pipelines.examine import Examination, Surroundings, examine, look_around
+from dalikd.pipelines.examine import Examination, examine
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.shards.layout import MANIFEST, ShardManifest
 from dalikd.pipelines.sources import Source, check_same_classes
+from dalikd.pipelines.surroundings import Surroundings, look_around
 from dalikd.tools.cli import run_command
-from dalikd.trainers.tracking import check_writable, write_json
+from dalikd.tools.installation import examine_installation
+from dalikd.tools.summary import give_json, some, split_lines
+from dalikd.trainers.tracking import check_writable
 
 _NAMED = 10  # examples of a fault that are printed
 _TREES = ("imagefolder", "imagenet", "imagenet100", "webdataset", "tfrecord")  # whose splits are folders of any name
@@ -42,7 +46,8 @@ _ODD_CLASSES = ("__pycache__", "cvs", "found.000", "recycled", "thumbnails", "li
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
     """Look at every image of a data set as training would, on all cores: `dalikd doctor DATA`, or with --data.name and
-    the other options of the data. DATA is --data.root: a folder of splits, of class folders, or of shards.
+    the other options of the data. DATA is --data.root: a folder of splits, of class folders, or of shards. Without DATA
+    look at the installation: packages, GPU, cores, decoding, and a training run of two steps.
 
     What is found is remembered. Called again, it looks only at files that have changed. A run takes the sides of the
     images from there, and refuses to start with files that cannot be decoded, or with --data.bad_files replace goes
@@ -53,7 +58,7 @@ class DoctorOptions:
     Args:
         data: the data set.
         seed: of --data.limit and --data.share.
-        json: JSON file for all that was found.
+        json: JSON file for all that was found, - for stdout.
         manifest: file of JSON lines for all images, one each: path, split, class, label, height, width, bytes, fault,
             and sha256 if it was asked for.
         hash: compare contents too: images that are twice in a split, or in both; those of different classes first.
@@ -90,9 +95,15 @@ class Split(NamedTuple):
 
 def doctor(options: DoctorOptions, config: dict[str, Any]) -> dict[str, Any]:
     """Look, print the report, write the files that are asked for, and return the report."""
-    for option in ("json", "manifest"):
-        if (path := getattr(options, option)) is not None:
-            check_writable(f"--{option}", Path(path))
+    if options.data == DataConfig() and not (options.manifest or options.hash):
+        report = {"config": config, **examine_installation()}
+        for what in report["faults"]:
+            print(f"to mend: {what}")
+        give_json(options.json, report)
+        print(f"mend first: {report['faults'][0]}" if report["faults"] else "fine")
+        return report
+    if options.manifest is not None:
+        check_writable("--manifest", Path(options.manifest))
     data, roles = _as_it_lies(options.data)
     faults: list[Fault] = []
     splits: dict[Role, Split] = {}
@@ -104,7 +115,7 @@ def doctor(options: DoctorOptions, config: dict[str, Any]) -> dict[str, Any]:
             continue
         splits[role] = Split(source, examine(source, crew, hashing=options.hash, processes=options.processes))
         report["splits"][role] = _describe(data, role, splits[role], around, faults)
-        print("\n".join(_lines(role, report["splits"][role])), flush=True)
+        print("\n".join(split_lines(role, report["splits"][role])), flush=True)
     if len(splits) == 2:
         _compare_classes(splits, faults)
     if options.hash:
@@ -116,9 +127,7 @@ def doctor(options: DoctorOptions, config: dict[str, Any]) -> dict[str, Any]:
     if options.manifest is not None:
         write_atomically(Path(options.manifest), lambda file: file.writelines(_rows(splits)))
         print(f"written: {options.manifest}")
-    if options.json is not None:
-        write_json(Path(options.json), report)
-        print(f"written: {options.json}")
+    give_json(options.json, report)
     print(f"mend first: {faults[0].remedy or faults[0].what}" if faults else "fine")
     return report
 
@@ -155,7 +164,7 @@ def _open(data: DataConfig, role: Role, seed: int, faults: list[Fault]) -> tuple
     if data.name in (*_TREES[:3], "tinyimagenet") and folder.is_dir():
         around = look_around(folder)
         if around.blocked:
-            what = f"{role}: {folder} cannot be opened for {_some(len(around.blocked), 'entry', 'entries')} in it"
+            what = f"{role}: {folder} cannot be opened for {some(len(around.blocked), 'entry', 'entries')} in it"
             faults.append(Fault(what, len(around.blocked), around.blocked, around.blocked[0]))
             return None, around
         empty = [name for name, count in around.classes.items() if not count] if data.name in _TREES else []
@@ -202,14 +211,14 @@ def _describe(
         faults.append(Fault(f"{role}: there is one class, {next(iter(counts))}", 1, [], remedy))
     odd = [name for name in source.classes if is_no_data(name) or name[0] in "@#$~" or name.lower() in _ODD_CLASSES]
     if odd:
-        what = f"{role}: {_some(len(odd), 'class', 'classes')} that may be the work of a file server, tool or system"
+        what = f"{role}: {some(len(odd), 'class', 'classes')} that may be the work of a file server, tool or system"
         faults.append(Fault(what, len(odd), [printable(name) for name in odd], f"remove {odd[0]}, or rename the class"))
     if twins := alike(source.classes):
-        faults.append(Fault(f"{role}: {_some(len(twins), 'class')} with a look-alike", len(twins), twins, twins[0]))
+        faults.append(Fault(f"{role}: {some(len(twins), 'class')} with a look-alike", len(twins), twins, twins[0]))
     if bad:
         names = [f"{item['path']} ({item['reason']})" for item in bad]
         remedy = f"repair or remove {bad[0]['path']}, or train without such files by --data.bad_files replace"
-        faults.append(Fault(f"{role}: {_some(len(bad))} that cannot be decoded", len(bad), names, remedy))
+        faults.append(Fault(f"{role}: {some(len(bad))} that cannot be decoded", len(bad), names, remedy))
     return {
         "split": source.split,
         "images": len(source),
@@ -309,72 +318,16 @@ def _duplicates(splits: dict[Role, Split], faults: list[Fault]) -> list[dict[str
     ):
         lines = [_same(item["files"]) for item in groups if item[kind]]
         if lines:
-            faults.append(Fault(f"{_some(len(lines))} {what}", len(lines), lines, f"{lines[0]}: {remedy}"))
+            faults.append(Fault(f"{some(len(lines))} {what}", len(lines), lines, f"{lines[0]}: {remedy}"))
     rest = [item for item in groups if not (item["labels_differ"] or item["in_both_splits"])]
     if rest:
-        print(f"{_some(len(rest))} several times in one class of one split, such as {_same(rest[0]['files'])}")
+        print(f"{some(len(rest))} several times in one class of one split, such as {_same(rest[0]['files'])}")
     return groups
 
 
 def _same(files: Sequence[dict[str, str]]) -> str:
     more = f" and {len(files) - 4} more" if len(files) > 4 else ""
     return " = ".join(f"{file['path']} ({file['split']}, {file['class']})" for file in files[:4]) + more
-
-
-# ------------------------------------------------------------------------------------------------------ the report
-
-
-def _lines(role: Role, split: dict[str, Any]) -> list[str]:
-    """A split's report."""
-    classes, sizes, images = split["classes"], split["sizes"], split["images"]
-    few, many = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
-    weight = "" if split["bytes"] is None else f", {split['bytes'] / 1e6:,.1f} MB"
-    lines = [
-        f"{role} ({split['split']}): {_some(images)} of {_some(len(classes), 'class', 'classes')}{weight}",
-        f"  smallest class {few} ({classes[few]:,}), largest {many} ({classes[many]:,})",
-    ]
-    if "smallest" in sizes:
-        smallest, median, largest = (
-            "{1:,g} x {0:,g}".format(*sizes[which]) for which in ("smallest", "median", "largest")
-        )
-        below = f"{sizes['below']:,} below the training size of {sizes['training_size']}"
-        lines.append(f"  width x height: smallest {smallest}, median {median}, largest {largest}; {below}")
-    lines.append(f"  {_counted(split['formats'])}; {_counted(split['modes'])}")
-    turned = {key: count for key, count in split["orientations"].items() if key not in ("0", "1")}
-    if turned:
-        lines.append(
-            f"  {_some(sum(turned.values()))} with an EXIF orientation, which training leaves alone: {_counted(turned)}"
-        )
-    lines += [f"  {note}" for note in split["notes"] if "left out" not in note]
-    wrong = split["wrong_endings"]
-    if wrong:
-        lines.append(f"  {_some(len(wrong))} with another ending than the content, which counts: {_few(wrong)}")
-    for kind, text in (("left_out", "left out for their ending"), ("no_data", "passed over, and no class")):
-        found = {ending: len(paths) for ending, paths in split[kind].items()}
-        if found:
-            first = next(iter(split[kind].values()))[0]
-            lines.append(f"  {text}: {_counted(found)}, such as {first}")
-    if split["bytes"] is None and "in memory" in split["formats"]:
-        return lines
-    looked = images - split["known"]
-    speed = f" in {split['seconds']:.1f} s: {looked / split['seconds']:,.0f} images/s" if looked else ""
-    busy = sum(split["seconds_of_processes"].values())
-    shares = ", ".join(f"{what} {spent / busy:.0%}" for what, spent in split["seconds_of_processes"].items() if busy)
-    lines.append(f"  {split['known']:,} were known, {looked:,} looked at{speed}{f' ({shares})' if shares else ''}")
-    return lines
-
-
-def _some(count: int, one: str = "image", many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def _few(items: Sequence[dict[str, str]]) -> str:
-    more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
-    return ", ".join(f"{item['path']} ({item['format']})" for item in items[:3]) + more
 
 
 def _rows(splits: dict[Role, Split]) -> Iterable[bytes]:

@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dalikd.pipelines.data import as_used
 from dalikd.tools.cli import run_command
-from dalikd.tools.report import evaluation_line
+from dalikd.tools.summary import evaluation_line, give_json
 from dalikd.trainers.evaluate import EvaluateOptions, evaluate, replaced_files
 from dalikd.trainers.launch import model_type, start
 from dalikd.trainers.models import build_model
 from dalikd.trainers.setup import open_run
-from dalikd.trainers.tracking import check_writable, versions, write_json
+from dalikd.trainers.tracking import versions
 
 
 def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, Any]:
@@ -23,8 +22,6 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
         raise ValueError(
             "evaluate needs --model (the architecture) and --weights (a file, or pretrained with timm models)"
         )
-    if options.json is not None:
-        check_writable("--json", Path(options.json))
     accelerator = start(options.device, options.precision)
     setup = open_run(options, accelerator, "val")
     model = build_model(
@@ -49,9 +46,7 @@ def evaluate_net(options: EvaluateOptions, config: dict[str, Any]) -> dict[str, 
     }
     if accelerator.is_main_process:
         print(evaluation_line(result))
-        if options.json is not None:
-            write_json(Path(options.json), report)
-            print(f"written: {options.json}")
+        give_json(options.json, report)
     return report
 
 

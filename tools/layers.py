@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dalikd.pipelines.files import load_yaml, read_text
 from dalikd.tools.classes import CLASSES, check_class_path, trust, whole
-from dalikd.tools.signature import check_words, check_yaml, element, expand_path, option_types
+from dalikd.tools.signature import check_words, check_yaml, element, expand_path, is_path, option_types
 from dalikd.trainers.renamed import RENAMED, take_old_names, told
 
 __all__ = [
@@ -58,6 +58,7 @@ _MEASURED = {
 WITH_TASK = ("train", "distill")
 #: options that take several words
 _LISTS = {
+    **dict.fromkeys(("train", "distill", "mutual", "probe"), ("trackers",)),
     "measure": ("augmentation", "metrics"),
     "study": ("augmentation", "seeds", "epoch_factor", "pair"),
     "bench scaling": ("processes",),
@@ -162,12 +163,16 @@ def _heads(names: Collection[str]) -> set[str]:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def take_apart(argv: Sequence[str], positional: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
+def take_apart(
+    argv: Sequence[str], positional: Sequence[str] = (), lists: Collection[str] = ()
+) -> list[tuple[str, list[str]]]:
     """Options with the words after them, up to the next option. A word may begin with one dash.
 
     Args:
         argv: the arguments.
-        positional: names of the options that may be given without their name, one word each.
+        positional: names of the options that may be given without their name, one word each; with one of them each
+            option takes one word.
+        lists: those of them that take all words that are left.
 
     Raises:
         ValueError: a word belongs to no option.
@@ -181,7 +186,7 @@ def take_apart(argv: Sequence[str], positional: Sequence[str] = ()) -> list[tupl
             if not names:
                 raise ValueError(f"{option}: options begin with --, and have a value")
             words.appendleft(option)
-            option = f"--{names.popleft()}"
+            option = f"--{names[0] if names[0] in lists else names.popleft()}"
         values = []
         while words and not words[0].startswith("--") and not (positional and values):
             values.append(words.popleft())
@@ -218,7 +223,7 @@ def read_layers(
             layers.append(Layer(form.line, checked))
             given.clear()
 
-    for option, values in take_apart(argv, positional):
+    for option, values in take_apart(argv, positional, form.lists):
         name = option.removeprefix("--")
         if name == "print_config":
             continue
@@ -234,7 +239,8 @@ def read_layers(
             resumed = [_file(_folder_config(option, folder), form, old_names=True), Layer("", {"output": folder})]
             given[name] = folder
         else:
-            given[name] = _value(option, values, form)
+            value = _value(option, values, form)
+            given[name] = given[name] + value if positional and name in form.lists and name in given else value
     end_line()
     return resumed + layers
 
@@ -256,6 +262,8 @@ def _value(option: str, values: list[str], form: Grammar) -> Any:
     old = (rest if head in OPTIONS else name).replace(".init_args.", ".")
     if old in RENAMED and name not in form.types:
         raise ValueError(_renamed("--", old))
+    if name in form.lists and is_path(element(form.types[name])) and values:
+        return [expand_path(option, word) for word in values]  # they may have commas, brackets and spaces
     if name in form.lists:
         divided = [word.strip("[]").replace(",", " ").replace('"', " ").replace("'", " ").split() for word in values]
         if not any(divided):

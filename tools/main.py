@@ -5,12 +5,13 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from dalikd.pipelines.hardware import package_versions
+from dalikd.trainers.signals import EXIT_CODES
 
 __all__ = ["main"]
 
 COMMANDS = {
     "demo": "the whole job on handwritten digits, in minutes: start here",
-    "doctor": "look at every image of a data set, and name what is to be mended before training",
+    "doctor": "look at the installation, or at every image of a data set, and name what is to be mended first",
     "prepare": "write a data set into webdataset tars or TFRecords, which are read sequentially",
     "train": "train a net on labels: a teacher, or a baseline",
     "distill": "distil a teacher into a student",
@@ -19,6 +20,7 @@ COMMANDS = {
     "methods": "list the distillation losses: papers, default weights, what they need, configs that use them",
     "study": "the whole comparison: train, measure and distil pairs of nets with every augmentation",
     "measure": "measure how good augmentations are for distillation (T. stddev)",
+    "report": "show runs, a study or a folder of runs as one HTML page: ranking, curves, times, samples",
     "correlate": "correlate T. stddev with students' test loss, and plot",
     "convert": "turn a config of mdistiller into one of dalikd",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
@@ -34,10 +36,8 @@ def main() -> None:
     if command in ("-h", "--help"):
         print("usage: dalikd COMMAND [options]\n\ncommands:")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
-        print(
-            "\nexit codes: 0 done; 1 something was found, another process is gone, or a fault of dalikd; 2 what you\n"
-            "can mend; 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 140 SIGUSR2)"
-        )
+        print("\nexit codes:")
+        print("\n".join(f"  {code:<4} {text}" for code, text in EXIT_CODES.items()))
         print("\ndalikd COMMAND --help explains every option of a command. dalikd --version says what is installed.")
         return
     if command == "--version":

@@ -1,19 +1,16 @@
 """`dalikd measure`: T. stddev of one or many augmentations."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dalikd.tools.cli import run_command
+from dalikd.tools.summary import give_json
 from dalikd.trainers.launch import start
 from dalikd.trainers.measure import MeasureOptions, measure_all, results_table
-from dalikd.trainers.tracking import check_writable, write_json
 
 
 def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
     """Measure, print the table, write the JSON file, and return its content."""
-    if options.json is not None:
-        check_writable("--json", Path(options.json))
     accelerator = start(options.device, options.precision)
     report = {**measure_all(options, accelerator), "config": config}
     if accelerator.is_main_process:
@@ -33,9 +30,7 @@ def measure(options: MeasureOptions, config: dict[str, Any]) -> dict[str, Any]:
         print(comparison(report))
         if report["replaced_files"]:
             print(f"{len(report['replaced_files'])} images could not be decoded, and others stood in for them")
-        if options.json is not None:
-            write_json(Path(options.json), report)
-            print(f"written: {options.json}")
+        give_json(options.json, report)
     return report
 
 

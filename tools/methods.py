@@ -9,17 +9,15 @@ from typing import Any
 from dalikd.kd import losses
 from dalikd.kd.losses import DistillationLoss, Schedule, WeightedSum
 from dalikd.tools.cli import run_function
-from dalikd.trainers.tracking import check_writable, write_json
+from dalikd.tools.summary import give_json
 
 
 def methods(json: Path | None = None) -> list[dict[str, Any]]:
     """List every distillation loss: default weights, what it takes beside logits and labels, configs, and its paper.
 
     Args:
-        json: JSON file for the same, {"methods": [{"name", "paper", "needs", "weights", "configs"}, …]}.
+        json: JSON file for the same, - for stdout, {"methods": [{"name", "paper", "needs", "weights", "configs"}, …]}.
     """
-    if json is not None:
-        check_writable("--json", json)
     root = Path(__file__).parents[1]
     paths = sorted((root / "configs").rglob("*.yaml"))
     texts = {path.relative_to(root).as_posix(): re.sub("#.*", "", path.read_text("utf-8")) for path in paths}
@@ -45,9 +43,7 @@ def methods(json: Path | None = None) -> list[dict[str, Any]]:
         words = map("{} {}".format, weights, weights.values())
         cells = map(", ".join, (words, needs, dict.fromkeys(file.rpartition("/")[0] for file in files)))
         print(f"| {name} | {' | '.join(cells)} | {kind.paper} |")
-    if json is not None:
-        write_json(json, {"methods": found})
-        print(f"written: {json}")
+    give_json(json, {"methods": found})
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dalikd.tools.cli import run_command
-from dalikd.tools.report import print_training
+from dalikd.tools.summary import print_training
 from dalikd.trainers.launch import start
 from dalikd.trainers.run import run
 from dalikd.trainers.tasks.probe import ProbeOptions
@@ -16,7 +16,7 @@ def probe(options: ProbeOptions, config: dict[str, Any]) -> dict[str, Any]:
     net = {name: getattr(options, name) for name in ("run", "model", "model_args", "weights")}
     accelerator = start(options.device, options.precision)
     results = run(options, accelerator, "probe", {**config, **net})
-    print_training(results, accelerator)
+    print_training(results, accelerator, options.json)
     if accelerator.is_main_process:
         last, frozen = results["last"], f"on the frozen features of {options.model}"
         print(f"linear probe: top1 {100 * last['val']['top1']:.2f} %, of a linear classifier {frozen}")

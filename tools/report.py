@@ -1,81 +1,80 @@
-"""What commands print at their end."""
+"""`dalikd report`: what came out of runs, as one page."""
 
-from itertools import count, takewhile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from dalikd.pipelines.data import FilePath
+from dalikd.pipelines.files import write_atomically
+from dalikd.tools.cli import resolve, run_function
+from dalikd.tools.layers import Layer
+from dalikd.trainers.report.page import Samples, page
+from dalikd.trainers.runs import Found, find_runs, read_measurement
+from dalikd.trainers.tracking import check_writable
 
-__all__ = ["evaluation_line", "next_steps", "print_training", "ranking_table", "students_table"]
+
+def run(
+    runs: list[FilePath],
+    output: Path = Path("report.html"),
+    measure: list[FilePath] | None = None,
+    samples: int = 6,
+    title: str = "",
+) -> None:
+    """Write a page about runs: ranking with intervals, T. stddev against students, curves, times, samples.
+
+    It is one HTML file that needs neither network nor scripts.
+
+    Args:
+        runs: run folders, studies, or folders that hold runs, such as runs/demo. All are evaluated on the same images.
+        output: the HTML file; one that is there is replaced.
+        measure: what `dalikd measure --json FILE` wrote, where it does not lie in a folder that is named; may be
+            repeated.
+        samples: images of each augmentation that are shown, at most 32; 0: none.
+        title: of the page; default: the folders' names.
+    """
+    check_writable("--output", output)
+    if not 0 <= samples <= 32:
+        raise ValueError(f"--samples {samples}: give 0 to 32")
+    found = find_runs([Path(place) for place in runs])
+    found.measurements.update({Path(path): read_measurement(Path(path)) for path in measure or ()})
+    names = ", ".join(Path(place).resolve().name for place in runs[:3]) + (" and others" if runs[3:] else "")
+    text = page(title or names, found, lambda: _samples(found, samples))
+    write_atomically(output, text.encode())
+    for words in found.left_out:
+        print(f"left out: {words}")
+    counts = f"{len(found.runs)} runs" if len(found.runs) > 1 else "one run"
+    print(f"{counts}\nwritten: {output} ({len(text.encode()) / 1e6:.2f} MB)")
 
 
-def evaluation_line(val: dict[str, Any]) -> str:
-    """What `evaluate` has found, in words."""
-    replaced = val.get("replaced")  # runs of earlier versions do not say
-    note = f"; {replaced} of them stand in for others that cannot be decoded" if replaced else ""
-    heads = [
-        f"\n  head {number}: class and turn {100 * val[f'head{number}_joint']:.2f} %, class "
-        f"{100 * val[f'head{number}_class']:.2f} %"
-        for number in takewhile(lambda number: f"head{number}_joint" in val, count(1))
-    ]
-    return (
-        f"top1 {100 * val['top1']:.2f} %, top5 {100 * val['top5']:.2f} %, loss {val['loss']:.4f} "
-        f"on {val['images']} images{note}{''.join(heads)}"
+def _samples(found: Found, count: int) -> Samples:
+    """Images as the first run that distils makes them, under the augmentations of all runs."""
+    if count == 0:
+        return Samples({}, "Not asked for (--samples 0).")
+    distilled = [one for one in found.runs if one.results["command"] == "distill"]
+    first = next(iter(distilled), found.runs[0])
+    names = list(dict.fromkeys(str(one.results.get("augmentation") or "identity") for one in distilled))
+    from dalikd.trainers.report.samples import sample_images  # imports DALI
+
+    try:
+        command = first.results["command"]
+        given: dict[str, Any] = {**first.config, "data": {**first.config["data"], "download": False}}
+        options, _ = resolve(command, [Layer("", given)])
+        images = sample_images(options, names, count)
+    except (ValueError, OSError) as error:
+        words = " ".join(str(error).split())
+        print(f"no samples: {words}")
+        return Samples({}, f"Not shown, the images of {first.folder} cannot be read here: {words}")
+    return Samples(
+        images,
+        f"The first images of the first epoch, as {first.folder} draws them. Augmentations that pick show candidates "
+        "before picking; one that mixes inside the nets shows none.",
     )
 
 
-def print_training(results: dict[str, Any], accelerator: Accelerator) -> None:
-    """Last and best epoch of a training run, the weights that these figures are of, and where all lies."""
-    if not accelerator.is_main_process:
-        return
-    for name in ("last", "best"):
-        val = results[name]["val"]
-        for net, figures in val.get("nets", {"": val}).items():
-            print(f"{name} epoch ({results[name]['epoch']}){net and f', {net}'}: {evaluation_line(figures)}")
-    last = results["last"]
-    if last.get("t_stddev") is not None:
-        print(f"T. stddev while training: {last['t_stddev']:.6f}")
-        for teacher in last.get("teachers", ()):
-            print(f"  {teacher['name']} alone: {teacher['t_stddev']:.6f}")
-    elif "windows" in last:
-        print(f"T. stddev while training: too few windows ({last['windows']} of at least 2; 640 teacher outputs each)")
-    print(f"weights: {results['folder']}/last/{results['evaluated']}")
-    print(f"run folder: {results['folder']}")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    run_function("report", run, argv, lists=("runs", "measure"), positional=True)
 
 
-def students_table(students: dict[str, dict[str, Any]]) -> str:
-    """Several students' last evaluation, as a Markdown table."""
-    lines = ["| student | model | loss | top1 | top5 |", "|:--|:--|--:|--:|--:|"]
-    for name, results in students.items():
-        val = results["last"]["val"]
-        lines.append(
-            f"| {name} | {results['model']} | {val['loss']:.4f} | {100 * val['top1']:.2f} % | "
-            f"{100 * val['top5']:.2f} % |"
-        )
-    return "\n".join(lines)
-
-
-def ranking_table(points: list[dict[str, Any]]) -> str:
-    """Augmentations by the test loss of their students, as a Markdown table."""
-    lines = ["| augmentation | T. stddev | student test loss | student top1 |", "|:--|--:|--:|--:|"]
-    for point in sorted(points, key=lambda point: point["s_test_loss"]):
-        lines.append(
-            f"| {point['da']} | {point['t_stddev']:.6f} | {point['s_test_loss']:.4f} | {100 * point['top1']:.2f} % |"
-        )
-    return "\n".join(lines)
-
-
-def next_steps(folder: Path) -> str:
-    """What a newcomer does after the demo."""
-    teacher = "runs/train-imagefolder-resnet20/last/student.safetensors"
-    data = "--data.name imagefolder --data.root DATA --data.image_size 32"
-    return (
-        f"\neverything is in {folder}: each run's config.yaml, log.jsonl and results.json, and TensorBoard curves\n"
-        "A few short runs on one small data set rank loosely; T. stddev is a statistic, and so is a student's loss.\n\n"
-        "next, on your own images (DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg):\n"
-        f"  dalikd train   {data} --model resnet20 --epochs 60\n"
-        f"  dalikd measure {data} --teacher.name resnet20 --teacher.weights {teacher} --model resnet8\n"
-        f"  dalikd distill {data} --teacher.name resnet20 --teacher.weights {teacher} --model resnet8 "
-        "--augmentation cutmixpick_teacher --epochs 60\n"
-        f"  tensorboard --logdir {folder}"
-    )
+if __name__ == "__main__":
+    main()

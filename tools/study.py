@@ -1,6 +1,7 @@
 """`dalikd study`: does T. stddev predict the students? Everything that the answer needs, from one config."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,21 +14,23 @@ from accelerate import Accelerator
 
 from dalikd.pipelines.files import load_yaml
 from dalikd.tools import choose_threads
+from dalikd.tools.classes import import_words
 from dalikd.tools.cli import build_parser, guarded, resolve
 from dalikd.tools.distill import distill
 from dalikd.tools.evaluate import evaluate_net
 from dalikd.tools.layers import Grammar, Layer, grammar, nested, read_layers
 from dalikd.tools.measure import measure
 from dalikd.tools.signature import expand_paths
+from dalikd.tools.summary import give_json, json_asked
 from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names
 from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
 from dalikd.trainers.run import Planned, run_students
+from dalikd.trainers.runs import check_images
 from dalikd.trainers.study.plan import Cell, Reading, Study
 from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready, shared_pass
 from dalikd.trainers.study.report import print_plan, write_report
-from dalikd.trainers.study.results import check_images
 from dalikd.trainers.study.run import Queue, run_cells
 from dalikd.trainers.study.state import check_config, keep_config, read_result
 
@@ -143,24 +146,26 @@ def _beyond(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- running
 
 
-def run(study: Study) -> None:
-    """Print the plan, write the report of what there is, or do this shard's cells and then write the report."""
+def run(study: Study) -> dict[str, Any]:
+    """Print the plan, write the report of what there is, or do this shard's cells and then write the report.
+
+    Returns:
+        the plan, or the content of results.json; of a shard whose study is not complete what is missing.
+    """
     check_config(study.folder, study.reading.config, study.reading.reread)
     if study.reading.options.dry_run:
-        print_plan(study, partial(command_line, study))
-        return
+        return print_plan(study, partial(command_line, study))
     if study.reading.options.report:
         if not study.folder.exists():
             raise ValueError(f"--report true: there is no study in {study.folder} yet; start it, or name its --output")
-        write_report(study)
-        return
+        return write_report(study)
     accelerator = _begin(study)
     options = study.reading.options
     alike = shared_pass if options.share_teacher else lambda _: None
     queue = Queue(study.cells, study.folder, study.shards, options.share()[0], alike)
     together = partial(_run_together, study, accelerator)
     run_cells(queue, partial(_run_cell, study), accelerator, options.poll_seconds, together)
-    _end(study, queue, accelerator)
+    return _end(study, queue, accelerator)
 
 
 def command_line(study: Study, cell: Cell) -> str:
@@ -169,7 +174,7 @@ def command_line(study: Study, cell: Cell) -> str:
     words = [
         word for name, value in given for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     ]
-    return shlex.join(["dalikd", cell.command, "--config", str(study.kept), *words])
+    return shlex.join(["dalikd", cell.command, *import_words(), "--config", str(study.kept), *words])
 
 
 def _begin(study: Study) -> Accelerator:
@@ -212,21 +217,24 @@ def _run_cell(study: Study, cell: Cell, resumed: Path | None) -> None:
         (study.folder / cell.checkpoint).unlink(missing_ok=True)
 
 
-def _end(study: Study, queue: Queue, accelerator: Accelerator) -> None:
+def _end(study: Study, queue: Queue, accelerator: Accelerator) -> dict[str, Any]:
     if not accelerator.is_main_process:
-        return
-    missing = queue.missing()
-    if missing:
-        print(f"\nthis shard is done; {len(missing)} of {len(study.cells)} runs are left to others: {missing[0]}, …")
-    else:
-        write_report(study)
+        return {}
+    if not (missing := queue.missing()):
+        return write_report(study)
+    print(f"\nthis shard is done; {len(missing)} of {len(study.cells)} runs are left to others: {missing[0]}, …")
+    return {"complete": False, "missing": missing}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with guarded("study"):
-        choose_threads()
-        run(make_ready(read_study(sys.argv[1:] if argv is None else argv)))
+        reading = read_study(sys.argv[1:] if argv is None else argv)
+        with json_asked(reading.options.json):
+            choose_threads()
+            found = run(make_ready(reading))
+            if os.environ.get("RANK", "0") == "0":
+                give_json(reading.options.json, found)
 
 
 if __name__ == "__main__":

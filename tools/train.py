@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dalikd.tools.cli import run_command
-from dalikd.tools.report import print_training
+from dalikd.tools.summary import print_training
 from dalikd.trainers.launch import start
 from dalikd.trainers.run import run
 from dalikd.trainers.tasks.supervised import TrainOptions
@@ -14,7 +14,7 @@ def train(options: TrainOptions, config: dict[str, Any], command: str = "train")
     """Train a net on labels, or several together, and return the content of results.json."""
     accelerator = start(options.device, options.precision)
     results = run(options, accelerator, command, config)
-    print_training(results, accelerator)
+    print_training(results, accelerator, options.json)
     return results
 
 

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "Weights",
     "read_newest",
     "read_state",
+    "reading",
     "save_state",
     "save_weights",
     "weights_of",
@@ -65,6 +67,20 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise ValueError(f"{path} is not a state saved by dalikd")
     return state
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While a state that `read_state` has read is taken up: its parts are of the form that this version writes.
+
+    Raises:
+        ValueError: a part is missing, or of another form.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        words = f"{type(error).__name__}, {error}"
+        raise ValueError(f"{path} is not a state that this version of dalikd saves ({words})") from error
 
 
 def read_newest(paths: Sequence[Path], finite: Collection[str]) -> tuple[dict[str, Any], str]:

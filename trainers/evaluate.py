@@ -35,7 +35,7 @@ class EvaluateOptions(RunOptions):
         mean: that its images are normalised by: three numbers, of pixels scaled to 0..1; default: as its weights were
             trained, where they or dalikd's list of published files say it, else as the data set is.
         std: as mean; give both or none.
-        json: file the results are written to.
+        json: file the results are written to, - for stdout.
     """
 
     model: str | None = None

@@ -25,7 +25,7 @@ from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.files import file_digest, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.trainers.average import MovingAverage
-from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, weights_of
+from dalikd.trainers.checkpoint import CheckpointWriter, Weights, read_newest, reading, weights_of
 from dalikd.trainers.evaluate import evaluate, replaced_files
 from dalikd.trainers.launch import check_compiler
 from dalikd.trainers.options import ScheduleConfig
@@ -382,8 +382,11 @@ class Loop:
         return f"the loss is {wrong['loss']}" + (f" ({parts})" if parts else "")
 
     def wrong_weight(self) -> str | None:
-        """The first weight or running statistic that is not finite, in words. Waits for the device."""
+        """The first weight, running statistic or momentum that is not finite, in words. Waits for the device."""
         named = list(self.task.named_parameters())
+        for name, values in tuple(named):
+            kept = self.optimizer.state.get(values, {}).items()
+            named += [(f"{key} of {name}", kept) for key, kept in kept if isinstance(kept, Tensor) and kept.dim()]
         for name, net in self.task.nets.items():
             # other buffers may hold infinities by design
             named += [(f"{name}.{key}", value) for key, value in net.named_buffers() if "running_" in key]
@@ -479,7 +482,7 @@ class Loop:
                     "mix": [draws._asdict() for draws in batch.mix],
                     "paths": [printable(source.path(row)) for row in batch.ids.tolist()],
                 }
-                for batch in batches
+                for batch in map(self.task.own_draws, batches)
             ],
             "source": {
                 **{name: getattr(source, name) for name in ("name", "split", "classes", "mean", "std", "image_size")},
@@ -565,7 +568,8 @@ class Loop:
             ValueError: it belongs to another run.
         """
         state, damage = self._read()
-        changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
+        with reading(self.folder.state_file):
+            changes = check_same_run(state.get("identity", {}), self.identity, self.folder.path) + self.take(state)
         if found := self.wrong_weight():
             raise ValueError(
                 f"{self.folder.state_file}: {found}: the run had diverged when it was saved; start it anew with "

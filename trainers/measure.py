@@ -26,7 +26,7 @@ from dalikd.pipelines.files import remove_litter, write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
-from dalikd.trainers.checkpoint import read_state, save_state
+from dalikd.trainers.checkpoint import read_state, reading, save_state
 from dalikd.trainers.evaluate import replaced_files
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.models import TeacherConfig, build_model, describe_teacher
@@ -103,7 +103,7 @@ class MeasureOptions(AugmentingOptions):
         entropy_log_every: batches from one to the next.
         checkpoint: file that the measurement is saved in, and gone on from when called again.
         checkpoint_every: batches between two savings.
-        json: file the results are written to.
+        json: file the results are written to, - for stdout.
     """
 
     augmentation: list[str] = field(default_factory=lambda: ["published"])
@@ -337,6 +337,10 @@ class _Pass:
         if not path.exists():
             return
         state = read_state(path)
+        with reading(path):
+            self._take(state, path, identity)
+
+    def _take(self, state: dict[str, Any], path: Path, identity: dict[str, Any]) -> None:
         saved = renamed(state.get("identity", {}))
         for name, value in identity.items():
             if saved.get(name) != value:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dalikd.kd.checkpoints import load_torch
 from dalikd.pipelines.draw_spec import Batch, MixDraws
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.sources import Source
@@ -31,7 +32,8 @@ def read_step(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: a run that diverges writes nan-stepN.pt into its folder")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            content = load_torch(file)
     except Exception as error:  # unpickling foreign bytes can raise anything
         raise ValueError(f"{path} is damaged, or no nan-stepN.pt of a run that has diverged") from error
     if not isinstance(content, dict) or not {"batches", "state", "options"} <= content.keys():

@@ -10,7 +10,7 @@ __all__ = ["check_same_run", "identity"]
 
 #: options, and groups of them, that change where and how fast a run works, or name files whose content is compared
 _FREE = (
-    *("device", "output", "log_every", "checkpoint_every", "checkpoint_minutes", "accumulation", "compile"),
+    *("device", "output", "log_every", "trackers", "checkpoint_every", "checkpoint_minutes", "accumulation", "compile"),
     *("weights", "reinit", "run"),
     *("teacher.name", "teacher.args", "teacher.weights", "teacher.cache", "teacher.sha256", "teacher.fold_bn"),
     *("teacher.mean", "teacher.std", "teacher.verify", "teachers"),

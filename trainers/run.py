@@ -14,6 +14,7 @@ from dalikd.trainers.resume import identity
 from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.tasks.distill import OWN, Distillation, share_pass
+from dalikd.trainers.trackers import check_trackers
 from dalikd.trainers.tracking import LOCK, RunFolder, alone, run_path
 from dalikd.trainers.trial import try_training
 
@@ -70,7 +71,7 @@ def check_shared(runs: Mapping[str, Planned]) -> None:
     """Raises ValueError where students differ in what those of one teacher pass have in common."""
     (first, planned), *others = runs.items()
     for name, other in others:
-        for option in sorted((planned.config.keys() | other.config.keys()) - OWN):
+        for option in sorted((planned.config.keys() | other.config.keys()) - OWN - {"augmentation"}):
             was, value = planned.config.get(option), other.config.get(option)
             if was != value:
                 raise ValueError(
@@ -85,6 +86,8 @@ def _run(
     folders = []
     for planned in runs:
         planned.options.check_machine(accelerator)
+        if accelerator.is_main_process:
+            check_trackers(planned.options.trackers)
         folders.append(_free_folder(planned.options, accelerator, command))
     with alone([(str(folder.path), folder.path / LOCK) for folder in folders], accelerator) as locks:
         for folder, lock, planned in zip(folders, locks, runs, strict=False):
@@ -121,7 +124,7 @@ def _train(
     if begin is not None and accelerator.is_main_process:
         begin()
     for (options, config), loop in zip(runs, loops, strict=True):
-        loop.folder.start(config, None if options.resume is None else loop.progress.step)
+        loop.folder.start(config, None if options.resume is None else loop.progress.step, options.trackers)
         if options.resume is not None and accelerator.is_main_process:
             loop.mend()
     accelerator.wait_for_everyone()

@@ -1,14 +1,5 @@
-"""Signals that ask a process to end, from its first line to its last. Light: it is there before torch is imported.
-
-Exit codes of every command, which stay as they are:
-
-- 0: all is done, or the help that was asked for is shown.
-- 1: something was found (a cache differs from its teacher), another process of the run is gone, or dalikd itself has a
-  fault and shows where.
-- 2: what the user can mend: options, data, files, memory, a full disk.
-- 128 + n: signal n has ended it: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (its terminal was closed), 140 SIGUSR2 (the
-  machine is wanted back by a scheduler).
-"""
+"""Exit codes, and signals that ask a process to end, from its first line to its last. Light: it is there before torch
+is imported."""
 
 import os
 import signal
@@ -22,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
+    "EXIT_CODES",
     "SIGNALS",
     "Asked",
     "Stopped",
@@ -36,6 +28,18 @@ __all__ = [
 
 #: each asks for an end; what is not saved yet is saved first
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+#: Of every command; they stay as they are. Another signal n, as of a native crash or a kill, ends it with 128 + n too.
+EXIT_CODES = {
+    0: "all is done, or the help that was asked for is shown",
+    1: "something was found by doctor or cache --verify; another process of the run is gone; or a fault of dalikd, "
+    "which shows where",
+    2: "what you can mend: options, data, files, memory, a full disk, a run that diverges",
+    128 + signal.SIGINT: "stopped by Ctrl-C (SIGINT)",
+    128 + signal.SIGTERM: "stopped by SIGTERM",
+    128 + signal.SIGHUP: "stopped by SIGHUP: the terminal was closed",
+    128 + signal.SIGUSR2: "stopped by SIGUSR2: a scheduler wants the machine back",
+}
 
 _AGAIN = 2.0  # seconds: a launcher hands a signal on that its processes have had from the terminal already
 

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, log.jsonl, TensorBoard, results.json."""
+"""The run folder: config.yaml, log.jsonl, TensorBoard and other trackers, results.json."""
 
 import json
 import os
@@ -22,11 +22,13 @@ from dalikd.pipelines.files import Appended, remove_litter, write_atomically
 from dalikd.pipelines.hardware import package_versions
 from dalikd.pipelines.lock import FolderLock, only_writer
 from dalikd.pipelines.shards.tfrecord import frame
+from dalikd.trainers.trackers import KEPT, Trackers
 
 __all__ = ["LOCK", "RunFolder", "alone", "check_writable", "run_path", "versions", "write_json"]
 
 
 LOCK = ".lock"  # in a folder that one call writes
+_CUT_OFF = 1 << 62  # the step of a line that a kill has cut off
 
 
 def run_path(options: Any, command: str) -> Path:
@@ -50,6 +52,7 @@ class RunFolder:
         self.lock: FolderLock | None = None  # of a folder that was locked for the run
         self._log: Appended | None = None
         self._board: Appended | None = None
+        self._trackers: Trackers | None = None
 
     @property
     def state_file(self) -> Path:
@@ -87,48 +90,69 @@ class RunFolder:
                 "or replace it with --overwrite true"
             )
 
-    def start(self, config: dict[str, Any], resumed_step: int | None) -> None:
-        """Create the folder, write config.yaml, open the logs; on resuming drop log lines after that step."""
+    def start(
+        self, config: dict[str, Any], resumed_step: int | None, trackers: Sequence[str] = ("tensorboard",)
+    ) -> None:
+        """Create the folder, write config.yaml, open the logs; on resuming drop log lines after that step.
+
+        Args:
+            config: the options of the run as plain values.
+            resumed_step: the last step of the state that it goes on from; None: it is a new run.
+            trackers: names of those that get what log.jsonl does.
+        """
         if not self._writes:
             return
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-
         for folder in (self.path, self.path / "last", self.path / "best"):
             remove_litter(folder)
         lines: list[bytes] = []
-        log = self.path / "log.jsonl"
+        log, done = self.path / "log.jsonl", None if resumed_step is None else (resumed_step, False)
         if resumed_step is None:
             self._clear()
         elif log.exists():
-            lines = [line for line in log.read_bytes().splitlines() if _step_of(line) <= resumed_step]
+            every = log.read_bytes().splitlines()
+            lines = [line for line in every if _step_of(line) <= resumed_step]
+            done = max(
+                [(_step_of(line), b'"val"' in line) for line in every if _step_of(line) < _CUT_OFF], default=done
+            )
         write_atomically(log, b"".join(line + b"\n" for line in lines))
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self._log = Appended(log)
+        if "tensorboard" in trackers:
+            self._board = self._begin_board(resumed_step)
+        if others := [name for name in dict.fromkeys(trackers) if name != "tensorboard"]:
+            self._trackers = Trackers(others, self.path, config, done)
+
+    def _begin_board(self, resumed_step: int | None) -> Appended:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
         # written here and not by TensorBoard's writer, whose thread would meet a full disk by itself
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._board = Appended(self.path / "tensorboard" / name)
+        board = Appended(self.path / "tensorboard" / name)
         begin = [Event(wall_time=time.time(), file_version="brain.Event:2")]
         if resumed_step is not None:  # what comes after that step, in the files before, is not shown
             status = SessionLog(status=SessionLog.START)
             begin.append(Event(wall_time=time.time(), step=resumed_step + 1, session_log=status))
-        self._board.append(b"".join(frame(event.SerializeToString()) for event in begin))
+        board.append(b"".join(frame(event.SerializeToString()) for event in begin))
+        return board
 
     def log(self, step: int, entry: dict[str, Any]) -> None:
-        """Append one line to log.jsonl and the numbers of it to TensorBoard, where a curve has one value a step."""
-        if self._log is None or self._board is None:
+        """Append one line to log.jsonl and hand the numbers of it to the trackers, where a curve has one value a
+        step."""
+        if self._log is None:
             return
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
         self.check_there()
         self._log.append((json.dumps({"step": step, **entry}) + "\n").encode())
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in _flat(entry)
-            if name != "epoch" or "val" not in entry  # an evaluation's epoch is that of the interval before it
-        ]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-        self._board.append(frame(event.SerializeToString()))
+        # an evaluation's epoch is that of the interval before it
+        values = {name: value for name, value in _flat(entry) if name != "epoch" or "val" not in entry}
+        if self._board is not None:
+            from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+            self._board.append(frame(event.SerializeToString()))
+        if self._trackers is not None:
+            self._trackers.log(step, "val" in entry, values)
 
     def results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
@@ -146,6 +170,8 @@ class RunFolder:
         for file in (self._log, self._board):
             if file is not None:
                 file.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _clear(self) -> None:
         for old in (
@@ -155,7 +181,8 @@ class RunFolder:
             *self.path.glob("*/*.safetensors"),
         ):
             old.unlink()
-        (self.path / "results.json").unlink(missing_ok=True)
+        for name in ("results.json", KEPT):
+            (self.path / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -227,7 +254,7 @@ def _step_of(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 1 << 62  # a line cut off by a kill goes
+        return _CUT_OFF  # such a line goes
 
 
 def _flat(entry: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

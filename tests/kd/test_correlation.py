@@ -4,10 +4,11 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
-from dalikd.kd.correlation import Point, correlate, draw, plot, read_points
+from dalikd.kd.correlation import Point, correlate, draw, intervals, plot, read_points
 
 FIGURES = json.loads((Path(__file__).parents[1] / "data" / "good_da_points.json").read_text())
 
@@ -43,6 +44,24 @@ def test_published_coefficients_to_the_printed_digits(name: str):
 def test_series_without_a_correlation_are_refused(x: list, y: list, message: str):
     with pytest.raises(ValueError, match=message):
         correlate(x, y)
+
+
+def test_intervals_are_quantiles_of_the_coefficients_of_resamples():
+    x, y = np.array([1.0, 2.0, 2.0, 3.0, 5.0, 4.0]), np.array([2.0, 1.0, 4.0, 4.0, 6.0, 3.0])  # with ties
+    drawn = np.random.default_rng(3).multinomial(6, [1 / 6] * 6, 60)
+    rows = [np.repeat(np.arange(6), counts) for counts in drawn]
+    found = [
+        correlate(x[row].tolist(), y[row].tolist()) for row in rows if len(set(x[row])) > 1 and len(set(y[row])) > 1
+    ]
+    for name, interval in intervals(x.tolist(), y.tolist(), 0.8, resamples=60, seed=3).items():
+        coefficients = [getattr(one, name).coefficient for one in found]
+        assert interval == pytest.approx(np.quantile(coefficients, [0.1, 0.9]))
+
+
+def test_few_points_have_no_interval():
+    assert intervals([1, 2, 3, 4], [1, 2, 3, 5]) == {}
+    with pytest.raises(ValueError, match="confidence is 95: give a share between 0 and 1"):
+        intervals([1, 2, 3, 4, 5], [1, 2, 3, 5, 4], 95)
 
 
 def test_points_are_read(tmp_path: Path):

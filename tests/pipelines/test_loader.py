@@ -625,43 +625,6 @@ def test_a_name_that_is_no_utf8_is_printed(copy_tree, capfdbinary):
     assert rb"bee/caf\xe9.jpg (the file is empty)" in capfdbinary.readouterr().out
 
 
-BAD_HEADERS = """
-import sys
-from dalikd.pipelines.draw_spec import DrawSpec, View
-from dalikd.pipelines.backends import DaliBackend
-from dalikd.pipelines.loader import BadFileError, Loader
-from dalikd.pipelines.sampler import Sampler
-from dalikd.pipelines.data import open_source
-
-source = open_source("imagefolder", sys.argv[1], "train", split=".")
-view = View(32, sys.argv[2], resize=32)
-loader = Loader(source, Sampler(len(source), 4), DrawSpec(view), threads=2)
-refused = 0
-for position in range(len(loader)):
-    loader.seek(position)
-    try:
-        loader.next()
-    except BadFileError:
-        refused += 1
-print("refused", refused)
-"""
-
-
-@pytest.mark.slow
-def test_bad_headers_never_crash_the_process(copy_tree, tmp_path, start_forked):
-    """Decoders that are not preceded by peeking have been seen to segfault; so each of three processes meets text, an
-    empty file and half a header."""
-    root = copy_tree()
-    for number, path in enumerate(sorted(root.glob("*/*.jpg"))):
-        if number % 4 == 0:
-            _spoil(path, ("text", "empty", "header")[number // 4 % 3])
-    script = tmp_path / "bad_headers.py"
-    script.write_text(BAD_HEADERS)
-    for crop in ("pad_crop", "random_resized_crop", "center_crop"):
-        printed = start_forked(tmp_path / crop, script, root, crop).end()
-        assert int(printed.split("refused")[1]) >= 3
-
-
 # ------------------------------------------------------------------------------------------------------ speed
 
 

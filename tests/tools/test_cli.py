@@ -17,9 +17,10 @@ import yaml
 from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
-from dalikd.pipelines.data import DataConfig
+from dalikd.pipelines.data import DataConfig, FilePath
 from dalikd.tools import convert, correlate, demo, prepare, reference, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
+from dalikd.tools.classes import import_words
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
 from dalikd.tools.layers import OPTIONS, options_class
 from dalikd.tools.signature import expand_path, is_path, option_types
@@ -554,6 +555,14 @@ def test_a_function_takes_words_by_their_places():
     run_function("some", command, ["--plot", "out.png", "points.json"], positional=True)
     assert found == [(Path("points.json"), Path("out.png"))]
 
+    def several(files: list[FilePath], plot: Path | None = None) -> None:
+        """Says what it was given."""
+        found.append((files, plot))
+
+    words = ["a, [b]", "--plot", "out.png", "c", "d"]
+    run_function("some", several, words, lists=("files",), positional=True)
+    assert found[1] == (["a, [b]", "c", "d"], Path("out.png"))
+
 
 # --------------------------------------------------------------------------------------------------- classes
 
@@ -712,11 +721,12 @@ def test_a_class_path_runs_no_code_that_is_not_installed_or_asked_for(tmp_path, 
 
 
 def test_a_module_that_is_asked_for_is_imported(own_module, monkeypatch):
-    monkeypatch.setattr("dalikd.tools.classes._TRUSTED", set())
+    monkeypatch.setattr("dalikd.tools.classes._TRUSTED", {})
     options, plain = parse("distill", ["--import", "own_losses", "--loss", "own_losses.Loss"])
     assert type(options.loss).__module__ == "own_losses"
     assert own_module.exists()
     assert "import" not in plain
+    assert import_words() == ["--import", "own_losses"]  # of the same call in another process
     with pytest.raises(ValueError, match=r"--import no_such_module: ModuleNotFoundError"):
         parse("distill", ["--import", "no_such_module"])
 

@@ -216,3 +216,15 @@ def test_torchrun_starts_two_processes(training, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["finished"], results["processes"]) == (True, 2)
     assert results["last"]["train"]["at"] > 0
+
+
+def test_a_run_an_evaluation_and_a_list_are_json_on_stdout(command, training, options, weights, tmp_path):
+    ended = command("train", *training, "--epochs", 1, "--output", tmp_path / "run", "--json", "-")
+    assert json.loads(ended.out)["last"] == json.loads((tmp_path / "run/results.json").read_text())["last"]
+    assert "run folder: " in ended.err
+    assert "json" not in yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    ended = command("evaluate", *options, "--weights", weights, "--json", "-")
+    assert json.loads(ended.out)["images"] == 30
+    assert "on 30 images" in ended.err
+    mistaken = command("evaluate", *options, "--weights", tmp_path / "absent", "--json", "-")
+    assert (mistaken.code, mistaken.out, mistaken.err.count("\n")) == (2, "", 1)

@@ -184,7 +184,9 @@ def _trains_two_steps(options: Any, folder: Path) -> None:
     assert any((old != new).any() for old, new in zip(before, trained.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.full] * (number % 4 > 0)) for number, name in enumerate(METHODS)]
+)
 def test_a_recipe_of_each_method_trains_two_steps(method, tree, tmp_path):
     """The first one that names it, on few and small images; of large nets smaller ones."""
     text = rf"class_path: dalikd\.kd\.losses\.{method}\b"
@@ -273,8 +275,12 @@ def test_hsakds_recipes_are_every_row_of_its_tables_each_in_a_folder_of_its_own(
 
 # ------------------------------------------------------------------------------------------------------- studies
 
+SMALL_IMAGES = [FOLDER / name / "study.yaml" for name in ("cifar100", "tinyimagenet")]  # of many pairs each
 
-@pytest.mark.parametrize("path", STUDIES, ids=_name)
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=_name(path), marks=[pytest.mark.full] * (path in SMALL_IMAGES)) for path in STUDIES]
+)
 def test_every_run_of_a_study_parses(path):
     options, _, read, _, trains = read_study(["--config", str(path)])
     published = read("train", {})[1]["optimizer"]["init_args"]["lr"]

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def test_the_demo_shows_the_whole_job(tiny, tmp_path, capsys):
     for heading in (
         "1. a teacher",
         "2. how good each augmentation is",
-        "3.3 a student with identity",
+        "3. a student with each of cutmix, flip, identity",
         "4. the ranking",
     ):
         assert heading in out
@@ -47,7 +49,7 @@ def test_the_demo_shows_the_whole_job(tiny, tmp_path, capsys):
         results = json.loads((folder / point["da"] / "results.json").read_text())
         assert point["s_test_loss"] == results["last"]["val"]["loss"]
         assert results["data"]["train_images"] == 96
-    assert set(json.loads((folder / "correlation.json").read_text())) == {"pearson", "spearman", "kendall"}
+    assert json.loads((folder / "correlation.json").read_text()).keys() > {"pearson", "spearman", "kendall"}
     assert (folder / "scatter.png").read_bytes().startswith(b"\x89PNG")
     assert "dalikd train   --data.name imagefolder" in out
 
@@ -67,3 +69,41 @@ def test_what_cannot_be_ranked_is_refused_at_once(tiny, tmp_path, capsys, names,
     assert (stop.value.code, error.count("\n")) == (2, 1)
     assert message in error
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """As on two cores; the other process is a copy of this one, so that it has what a test puts in its place."""
+    chosen = []
+    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(demo.torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(demo, "get_context", lambda _: multiprocessing.get_context("fork"))
+    return chosen
+
+
+def _calls(names: str) -> dict[str, list[str]]:
+    return {name: ["--device", "cpu", "--precision", "fp32"] for name in names}
+
+
+def test_half_of_the_students_are_distilled_beside_the_others(two_threads, monkeypatch):
+    monkeypatch.setattr(demo, "_distil", lambda calls: {name: {"of": name} for name in calls})
+    with demo._other_process(_calls("abcde")) as (here, there):
+        assert list(here) == ["a", "b"]
+        assert there() == {name: {"of": name} for name in "cde"}
+    assert two_threads == [1, 2]
+    with demo._other_process(_calls("abc")) as (here, there):
+        assert (list(here), there()) == (["a", "b", "c"], {})
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("words", ["--limit 5", "the process that distils c, d has ended, as its own line tells"])
+def test_what_the_other_process_meets_is_told_here(two_threads, monkeypatch, words):  # noqa: ARG001
+    def distil(_):
+        if words.startswith("--"):
+            raise ValueError(words)
+        os._exit(3)
+
+    monkeypatch.setattr(demo, "_distil", distil)
+    with pytest.raises(ValueError, match=f"^{words}$"), demo._other_process(_calls("abcd")) as (_, there):
+        there()
+    assert multiprocessing.active_children() == []

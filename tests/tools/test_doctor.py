@@ -225,7 +225,7 @@ def test_images_in_memory_are_counted_and_compared(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "doctor needs DATA: give the folder of a data set"),
+        (("--hash", "true"), "doctor needs DATA: give the folder of a data set"),
         (("nowhere",), "nowhere is no folder: give the folder of a data set"),
         ((".", "--processes", "0"), "--processes 0: give 1 or more"),
         ((".", "--data.val_split", "absent"), "'absent'"),

@@ -11,6 +11,7 @@ import torch
 from dalikd import tools
 from dalikd.pipelines.hardware import package_versions
 from dalikd.tools.main import COMMANDS, main
+from dalikd.trainers.signals import EXIT_CODES, SIGNALS
 
 
 def _call(monkeypatch, capsys, *arguments):
@@ -31,6 +32,17 @@ def test_help_lists_the_commands(monkeypatch, capsys, arguments):
     for name, text in COMMANDS.items():
         assert f"  {name} " in out
         assert text in out
+
+
+def test_exit_codes_stand_once_and_in_the_guide(monkeypatch, capsys):
+    for code, text in EXIT_CODES.items():
+        assert f"  {code:<4} {text}\n" in _call(monkeypatch, capsys, "--help")[1]
+    assert {*EXIT_CODES} == {0, 1, 2, *(128 + number for number in SIGNALS)}
+    guide = (Path(__file__).parents[2] / "docs/guides/training.md").read_text()
+    _, found, table = guide.partition("| exit code | what it means |\n|--:|:--|\n")
+    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[0].splitlines()]
+    assert found
+    assert {int(code): text for code, text in rows} == EXIT_CODES
 
 
 def test_an_unknown_command_is_one_line(monkeypatch, capsys):

@@ -1,62 +1,137 @@
+"""The page of a report: what it says, what it refuses, and that a browser shows it."""
+
+import base64
+import io
 import re
-from pathlib import Path
-from types import SimpleNamespace
+import shutil
+import subprocess
+from html.parser import HTMLParser
 
-from dalikd.tools.cli import parse
-from dalikd.tools.measure import comparison
-from dalikd.tools.report import next_steps, print_training, ranking_table
+import pytest
+from PIL import Image
 
-VAL = {"top1": 0.5, "top5": 0.9, "loss": 1.25, "images": 10}
+from dalikd.tools import report
 
-
-def test_a_training_report_says_last_and_best(capsys):
-    results = {
-        "last": {"epoch": 4, "val": VAL, "t_stddev": 0.0123456},
-        "best": {"epoch": 2, "val": VAL},
-        "folder": "runs/x",
-        "evaluated": "ema.safetensors",
-    }
-    print_training(results, SimpleNamespace(is_main_process=True))
-    assert capsys.readouterr().out.splitlines() == [
-        "last epoch (4): top1 50.00 %, top5 90.00 %, loss 1.2500 on 10 images",
-        "best epoch (2): top1 50.00 %, top5 90.00 %, loss 1.2500 on 10 images",
-        "T. stddev while training: 0.012346",
-        "weights: runs/x/last/ema.safetensors",
-        "run folder: runs/x",
-    ]
-    results["last"] |= {"t_stddev": None, "windows": 1}
-    print_training(results, SimpleNamespace(is_main_process=True))
-    assert "T. stddev while training: too few windows (1 of at least 2; " in capsys.readouterr().out
-    print_training(results, SimpleNamespace(is_main_process=False))
-    assert capsys.readouterr().out == ""
+STDDEV = {"flip": 0.05, "mixup": 0.03, "cutmix": 0.01, "<b>&": 0.04, "identity": 0.06}
 
 
-def test_too_few_windows_are_said_with_what_would_be_enough():
-    report = {
-        "separation": None, "stopped": None, "entropy_plots": [], "window": 640, "confidence": 0.95,
-        "results": [{"stddev": None, "images": 400, "windows": 1}],
-    }  # fmt: skip
-    assert comparison(report) == (
-        "T. stddev needs two windows of 640 teacher outputs (640 originals and their augmented images); 400 originals "
-        "filled 1: raise --epochs, or lower --window"
-    )
+@pytest.fixture
+def folder(make_run, write_measurement, tmp_path):
+    """Two seeds of five augmentations, one with a name that HTML would take for its own, and a teacher."""
+    for number, (name, stddev) in enumerate(STDDEV.items()):
+        for seed in (0, 1):
+            make_run(f"run{number}-{seed}", name, seed, loss=100 * stddev + seed, top1=0.9 - 10 * stddev + seed / 50)
+    weights = {"last/student.safetensors": "abc"}
+    made = {"command": "train", "teacher": None, "sha256": weights, "model": "resnet20"}
+    make_run("teacher", results=made, top1=0.95)
+    write_measurement(STDDEV)
+    return tmp_path
 
 
-def test_the_ranking_has_the_lowest_loss_first():
-    points = [
-        {"da": "flip", "t_stddev": 0.02, "s_test_loss": 1.5, "top1": 0.25},
-        {"da": "cutmix", "t_stddev": 0.01, "s_test_loss": 1.25, "top1": 0.5},
-    ]
-    assert ranking_table(points).splitlines()[2:] == [
-        "| cutmix | 0.010000 | 1.2500 | 50.00 % |",
-        "| flip | 0.020000 | 1.5000 | 25.00 % |",
-    ]
+class _Tags(HTMLParser):
+    """Checks that tags are closed in order, and keeps the text of the page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, _):
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, *_):
+        """Of a plot's parts, which hold nothing."""
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
 
 
-def test_the_next_steps_are_commands_that_exist():
-    text = next_steps(Path("runs/demo"))
-    commands = re.findall(r"^  dalikd (\w+) +(.*)$", text, re.MULTILINE)
-    assert [name for name, _ in commands] == ["train", "measure", "distill"]
-    for name, arguments in commands:
-        options, _ = parse(name, arguments.split())
-        assert options.data.root == "DATA"
+def written(arguments, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    report.main([*map(str, arguments), "--output", str(page)])
+    text = page.read_text()
+    tags = _Tags(text)
+    assert tags.open == []
+    return text, tags.text
+
+
+def test_a_page_has_all_of_its_parts_and_needs_nothing_else(folder, tmp_path, capsys):
+    text, shown = written([folder, "--samples", 0], tmp_path)
+    assert re.findall(r"(?:src|href)=\"(?!#|data:)|url\(|<script|https?:", text) == []
+    assert re.findall(r"\d\. ([^0-9]+)", shown)[:5] == ["cutmix", "mixup", "<b>&", "flip", "identity"]
+    assert "Student's t over a setting's seeds" in shown
+    assert "Teacher resnet20: top1 95.00 %" in shown
+    assert "1.00 (1.00 to 1.00)" in shown  # the mean loss over the seeds is linear in T. stddev
+    assert shown.count("32.0 s") == 6  # five augmentations and the teacher
+    assert "data.root" not in shown.partition("options that all runs have in common")[2]
+    assert capsys.readouterr().out.startswith("11 runs\nwritten: ")
+
+
+def test_one_run_is_a_page_too(folder, tmp_path):
+    _, shown = written([folder / "run1-0"], tmp_path)
+    assert "One run, seed 0; data imagefolder" in shown
+    assert "Wilson" in shown
+    assert "it needs several augmentations with a T. stddev" in shown
+    assert "cannot be read here: " in shown  # its images are gone
+
+
+def test_what_is_not_finished_is_left_out_of_a_folder_and_named(folder, make_run, tmp_path, capsys):
+    make_run("run0-0", results={"finished": False, "steps": 3})
+    _, shown = written([folder, "--samples", 0], tmp_path)
+    words = "run0-0 is not finished, 3 steps are done: go on with it by dalikd distill --resume"
+    assert words in shown
+    assert f"left out: {folder}/{words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "words"),
+    [
+        (None, ["none"], "none: no such folder"),
+        (None, ["empty"], "empty holds no finished run"),
+        (None, [".", "--samples", "99"], "--samples 99: give 0 to 32"),
+        (("run0-0", {"results": {"finished": False}}), ["run0-0"], "run0-0 is not finished"),
+        (("run0-0", {"results": {"last": {}}}), ["."], "last.epoch is missing: the run is damaged"),
+        (("run0-0", {"results": {"fingerprint": {"train": "x", "val": "v"}}}), ["."], "different images"),
+        (("run0-0", {"results": {"data": {"name": "digits"}}}), ["."], "evaluated on other images"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line_and_no_page(folder, make_run, capsys, spoil, arguments, words):
+    (folder / "empty").mkdir()
+    if spoil:
+        make_run(spoil[0], **spoil[1])
+    first, *others = arguments
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(folder / first), *others, "--output", str(folder / "page.html")])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert words in error
+    assert list(folder.glob("*.html")) == []
+
+
+def test_samples_are_images_of_the_run(make_run, tree, tmp_path):
+    data = {"name": "imagefolder", "root": str(tree), "image_size": 32, "threads": 1}
+    for name in ("cutmix", "manifold_mixup", "flip"):
+        make_run(f"run-{name}", name, config={"data": data, "compile": "off"})
+    text, _ = written([tmp_path, "--samples", 3], tmp_path)
+    rows = re.findall(r"<figcaption>([\w ]+)</figcaption><div class=\"images\">(.*?)</div>", text)
+    assert [name for name, _ in rows] == ["original", "cutmix", "flip"]
+    for _, images in rows:
+        found = re.findall(r"base64,([^\"]+)", images)
+        assert [Image.open(io.BytesIO(base64.b64decode(image))).size for image in found] == [(32, 32)] * 3
+    assert rows[0][1] != rows[1][1]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_a_browser_shows_it_without_an_error(folder, tmp_path):
+    written([folder, "--samples", 0], tmp_path)
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    page = (tmp_path / "new" / "page.html").as_uri()
+    ended = subprocess.run(["chromium", *words, profile, page], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in ended.stderr
+    assert ended.stdout.count("<svg") > 20
+    assert "Made by dalikd report" in ended.stdout

@@ -12,7 +12,7 @@ from dalikd.kd.losses import AT, HSAKD, KD, WeightedSum
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.tools import evaluate, train
 from dalikd.tools.cli import parse
-from dalikd.tools.report import print_training
+from dalikd.tools.summary import print_training
 from dalikd.trainers.augmentation import MixOptions
 from dalikd.trainers.evaluate import net_sums
 from dalikd.trainers.launch import start

@@ -161,6 +161,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.full
 def test_freed_batches_are_not_given_back_to_the_system(monkeypatch):
     """Each of ten batches of 38 MB has some 9,400 pages: touched anew, they would be as many faults."""
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):

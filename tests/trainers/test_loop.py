@@ -483,6 +483,31 @@ def test_a_state_with_weights_that_are_not_finite_is_not_gone_on_with(make_loop)
         make_loop().load()
 
 
+def test_a_momentum_that_is_not_finite_is_not_saved(make_loop):
+    """The weights are, still: the first step of a resumed run would end it."""
+    loop = make_loop(options=_options(optimizer=_sgd(0.05, momentum=0.9)))
+    loop.model.train()
+    loop.step()
+    loop.optimizer.state[loop.task.nets["student"].model.fc.weight]["momentum_buffer"][0, 0] = math.inf
+    assert loop.wrong_weight() == "momentum_buffer of student.model.fc.weight is not finite"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [("meter", None, "TypeError"), ("optimizer", {"state": {}}, "KeyError, 'param_groups'"), ("last", ..., "KeyError")],
+)
+def test_a_state_of_another_form_is_named(make_loop, part, value, words):
+    loop = make_loop()
+    loop.run()
+    state = read_state(loop.folder.state_file)
+    state[part] = value
+    if value is ...:
+        del state[part]
+    torch.save(state, loop.folder.state_file)
+    with pytest.raises(ValueError, match=rf"trainer.pt is not a state that this version of dalikd saves \({words}"):
+        make_loop().load()
+
+
 def test_in_fp16_steps_that_overflow_are_skipped_unless_all_of_them_do(make_loop, monkeypatch):
     loop, scale = make_loop(), [2.0**-14]
     scaler = SimpleNamespace(get_scale=lambda: scale[0], state_dict=dict)

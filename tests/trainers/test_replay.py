@@ -44,7 +44,9 @@ def _ended(command, *words: str) -> object:
     return stop.value.code
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.full] * (kind in ("views", "memory", "mutual"))) for kind in RUNS]
+)
 def test_a_step_that_was_not_finite_is_not_when_it_is_run_again(kind, words, capsys):
     """Of every way to train; the images, the teacher and the run may be gone, but for a teacher cache."""
     command, own = RUNS[kind]

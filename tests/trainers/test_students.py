@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from dalikd.kd.backbones import create_model
 from dalikd.kd.teacher import Teacher
 from dalikd.tools import distill
+from dalikd.tools.cli import parse
+from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.run import Planned, run_students
 
 SUM = {
     "class_path": "dalikd.kd.losses.WeightedSum",
@@ -115,6 +118,43 @@ def test_each_student_ends_as_alone(common, tmp_path, monkeypatch):
         )
     summary = json.loads((together / "results.json").read_text())
     assert list(summary["students"]) == [entry["name"] for entry, _ in STUDENTS]
+
+
+def test_augmentations_are_branches_of_one_pass(common, tmp_path, monkeypatch):
+    """Each student ends as alone, and what is kept of a step has its own draws only."""
+    names, asked, kept = ["identity", "mixup", "cutmixpick_teacher", "autoaugment"], [], []
+    words = [*common, "--epochs", "1", "--schedule.milestones", "[]", "--model", "small"]
+
+    def planned(place: str, name: str) -> Planned:
+        return Planned(*parse("distill", [*words, "--augmentation", name, "--output", str(tmp_path / place / name)]))
+
+    call, step = Teacher.__call__, Loop.step
+
+    def noted(loop: Loop, batches: Any) -> None:
+        kept.append((loop.folder.path, [loop.task.own_draws(batch) for batch in batches]))
+        step(loop, batches)
+
+    monkeypatch.setattr(Loop, "step", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "__call__", lambda *given, **named: asked.append(1) or call(*given, **named))
+        run_students({name: planned("together", name) for name in names}, start("cpu", "fp32"))
+    assert len(asked) <= 2 * 2 * 2 + 10  # steps, microbatches, originals and candidates; and set-up
+    for name in names:
+        run_students({name: planned("alone", name)}, start("cpu", "fp32"))
+        ours, theirs = results_of(tmp_path / "together" / name), results_of(tmp_path / "alone" / name)
+        assert ours["last"]["val"] == pytest.approx(theirs["last"]["val"], rel=1e-5)
+        assert ours["last"]["t_entropy"] == pytest.approx(theirs["last"]["t_entropy"], rel=1e-5)
+        batches, expected = (
+            [batch for path, some in kept if path == tmp_path / place / name for batch in some]
+            for place in ("together", "alone")
+        )
+        assert len(batches) == len(expected) > 0
+        for one, other in zip(batches, expected, strict=True):
+            assert [draws._fields for draws in one.mix] == [draws._fields for draws in other.mix]
+            assert all(map(torch.equal, one.augmented, other.augmented))
+            assert len(one.augmented) == len(other.augmented)
+            for mine, its in zip(one.mix, other.mix, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True) if isinstance(a, torch.Tensor))
 
 
 def test_one_that_diverges_does_not_stop_the_others(common, tmp_path, capsys):

@@ -45,6 +45,8 @@ class StepOptions(DistillOptions):
         rounds: repetitions of each measurement, in turn.
         warmup: steps before each round that do not count, more where more batches may lie ready; as many come before
             everything, with what torch compiles.
+        checkpoint_every: steps between checkpoints of one more side, which checks, logs and saves as a run does, into
+            the folder for temporary files. 0: no such side.
     """
 
     output: FilePath | None = None
@@ -60,7 +62,6 @@ class StepOptions(DistillOptions):
     restarts: int = field(default=0, init=False)
     log_every: int = field(default=50, init=False)
     eval_every: int = field(default=1, init=False)
-    checkpoint_every: int = field(default=0, init=False)
     checkpoint_minutes: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +86,7 @@ class ScalingOptions(StepOptions):
 
     processes: list[int] = field(default_factory=lambda: [1, 2])
     steps: int = 20
+    checkpoint_every: int = field(default=0, init=False)
 
 
 @dataclass
@@ -101,6 +103,7 @@ class PublishedOptions(StepOptions):
 
     warmup: int = 1
     augmentation: str = field(default="cutmixpick_teacher", init=False)
+    checkpoint_every: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +132,6 @@ class TeacherOptions(MeasureOptions):
     rounds: int = 5
     output: FilePath | None = None
     epochs: int = field(default=1, init=False)
-    json: FilePath | None = field(default=None, init=False)
     confidence: float = field(default=0.95, init=False)
     stop_confidence: float | None = field(default=None, init=False)
     heads: bool = field(default=False, init=False)

@@ -60,6 +60,7 @@ class HostOptions:
         steps: in a round.
         rounds: that count, after one of warm-up.
         output: folder of the results, or a path that ends in .json.
+        json: file for the record, - for stdout.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -68,6 +69,7 @@ class HostOptions:
     steps: int = 20
     rounds: int = 5
     output: Path = RESULTS
+    json: Path | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, {**DATA_RANGES, "batch_size": FROM_1, "steps": FROM_1})

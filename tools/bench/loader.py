@@ -69,6 +69,7 @@ class LoaderOptions:
         startup: make a tree of so many files in a temporary folder; measure scan, opening and the first batch.
         orders: measure the sampler for data sets of so many images: time and memory.
         output: folder of the results, or a path that ends in .json.
+        json: file for the record, - for stdout.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -87,6 +88,7 @@ class LoaderOptions:
     startup: int | None = None
     orders: list[int] | None = None
     output: Path = RESULTS
+    json: Path | None = None
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("random", "batch_size", "images", "startup"), FROM_1)

@@ -50,6 +50,7 @@ class MethodsOptions(StepOptions):
     methods: list[str] = field(default_factory=list)
     samples: int = 0
     steps: int = 10
+    checkpoint_every: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown methods."""

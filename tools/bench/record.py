@@ -25,6 +25,7 @@ from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.sources import Source
 from dalikd.tools.bench.machine import describe, device_slug, environment, synchronize
+from dalikd.tools.summary import give_json
 from dalikd.trainers.tracking import check_writable, write_json
 
 LEAST_ROUNDS = 5
@@ -210,6 +211,7 @@ def finish(record: Record, options: Any) -> None:
     """Print and write a record."""
     print(markdown(record))
     print("written:", *write(record, Path(options.output or RESULTS)))
+    give_json(options.json, asdict(record))
 
 
 def write(record: Record, output: Path) -> list[Path]:

@@ -8,7 +8,9 @@ decodes. The time that a step waits for data hides that part: on a GPU what it d
 the first work on the next batch, on a CPU the time inside the loader. What each part of a step takes comes from a fifth
 side that waits for the device between the parts, so together they may take longer than a step: teacher is mixing,
 teacher, picking and metric; student forwards, loss, backward, exchange and clipping; optimizer its step, gradients to
-zero and moving average. Memory is the peak of what torch took of the GPU, or what the process held at a round's end.
+zero and moving average. With --checkpoint_every one more side, e, is c with what a run does besides: every 50 steps it
+reads and checks the loss and logs, and every so many it checks all weights and saves. Memory is the peak of what torch
+took of the GPU, or what the process held at a round's end.
 """
 
 import re
@@ -16,6 +18,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -23,6 +27,7 @@ import numpy as np
 import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
@@ -31,6 +36,7 @@ from dalikd.tools.bench.machine import synchronize
 from dalikd.tools.bench.record import Watch, alternate, begin, finish, ratio, summary, timed
 from dalikd.trainers.launch import start
 from dalikd.trainers.loop import Loop
+from dalikd.trainers.tracking import RunFolder
 
 #: The sides whose images are counted, and what they are called.
 SIDES = {
@@ -38,6 +44,7 @@ SIDES = {
     "b": "b: step on kept batches, loader running",
     "c": "c: step on real data",
     "d": "d: loader alone",
+    "e": "e: c, checked, logged and saved",
 }
 PARTS = ("data", "teacher", "student", "optimizer")  #: of a step, in their order
 
@@ -148,20 +155,21 @@ def run(options: StepOptions, config: dict[str, Any]) -> None:
     record.reads(setup.source)
     steps, processes = options.counts[1], accelerator.num_processes
     seconds = timed(lambda: [loop.step() for _ in range(steps)], accelerator.device)
-    flops, rounds, parts = measure(loop, options)
+    flops, rounds, parts, saves = measure(loop, options)
     loop.loader.close()
     title, record.variant = setting(options, setup.view.size)
     record.title = f"Distillation step: {title}, {processes} process{'es' if processes > 1 else ''}"
     record.variant += f"-{processes}p" if processes > 1 else ""
     record.warm_up = f"{steps} steps first ({seconds:.1f} s) and before each round; the first round of each side."
     record.rows = rows(rounds, parts, sum(flops.values()) / processes, on_gpu=accelerator.device.type == "cuda")
-    of_a = {row["measured"][0]: row["of a"]["median"] for row in record.rows[: len(SIDES)]}
+    of_a = {row["measured"][0]: row["of a"]["median"] for row in record.rows[: len(rounds)]}
     fresh = options.teacher.weights is None and options.teacher.cache is None
     record.notes = [
         bound(of_a["b"], of_a["d"]),
         f"c/a, what data cost: {of_a['c']:.3f}; b/a, contention: {of_a['b']:.3f} (medians of the rounds' own ratios).",
         f"An image takes {flops['teacher'] / 1e9:.2f} GFLOP of the teacher and {flops['student'] / 1e9:.2f} of the "
         "student (of convolutions and matrix products, forward and backward); TFLOP/s are of one process.",
+        *([kept_safe(rounds, saves, options.checkpoint_every)] if saves else []),
         *(["The teacher's weights are fresh: its answers mean nothing, and take as long."] if fresh else []),
     ]
     if accelerator.is_main_process:
@@ -170,26 +178,59 @@ def run(options: StepOptions, config: dict[str, Any]) -> None:
 
 def measure(
     loop: Loop, options: StepOptions
-) -> tuple[dict[str, float], dict[str, list[Round]], list[dict[str, float]]]:
-    """Let all sides take turns. Returns operations an image, and all rounds but the first: of sides, and of parts."""
-    loader, take = loop.loader, loop.loader.next
-    kept = keep_batches(loader)
-    flops, parts, rounds = step_flops(loop, kept()), [], {side: [] for side in SIDES}
+) -> tuple[dict[str, float], dict[str, list[Round]], list[dict[str, float]], list[float]]:
+    """Let all sides take turns. Returns operations an image, and all rounds but the first: of sides, and of parts; and
+    the seconds for which each checkpoint stopped the training."""
+    loader, take, every = loop.loader, loop.loader.next, options.checkpoint_every
+    kept, saves = keep_batches(loader), list[float]()
+    flops, parts = step_flops(loop, kept()), list[dict[str, float]]()
+    rounds: dict[str, list[Round]] = {side: [] for side in SIDES if side != "e" or every}
     takes = {"a": kept, "b": lambda: (take(), kept())[1]}
+    works = {"d": lambda: [loader.next() for _ in range(options.accumulation)], "e": lambda: safe_step(loop, saves)}
 
     def rate(side: str) -> float:
         if side == "a":
             loader.close()
-        only_load = (lambda: [loader.next() for _ in range(options.accumulation)]) if side == "d" else None
-        rounds[side].append(step_round(loop, takes.get(side, take), *options.counts, only_load))
+        rounds[side].append(step_round(loop, takes.get(side, take), *options.counts, works.get(side)))
+        loop.checkpoints.wait()
         return rounds[side][-1].rate
 
     def part_rate() -> float:
         parts.append(parts_round(loop, *options.counts))
         return loader.sampler.batch_size / sum(parts[-1].values())
 
-    alternate({**{side: partial(rate, side) for side in SIDES}, "parts": part_rate}, options.rounds)
-    return flops, {side: them[1:] for side, them in rounds.items()}, parts[1:]
+    with TemporaryDirectory() as folder:
+        if every:
+            loop.folder = RunFolder(Path(folder), writes=loop.accelerator.is_main_process)
+            loop.folder.start({}, None)
+        alternate({**{side: partial(rate, side) for side in rounds}, "parts": part_rate}, options.rounds)
+        loop.checkpoints.close()
+        loop.folder.close()
+    return flops, {side: them[1:] for side, them in rounds.items()}, parts[1:], saves[1:]
+
+
+def safe_step(loop: Loop, saves: list[float]) -> None:
+    """A step as of a run: checked and logged, and saved halfway between two checkpoints, so that the next one does not
+    wait for this one's file. Appends the seconds for which that stopped the training."""
+    loop.step()
+    if loop.progress.step % loop.options.log_every == 0:
+        loop._log_interval(tqdm(disable=True))
+        loop.checkpoints.check()
+    if loop.progress.step % loop.options.checkpoint_every == loop.options.checkpoint_every // 2:
+        synchronize(loop.accelerator.device)
+        started = time.perf_counter()
+        loop.save(wait=False)
+        saves.append(time.perf_counter() - started)
+
+
+def kept_safe(rounds: dict[str, list[Round]], saves: list[float], every: int) -> str:
+    """What checks, logs and checkpoints cost, in a sentence."""
+    shares = [safe.rate / plain.rate for safe, plain in zip(rounds["e"], rounds["c"], strict=True)]
+    longest, middle, share = 1000 * max(saves), 1000 * float(np.median(saves)), float(np.median(shares))
+    return (
+        f"e/c, with a checkpoint every {every} steps: {share:.3f} (median of the rounds' own ratios); a checkpoint "
+        f"stops the training for {middle:.0f} ms (median of {len(saves)}), {longest:.0f} ms at most."
+    )
 
 
 def rows(
@@ -198,8 +239,8 @@ def rows(
     """A row for each side and each part. p50 and p99 are of all single steps; on a GPU the loader's calls return before
     their work is done."""
     rates, found = {side: [one.rate for one in them] for side, them in rounds.items()}, []
-    for side, label in SIDES.items():
-        them, trains = rounds[side], side != "d"
+    for side, them in rounds.items():
+        label, trains = SIDES[side], side != "d"
         single = 1000 * np.array([one.steps for one in them])
         row: dict[str, Any] = {
             "measured": label,

@@ -40,6 +40,7 @@ class StudyOptions:
         report: write the tables and plots of what there is, and do nothing else.
         poll_seconds: how often a shard looks for what another shard makes.
         output: the study's folder; default: runs/study-DATA.
+        json: file for the content of results.json, or for the plan of --dry_run; - for stdout.
     """
 
     pairs: list[dict[str, Any]] = field(default_factory=list)
@@ -56,6 +57,7 @@ class StudyOptions:
     report: bool = False
     poll_seconds: float = 30.0
     output: FilePath | None = None
+    json: FilePath | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that no study can work with; pairs are read by `read_pairs`."""

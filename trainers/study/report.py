@@ -16,12 +16,15 @@ from dalikd.trainers.tracking import write_json
 __all__ = ["print_plan", "write_report"]
 
 
-def print_plan(study: Study, command_line: Callable[[Cell], str]) -> None:
+def print_plan(study: Study, command_line: Callable[[Cell], str]) -> dict[str, Any]:
     """Print every run with its command, what is done of them, and what is left to compute.
 
     Args:
         study: what is planned.
         command_line: gives the one that does the same as a cell.
+
+    Returns:
+        "folder", and "runs": "name", "command", "done" and "shard" of each.
     """
     left = [cell for cell in study.cells if not is_done(study.folder, cell)]
     print(_where_options_stand(study), end="")
@@ -39,6 +42,11 @@ def print_plan(study: Study, command_line: Callable[[Cell], str]) -> None:
         lines.append(_total(study, f"shard {shard}/{count}", (c for c in left if study.shards[c.name] == shard)))
     print("\n".join(lines))
     print(f"\n{len(study.cells) - len(left)} of {len(study.cells)} runs are done. The folder is {study.folder}.")
+    runs = [
+        {"name": c.name, "command": command_line(c), "done": c not in left, "shard": study.shards[c.name]}
+        for c in study.cells
+    ]
+    return {"folder": str(study.folder), "runs": runs}
 
 
 def write_report(study: Study) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a study found: its cells' results put together, mean and standard deviation over the seeds."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,19 +7,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from dalikd.kd.correlation import FEWEST_POINTS, Point, Spread, correlate
-from dalikd.pipelines.sources import why_fingerprints_differ
+from dalikd.trainers.runs import FIGURES, check_images
 from dalikd.trainers.study.options import Pair
 from dalikd.trainers.study.plan import Axes, Cell, alone_name, distill_name, measure_name, teacher_name
 from dalikd.trainers.study.state import read_result
 
-__all__ = ["check_images", "collect", "points_of"]
+__all__ = ["collect", "points_of"]
 
-_FIGURES = ("loss", "top1", "top5")
 _MEASURED = ("stddev", "stderr", "entropy", "windows")
-#: what says, besides the seed where images are chosen, which images a split has
-_CHOICE = ("name", "classes", "class_seed")
-_PARTS = {"train": ("limit", "share"), "val": ("val_limit",)}
-_LISTED = 5
 _SETTINGS = ("mode", "mix_group", "window", "epochs", "seed", "precision")
 
 _Results = Mapping[str, dict[str, Any] | None]
@@ -65,31 +59,6 @@ def collect(
             "processes": _distinct(result.get("processes") for result in done.values() if result),
         },
     }
-
-
-def check_images(results: Mapping[str, dict[str, Any] | None]) -> None:
-    """Check that runs which ask for the same images have the same ones, wherever these lie on their machines.
-
-    Args:
-        results: of runs, by their names; None where there is none.
-
-    Raises:
-        ValueError: names runs that have others.
-    """
-    seen: dict[str, dict[str, list[str]]] = {}
-    there = {name: result for name, result in results.items() if result is not None}
-    for name, result in there.items():
-        for split, fingerprint in _fingerprints_of(result).items():
-            seen.setdefault(_asked_for(result, split), {}).setdefault(fingerprint, []).append(name)
-    for by_fingerprint in seen.values():
-        if len(by_fingerprint) > 1:
-            found = "; ".join(f"{fingerprint}: {_listed(names)}" for fingerprint, names in by_fingerprint.items())
-            shortest, *_, longest = sorted(by_fingerprint, key=len)
-            raise ValueError(
-                f"the runs of this study have different images, by the data's fingerprints {found}: name the same data "
-                "on every machine with --data.root, and delete the results of other data "
-                f"({why_fingerprints_differ(shortest, longest)})"
-            )
 
 
 def points_of(group: dict[str, Any]) -> tuple[list[Point], list[Spread]]:
@@ -138,13 +107,13 @@ def _over_seeds(runs: Mapping[int, dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def _epoch(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"epoch": entry["epoch"], **{name: entry["val"][name] for name in _FIGURES}}
+    return {"epoch": entry["epoch"], **{name: entry["val"][name] for name in FIGURES}}
 
 
 def _summary(epochs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if not epochs:
         return None
-    return {name: _spread([epoch[name] for epoch in epochs]) for name in _FIGURES}
+    return {name: _spread([epoch[name] for epoch in epochs]) for name in FIGURES}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -157,7 +126,7 @@ def _teacher(result: dict[str, Any] | None) -> dict[str, Any] | None:
     if result is None:
         return None
     val = result["last"]["val"] if "last" in result else result
-    return {name: val[name] for name in _FIGURES}
+    return {name: val[name] for name in FIGURES}
 
 
 def _correlated(group: dict[str, Any]) -> dict[str, Any]:
@@ -199,32 +168,10 @@ def _measurement(name: str, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _asked_for(result: dict[str, Any], split: str) -> str:
-    """The images that a run asks for, by its options; where they are a share, the seed chooses it."""
-    config = result.get("config", result)
-    data = config.get("data", {})
-    part = {key: data[key] for key in _PARTS[split] if data.get(key) not in (None, 1.0)}  # a share of 1: all
-    choice = {key: data.get(key) for key in (*_CHOICE, f"{split}_split")}
-    return json.dumps([split, choice, part, config.get("seed") if part else None])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
 def _fingerprints(done: _Results, split: str) -> Iterable[str]:
     """Of the data that nets were trained and evaluated on; with --data.limit or --data.share each seed has its own."""
     runs = [result for name, result in done.items() if result and not name.endswith(".json")]
     return (result["fingerprint"][split] for result in runs)
-
-
-def _fingerprints_of(result: dict[str, Any]) -> dict[str, str]:
-    """Of the images that a run read, by their split; measuring reads the training images, evaluating the others."""
-    fingerprint = result["fingerprint"]
-    if isinstance(fingerprint, dict):
-        return fingerprint
-    return {"train" if "results" in result else "val": fingerprint}
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ import yaml
 
 from dalikd.pipelines.files import read_json, read_yaml, remove_litter, write_atomically
 from dalikd.pipelines.lock import only_writer
+from dalikd.trainers.runs import check_result
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.tracking import LOCK, RunFolder, check_writable
 
@@ -21,21 +22,20 @@ _FREE = {"device", "log_every", "data.root", "data.threads", "data.prefetch", "d
 
 
 def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell that is done, or None.
+    """The result of a cell that is done, with all that is read of it, or None.
 
     Raises:
-        ValueError: its file cannot be read.
+        ValueError: its file cannot be read, or lacks something.
     """
     path = folder / cell.result
-    if not path.exists():
-        return None
     try:
-        result = read_json(path)
+        result = read_json(path) if path.exists() else {"finished": False}
+        if not isinstance(result, dict):
+            raise ValueError("not an object")
+        whole = result.get("finished", True)
+        return check_result(path, result, "run" if cell.is_run else cell.command) if whole else None
     except ValueError as error:
         raise ValueError(f"{path} is not a result ({error}): delete it, and it is made again") from None
-    if not isinstance(result, dict):
-        raise ValueError(f"{path} is not a result: delete it, and it is made again")
-    return result if result.get("finished", True) else None
 
 
 def is_done(folder: Path, cell: Cell) -> bool:

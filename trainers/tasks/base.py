@@ -32,6 +32,7 @@ from dalikd.trainers.options import (
     check_numbers,
 )
 from dalikd.trainers.setup import Setup
+from dalikd.trainers.trackers import TrackerName
 
 __all__ = ["OptimizerFactory", "Task", "TrainingOptions"]
 
@@ -96,8 +97,11 @@ class TrainingOptions(AugmentingOptions, ABC):
         output: the run folder; default: runs/COMMAND-DATA-MODEL.
         resume: go on with this run folder; its config.yaml is read first.
         overwrite: replace a run that lies in the run folder.
+        json: file for the content of results.json, - for stdout.
         restarts: how often the run is started again, from its last saved state, after a crash (by a signal such as
             SIGSEGV, or for lack of memory); under torchrun give --max_restarts to torchrun.
+        trackers: one or several that get what log.jsonl does: tensorboard, wandb, trackio, mlflow. All but the first
+            are extras, as pip install 'dalikd[wandb]'; a resumed run goes on in its own curves.
         log_every: steps between log lines.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints, besides the one after each epoch; 0: none.
@@ -125,7 +129,9 @@ class TrainingOptions(AugmentingOptions, ABC):
     output: FilePath | None = None
     resume: FilePath | None = None
     overwrite: bool = False
+    json: FilePath | None = None
     restarts: int = 0
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 0
@@ -246,6 +252,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: Any) -> dict[str, Tensor]:
         """Named scalar terms; "loss", which is minimised, among them."""
+
+    def own_draws(self, batch: Batch) -> Batch:
+        """A batch as this task alone would get it, where its loader draws for others too."""
+        return batch
 
     def evaluate(self, net: Normalized, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch's images, float64 scalars; figures are the sums over "images".

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -268,6 +268,8 @@ class Distillation(Task):
         if not isinstance(teacher, CachedTeacher):
             ask = TeacherStep(teacher, Branches([augmenter]), self._scores, compile_mode, loss.needs & FEATURE_NEEDS)
         self._pass = SharedPass(ask)
+        self._branch = 0  # of the pass
+        self.draw_spec = augmenter.draw_spec
         self._names = teacher.names if isinstance(teacher, Teachers) and metric else ()
         self.goodness = TeacherStddev(num_classes, device=accelerator.device) if metric else None
         self.goodness_of_each = [TeacherStddev(num_classes, device=accelerator.device) for _ in self._names]
@@ -286,11 +288,21 @@ class Distillation(Task):
 
     def loader(self, setup: Setup, accumulation: int = 1) -> Loader:
         """The batches, with what a cache holds of the teacher; after its last epoch the first comes again."""
-        spec, cached = self.augmenter.draw_spec, self.teacher
+        spec, cached = self.draw_spec, self.teacher
         if not isinstance(cached, CachedTeacher):
             return setup.loader(spec, accumulation=accumulation)
         repeat = cached.cache.layout.epochs
         return setup.loader(spec, accumulation=accumulation, repeat=repeat, attach=cached.attach)
+
+    def own_draws(self, batch: Batch) -> Batch:
+        """Without what the augmentations of other tasks, which share the pass, have drawn."""
+        own, joint = self.augmenter.draw_spec, self.draw_spec
+        views, mixes = map(joint.views.index, own.views), map(joint.mixes.index, own.mixes)
+        return replace(
+            batch,
+            augmented=tuple(batch.augmented[place] for place in views),
+            mix=tuple(batch.mix[place] for place in mixes),
+        )
 
     def finish(self, folder: Path) -> None:
         """Write the entropies, and draw them."""
@@ -305,8 +317,8 @@ class Distillation(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> DistillationInputs:
         """Pixels, labels and what the teacher gives; T. stddev and the log see the same."""
-        found, pixels, fresh = self._pass(batch, turned=self._turned)
-        (branch,) = found.branches
+        found, pixels, fresh = self._pass(batch, self._branch, turned=self._turned)
+        branch = found.branches[self._branch]
         if not self._asked:
             self._asked = True  # the first time, at the cost of a wait
             check_finite(torch.cat((found.originals.logits, branch.logits)), "the teacher")
@@ -406,7 +418,7 @@ class SharedPass:
 
     def __init__(self, ask: Callable[..., TeacherPass]) -> None:
         self._ask = ask
-        self._known: deque[tuple[Batch, TeacherPass, Tensor]] = deque()
+        self._known: deque[tuple[Batch, TeacherPass, Tensor, set[int]]] = deque()
         self._kept = 0
 
     def keep(self, batches: int) -> None:
@@ -414,25 +426,29 @@ class SharedPass:
         self._kept = batches
         self._known.clear()
 
-    def __call__(self, batch: Batch, *, turned: bool) -> tuple[TeacherPass, Tensor, bool]:
-        """What the teacher gives, the originals' pixels, all four turns of them where wanted, and whether it was asked
-        now."""
-        for known, found, pixels in self._known:
+    def __call__(self, batch: Batch, branch: int, *, turned: bool) -> tuple[TeacherPass, Tensor, bool]:
+        """What the teacher gives, the originals' pixels, all four turns of them where wanted, and whether nobody has
+        had this branch of the batch yet."""
+        for known, found, pixels, given in self._known:
             if known is batch:
-                return found, pixels, False
+                fresh = branch not in given
+                given.add(branch)
+                return found, pixels, fresh
         if self._known and len(self._known) == self._kept:
             self._known.popleft()  # the device needs its memory now
         pixels = rotations(batch.pixels) if turned else batch.pixels
         found = self._ask(batch, pixels) if turned else self._ask(batch)
         if self._kept:
-            self._known.append((batch, found, pixels))
+            self._known.append((batch, found, pixels, {branch}))
         return found, pixels, True
 
 
 def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
-    """Ask the teacher once a batch for several tasks, which have the same teacher, images and augmentation.
+    """Ask the teacher once a batch for several tasks, which have the same teacher and images; each augmentation is a
+    branch of the pass.
 
-    Those whose losses turn the originals share a pass of their own. T. stddev and the log of entropies are then one's.
+    Those whose losses turn the originals share a pass of their own. T. stddev and the log of entropies are then one's
+    of those with the same augmentation.
 
     Args:
         tasks: each with a student and a loss of its own.
@@ -441,24 +457,29 @@ def share_pass(tasks: Sequence[Distillation], accumulation: int) -> None:
     Raises:
         ValueError: students pick for themselves.
     """
+    augmenters = {task.augmenter.name: task.augmenter for task in tasks}
+    for augmenter in augmenters.values():
+        if augmenter.criterion is not None and augmenter.criterion.needs_student:
+            raise ValueError(
+                f"--augmentation {augmenter.name} lets each student pick its own images, so that they have no "
+                "teacher pass in common: take cutmixpick_teacher, or distil the students one by one"
+            )
+    branches, names = Branches(list(augmenters.values())), list(augmenters)
     for turned in (False, True):
         alike = [task for task in tasks if task._turned is turned]
         if not alike:
             continue
         first = alike[0]
-        if first.augmenter.criterion is not None and first.augmenter.criterion.needs_student:
-            raise ValueError(
-                f"--augmentation {first.augmenter.name} lets each student pick its own images, so that they have no "
-                "teacher pass in common: take cutmixpick_teacher, or distil the students one by one"
-            )
         if not isinstance(first.teacher, CachedTeacher):
             needs = frozenset().union(*(task.loss.needs for task in alike)) & FEATURE_NEEDS
-            branches = Branches([first.augmenter])
             first._pass = SharedPass(TeacherStep(first.teacher, branches, None, first._compile_mode, needs))
         first.remember(accumulation)
-        for task in alike[1:]:
-            task._pass, task.entropy_log = first._pass, first.entropy_log
-            task.goodness, task.goodness_of_each = first.goodness, first.goodness_of_each
+        firsts = dict[str, Distillation]()  # by their augmentation
+        for task in alike:
+            one = firsts.setdefault(task.augmenter.name, task)
+            task._pass, task._branch = first._pass, names.index(task.augmenter.name)
+            task.draw_spec, task.entropy_log = branches.draw_spec, one.entropy_log
+            task.goodness, task.goodness_of_each = one.goodness, one.goodness_of_each
 
 
 def build_loss(

@@ -1,5 +1,6 @@
 """A training step measured round by round, its record, and several processes; rounds of a few steps on real files."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,13 +137,14 @@ def test_the_sides_take_turns_and_take_what_they_should(words, make_loop, monkey
     monkeypatch.setattr(step, "alternate", spied)
     close = loop.loader.close
     monkeypatch.setattr(loop.loader, "close", lambda: closed.append(loop.loader.position) or close())
-    flops, found, parts = step.measure(loop, options)
+    flops, found, parts, saves = step.measure(loop, options)
     names = ["a", "b", "c", "d", "parts"]
     assert [name for name, _ in taken] == [*names, *names[1:], *names[:1], *names[2:], *names[:2]]
     assert dict(taken) == {"a": 0, "b": 5, "c": 5, "d": 5, "parts": 5}
     assert all(count == dict(taken)[name] for name, count in taken)
     assert len(closed) == 3
-    assert [len(found[side]) for side in step.SIDES] == [2] * 4
+    assert {side: len(them) for side, them in found.items()} == dict.fromkeys("abcd", 2)
+    assert not saves
     assert len(parts) == 2
     assert min(flops.values()) > 0
 
@@ -154,7 +156,7 @@ def test_the_command_writes_a_record_and_no_run(words, bench, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md", "x.png"]
     assert record.variant == "small-small-32-identity-fp32"
     rows = {row["measured"]: row for row in record.rows}
-    for label in step.SIDES.values():
+    for label in (step.SIDES[side] for side in "abcd"):
         assert rows[label]["images/s"]["low"] > 0
         assert 0 < rows[label]["p50 ms"] <= rows[label]["p99 ms"]
     real, alone = rows[step.SIDES["c"]], rows[step.SIDES["a"]]
@@ -165,6 +167,16 @@ def test_the_command_writes_a_record_and_no_run(words, bench, tmp_path, monkeypa
     assert [sum(values) for values in zip(*shares, strict=True)] == pytest.approx([100, 100])
     assert record.config["steps"] == 3
     assert "fresh" not in " ".join(record.notes)
+
+
+def test_what_keeps_a_run_safe_is_a_side_of_its_own(words, bench):
+    """Rounds of 5 steps, with the warm-up: of every fourth step's state, halfway, 6 are saved, the first while warm."""
+    record, _ = bench("step", *words, "--checkpoint_every", "4")
+    rates = {row["measured"][0]: row["images/s"]["values"] for row in record.rows if "images/s" in row}
+    share = sorted(safe / plain for safe, plain in zip(rates["e"], rates["c"], strict=True))
+    note = next(note for note in record.notes if note.startswith("e/c, with a checkpoint every 4 steps: "))
+    assert f": {sum(share) / 2:.3f} (" in note
+    assert re.search(r"for \d+ ms \(median of \d\), \d+ ms at most", note)
 
 
 def test_a_config_of_distill_is_taken_without_its_run_folder(tmp_path):

@@ -18,6 +18,13 @@ CELLS = [
     Cell("measure/a.json", "measure", {}, ("teachers/a",)),
     Cell("distill/ab", "distill", {}, ("teachers/a",)),
 ]
+EPOCH = {"epoch": 1, "val": {"loss": 1.0, "top1": 0.5, "top5": 1.0}}
+RESULT = {"finished": True, "epochs": 1.0, "last": EPOCH, "best": EPOCH, "versions": {}}
+RESULT["fingerprint"] = {"train": "t", "val": "v"}
+ROW = {"augmentation": "flip", "stddev": 0.1, "stderr": 0.1, "entropy": 1.0, "windows": 2, "images": 9}
+MEASURED = {"results": [ROW], "mode": "per_sample", "mix_group": 8, "window": 9, "epochs": 1, "seed": 0}
+MEASURED |= {"precision": "fp32", "confidence": 0.9, "separation": None, "stopped": None}
+MEASURED |= {"versions": {}, "fingerprint": "t"}
 SHARDS = {"teachers/a": 1, "students/b": 2, "measure/a.json": 2, "distill/ab": 2}
 
 
@@ -31,7 +38,7 @@ class _Worker:
         self.did.append((cell.name, resumed))
         path = self.folder / cell.result
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"finished": True})  # whole or not at all, as the commands write it
+        write_json(path, RESULT if cell.is_run else MEASURED)  # whole or not at all, as the commands write it
 
 
 def _queue(folder: Path, shard: int = 1, shards: dict[str, int] | None = None) -> Queue:

@@ -21,18 +21,28 @@ def test_a_run_is_done_when_it_says_so(tmp_path):
     assert not is_done(tmp_path, RUN)
     _write(tmp_path / RUN.result, {"finished": False})
     assert not is_done(tmp_path, RUN)
-    _write(tmp_path / RUN.result, {"finished": True, "x": 1})
-    assert read_result(tmp_path, RUN) == {"finished": True, "x": 1}
+    epoch = {"epoch": 1, "val": {"loss": 1.0, "top1": 0.5, "top5": 1.0}}
+    whole = {"finished": True, "epochs": 1.0, "last": epoch, "best": epoch, "versions": {}}
+    whole["fingerprint"] = {"train": "t", "val": "v"}
+    _write(tmp_path / RUN.result, whole)
+    assert read_result(tmp_path, RUN) == whole
+    del whole["best"]
+    _write(tmp_path / RUN.result, whole)
+    with pytest.raises(ValueError, match=r"a/results.json is not a result \(.*best.epoch is missing\): delete it"):
+        read_result(tmp_path, RUN)
 
 
 def test_a_file_is_done_when_it_is_there(tmp_path):
-    assert not is_done(tmp_path, FILE)
-    _write(tmp_path / FILE.result, {"results": []})
-    assert is_done(tmp_path, FILE)
+    cell = Cell("teachers/a.json", "evaluate", {})
+    assert not is_done(tmp_path, cell)
+    _write(tmp_path / cell.result, {"loss": 1.0, "top1": 0.5, "top5": 1.0, "fingerprint": "v", "versions": {}})
+    assert is_done(tmp_path, cell)
 
 
 def test_a_broken_result_is_named(tmp_path):
-    (tmp_path / "measure").mkdir()
+    _write(tmp_path / FILE.result, {"results": []})
+    with pytest.raises(ValueError, match=r"measure/a.json is not a result \(.*versions is missing\): delete it"):
+        is_done(tmp_path, FILE)
     (tmp_path / FILE.result).write_text("{")
     with pytest.raises(ValueError, match=r"measure/a.json is not a result .*delete it"):
         is_done(tmp_path, FILE)

@@ -1,0 +1,1 @@
+"""A page about runs: what is compared, how it is drawn, what it looks like."""
