@@ -66,6 +66,7 @@ setup(
         "onnx": ONNX,
         "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1", *ONNX],
         "dev": ["pre-commit>=4"],
+        "docs": ["mkdocs-material>=9.5,<10"],
         "wandb": ["wandb>=0.19.11"],
         "trackio": ["trackio>=0.2", "accelerate>=1.11"],
         "mlflow": ["mlflow>=2.10"],

@@ -24,6 +24,7 @@ COMMANDS = {
     "measure": "measure how good augmentations are for distillation (T. stddev)",
     "report": "show runs, a study or a folder of runs as one HTML page: ranking, curves, times, samples",
     "correlate": "correlate T. stddev with students' test loss, and plot",
+    "convert": "turn a config of mdistiller into one of dalikd",
     "cache": "write down what the teacher says, for many runs of distill; verify it",
     "evaluate": "evaluate a net on every validation image",
     "export": "give the student alone away: safetensors with a model card, ONNX, torch.export; to the Hugging Face Hub",

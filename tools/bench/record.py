@@ -30,6 +30,14 @@ from dalikd.trainers.tracking import check_writable, write_json
 
 LEAST_ROUNDS = 5
 RESULTS = Path("runs/bench")  #: where benchmarks write unless told otherwise
+_ROOT = Path(__file__).parents[2]
+#: the benchmarks of the repository's README.md, by name and variant, and what they are there
+_HEADLINES = {
+    "loader imagefolder-224": "photos decoded, cropped to 224 pixels, flipped",
+    "loader random-32": "images of 32 pixels in memory, cropped, flipped",
+    "published resnet56-option-a-resnet8-32-fp32": "a training step with CutMixPick",
+    "published resnet56-aux-resnet20-aux-32-fp32": "a training step of HSAKD",
+}
 _BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
@@ -73,6 +81,13 @@ class Record:
         """The same in a line."""
         found = [f"{name}: {number(cell['median'])}" for name, cell in self.shown.items()]
         return f"{'; '.join(found)} {self.plotted}"
+
+    @property
+    def ends(self) -> str:
+        """The same of at most five rows; of more, the first and the last, which a list of changes is read by."""
+        found = [f"{name}: {number(cell['median'])}" for name, cell in self.shown.items()]
+        kept = found if len(found) <= 5 else [found[0], found[-1]]
+        return f"{'; '.join(kept)} {self.plotted}"
 
     def reads(self, source: Source) -> None:
         """Tell of the images that it reads."""
@@ -297,27 +312,39 @@ def check_names(option: str, names: Sequence[str], known: Collection[str]) -> li
     return list(wanted)
 
 
-def write_tables(folder: Path = Path(__file__).parents[2] / "docs/benchmarks", check: bool = False) -> None:
-    """Write the newest record of each benchmark and device into a folder's README.md, between its two marks.
+def write_tables(folder: Path = _ROOT / "docs/benchmarks", check: bool = False, readme: Path | None = None) -> None:
+    """Write the newest record of each benchmark and device into a folder's README.md, between its two marks, and the
+    headlines among them into the README.md of the repository.
 
     Args:
         folder: of the records and the README.md.
-        check: change nothing, and fail if the README.md is not up to date.
+        check: change nothing, and fail if a README.md is not up to date.
+        readme: that of the headlines; default: the repository's, for its own folder.
     """
     records = [(record, path.stem) for path in sorted(folder.glob("*.json")) if (record := load(path)) is not None]
     records.sort(key=lambda pair: pair[0].environment["time"])
     newest = {(record.benchmark, record.variant, record.device): (record, stem) for record, stem in records}
-    rows = []
+    rows, headlines = [], []
     for record, stem in (newest[key] for key in sorted(newest)):
         where = f"{_where(record.environment, ', ')}, {record.environment['date']}"
         rows.append({"what": f"[{record.title}]({stem}.md)", "medians": record.medians, "where, when": where})
-    readme = folder / "README.md"
-    text = readme.read_text("utf-8")
+        if what := _HEADLINES.get(f"{record.benchmark} {record.variant}"):
+            headlines.append({"what": what, "medians": record.ends, "where, when": where})
+    _renew(folder / "README.md", rows, check)
+    if readme is None and folder == _ROOT / "docs/benchmarks":
+        readme = _ROOT / "README.md"
+    if readme is not None:
+        _renew(readme, headlines, check)
+
+
+def _renew(path: Path, rows: Sequence[Mapping[str, Any]], check: bool) -> None:
+    """Put a table between the two marks of a file."""
+    text = path.read_text("utf-8")
     before, begins, rest = text.partition(_BEGIN)
     _, ends, after = rest.partition(_END)
     if not begins or not ends:
-        raise ValueError(f"{readme} lacks the marks {_BEGIN} and {_END}: put them where the tables should stand")
+        raise ValueError(f"{path} lacks the marks {_BEGIN} and {_END}: put them where the tables should stand")
     wanted = before + _BEGIN + (f"\n\n{table(rows)}\n\n" if rows else "\n") + _END + after
     if check and wanted != text:
-        raise ValueError(f"{readme} is not up to date: run dalikd bench tables")
-    write_atomically(readme, wanted.encode())
+        raise ValueError(f"{path} is not up to date: run dalikd bench tables")
+    write_atomically(path, wanted.encode())

@@ -132,7 +132,7 @@ def test_the_command_is_what_a_user_types(monkeypatch, words, expected):
     assert Record("x").command == expected
 
 
-def test_the_newest_of_each_stands_between_the_marks(tmp_path):
+def test_the_newest_of_each_stands_between_the_marks(tmp_path, monkeypatch):
     for date, rate, changes in (
         ("2031-02-01", 200.0, {}),
         ("2031-01-01", 100.0, {}),
@@ -155,6 +155,12 @@ def test_the_newest_of_each_stands_between_the_marks(tmp_path):
     assert "| [What was measured](2031-02-01-loader-photos-cpu.md) | files, ours: 200; " in text
     assert "| Some CPU, 2 cores, 2031-02-01 |" in text
     tables(tmp_path, check=True)
+    monkeypatch.setattr("dalikd.tools.bench.record._HEADLINES", {"loader small": "what a reader asks"})
+    (tmp_path / "first.md").write_text(README)
+    tables(tmp_path, readme=tmp_path / "first.md")
+    headline = "| what a reader asks | files, ours: 300; files, theirs: 30.0 images/s | Some CPU, 2 cores, 2030-01-01 |"
+    assert headline in (tmp_path / "first.md").read_text()
+    assert "2031" not in (tmp_path / "first.md").read_text()
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="lacks the marks"):
         tables(tmp_path)
