@@ -170,7 +170,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self.stops = StopSignals(accelerator)
         self.replaced_files: dict[str, str] = {}  # of both splits and every process
-        self.clock = _Clock(loader)
+        self.clock = _Clock(loader, accelerator.device)
         self._threads = torch.get_num_threads()  # outside of this run
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.total_steps = options.length * self.steps_per_epoch
@@ -210,7 +210,9 @@ class Loop:
         torch.manual_seed(step_seed(self.options.net_seed, step, rank))
         for part, batch in enumerate(batches, start=1):
             with torch.no_grad():
+                self.clock.mark()
                 inputs = self.task.prepare(batch, step / self.steps_per_epoch)
+                self.clock.mark()
             last = part == len(batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 terms = self.model(inputs)
@@ -295,13 +297,14 @@ class Loop:
             self._diverge(found)
         self.meter.reset()
         images = self.clock.steps(self.progress.step) * self.loader.sampler.batch_size
-        seconds, waited = self.clock.read()
+        seconds, waited, asked = self.clock.read()
         entry = {
             "epoch": self.progress.step / self.steps_per_epoch,
             "train": _finite(terms),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": images / seconds,
             "data_wait_share": waited / seconds,
+            "teacher_share": asked / seconds,
         }
         self.folder.log(self.progress.step, entry)
         bar.set_postfix(loss=f"{terms['loss']:.4f}", images_s=f"{images / seconds:.0f}", refresh=False)
@@ -779,27 +782,38 @@ def _run_steps(loops: Sequence[Loop], failed: dict[Loop, ValueError]) -> None:
 
 
 class _Clock:
-    """Wall time and data-wait time of an interval of training."""
+    """Wall time of an interval of training, and what of it was waited for data and went to the teacher."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self._loader, self._on_gpu = loader, device.type == "cuda"
         self.restart(0)
+
+    def mark(self) -> None:
+        """Where the teacher begins (mixing, teacher pass, picking), and where it ends. Nothing waits for the device."""
+        mark: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
+        if self._on_gpu:
+            mark.record()
+        self._marks.append(mark)
 
     def restart(self, step: int | None = None) -> None:
         """Leave out what happened since the last reading (evaluation, checkpoints); `step` are done."""
         self._step = self._step if step is None else step
         self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
+        self._marks: list[Any] = []
 
     def steps(self, step: int) -> int:
         """Steps since the last call."""
         done, self._step = step - self._step, step
         return done
 
-    def read(self) -> tuple[float, float]:
-        """Seconds since the last reading, and how many of them went into waiting for data."""
-        started, waited = self._started, self._waited
+    def read(self) -> tuple[float, float, float]:
+        """Seconds since the last reading, and how many of them went into waiting for data and to the teacher; once the
+        device has done what they hold."""
+        started, waited, marks = self._started, self._waited, iter(self._marks)
+        pairs = zip(marks, marks, strict=True)
+        asked = sum(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in pairs)
         self.restart()
-        return self._started - started, self._waited - waited
+        return self._started - started, self._waited - waited, asked
 
 
 def step_seed(net_seed: int, step: int, rank: int) -> int:

@@ -47,7 +47,7 @@ def _results(folder: Path) -> dict[str, Any]:
 def _log(folder: Path) -> list[dict[str, Any]]:
     """The log without what the clock says."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timings = ("images_per_second", "data_wait_share")
+    timings = ("images_per_second", "data_wait_share", "teacher_share")
     return [{key: value for key, value in entry.items() if key not in timings} for entry in entries]
 
 

@@ -250,7 +250,7 @@ def _terms(run: Run) -> dict[str, list[tuple[float, float]]]:
     return terms
 
 
-_NO_TERMS = ("step", "epoch", "epoch_train", "lr", "images_per_second", "data_wait_share")
+_NO_TERMS = ("step", "epoch", "epoch_train", "lr", "images_per_second", "data_wait_share", "teacher_share")
 _NO_FIGURES = ("images", "replaced", "windows", "nets")
 
 
@@ -264,12 +264,14 @@ def _numbers(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, fl
     return found
 
 
-def seconds_of(run: Run) -> tuple[float, float] | None:
-    """Seconds of training, and those of them that were waited for data; None: the log does not hold them."""
-    total, waited, step, batch = 0.0, 0.0, 0, run.results["batch_size"]
+def seconds_of(run: Run) -> tuple[float, float, float] | None:
+    """Seconds of training, and those of them that were waited for data and went to the teacher, 0 where an earlier
+    version has logged none; None: the log does not hold them."""
+    total, waited, asked, step, batch = 0.0, 0.0, 0.0, 0, run.results["batch_size"]
     for line in run.log:
-        speed, share = line.get("images_per_second"), line.get("data_wait_share")
+        speed, share, teacher = (line.get(f) for f in ("images_per_second", "data_wait_share", "teacher_share"))
         if isinstance(speed, int | float) and isinstance(share, int | float) and speed > 0:
             seconds = max(line["step"] - step, 0) * batch / speed
             total, waited, step = total + seconds, waited + share * seconds, line["step"]
-    return (total, waited) if total else None
+            asked += teacher * seconds if isinstance(teacher, int | float) else 0
+    return (total, waited, asked) if total else None

@@ -162,26 +162,30 @@ def times(ranked: Sequence[Setting], groups: Sequence[Group], teachers: Sequence
         known = [seconds for run in runs if (seconds := seconds_of(run)) is not None]
         missing += len(runs) - len(known)
         if known:
-            total, waited = mean(one for one, _ in known), mean(one for _, one in known)
-            share = waited / total
-            picture = bar([(share, "#D55E00"), (1 - share, "#56B4E9")])
+            total, waited, asked = (mean(values) for values in zip(*known, strict=True))
+            share, teacher = waited / total, asked / total
+            picture = bar([(share, "#D55E00"), (teacher, "#0072B2"), (1 - share - teacher, "#56B4E9")])
             steps = mean(run.results.get("steps") or 0 for run in runs) * runs[0].results["batch_size"]
             speed = f"{steps / total:,.0f}" if steps else ""
             rows.append(
-                [escape(name or "all"), _duration(total), speed, f"{100 * share:.1f} %", picture, str(len(known))]
+                [
+                    *(escape(name or "all"), _duration(total), speed, f"{100 * share:.1f} %"),
+                    *(f"{100 * teacher:.1f} %" if teacher else "", picture, str(len(known))),
+                ]
             )
     note = (
-        "Wall time of the training steps of a run, mean over the runs: the part that waited for data, and the rest, in "
-        "which teacher and student compute. Logs hold no time of teacher and student apart (dalikd bench step measures "
-        "them), nor of evaluation and checkpoints. Runs that were done together with others on one teacher pass count "
-        "the steps of all of them."
+        "Wall time of the training steps of a run, mean over the runs: the part that waited for data, the "
+        "teacher's (mixing, its pass, picking), and the rest, in which the student computes. Logs hold no time of "
+        "evaluation and checkpoints, and those of earlier versions none of the teacher. Runs that were done together "
+        "with others on one teacher pass count the steps of all of them, and the first of them the pass."
     )
     note += f" {missing} runs have logged no times." if missing else ""
     keys = (
         '<p class="note"><span class="key1" style="background:#D55E00"></span>waiting for data &nbsp; '
-        '<span class="key2" style="background:#56B4E9"></span>computing</p>'
+        '<span class="key1" style="background:#0072B2"></span>teacher &nbsp; '
+        '<span class="key2" style="background:#56B4E9"></span>student</p>'
     )
-    heads = ["runs", "time a run", "images/s", "waiting", "", "runs counted"]
+    heads = ["runs", "time a run", "images/s", "waiting", "teacher", "", "runs counted"]
     return f'<p class="note">{escape(note)}</p>' + (keys + table(heads, rows) if rows else "")
 
 

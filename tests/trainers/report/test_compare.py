@@ -83,5 +83,6 @@ def test_curves_are_means_over_seeds_and_have_few_points(make_run, read):
 def test_seconds_are_those_of_the_steps(make_run, read):
     make_run("a")
     (run,) = read().runs
-    assert seconds_of(run) == (32.0, 8.0)  # 20 steps of 16 images at 10 a second, a quarter of it waited
+    assert seconds_of(run) == (32.0, 8.0, 0.0)  # 20 steps of 16 images at 10 a second, a quarter of it waited
+    assert seconds_of(run._replace(log=[{**line, "teacher_share": 0.5} for line in run.log])) == (32.0, 8.0, 16.0)
     assert seconds_of(run._replace(log=[])) is None
