@@ -28,6 +28,7 @@ __all__ = ["LOCK", "RunFolder", "alone", "check_writable", "read_run_files", "ru
 
 
 LOCK = ".lock"  # in a folder that one call writes
+_BEGUN = {LOCK, "last", "best", "log.jsonl", "tensorboard", KEPT}  # what may be there before config.yaml
 _CUT_OFF = 1 << 62  # the step of a line that a kill has cut off
 
 
@@ -80,9 +81,11 @@ class RunFolder:
             ValueError: the folder holds a run, or something else, or cannot be written.
         """
         check_writable("--output", self.path / "config.yaml")
-        if not self.path.exists() or all(entry.name == LOCK for entry in self.path.iterdir()):
+        found = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        # begun by another call just now, which holds the lock, or by one that was killed at once
+        if not found or {LOCK} <= found <= _BEGUN:
             return
-        if not (self.path / "config.yaml").exists():
+        if "config.yaml" not in found:
             raise ValueError(f"--output {self.path} holds other files and is not touched: name another folder")
         if not overwrite:
             raise ValueError(

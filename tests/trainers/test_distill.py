@@ -356,7 +356,7 @@ def test_entropies_are_logged_by_the_net_that_picks(make_loop, distill_options, 
     task = loop.task
     task.entropy_log = EntropyLog(2)
     batch = loop.loader.next()
-    logits = task._pass(batch, turned=False)[0].originals.logits
+    logits = task._pass(batch, 0, turned=False)[0].originals.logits
     by_student = augmentation == "cutmixpick_student"
     expected = score_groups(task.student, batch.pixels, 32, 8) if by_student else logits
     task.prepare(batch, 0.0)

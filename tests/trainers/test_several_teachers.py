@@ -51,7 +51,7 @@ def test_the_student_learns_from_what_they_say_together(make_loop, make_net, dis
     fed = task.prepare(batch, 0.0)
     expected = (make_net(1).eval()(batch.pixels) + make_net(2).eval()(batch.pixels)) / 2
     torch.testing.assert_close(fed.teacher.logits, expected, rtol=1e-4, atol=1e-4)  # batch norms are folded
-    pool = task._pass(batch, turned=False)[0].branches[0].pool_logits  # picks are the more uncertain half
+    pool = task._pass(batch, 0, turned=False)[0].branches[0].pool_logits  # picks are the more uncertain half
     assert entropy(fed.augmented_logits).mean() > entropy(pool).mean()
 
 

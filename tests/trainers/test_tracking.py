@@ -112,6 +112,16 @@ def test_a_run_is_not_overwritten_untold(tmp_path):
     assert len([name for name in left if name.startswith("tensorboard")]) == 1
 
 
+def test_a_run_that_is_being_begun_is_no_folder_of_other_files(tmp_path):
+    """Another call has it, as the lock says, or was killed before it has written config.yaml."""
+    (tmp_path / "last").mkdir()
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        RunFolder(tmp_path, writes=True).check_new(overwrite=False)
+    (tmp_path / LOCK).touch()
+    RunFolder(tmp_path, writes=True).check_new(overwrite=False)
+
+
 def test_other_peoples_files_are_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
