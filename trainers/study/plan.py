@@ -28,7 +28,7 @@ __all__ = [
 #: options of the study that do not change what comes out
 ONE_CALL = (
     *("pair", "reference", "shard", "share_teacher", "engine", "workers", "only", "dry_run", "report", "status"),
-    *("poll_seconds", "output"),
+    *("poll_seconds", "output", "json"),
 )
 
 

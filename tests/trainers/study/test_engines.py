@@ -35,6 +35,19 @@ CELLS = [
     Cell("distill/a_b/x1/flip/at/seed0", "distill", {"of": "0"}, ("teachers/a",)),
     Cell("distill/a_b/x1/flip/kd/seed1", "distill", {"of": "1"}, ("teachers/a",)),
 ]
+RESULT: dict[str, Any] = {"finished": True, "epochs": 1.0, "versions": {}, "fingerprint": {"train": "t", "val": "v"}}
+RESULT |= {when: {"epoch": 1, "val": {"loss": 1.0, "top1": 0.5, "top5": 1.0}} for when in ("last", "best")}
+MEASURED: dict[str, Any] = {
+    "mode": "per_sample",
+    "precision": "fp32",
+    "separation": None,
+    "stopped": None,
+    "versions": {},
+}
+MEASURED |= {"confidence": 0.9, "mix_group": 8, "window": 9, "epochs": 1, "seed": 0, "fingerprint": "t"}
+MEASURED["results"] = [
+    {"augmentation": "flip", "stddev": 0.1, "stderr": 0.1, "entropy": 1.0, "windows": 2, "images": 9},
+]
 TEACHER, STUDENT = CELLS[0].name, CELLS[1].name
 
 
@@ -52,7 +65,7 @@ def _finish(queue: Queue, *names: str) -> None:
         if not names or cell.name in names:
             path = queue.folder / cell.result
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"finished": True})
+            write_json(path, RESULT if cell.is_run else MEASURED)
 
 
 def test_what_keeps_others_waiting_longest_comes_first():

@@ -1,9 +1,13 @@
+from typing import Any
+
 from dalikd.pipelines.lock import take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.state import Record, lock_path, write_record
 from dalikd.trainers.study.status import print_status, study_status
 from dalikd.trainers.tracking import write_json
 
+RESULT: dict[str, Any] = {"finished": True, "epochs": 1.0, "versions": {}, "fingerprint": {"train": "t", "val": "v"}}
+RESULT |= {when: {"epoch": 1, "val": {"loss": 1.0, "top1": 0.5, "top5": 1.0}} for when in ("last", "best")}
 CELLS = [Cell(f"distill/{name}", "distill", {}) for name in "abcd"] + [Cell("measure/t.json", "measure", {})]
 
 
@@ -11,7 +15,7 @@ def test_a_study_is_seen_from_its_folder(tmp_path, capsys):
     """Two runs of 100 s a unit of work are done; one of two units runs, one of three waits."""
     for name in "ab":
         (tmp_path / "distill" / name).mkdir(parents=True)
-        write_json(tmp_path / "distill" / name / "results.json", {"finished": True})
+        write_json(tmp_path / "distill" / name / "results.json", RESULT)
         write_record(tmp_path, f"distill/{name}", Record("done", 100.0))
     lock = take_lock(lock_path(tmp_path, "distill/c"))
     assert lock is not None
