@@ -65,6 +65,7 @@ setup(
     ],
     extras_require={
         "onnx": ONNX,
+        "slurm": ["submitit>=1.5"],
         "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1", *ONNX, WANDB],
         "dev": ["pre-commit>=4"],
         "docs": ["mkdocs-material>=9.5,<10"],

@@ -64,7 +64,7 @@ _LISTS = {
     **dict.fromkeys(("train", "distill", "mutual", "probe"), ("trackers",)),
     "measure": ("augmentation", "metrics"),
     "preview": ("augmentation",),
-    "study": ("augmentation", "seeds", "epoch_factor", "pair"),
+    "study": ("augmentation", "seeds", "epoch_factor", "pair", "only"),
     "bench scaling": ("processes",),
     "bench methods": ("methods",),
 }

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,11 +30,13 @@ from dalikd.trainers.launch import start
 from dalikd.trainers.renamed import take_old_names
 from dalikd.trainers.run import Planned, run_students
 from dalikd.trainers.runs import check_images
+from dalikd.trainers.study.engines import check_slurm, local_places, longest_first, run_local, run_slurm, units
 from dalikd.trainers.study.plan import Cell, Reading, Study
-from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready, shared_pass
+from dalikd.trainers.study.ready import COMMANDS, check_machine, make_ready, planned, shared_pass
 from dalikd.trainers.study.report import print_plan, write_report
-from dalikd.trainers.study.run import Queue, run_cells
-from dalikd.trainers.study.state import check_config, keep_config, read_result
+from dalikd.trainers.study.run import Queue, raise_failures, run_cells
+from dalikd.trainers.study.state import check_config, keep_config, keep_work, read_result, read_work
+from dalikd.trainers.study.status import print_status, study_status
 
 _FUNCTIONS = {"train": train, "evaluate": evaluate_net, "measure": measure, "distill": distill}
 #: options that no layer of a study may have, in any section, and where they stand instead
@@ -60,8 +64,10 @@ def read_study(argv: Sequence[str], *, old_names: bool = False) -> Reading:
     """
     if any(word in ("-h", "--help") or word.startswith("--print_config") for word in argv):
         build_parser("study").parse_args(["--help"])
+    # beside --engine.partition and others, which --engine would replace
+    argv = [re.sub(r"^--engine(?==|$)", "--engine.name", word) for word in argv]
     names, form = grammar("study").names, _form()
-    own, shared, kept = [], [], {"pairs": [], "methods": {}}
+    own, shared, kept = [], [], {"pairs": [], "methods": {}, "engine": {}}
     for place, content in read_layers(argv, form, old_names=old_names):
         study = {name: content.pop(name) for name in names & content.keys()} | content.pop("study", {})
         # the parser would make objects of the classes in them
@@ -69,6 +75,8 @@ def read_study(argv: Sequence[str], *, old_names: bool = False) -> Reading:
             kept["pairs"] = _pairs(study.pop("pairs"), place, form, old_names=old_names)
         if "methods" in study:
             kept["methods"] = _methods(study.pop("methods"), place)
+        if "engine" in study:  # its name and its options may stand in several places
+            kept["engine"] = {**kept["engine"], **_engine(study.pop("engine"), place)}
         own.append(Layer(place, {"study": study}))
         shared.append(Layer(place, content))
         _check_shared(shared[-1])
@@ -115,6 +123,16 @@ def _methods(given: Any, place: str) -> dict[str, Any]:
     return methods
 
 
+def _engine(given: Any, place: str) -> dict[str, Any]:
+    """What stands under `engine`: its name, its options, or both."""
+    if isinstance(given, str):
+        given = load_yaml(given, f"{place}: engine")[0] if given.startswith("{") else {"name": given}
+    if not isinstance(given or {}, dict):
+        raise ValueError(f"{place}: engine is {given!r}: give its name, or {{name: slurm, partition: gpu}}")
+    # of the command line all words are text
+    return {key: load_yaml(value, key)[0] if isinstance(value, str) else value for key, value in (given or {}).items()}
+
+
 def _check_shared(layer: Layer) -> None:
     for section in ("", *COMMANDS):
         content, place = layer.content.get(section, {}) if section else layer.content, f"{section}." if section else ""
@@ -146,26 +164,90 @@ def _beyond(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- running
 
 
-def run(study: Study) -> dict[str, Any]:
-    """Print the plan, write the report of what there is, or do this shard's cells and then write the report.
+def run(study: Study, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Print the plan, write the report of what there is, or do this call's cells and then write the report.
+
+    Args:
+        study: made ready.
+        words: that follow `dalikd study`; for an engine, which starts the same.
 
     Returns:
-        the plan, or the content of results.json; of a shard whose study is not complete what is missing.
+        the plan, or the content of results.json; of a study that is not complete what is missing.
     """
     check_config(study.folder, study.reading.config, study.reading.reread)
-    if study.reading.options.dry_run:
+    options = study.reading.options
+    if options.dry_run:
         return print_plan(study, partial(command_line, study))
-    if study.reading.options.report:
+    if options.report:
         if not study.folder.exists():
             raise ValueError(f"--report true: there is no study in {study.folder} yet; start it, or name its --output")
         return write_report(study)
-    accelerator = _begin(study)
-    options = study.reading.options
     alike = shared_pass if options.share_teacher else lambda _: None
-    queue = Queue(study.cells, study.folder, study.shards, options.share()[0], alike)
-    together = partial(_run_together, study, accelerator)
-    run_cells(queue, partial(_run_cell, study), accelerator, options.poll_seconds, together)
-    return _end(study, queue, accelerator)
+    engine = options.engine_name()
+    work = {name: done.flops for name, done in study.work.items()}
+    queue = Queue(
+        longest_first(study.cells, work) if engine else study.cells,
+        study.folder,
+        study.shards,
+        options.share()[0],
+        alike,
+        only=options.only or None,
+        workers=options.workers or 1,
+        engine=engine is not None,
+    )
+    if engine in (None, "worker"):
+        accelerator = _begin(study)
+        together = partial(_run_together, study, accelerator)
+        run_cells(queue, partial(_run_cell, study), accelerator, options.poll_seconds, together)
+        if not accelerator.is_main_process or (engine and not options.only):  # whoever waits for all workers ends it
+            return {}
+        return _end(study, queue)
+    return _run_engine(study, queue, [*words, "--engine", "worker"], alike)
+
+
+def _run_engine(study: Study, queue: Queue, words: list[str], alike: Callable[[Cell], str | None]) -> dict[str, Any]:
+    """Let an engine start the runs. All that can be wrong before is found before. Returns as `run`, or the commands."""
+    options = study.reading.options
+    engine, given, begun = options.engine_name(), options.engine_options(), time.monotonic()
+    train, _ = study.reading.read("train", {})
+    if engine == "slurm":
+        check_slurm(given)
+    places = local_places(options.workers, on_cpu=train.device == "cpu") if engine == "local" else []
+    queue.forget()
+    if engine == "list":
+        first = sorted(queue.left(), key=lambda cell: len(cell.needs) > 0)  # what waits for others occupies a place
+        calls = [[cell.name for cell in unit] for unit in units(first, alike, given.get("parallel", 1))]
+        commands = [shlex.join(["dalikd", "study", *words, "--only", *names]) for names in calls]
+        print("\n".join(commands))
+        return {"commands": commands}
+    _keep(study)
+    if engine == "local":
+        words += ["--workers", str(len(places)), "--poll_seconds", str(min(2.0, options.poll_seconds))]
+        if len(places) > 1 and train.data.threads is None:
+            words += ["--data.threads", str(max(1, min(16, len(os.sched_getaffinity(0)) // len(places))))]
+        restarts = run_local(queue, words, places)
+        again = ", ".join(f"{count} after {cause}" for cause, count in sorted(restarts.items()))
+    elif not run_slurm(queue, words, given, alike, options.poll_seconds):
+        print("the jobs are in SLURM's hands: --status true shows how far they are, --report true writes the tables")
+        return {"complete": False, "missing": queue.missing()}
+    else:
+        again = ""
+    minutes = (time.monotonic() - begun) / 60
+    done = len(queue.own) - len(queue.missing())
+    print(f"\n{done} of {len(queue.own)} runs are done, {minutes:.1f} minutes" + (again and f"; restarts: {again}"))
+    raise_failures(queue)
+    return _end(study, queue)
+
+
+def print_how_far(reading: Reading) -> dict[str, Any]:
+    """Print what is done, running, waiting and failed, and return it; the data are not needed."""
+    *_, folder, every, cells = planned(reading)
+    if check_config(folder, reading.config, reading.reread) is None:
+        raise ValueError(f"--status true: there is no study in {folder} yet; start it, or name its --output")
+    names = {cell.name for cell in cells}
+    status = study_status(folder, [cell for cell in every if cell.name in names], read_work(folder))
+    print_status(folder, status)
+    return status
 
 
 def command_line(study: Study, cell: Cell) -> str:
@@ -182,10 +264,15 @@ def _begin(study: Study) -> Accelerator:
     options, _ = study.reading.read("train", {})
     accelerator = start(options.device, options.precision)
     if accelerator.is_main_process:
-        _check_images(study)
-        keep_config(study.folder, study.reading.config, study.reading.reread)
+        _keep(study)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def _keep(study: Study) -> None:
+    _check_images(study)
+    keep_config(study.folder, study.reading.config, study.reading.reread)
+    keep_work(study.folder, {name: done.flops for name, done in study.work.items()})
 
 
 def _check_images(study: Study) -> None:
@@ -217,9 +304,7 @@ def _run_cell(study: Study, cell: Cell, resumed: Path | None) -> None:
         (study.folder / cell.checkpoint).unlink(missing_ok=True)
 
 
-def _end(study: Study, queue: Queue, accelerator: Accelerator) -> dict[str, Any]:
-    if not accelerator.is_main_process:
-        return {}
+def _end(study: Study, queue: Queue) -> dict[str, Any]:
     if not (missing := queue.missing()):
         return write_report(study)
     print(f"\nthis shard is done; {len(missing)} of {len(study.cells)} runs are left to others: {missing[0]}, …")
@@ -229,12 +314,18 @@ def _end(study: Study, queue: Queue, accelerator: Accelerator) -> dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with guarded("study"):
-        reading = read_study(sys.argv[1:] if argv is None else argv)
-        with json_asked(reading.options.json):
-            choose_threads()
-            found = run(make_ready(reading))
-            if os.environ.get("RANK", "0") == "0":
-                give_json(reading.options.json, found)
+        words = sys.argv[1:] if argv is None else argv
+        reading = read_study(words)
+        options = reading.options
+        with json_asked(options.json):
+            if options.status:
+                found = print_how_far(reading)
+            else:
+                choose_threads()
+                found = run(make_ready(reading), words)
+            # a worker has been given the option too
+            if os.environ.get("RANK", "0") == "0" and options.engine_name() != "worker":
+                give_json(options.json, found)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,8 @@ PAST = {
     ("pipelines/files.py", 'part.open("xb")'): 1,
     ("pipelines/files.py", 'path.open("ab", buffering=0)'): 1,
     ("pipelines/lock.py", 'path.open("a+", encoding="utf-8")'): 1,
+    ("pipelines/lock.py", 'own.open("x+b", buffering=0)'): 1,
+    ("pipelines/lock.py", 'open("xb")'): 1,
     ("pipelines/datasets/file_list.py", '"sides.lock").open("w")'): 1,
     ("tools/bench/first_hour.py", 'log.open("wb")'): 1,
     ("tools/bench/scaling.py", '"log").open("w+b")'): 1,

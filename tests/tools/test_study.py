@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -261,6 +263,108 @@ def test_what_is_missing_is_said(finished, finished_once, config, call):
     assert given["augmentations"][1:] == all_of_it["groups"][1]["augmentations"][1:]
     assert "| | | | 1 |" not in ended.out
     assert (finished / "table.md").read_text() in ended.out
+
+
+# ------------------------------------------------------------------------------------------------------ growth
+
+
+def test_a_finished_study_grows(finished, finished_once, config, call):
+    """What is there stays as it is; a new augmentation is measured by itself."""
+    before = {
+        path: path.stat().st_mtime_ns for path in [*finished.glob("*/**/results.json"), *finished.glob("*/*.json")]
+    }
+    own = {
+        **config["study"],
+        "augmentation": [*NAMES, "flip"],
+        "pairs": config["study"]["pairs"][1:],
+    }
+    refused = call({**config, "study": own}, "--output", finished)
+    assert refused.code == 2
+    assert "holds a study with study.pairs: " in refused.err
+    own["pairs"] = config["study"]["pairs"]
+    planned = call({**config, "study": own}, "--output", finished, "--dry_run", "true")
+    assert "20 of 26 runs are done" in planned.out
+    assert "# measure/2/given.json\n" in planned.out
+    assert not (finished / "plans.yaml").exists()
+    ended = call({**config, "study": own}, "--output", finished)
+    assert (ended.code, ended.err) == (0, "")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert cells_of(finished) - cells_of(finished_once) == {
+        *("measure/2/made.json", "measure/2/given.json"),
+        *(f"distill/{pair}/x1/flip/seed{seed}" for pair in ("made_small", "given_small") for seed in (3, 4)),
+    }
+    results = results_of(finished)
+    assert results["complete"]
+    added = [(len(plan["runs"]), plan["added"].get("augmentation")) for plan in results["plans"]]
+    assert added == [(20, None), (6, ["flip"])]
+    assert set(results["plans"][0]["runs"]) == cells_of(finished_once)
+    rows = {row["augmentation"]: row for row in results["groups"][1]["augmentations"]}
+    assert rows["flip"]["t_windows"] is not None
+    old = {row["augmentation"]: row for row in results_of(finished_once)["groups"][1]["augmentations"]}
+    assert {name: rows[name] for name in NAMES} == old
+    assert "## When the runs came\n" in ended.out
+    assert "| augmentation: flip | 6 |" in ended.out
+
+
+# ------------------------------------------------------------------------------------------------------ engines
+
+
+def test_a_list_has_a_command_for_each_run_in_an_order_that_works(config, call, finished, tmp_path):
+    """Only of those that are left; and each does its run alone."""
+    new = call(config, "--output", tmp_path / "new", "--engine", "list")
+    assert (new.code, new.err) == (0, "")
+    assert not (tmp_path / "new").exists()
+    words = [shlex.split(line) for line in new.out.splitlines()]
+    names = [line[line.index("--only") + 1] for line in words]
+    assert len(words) == len(set(names)) == 20
+    waiting = [bool(re.match(r"distill/made|measure/(made|given_small)", name)) for name in names]
+    assert waiting == [False] * 11 + [True] * 9
+    lost = "distill/given_small/x1/cutmix/seed4"
+    result = finished / lost / "results.json"
+    kept = json.loads(result.read_text())
+    shutil.rmtree(finished / lost)
+    (line,) = call(config, "--output", finished, "--engine", "list").out.splitlines()
+    assert line.startswith("dalikd study --config ")
+    assert line.endswith(f"--engine worker --only {lost}")
+    study.main(shlex.split(line)[2:])
+    assert json.loads(result.read_text())["last"] == kept["last"]
+
+
+def test_how_far_a_study_is(config, call, finished, tmp_path):
+    shutil.rmtree(finished / "distill/given_small/x1/cutmix/seed4")
+    elsewhere = {**config, "data": {**config["data"], "root": str(tmp_path / "not on this machine")}}
+    ended = call(elsewhere, "--output", finished, "--status", "true")
+    assert (ended.code, ended.err) == (0, "")
+    waiting, line = ended.out.splitlines()
+    assert waiting == "waiting  distill/given_small/x1/cutmix/seed4"
+    assert re.match(r"19 done, 0 running, 0 failed, 1 waiting of 20 runs in .*; about 1 min left, one at a time$", line)
+    ended = call(config, "--output", tmp_path / "new", "--status", "true")
+    assert ended.code == 2
+    assert "--status true: there is no study in " in ended.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local"], "--engine local starts one worker for each GPU, and there is none: give --workers 2, or so"),
+        (["ray"], "--engine ray: there are local, slurm, list, worker"),
+        (["slurm", "--shard", "1/2"], "--engine slurm deals all runs itself: leave --shard 1/2 out"),
+        (["slurm", "--engine.timeout_min", "soon"], "engine.timeout_min is 'soon': give int"),
+        (["slurm", "--engine.parallel", "0"], "engine.parallel is 0: give a number above 0"),
+        (["slurm", "--engine.cluster", "pbs"], "engine.cluster is pbs: give slurm, or local"),
+        (["slurm"], "--engine slurm: there is no sbatch on the PATH: "),
+        (["local", "--workers", "0"], "--workers 0: give a whole number above 0"),
+        (["list", "--workers", "2"], "--workers 2: it is for --engine local"),
+        (["worker", "--only", "teachers/none"], "--only teachers/none: there is no such run"),
+    ],
+)
+def test_an_engine_that_cannot_work_is_named_before_any_work(config, call, tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr("dalikd.trainers.study.engines.find_spec", lambda _: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ended = call(config, "--output", tmp_path / "new", "--engine", *words)
+    assert ended.code == 2
+    assert message in ended.err
+    assert not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------------------------------ pairs, shards

@@ -56,6 +56,16 @@ def test_a_study_has_its_own_options_and_shares_the_others(read):
     }
 
 
+def test_an_engine_has_its_name_and_its_options_in_several_places(read):
+    first = {"study": {"pairs": PAIRS, "engine": {"partition": "gpu", "timeout_min": 60, "account": "kd"}}}
+    study = read(first, {"engine": {"name": "slurm"}}, words="--engine.timeout_min 90 --engine list")
+    assert study.options.engine_options() == {"name": "list", "partition": "gpu", "timeout_min": 90, "account": "kd"}
+    same = read({"study": {"pairs": PAIRS}}, words="--json - --only a --status true")
+    assert study.config == same.config  # the same study, whoever starts its runs or asks for it
+    alone = read(first)
+    assert alone.options.engine_name() is None
+
+
 def test_arguments_reach_study_and_cells(read):
     options, shared, _, _, trains = read(
         {"epochs": 3, "train": {"epochs": 9, "ema": 0.5}, "study": {"pairs": PAIRS, "seeds": [1]}},
@@ -243,6 +253,7 @@ def test_help_is_shown(capsys):
         ({"epoch_factor": []}, "", "epoch_factor is empty"),
         ({"epoch_factor": 0}, "", "epoch_factor: 0 must be above 0"),
         ({}, "--poll_seconds 0", "--poll_seconds 0: give seconds above 0"),
+        ({"engine": ["local"]}, "", "0.yaml: engine is ['local']: give its name, or {name: slurm"),
         ({}, "--shard 3/2", "--shard 3/2: the number must lie between 1 and 2"),
         ({}, "--shard 0/2", "--shard 0/2: the number must lie between 1 and 2"),
         ({}, "--shard 2", "--shard 2: give number/count, such as 2/8"),

@@ -8,7 +8,15 @@ from typing import Any
 
 from dalikd.pipelines.data import FilePath
 
-__all__ = ["Net", "Pair", "StudyOptions"]
+__all__ = ["ENGINES", "OF_SLURM", "Net", "Pair", "StudyOptions"]
+
+#: what starts the runs of a study; worker: a call that one of the others has started
+ENGINES = ("local", "slurm", "list", "worker")
+#: options of engine slurm and their types; all others go to sbatch as they are
+OF_SLURM: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("gpus", "cpus", "timeout_min", "parallel", "signal_delay_s"), (int,)),
+    **{"mem_gb": (int, float), "partition": (str,), "cluster": (str,), "setup": (list,), "wait": (bool,)},
+}
 
 
 @dataclass
@@ -36,11 +44,17 @@ class StudyOptions:
         shard: this call's share of the work, as 2/8. The folder is the same for all shards.
         share_teacher: distil students that have teacher, images, seed, augmentation and length in common at once, so
             that the teacher is asked about each image once for all of them; each ends as it would alone.
+        engine: what starts the runs: local (one worker a GPU of this machine, or --workers on a CPU), slurm (jobs, by
+            submitit), list (prints a command for each run, for other engines); default: this call does them itself. In
+            a config its options too, as {partition: gpu, timeout_min: 600}. worker is what these start.
+        workers: how many runs engine local does at once; default: one for each GPU.
+        only: these runs alone, by their folders in the study.
         dry_run: print what would be done, and do nothing.
         report: write the tables and plots of what there is, and do nothing else.
+        status: print what is done, running where, waiting and failed, and the time left; from any machine.
         poll_seconds: how often a shard looks for what another shard makes.
         output: the study's folder; default: runs/study-DATA.
-        json: file for the content of results.json, or for the plan of --dry_run; - for stdout.
+        json: file for the content of results.json, or for what --dry_run or --status tells; - for stdout.
     """
 
     pairs: list[dict[str, Any]] = field(default_factory=list)
@@ -53,8 +67,12 @@ class StudyOptions:
     pair: list[str] = field(default_factory=list)
     shard: str = "1/1"
     share_teacher: bool = True
+    engine: str | dict[str, Any] | None = None
+    workers: int | None = None
+    only: list[str] = field(default_factory=list)
     dry_run: bool = False
     report: bool = False
+    status: bool = False
     poll_seconds: float = 30.0
     output: FilePath | None = None
     json: FilePath | None = None
@@ -79,7 +97,18 @@ class StudyOptions:
                 raise ValueError(f"methods.{name}.heads is {settings['heads']!r}: give true or false")
         if not (math.isfinite(self.poll_seconds) and self.poll_seconds > 0):
             raise ValueError(f"--poll_seconds {self.poll_seconds:g}: give seconds above 0")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: give a whole number above 0")
         self.share()
+        _check_engine(self.engine_options(), "--only" if self.only else f"--shard {self.shard}" * (self.share()[1] > 1))
+
+    def engine_options(self) -> dict[str, Any]:
+        """What was given of the engine; "name" is its name."""
+        return {"name": self.engine} if isinstance(self.engine, str) else dict(self.engine or {})
+
+    def engine_name(self) -> str | None:
+        """The engine; None: this call does the runs itself."""
+        return self.engine_options().get("name")
 
     def share(self) -> tuple[int, int]:
         """Number of this shard, from 1, and how many there are."""
@@ -130,6 +159,22 @@ class Pair:
     def title(self) -> str:
         """Its name for people, and for --pair."""
         return f"{self.teacher.label}/{self.student.label}"
+
+
+def _check_engine(given: dict[str, Any], part: str) -> None:
+    name = given.get("name")
+    if name is not None and name not in ENGINES:
+        raise ValueError(f"--engine {name}: there are {', '.join(ENGINES)}")
+    if part and name not in (None, "worker"):
+        raise ValueError(f"--engine {name} deals all runs itself: leave {part} out")
+    for key, value in given.items():
+        kinds = OF_SLURM.get(key)
+        if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds == (bool,))):
+            raise ValueError(f"engine.{key} is {value!r}: give {' or '.join(kind.__name__ for kind in kinds)}")
+        if key in ("gpus", "cpus", "timeout_min", "parallel", "signal_delay_s", "mem_gb") and value < (key != "gpus"):
+            raise ValueError(f"engine.{key} is {value}: give a number above 0")
+    if given.get("cluster", "slurm") not in ("slurm", "local"):
+        raise ValueError(f"engine.cluster is {given['cluster']}: give slurm, or local (without SLURM, to try it)")
 
 
 def _check_list(name: str, values: Sequence[Any]) -> None:

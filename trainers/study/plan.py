@@ -26,7 +26,10 @@ __all__ = [
 
 
 #: options of the study that do not change what comes out
-ONE_CALL = ("pair", "reference", "shard", "share_teacher", "dry_run", "report", "poll_seconds", "output")
+ONE_CALL = (
+    *("pair", "reference", "shard", "share_teacher", "engine", "workers", "only", "dry_run", "report", "status"),
+    *("poll_seconds", "output", "json"),
+)
 
 
 #: the most that learn from one teacher pass
@@ -44,6 +47,8 @@ class Axes:
         methods: their names, and of each the options of distill, by their dotted names; "heads" is none of them, and
             says whether the student has auxiliary heads.
         stddev: whether T. stddev is measured.
+        generations: names of augmentations that are measured together; default: all of them. Those after the first
+            have come to a study that had begun.
     """
 
     augmentations: dict[str, bool]
@@ -51,6 +56,11 @@ class Axes:
     factors: tuple[float, ...]
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     stddev: bool = True
+    generations: Sequence[Sequence[str]] = ()
+
+    def measured(self) -> Sequence[Sequence[str]]:
+        """Names of augmentations that are measured together, one measurement after the other."""
+        return self.generations or [list(self.augmentations)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,12 @@ def plan(pairs: Sequence[Pair], axes: Axes, folder: Path, ema: float = 0.0, *, s
     runs = [(factor, seed) for factor in axes.factors for seed in axes.seeds]
     cells += [_alone(pair.student, *run) for run in runs for pair in pairs]
     if axes.stddev:
-        cells += [_measure(pair, axes, folder, ema, scored) for pair in pairs for scored in (False, True)]
+        cells += [
+            _measure(pair, axes, folder, ema, scored, number)
+            for number in range(len(axes.measured()))
+            for pair in pairs
+            for scored in (False, True)
+        ]
     cells += [
         _distill(pair, factor, name, seed, folder, ema, method, settings)
         for factor, seed in runs
@@ -236,9 +251,11 @@ def alone_name(net: Net, factor: float, seed: int) -> str:
     return f"students/{net.label}/x{factor:g}/seed{seed}"
 
 
-def measure_name(pair: Pair, scored: bool) -> str:
-    """Where T. stddev lies, of those augmentations that a student scores, or of all others, by the teacher alone."""
-    return f"measure/{pair.label if scored else pair.teacher.label}.json"
+def measure_name(pair: Pair, scored: bool, generation: int = 0) -> str:
+    """Where T. stddev lies, of those augmentations that a student scores, or of all others, by the teacher alone; of
+    those that have come later in a folder of their own."""
+    later = f"{generation + 1}/" if generation else ""
+    return f"measure/{later}{pair.label if scored else pair.teacher.label}.json"
 
 
 def distill_name(pair: Pair, factor: float, augmentation: str, seed: int, method: str = "") -> str:
@@ -257,14 +274,14 @@ def _alone(net: Net, factor: float, seed: int) -> Cell:
     return Cell(alone_name(net, factor, seed), "train", {**_model(net), **net.taken["train"], **length})
 
 
-def _measure(pair: Pair, axes: Axes, folder: Path, ema: float, scored: bool) -> Cell:
+def _measure(pair: Pair, axes: Axes, folder: Path, ema: float, scored: bool, generation: int) -> Cell:
     settings, needs = _asked(pair.teacher, folder, ema)
     if scored:
         scorer = alone_name(pair.student, axes.factors[0], axes.seeds[0])
         settings |= {**_model(pair.student), "weights": _weights(folder / scorer, pair.student, ema)}
         needs = (*needs, scorer)
-    settings["augmentation"] = [name for name, by_student in axes.augmentations.items() if by_student == scored]
-    return Cell(measure_name(pair, scored), "measure", settings, needs)
+    settings["augmentation"] = [name for name in axes.measured()[generation] if axes.augmentations[name] == scored]
+    return Cell(measure_name(pair, scored, generation), "measure", settings, needs)
 
 
 def _without_stop(cell: Cell) -> Cell:

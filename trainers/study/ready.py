@@ -32,6 +32,7 @@ from dalikd.trainers.setup import Setup
 from dalikd.trainers.study.gains import choose_reference
 from dalikd.trainers.study.options import Net, Pair, StudyOptions
 from dalikd.trainers.study.plan import STUDENTS_OF_A_PASS, Axes, Cell, Reading, Study, Work, deal, plan
+from dalikd.trainers.study.state import generations
 from dalikd.trainers.study.work import Sizes, work
 from dalikd.trainers.tasks.base import TrainingOptions
 from dalikd.trainers.tasks.distill import OWN, DistillOptions, build_loss, check_views
@@ -46,7 +47,9 @@ __all__ = [
     "check_teacher",
     "chosen_pairs",
     "make_ready",
+    "planned",
     "read_pairs",
+    "shared_pass",
 ]
 
 _OF_A_NET = ("name", "weights", "args", "label")
@@ -128,13 +131,8 @@ def make_ready(reading: Reading) -> Study:
         ValueError, OSError: an option, a net, a weights file or the data are not as they should be.
     """
     options = reading.options
-    pairs = read_pairs(options, reading.trains_teachers)
-    chosen = chosen_pairs(pairs, options.pair)
+    pairs, axes, folder, every, cells = planned(reading)
     kinds, opened = _Kinds(reading), Opened()
-    trained, measured = reading.read("train", {})[0], reading.read("measure", {})[0]
-    folder = Path(options.output or f"runs/study-{trained.data.name}")
-    axes, stops_early = _axes(options, measured, opened), measured.stop_confidence is not None
-    every = plan(pairs, axes, folder, trained.ema, stops_early=stops_early)
     units = {cell.name: shared_pass(cell) for cell in every if options.share_teacher}
     students = Counter(units.values())
     costs = {}
@@ -143,11 +141,31 @@ def make_ready(reading: Reading) -> Study:
         passes = ceil(alike / STUDENTS_OF_A_PASS)
         costs[cell.name] = check_cell(cell, kinds.options(cell), opened, passes / alike)
     _check_teachers(pairs, every, kinds, opened, download=not (options.dry_run or options.report))
-    cells = plan(chosen, axes, folder, trained.ema, stops_early=stops_early)
     shards = deal({cell.name: costs[cell.name].flops for cell in cells}, options.share()[1], units)
     return Study(
         reading, pairs, axes, folder, cells, every, costs, shards, list(kinds.known.values()), opened.described()
     )
+
+
+def planned(reading: Reading) -> tuple[list[Pair], Axes, Path, list[Cell], list[Cell]]:
+    """A study as far as it is known without its data: pairs, axes, folder, all cells, and those of this call's pairs.
+
+    Raises:
+        ValueError, OSError: an option is not as it should be.
+    """
+    options = reading.options
+    if options.workers is not None and options.engine_name() not in ("local", "worker"):
+        raise ValueError(f"--workers {options.workers}: it is for --engine local")
+    pairs = read_pairs(options, reading.trains_teachers)
+    chosen = chosen_pairs(pairs, options.pair)
+    trained, measured = reading.read("train", {})[0], reading.read("measure", {})[0]
+    folder = Path(options.output or f"runs/study-{trained.data.name}")
+    axes, stops_early = _axes(options, folder), measured.stop_confidence is not None
+    every, cells = (plan(some, axes, folder, trained.ema, stops_early=stops_early) for some in (pairs, chosen))
+    for name in options.only:
+        if name not in [cell.name for cell in cells]:
+            raise ValueError(f"--only {name}: there is no such run; --dry_run true lists them")
+    return pairs, axes, folder, every, cells
 
 
 def shared_pass(cell: Cell) -> str | None:
@@ -167,15 +185,15 @@ def _check_teachers(pairs: list[Pair], cells: list[Cell], kinds: "_Kinds", opene
         opened.once(asdict(pair.teacher), check)
 
 
-def _axes(options: StudyOptions, measured: MeasureOptions, opened: Opened) -> Axes:
-    augmenters = [opened.augmenter(name, measured) for name in options.augmentation]
-    scored = {made.name: made.criterion is not None and made.criterion.needs_student for made in augmenters}
+def _axes(options: StudyOptions, folder: Path) -> Axes:
+    scored = {name: picks_by_student(name) for name in options.augmentation}
     methods = {name: dict(_dotted(settings)) for name, settings in options.methods.items()} or {"": {}}
     for name, settings in methods.items():
         _check_settings(f"methods.{name}", settings, _METHOD)
     if options.methods or options.reference is not None:
         choose_reference(options.reference, options.methods)
-    return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor), methods, options.stddev)
+    later = generations(folder, options.augmentation)
+    return Axes(scored, tuple(options.seeds), tuple(options.epoch_factor), methods, options.stddev, later)
 
 
 class _Kinds:

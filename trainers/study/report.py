@@ -1,16 +1,17 @@
 """What a study prints and writes: its plan before, its tables and plots after."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from dalikd.kd.correlation import Coefficient, Correlation, draw
 from dalikd.pipelines.files import write_atomically
 from dalikd.trainers.study.gain_tables import draw_gains, gains_csv, gains_markdown
 from dalikd.trainers.study.gains import gains
-from dalikd.trainers.study.plan import Cell, Study, Work
+from dalikd.trainers.study.plan import Cell, Study, Work, plan
 from dalikd.trainers.study.results import collect, points_of
-from dalikd.trainers.study.state import is_done
-from dalikd.trainers.study.tables import csv_table, markdown
+from dalikd.trainers.study.state import is_done, read_plans
+from dalikd.trainers.study.tables import csv_table, markdown, plans_markdown
 from dalikd.trainers.tracking import write_json
 
 __all__ = ["print_plan", "write_report"]
@@ -70,6 +71,9 @@ def write_report(study: Study) -> dict[str, Any]:
     text = markdown(
         results, f"{'T. stddev and students' if study.axes.stddev else 'Students'}: {study.folder.name}", by_number
     )
+    if plans := _plans(study):
+        results["plans"] = plans
+        text += f"\n{plans_markdown(plans)}"
     results["gains"] = _gains(study, results["groups"])
     section = _write_gains(study, results["gains"])
     text += section and f"\n{section}"
@@ -79,6 +83,30 @@ def write_report(study: Study) -> dict[str, Any]:
     written = f"table.md, table.csv, {'gains.csv, ' if section else ''}results.json and plots/"
     print(f"\n{text}\nwritten: {study.folder}/{written}")
     return results
+
+
+def _plans(study: Study) -> list[dict[str, Any]]:
+    """Of a study that has grown what came when: "date", "added" (by the options' names) and the names of "runs"."""
+    found, seen = list[dict[str, Any]](), set[str]()
+    before: dict[str, Any] = {}
+    for kept in read_plans(study.folder):
+        now, axes = kept["study"], study.axes
+        axes = replace(
+            axes,
+            augmentations={name: scored for name, scored in axes.augmentations.items() if name in now["augmentation"]},
+            seeds=tuple(now["seeds"]),
+            factors=tuple(now["epoch_factor"]),
+            methods={name: options for name, options in axes.methods.items() if not name or name in now["methods"]},
+            generations=[names for names in axes.measured() if set(names) <= set(now["augmentation"])],
+        )
+        entries = zip(study.pairs, study.reading.options.pairs, strict=True)
+        names = {
+            cell.name for cell in plan([pair for pair, given in entries if given in now["pairs"]], axes, study.folder)
+        }
+        added = {key: [value for value in now[key] if value not in before.get(key, ())] for key in now if before}
+        found.append({"date": kept["date"], "added": added, "runs": sorted(names - seen)})
+        seen, before = seen | names, now
+    return found
 
 
 def _gains(study: Study, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

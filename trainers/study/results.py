@@ -86,7 +86,8 @@ def _group(pair: Pair, factor: float, method: str, axes: Axes, done: _Results) -
 
 
 def _row(pair: Pair, factor: float, name: str, method: str, axes: Axes, done: _Results) -> dict[str, Any]:
-    measured = done[measure_name(pair, axes.augmentations[name])] if axes.stddev else None
+    generation = next(number for number, names in enumerate(axes.measured()) if name in names)
+    measured = done[measure_name(pair, axes.augmentations[name], generation)] if axes.stddev else None
     by_name = {result["augmentation"]: result for result in measured["results"]} if measured else {}
     figures = by_name.get(name, dict.fromkeys(_MEASURED))
     runs = {seed: done[distill_name(pair, factor, name, seed, method)] for seed in axes.seeds}

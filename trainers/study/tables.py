@@ -2,10 +2,10 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["csv_table", "markdown"]
+__all__ = ["csv_table", "markdown", "plans_markdown"]
 
 _COEFFICIENTS = ("pearson", "spearman", "kendall")
 _FIGURES = ("loss", "top1", "top5")
@@ -31,6 +31,27 @@ def markdown(results: dict[str, Any], title: str, plots: dict[int, str]) -> str:
         if number in plots:
             parts.append(f"![T. stddev and student test loss of {_name(group)}]({plots[number]})")
     return "\n\n".join(parts) + "\n"
+
+
+def plans_markdown(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Which runs came when, of a study that has grown.
+
+    Args:
+        plans: "date", "added" and "runs" of each, as results.json has them.
+    """
+    lines = ["## When the runs came", "", _line(["plan", "date", "what came", "runs"]), "|--:|:--|:--|--:|"]
+    for number, plan in enumerate(plans, start=1):
+        added = [f"{name}: {', '.join(map(_added, values))}" for name, values in plan["added"].items() if values]
+        lines.append(_line([str(number), plan["date"], "; ".join(added), str(len(plan["runs"]))]))
+    lines += ["", "What came later was measured by itself: its T. stddev stands in a ranking of its own."]
+    return "\n".join(lines) + "\n"
+
+
+def _added(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    nets = (value["teacher"], value["student"])
+    return "/".join(net if isinstance(net, str) else net.get("label", net["name"]) for net in nets)
 
 
 def csv_table(results: dict[str, Any]) -> str:

@@ -1,3 +1,4 @@
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from dalikd.pipelines.lock import take_lock
 from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.run import Queue, run_cells
+from dalikd.trainers.study.state import read_record
 from dalikd.trainers.tracking import write_json
 
 CELLS = [
@@ -147,7 +149,7 @@ def test_calls_that_start_at_once_do_each_cell_once(tmp_path, accelerator):
 
 
 def test_a_cell_ended_by_another_call_meanwhile_is_not_taken(tmp_path, monkeypatch):
-    def late(path: Path) -> Any:
+    def late(path: Path, _lost: Any) -> Any:
         if path.stem == "a":
             _Worker(tmp_path)(CELLS[0], None)
         return take_lock(path)
@@ -266,3 +268,83 @@ def test_a_signal_names_the_cell(tmp_path, accelerator):
         run_cells(_queue(tmp_path), stop, accelerator, 0.01)
     assert raised.value.signal == 15
     _lock(tmp_path, "teachers/a").close()
+
+
+# ------------------------------------------------------------------------------------------------------- engines
+
+
+def _engine_queue(folder: Path) -> Queue:
+    return Queue(CELLS, folder, dict.fromkeys(SHARDS, 1), 1, engine=True)
+
+
+def test_a_run_whose_process_is_gone_is_tried_twice_more(tmp_path):
+    """The record says that it runs, and nobody has its lock."""
+    for crashes in range(3):
+        queue = _engine_queue(tmp_path)
+        assert queue.take()[0].name == "teachers/a"
+        assert read_record(tmp_path, "teachers/a").crashes == crashes
+        for lock, *_ in queue._taken.values():  # as a kill would
+            lock.close()
+    queue = _engine_queue(tmp_path)
+    assert [cell.name for cell in queue.take()] == ["students/b"]
+    queue.release()
+    error = queue.has_failed("teachers/a")
+    assert error.startswith(f"crashed 3 times, last: its process was killed, or crashed: process {os.getpid()} on ")
+    assert [cell.name for cell in queue.left()] == ["students/b"]
+    assert [cell.name for cell in _queue(tmp_path).take()] == ["teachers/a"]  # without an engine it is tried again
+
+
+def test_what_another_call_has_failed_at_is_left_alone_until_it_is_forgotten(tmp_path, accelerator):
+    with pytest.raises(ValueError, match="1 of 4 runs failed"):
+        run_cells(_engine_queue(tmp_path), _Failing(tmp_path, "teachers/a"), accelerator, 0.01)
+    worker = _Worker(tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 4 runs failed \(2 more .*: teachers/a: the disk is full"):
+        run_cells(_engine_queue(tmp_path), worker, accelerator, 0.01)
+    assert worker.did == []
+    queue = _engine_queue(tmp_path)
+    queue.forget()
+    run_cells(queue, worker, accelerator, 0.01)
+    assert [name for name, _ in worker.did] == ["teachers/a", "measure/a.json", "distill/ab"]
+
+
+def test_a_fault_counts_as_a_crash_and_a_signal_does_not(tmp_path, accelerator):
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of dalikd")
+
+    def stop(*_: object) -> None:
+        raise Interrupted("stopped by signal 15; go on", 15)
+
+    for work in (fail, stop):
+        with pytest.raises((RuntimeError, Interrupted)):
+            run_cells(_engine_queue(tmp_path), work, accelerator, 0.01)
+    record = read_record(tmp_path, "teachers/a")
+    assert (record.state, record.crashes) == ("left", 1)
+    assert record.error == "Interrupted: teachers/a stopped by signal 15; the same command goes on there"
+    assert _engine_queue(tmp_path).settle("teachers/a")
+
+
+def test_only_some_runs_are_done_and_what_they_need_is_waited_for(tmp_path, accelerator, capsys):
+    queue = Queue(CELLS, tmp_path, dict.fromkeys(SHARDS, 1), 1, only=["distill/ab"], engine=True)
+    worker = _Worker(tmp_path)
+    thread = threading.Thread(target=run_cells, args=(queue, worker, accelerator, 0.01))
+    thread.start()
+    thread.join(0.2)
+    assert worker.did == []
+    _Worker(tmp_path)(CELLS[0], None)
+    thread.join(10)
+    assert [name for name, _ in worker.did] == ["distill/ab"]
+    assert "[1/1] distill/ab" in capsys.readouterr().out
+
+
+def test_workers_share_the_runs_of_a_teacher_pass(tmp_path):
+    cells = [CELLS[0], *STUDENTS]
+    shards = {cell.name: 1 for cell in cells}
+    _Worker(tmp_path)(CELLS[0], None)
+    two = [
+        Queue(cells, tmp_path, shards, 1, lambda cell: cell.settings.get("of"), workers=2, engine=True)
+        for _ in range(2)
+    ]
+    taken = [[cell.name for cell in queue.take()] for queue in two]
+    assert taken == [["distill/a1", "distill/a2"], ["distill/b1"]]
+    for queue in two:
+        queue.release()

@@ -1,0 +1,231 @@
+"""Studies whose processes are killed and pre-empted at random moments end as one that was left alone: nothing is lost,
+and nothing is done twice. With --full 200 runs of each kind; else eight, and two as jobs."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from dalikd.pipelines.lock import is_held
+from dalikd.tools import study
+from dalikd.trainers.study.engines import run_local
+from dalikd.trainers.study.state import lock_path, read_record
+
+pytestmark = pytest.mark.faults
+
+# what a process of the study begins with; where asked for, a file system without locks, whose leases go stale soon
+HOOK = """
+import errno, fcntl, os
+if os.environ.get("NO_LOCKS"):
+    from dalikd.pipelines import lock
+    lock.HEARTBEAT = 1.0
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    fcntl.flock = refuse
+"""
+BEGUN = re.compile(r"\[\d+/\d+\] (\S+)")
+WORKER = HOOK + "import sys\nfrom dalikd.tools.study import main\nmain(sys.argv[1:])\n"
+
+
+@pytest.fixture(scope="module")
+def config(small_images: Path, tmp_path_factory: pytest.TempPathFactory, full: bool) -> Path:
+    """Eight runs, of which two and two share a teacher pass; or 200, each by itself."""
+    kd = "dalikd.kd.losses.KD"
+    weights = (0.9, 0.5, 0.3, 0.2, 0.1) if full else (0.9, 0.5)
+    losses = {f"kd{weight}": {"class_path": kd, "init_args": {"kd_weight": weight}} for weight in weights}
+    content = {
+        "data": {
+            **{"name": "imagefolder", "root": str(small_images), "train_split": ".", "val_split": "."},
+            **{"image_size": 32, "threads": 1, "limit": 48, "val_limit": 9},
+        },
+        **{"device": "cpu", "batch_size": 16, "mix": {"group": 8}, "epochs": 3, "checkpoint_every": 2},
+        "train": {},
+        "measure": {"window": 24, "epochs": 1},
+        "study": {
+            "pairs": [{"teacher": "resnet14", "student": "resnet8"}],
+            "augmentation": ["mixup"],
+            "methods": {name: {"loss": loss} for name, loss in losses.items()},
+            "reference": next(iter(losses)),
+            "seeds": list(range(33 if full else 2)),
+            "share_teacher": not full,
+        },
+    }
+    path = tmp_path_factory.mktemp("config") / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(start_forked: Any, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that nobody has disturbed."""
+    folder = tmp_path_factory.mktemp("peace")
+    start_forked(folder / "streams", "study", "--config", config, "--output", folder / "study").end()
+    return folder / "study"
+
+
+def _tables(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "results.json").read_text())
+    del results["runs_on"]
+    assert results["complete"]
+    return {
+        "results": results,
+        **{name: (folder / name).read_bytes() for name in ("table.csv", "table.md", "gains.csv")},
+    }
+
+
+class _Trouble(threading.Thread):
+    """Kills the processes of a fifth of the runs, and sends a signal to those of a tenth, each once, a moment after
+    they have begun. And looks at each run that is done.
+
+    Attributes:
+        sent: how often each signal has met a process that worked on one of them.
+    """
+
+    def __init__(self, folder: Path, runs: list[str], seed: int, *, kills: bool = True) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.runs, self.sent = folder, runs, Counter[int]()
+        self._chance, self._over = random.Random(seed), threading.Event()
+        self._logged, self._made = dict[str, int](), dict[str, int]()
+        killed, stopped = kills * max(1, len(runs) // 5), max(1, len(runs) // 10)
+        chosen = self._chance.sample(runs, killed + stopped)
+        self._planned = dict.fromkeys(chosen[:killed], signal.SIGKILL)
+        self._planned |= {name: self._chance.choice((signal.SIGTERM, signal.SIGUSR2)) for name in chosen[killed:]}
+
+    def run(self) -> None:
+        while not self._over.wait(0.01):
+            for name in self.runs:
+                record = read_record(self.folder, name)
+                if record.state == "done":
+                    self._made.setdefault(name, self._file(name).stat().st_ino)
+                elif name in self._planned and record.state == "running" and is_held(lock_path(self.folder, name)):
+                    time.sleep(self._chance.uniform(0, 0.4))
+                    self._strike(name)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / name if name.endswith(".json") else self.folder / name / "results.json"
+
+    def _strike(self, name: str) -> None:
+        record, log = read_record(self.folder, name), self.folder / name / "log.jsonl"
+        found = re.match(r"process (\d+) on", record.who)
+        if record.state != "running" or found is None:
+            return
+        lines = log.read_text().splitlines() if log.exists() else []
+        with suppress(ProcessLookupError):
+            os.kill(int(found[1]), self._planned[name])
+            number = self._planned.pop(name)
+            self.sent[number] += 1
+            if number != signal.SIGKILL and lines[:-1]:  # the last one may be half written
+                self._logged[name] = json.loads(lines[-2])["step"]
+
+    def check(self, expected: Path, begun: list[str]) -> None:
+        """Tables are as expected; a run was begun again only where its process was ended; none was made again after it
+        was done; and what a pre-empted one had logged was kept."""
+        self._over.set()
+        self.join()
+        assert _tables(self.folder) == _tables(expected)
+        assert not self._planned
+        together = 2 if len(self.runs) < 9 else 1  # on one teacher pass
+        assert set(self.runs) <= set(begun)
+        assert len(begun) <= len(self.runs) + together * sum(self.sent.values()), Counter(begun)
+        assert {name: self._file(name).stat().st_ino for name in self._made} == self._made
+        for name, step in self._logged.items():
+            events = sorted((self.folder / name / "tensorboard").iterdir())
+            assert len(events) == 2 or step < 2, (name, step, events)  # gone on with, and not begun anew
+
+
+class _Process:
+    """A forked worker as engines see it."""
+
+    def __init__(self, forked: Any) -> None:
+        self.forked, self.pid = forked, forked.pid
+
+    def poll(self) -> int | None:
+        return self.forked._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+@pytest.mark.parametrize("locks", [False, True], ids=["without locks", "with locks"])
+def test_workers_of_this_machine(start_forked, config, expected, tmp_path, monkeypatch, capsys, full, locks):
+    if locks and not full:
+        pytest.skip("asked for by --full")
+    script, folder, started = tmp_path / "worker.py", tmp_path / "study", list[Any]()
+    script.write_text(WORKER)
+
+    def start(words: list[str], environment: dict[str, str], _log: Path) -> _Process:
+        assert environment["OMP_NUM_THREADS"] == "1"
+        streams = tmp_path / f"streams{len(started)}"
+        started.append(start_forked(streams, script, *words, NO_LOCKS="" if locks else "1"))
+        return _Process(started[-1])
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(study, "run_local", partial(run_local, start=start))
+    states = expected / ".locks"
+    runs = sorted(path.relative_to(states).as_posix().removesuffix(".state") for path in states.rglob("*.state"))
+    trouble = _Trouble(folder, runs, seed=3)
+    trouble.start()
+    study.main(["--config", str(config), "--output", str(folder), "--engine", "local", "--workers", "2"])
+    out = capsys.readouterr().out
+    trouble.check(expected, BEGUN.findall("".join(worker.out for worker in started)))
+    assert f"{len(runs)} of {len(runs)} runs are done" in out
+    assert len(started) == 2 + out.count("started again")
+    assert not [path for path in (folder / ".locks").rglob("*lease*") if locks]
+
+
+@pytest.fixture
+def own_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Lets each new Python begin with the hook."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(HOOK)
+    paths = [str(tmp_path / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield lambda locks: monkeypatch.setenv("NO_LOCKS", "" if locks else "1")
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if "submitit" in " ".join(process.cmdline()):
+                process.kill()
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["with locks", "without locks"])
+def test_jobs_of_submitit(config, expected, tmp_path, monkeypatch, capsys, full, locks, own_python):
+    """In the short form all but students of one seed are done before, and their job is pre-empted alone."""
+    pytest.importorskip("submitit")
+    if not locks and not full:
+        pytest.skip("asked for by --full")
+    own_python(locks)
+    folder, runs = (
+        tmp_path / "study",
+        [path.parent.relative_to(expected) for path in expected.glob("distill/**/results.json")],
+    )
+    if not full:
+        shutil.copytree(expected, folder)
+        runs = [run for run in runs if run.name == "seed1"]
+        for run in runs:
+            shutil.rmtree(folder / run)
+            (folder / ".locks" / f"{run}.state").unlink()
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(config.read_text())
+    content["study"]["engine"] = {"cluster": "local", "parallel": 2 if full else 1, "timeout_min": 60}
+    (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(content))
+    trouble = _Trouble(folder, sorted(map(str, runs)), seed=5, kills=full)
+    trouble.start()
+    words = ["--config", "slurm.yaml", "--output", str(folder), "--engine", "slurm", "--poll_seconds", "0.2"]
+    study.main(words)
+    trouble.check(expected, BEGUN.findall("".join(log.read_text() for log in (folder / ".engine").glob("*.out"))))
+    assert "runs are done" in capsys.readouterr().out
