@@ -64,6 +64,8 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1"],
         "dev": ["pre-commit>=4"],
+        "s3": ["botocore>=1.34"],
+        "gcs": ["google-auth[requests]>=2.20"],
     },
     entry_points={"console_scripts": ["dalikd = dalikd.tools.main:main"]},
 )

@@ -432,6 +432,7 @@ def test_of_several_configs_the_wrong_one_is_named(tmp_path, bad):
 PATHS = {
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
     *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target", "manifest"),
+    "data.cache",
 }
 #: the options of commands that share no configs
 ALONE = {

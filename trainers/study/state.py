@@ -17,7 +17,9 @@ __all__ = ["clear_unsaved", "is_done", "keep_config", "read_result"]
 
 _CONFIG = "config.yaml"
 #: how and where a call runs, not what comes out: shards may differ in it
-_FREE = {"device", "log_every", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode"}
+_FREE = {"device", "log_every", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode"} | {
+    *("data.endpoint", "data.in_flight", "data.cache", "data.cache_size")
+}
 
 
 def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
