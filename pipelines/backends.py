@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -551,7 +552,8 @@ class ObjectBackend(DaliBackend):
         self._reader = "bytes"
         self._files, self._store, self._sizes = files, files.store, files.sizes
         self._asked: dict[int, dict[int, Future[Any]]] = {}  # by microbatch, by row: of the bytes
-        self._most = options.prefetch + _READ_AHEAD
+        self._rows_of: dict[int, np.ndarray] = {}  # by microbatch: a sampler that went back would make orders anew
+        self._known: WeakValueDictionary[int, Future[Any]] = WeakValueDictionary()  # by row, while it is asked for
 
     def fetch(self, position: int) -> Output:
         """The pixels of a microbatch.
@@ -562,7 +564,12 @@ class ObjectBackend(DaliBackend):
         output = super().fetch(position)
         for index in [index for index in self._asked if index <= position]:
             del self._asked[index]
+            self._rows_of.pop(index, None)
         return output
+
+    def plan(self, position: int, rows: np.ndarray | None = None) -> BatchPlan:
+        """What a microbatch holds."""
+        return super().plan(position, self._rows_of.get(position) if rows is None else rows)
 
     def restart(self) -> None:
         """Free the pipeline, but not what was fetched for it."""
@@ -575,17 +582,21 @@ class ObjectBackend(DaliBackend):
             for future in futures.values():
                 future.cancel()
         self._asked.clear()
+        self._rows_of.clear()
 
     def _ask(self, index: int, rows: np.ndarray) -> None:
         """Ask for those objects of a microbatch that nobody has asked for yet."""
         futures = self._asked.setdefault(index, {})
-        new = [row for row in dict.fromkeys(rows.tolist()) if row not in futures]
+        wanted = [row for row in dict.fromkeys(rows.tolist()) if row not in futures]
+        futures |= {row: self._known[row] for row in wanted if row in self._known}
+        new = [row for row in wanted if row not in futures]
         if self._store.cache is None:
             futures |= {row: self._store.submit(self._store.download, *self._files.object(row)) for row in new}
-            return
-        for first in range(0, len(new), _LOOKED_UP):
-            part = new[first : first + _LOOKED_UP]
-            futures |= dict.fromkeys(part, self._store.submit(self._look_up, part))
+        else:
+            for first in range(0, len(new), _LOOKED_UP):
+                part = new[first : first + _LOOKED_UP]
+                futures |= dict.fromkeys(part, self._store.submit(self._look_up, part))
+        self._known.update((row, futures[row]) for row in new)
 
     def _look_up(self, rows: list[int]) -> dict[int, bytes | Future[bytes]]:
         """What the cache has of some objects, and the promise of the others."""
@@ -598,12 +609,13 @@ class ObjectBackend(DaliBackend):
     def _ask_ahead(self, index: int) -> None:
         """Ask for the microbatches after one, as far as there is room; without their draws, which nobody needs yet."""
         rows, held, sampler = 0, 0, self._context.sampler
-        while rows < _ROWS_IN_FLIGHT * self._store.in_flight and held < _BYTES_AHEAD:
+        most = min(_ROWS_IN_FLIGHT * self._store.in_flight, sampler.size)
+        while rows < most and held < _BYTES_AHEAD:
             index += 1
-            if index in self._asked:
-                wanted = np.fromiter(self._asked[index], np.int64)
-            else:
-                wanted = self._rows(sampler[index].rows)
+            if index not in self._rows_of:
+                self._rows_of[index] = sampler[index].rows
+            wanted = self._rows(self._rows_of[index])
+            if index not in self._asked:
                 self._ask(index, wanted)
             rows, held = rows + len(wanted), held + int(self._sizes[wanted].sum())
 

@@ -48,6 +48,8 @@ class ObjectCache:
         self._counted: int | None = None  # bytes; None: not yet
         self._added = 0  # by this process since
         self._counting = False
+        self._wanted = 0  # bytes of the largest object that there was no room for
+        self._fresh = False  # whether all that is there was used since this process began
         self._stopped = ""  # why nothing is kept any more
         try:
             write_atomically(self.folder / ".probe", b"dalikd keeps objects here\n", sync=False)
@@ -83,7 +85,9 @@ class ObjectCache:
                 return
             if self._size is not None and self._counted is not None:
                 estimate = self._counted + self._processes * self._added + whole
-                if self._added and (estimate > self._size or self._added > self._size // _SHARE):
+                if estimate > self._size:
+                    self._wanted = max(self._wanted, whole)
+                if (estimate > self._size and not self._fresh) or self._added > self._size // _SHARE:
                     self._count_soon()
                 if estimate > self._size:
                     return
@@ -118,15 +122,16 @@ class ObjectCache:
             size = self._size
             if size is None:
                 size = held + int(_DISK * shutil.disk_usage(self.folder).free)
-            if held > size - size // _SHARE:
-                for used, bytes_of, path in files:
-                    if held <= _ROOM * size or used >= self._began:
-                        break
-                    with contextlib.suppress(OSError):  # another process was quicker
-                        os.unlink(path)  # noqa: PTH108 - one of a million
-                    held -= bytes_of
+            most, fresh = _ROOM * size - self._wanted, False
+            for used, bytes_of, path in files:
+                fresh = used >= self._began
+                if held <= (size if fresh else most):  # other processes may have filled it beyond its size
+                    break
+                with contextlib.suppress(OSError):  # another process was quicker
+                    os.unlink(path)  # noqa: PTH108 - one of a million
+                held -= bytes_of
             with self._lock:
-                self._size, self._counted, self._added = size, held, 0
+                self._size, self._counted, self._added, self._fresh = size, held, 0, fresh
         except OSError as error:
             self._stop(f"{self.folder} cannot be read: {error.strerror}: nothing more is kept there")
         finally:

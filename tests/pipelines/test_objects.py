@@ -1,6 +1,7 @@
 """Against moto's S3 server on this machine, behind a layer that delays, fails and hangs as it is told."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import torch
 
 from dalikd.pipelines import objects
 from dalikd.pipelines.data import DataConfig, open_source, open_split
+from dalikd.pipelines.datasets.object_list import find_objects
+from dalikd.pipelines.datasets.spec import SplitSpec
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.objects import ObjectOptions, ObjectStore, StoreError
@@ -191,8 +194,7 @@ def test_objects_are_the_files_that_they_were_copied_from(server, tree, stored):
     three.load_state_dict(two.state_dict())
     two.close()
     _equal(three, two, 3)
-    per_image = [path for path in server.seen if "?" not in path]
-    assert len(set(per_image)) == 24
+    assert len({path for path in server.seen if "?" not in path}) == 24
 
 
 def test_a_signature_is_that_of_botocore(monkeypatch):
@@ -304,3 +306,55 @@ def test_what_is_not_installed_is_named(monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, package, None)
         with pytest.raises(ValueError, match=rf"pip install 'dalikd\[{extra}\]'"):
             ObjectStore(root, ObjectOptions())
+
+
+# ------------------------------------------------------------------------------------------------------- a cache
+
+
+@pytest.mark.usefixtures("stored")
+def test_an_epoch_from_the_cache_asks_for_nothing_and_is_the_same(server, tree, tmp_path):
+    options = ObjectOptions(cache=str(tmp_path / "cache"))
+    local = _loader(open_source("imagefolder", tree, "train"))
+    first = _loader(open_source("imagefolder", ROOT, "train", objects=options))
+    _equal(local, first, 3)
+    first.close()
+    [kept.write_bytes(b"damaged") for kept in sorted((tmp_path / "cache").glob("*/*"))[:2]]
+    server.seen.clear()
+    again = _loader(open_source("imagefolder", ROOT, "train", objects=options))
+    _equal(_loader(open_source("imagefolder", tree, "train")), again, 6)
+    assert len([path for path in server.seen if "?" not in path]) == 2
+
+
+def test_a_remembered_list_is_taken_until_the_store_has_another(server, stored, monkeypatch, tmp_path):
+    monkeypatch.setenv("DALIKD_CACHE", str(tmp_path))
+    spec = SplitSpec("imagefolder", None, "train", "train")
+    find_objects(spec, ObjectStore(ROOT), remember_above=10)
+    found = find_objects(spec, ObjectStore(ROOT), remember_above=10)
+    assert found.files is not None
+    assert any(
+        re.search(rf"^{ROOT}/train: 24 objects as listed at .*; remove {tmp_path}", note) for note in found.notes
+    )
+    assert found.files.object(3) == stored.files.object(3)
+    server.put("some/photos/train/bee/more.jpg", b"more")
+    try:
+        found = find_objects(spec, ObjectStore(ROOT), remember_above=10)
+        assert len(found.labels) == 25
+        assert not any("as listed" in note for note in found.notes)
+    finally:
+        server.put("some/photos/train/bee/more.jpg", None)
+
+
+def test_google_is_asked_with_a_token(server, stored, tree, monkeypatch):
+    class Signer(objects._GoogleSigner):
+        anonymous = False
+
+        def __init__(self) -> None:
+            pass
+
+        def sign(self, *_: str) -> dict[str, str]:
+            return {"Authorization": "Bearer token"}
+
+    monkeypatch.setattr(objects, "_GoogleSigner", Signer)
+    source = open_source("imagefolder", ROOT.replace("s3", "gs"), "train", objects=ObjectOptions(endpoint=server.url))
+    assert source.fingerprint == stored.fingerprint
+    _equal(_loader(open_source("imagefolder", tree, "train")), _loader(source), 2)
