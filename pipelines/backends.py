@@ -591,7 +591,8 @@ class ObjectBackend(DaliBackend):
         futures |= {row: self._known[row] for row in wanted if row in self._known}
         new = [row for row in wanted if row not in futures]
         if self._store.cache is None:
-            futures |= {row: self._store.submit(self._store.download, *self._files.object(row)) for row in new}
+            objects = zip(new, self._files.objects(new), strict=True)
+            futures |= {row: self._store.submit(self._store.download, *one) for row, one in objects}
         else:
             for first in range(0, len(new), _LOOKED_UP):
                 part = new[first : first + _LOOKED_UP]
@@ -600,7 +601,7 @@ class ObjectBackend(DaliBackend):
 
     def _look_up(self, rows: list[int]) -> dict[int, bytes | Future[bytes]]:
         """What the cache has of some objects, and the promise of the others."""
-        objects = [(row, self._files.object(row)) for row in rows]
+        objects = zip(rows, self._files.objects(rows), strict=True)
         kept = [(row, self._store.kept(*one), one) for row, one in objects]
         return {
             row: self._store.submit(self._store.download, *one) if held is None else held for row, held, one in kept

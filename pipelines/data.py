@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NewType, cast
 
@@ -64,7 +65,7 @@ class DataConfig:
             ImageNet tree), tinyimagenet (its original layout), cifar10 and cifar100 (the published python files), svhn
             and stl10 (the published files), digits (scikit-learn's, written out as JPEGs), webdataset and tfrecord
             (what `dalikd prepare` has written of any of these).
-        root: its folder; of imagefolder, imagenet and imagenet100 also s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
+        root: its folder; of imagefolder, imagenet, imagenet100 and shards also s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
         train_split: name of the training split, or of its folder; svhn also has extra and train+extra. Default: the
             data set's own.
         val_split: name of the validation split, or of its folder; default: the data set's own.
@@ -100,7 +101,7 @@ class DataConfig:
         max_pixels: of an image: larger ones are taken for bad files by their headers, before memory is asked for them.
         endpoint: URL of the object store; default: AWS_ENDPOINT_URL, else Amazon's or Google's own.
         in_flight: requests to the object store at once, of each process.
-        cache: folder in which objects are kept on this machine.
+        cache: folder in which objects are kept on this machine; shards are copied there before they are read.
         cache_size: bytes that it may have, as 200G; those that were used the longest time ago go first. Default: what
             it has, and nine tenths of what is free on its disk.
     """
@@ -278,10 +279,10 @@ def open_source(
     _check_options(name, folder, download, listed, class_seed)
     split = split or ("test" if role == "val" and name in _DOWNLOADABLE else role)  # as these are published
     spec = SplitSpec(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
-    if url is not None and _FINDERS.get(name) is not find_tree:
+    if url is not None and name not in EXTENSIONS and _FINDERS[name] is not find_tree:
         raise ValueError(f"{name} is not read from object storage: copy it to a disk, or give imagefolder")
     if name in EXTENSIONS:
-        source = _open_shards(spec)
+        source = _open_shards(spec if url is None else _copied(spec, url, objects))
     else:
         index = _FINDERS[name](spec) if url is None else find_objects(spec, ObjectStore(url, objects))
         source = Source(
@@ -315,6 +316,16 @@ def _check_options(name: str, root: Path | None, download: bool, classes: Path |
             f"--data.class_seed {class_seed} chooses the classes of imagenet100 where --data.classes names none: "
             "leave it out"
         )
+
+
+def _copied(spec: SplitSpec, url: str, objects: ObjectOptions) -> SplitSpec:
+    """The same split on this machine, copied from object storage: DALI reads shards there one request at a time."""
+    if objects.cache is None:
+        raise ValueError("shards in object storage are copied before they are read: name a folder with --data.cache")
+    store = ObjectStore(url, objects)
+    root = Path(os.path.realpath(objects.cache)) / "shards" / sha256(store.url.encode()).hexdigest()[:16]
+    store.copy_folder(spec.split.strip("/") if spec.split != "." else "", root / spec.split)
+    return replace(spec, root=root)
 
 
 def _open_shards(spec: SplitSpec) -> Source:

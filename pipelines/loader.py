@@ -373,7 +373,7 @@ def _watch(loader: "weakref.ref[Loader]", ended: threading.Event) -> None:
 def _backend(context: Context, options: DaliOptions, resident: Resident | None) -> Backend:
     source = context.source
     if not can_gather(source, context.spec, resident):
-        if source.files is not None and source.files.store is not None:
+        if source.store is not None:
             return ObjectBackend(context, options)
         return DaliBackend(context, options) if source.shards is None else ShardBackend(context, options)
     if resident is None:

@@ -68,8 +68,9 @@ class ObjectCache:
             content = os.read(descriptor, size + _CHECKSUM.size + 1)
             while len(content) < size + _CHECKSUM.size and (more := os.read(descriptor, size)):  # 2 GiB at a time
                 content += more
-            with contextlib.suppress(OSError):  # another user's file
-                os.utime(descriptor)
+            if os.fstat(descriptor).st_mtime < self._began:
+                with contextlib.suppress(OSError):  # another user's file
+                    os.utime(descriptor)
         except OSError:
             return None
         finally:

@@ -6,38 +6,51 @@ by s3fs 2.9. What botocore and google-auth are for is credentials: all places th
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import hmac
 import http.client
+import json
 import os
 import queue
 import random
 import re
+import shutil
 import ssl
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
+from dalikd.pipelines.files import read_json, write_atomically
 from dalikd.pipelines.object_cache import ObjectCache, open_cache
+from dalikd.pipelines.progress import progress
 
 __all__ = ["Changed", "Listed", "ObjectOptions", "ObjectStore", "StoreError", "is_object_url"]
 
 _SCHEMES = {"s3": "S3", "gs": "Google Cloud Storage"}
 _ATTEMPTS = 9  # of one request; with the waits between them up to five minutes
-_FIRST_ATTEMPTS = 3  # before a store has ever answered: a wrong address is told within 15 s
+_FIRST_ATTEMPTS = 2  # before a store has ever answered: a wrong address is told within 20 s
 _FIRST_SECONDS, _MOST_SECONDS = 2.0, 60.0  # that an answer may take at the first attempt, doubled at each, and at most
+_CONNECT_SECONDS = 8.0
+_LISTING = 8  # times as long for a page of a listing
+_USUAL = 4  # times what answers take of late is waited for at least: asked twice, a slow store would be slower still
 _FIRST_WAIT, _MOST_WAIT = 0.1, 20.0  # s before another attempt, likewise
+_GOOD = (200, 206)  # 206: a part, which was asked for
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _AGAIN_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"})
 _WRONG = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
+_PIECE, _PIECES = 16 << 20, 16  # bytes of a file that one request is for, and of these requests at once
 _EMPTY = hashlib.sha256(b"").hexdigest()
 _WAYS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
@@ -128,7 +141,7 @@ class ObjectStore:
         self._signer = _S3Signer() if parts.scheme == "s3" else _GoogleSigner()
         self._endpoint = self._signer.endpoint(options.endpoint)
         self._idle: list[http.client.HTTPConnection] = []
-        self._answered = False
+        self._answered, self._usual = False, 0.0  # s
         self._tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -199,6 +212,58 @@ class ObjectStore:
             self.cache.keep(url, size, tag, body)
         return body
 
+    def copy_folder(self, folder: str, target: Path) -> None:
+        """Copy what lies in a folder, but not in folders below it, to a disk; what is there already is kept. Processes
+        of one machine wait for the first of them.
+
+        Raises:
+            FileNotFoundError: there is nothing.
+            OSError: the disk has no room, or cannot be written.
+            Changed, StoreError: as `read`.
+        """
+        place = f"{self.url}/{folder}".rstrip("/")
+        listed = [one for page in self.list_all(folder, deep=False) for one in page.objects]
+        found = {key.rpartition("/")[2]: [size, tag] for key, size, tag in listed if not key.endswith("/")}
+        if not found:
+            raise FileNotFoundError(f"{place} holds no files: check --data.root")
+        target.mkdir(parents=True, exist_ok=True)
+        with (target / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            note = target / ".objects.json"
+            known = read_json(note) if note.is_file() else {}
+            new = [name for name, own in found.items() if known.get(name) != own or not (target / name).is_file()]
+            needed, free = sum(found[name][0] for name in new), shutil.disk_usage(target).free
+            if needed > free:
+                raise OSError(f"{place} takes {needed / 1e9:.1f} GB more, and {target} has room for {free / 1e9:.1f}")
+            for path in target.iterdir():
+                if path.name not in found and path.name[0] != ".":
+                    path.unlink()
+            for name in progress(f"copying {place}", new, unit=" files"):
+                size, tag = found[name]
+                self._copy(f"{place}/{name}", size, tag, target / name)
+                known[name] = found[name]
+                write_atomically(note, json.dumps(known).encode(), sync=False)
+
+    def _copy(self, url: str, size: int, tag: int, path: Path) -> None:
+        starts = iter(range(0, size, _PIECE))
+        coming = deque(self.submit(self._piece, url, size, tag, start) for start in islice(starts, _PIECES))
+
+        def write(file: Any) -> None:
+            while coming:
+                file.write(coming.popleft().result())
+                coming.extend(self.submit(self._piece, url, size, tag, start) for start in islice(starts, 1))
+
+        write_atomically(path, write)
+
+    def _piece(self, url: str, size: int, tag: int, start: int) -> bytes:
+        stop = min(start + _PIECE, size)
+        headers, body = self._ask(
+            url[len(f"{self._scheme}://{self.bucket}/") :], {}, url, stop - start, f"bytes={start}-{stop - 1}"
+        )
+        if len(body) != stop - start or (headers.get("ETag") and tag_of(headers["ETag"]) != tag):
+            raise Changed(f"{url} has changed since it was listed: start again")
+        return body
+
     def submit(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> "Future[Any]":
         """Call in a thread, of which there are as many as there may be requests. None keeps the process from ending."""
         future: Future[Any] = Future()
@@ -218,7 +283,9 @@ class ObjectStore:
             return urlsplit(self._endpoint).netloc
         return self._signer.host(self.bucket)
 
-    def _ask(self, key: str, query: dict[str, str], url: str, most: int | None = None) -> tuple[Any, bytes]:
+    def _ask(
+        self, key: str, query: dict[str, str], url: str, most: int | None = None, part: str = ""
+    ) -> tuple[Any, bytes]:
         """GET, as often as it takes: headers and body.
 
         Args:
@@ -226,6 +293,7 @@ class ObjectStore:
             query: of the request.
             url: that messages name.
             most: bytes of the body that are of use: of a longer one only one more is read.
+            part: of the object, as the header Range has it.
         """
         attempt, moved, reason = 0, False, ""
         while attempt < (_ATTEMPTS if self._answered else _FIRST_ATTEMPTS):
@@ -233,10 +301,10 @@ class ObjectStore:
                 wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _MOST_WAIT)
                 time.sleep(wait * _RANDOM.uniform(0.5, 1.5))  # so that those who failed together do not come together
             attempt += 1
+            least = max(_FIRST_SECONDS * (1 if key else _LISTING), _USUAL * self._usual)
+            seconds, began = min(least * 2 ** (attempt - 1), _MOST_SECONDS), time.monotonic()
             try:
-                status, headers, body = self._send(
-                    key, query, min(_FIRST_SECONDS * 2 ** (attempt - 1), _MOST_SECONDS), most
-                )
+                status, headers, body = self._send(key, query, seconds, most, part)
             except ssl.SSLCertVerificationError as error:
                 raise StoreError(
                     f"{url}: the certificate of {self._host()} is not trusted ({error.verify_message}): check "
@@ -250,8 +318,10 @@ class ObjectStore:
             except (OSError, http.client.HTTPException) as error:
                 reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
                 continue
+            finally:
+                self._usual += (time.monotonic() - began - self._usual) / 32
             self._answered = True
-            if status == 200:
+            if status in _GOOD:
                 return headers, body
             found = re.search(rb"<Code>([A-Za-z]+)</Code>", body)
             code = found[1].decode() if found else str(status)
@@ -266,7 +336,9 @@ class ObjectStore:
         advice = "" if self._answered else ": check --data.endpoint, AWS_ENDPOINT_URL and the network"
         raise StoreError(f"{url} cannot be read: {self._host()} fails{many}, at last: {reason}{advice}")
 
-    def _send(self, key: str, query: dict[str, str], seconds: float, most: int | None) -> tuple[int, Any, bytes]:
+    def _send(
+        self, key: str, query: dict[str, str], seconds: float, most: int | None, part: str
+    ) -> tuple[int, Any, bytes]:
         """One request."""
         host, secure = self._host(), not self._endpoint.startswith("http://")
         path = f"/{quote(key, safe='/-_.~', errors='surrogateescape')}"
@@ -277,19 +349,21 @@ class ObjectStore:
             f"{name}={quote(value, safe='-_.~', errors='surrogateescape')}" for name, value in sorted(query.items())
         )
         headers = {"Host": host, "Accept-Encoding": "identity", **self._signer.sign(host, path, words)}
+        headers |= {"Range": part} if part else {}
         try:
             connection, used = self._idle.pop(), True
         except IndexError:
             kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
             options: dict[str, Any] = {"context": self._tls} if secure else {}
-            connection, used = kind(host, timeout=seconds, **options), False
-        connection.timeout = seconds
-        if connection.sock is not None:
-            connection.sock.settimeout(seconds)
+            connection, used = kind(host, timeout=min(seconds, _CONNECT_SECONDS), **options), False
         try:
+            if connection.sock is None:
+                connection.connect()
+            if connection.sock is not None:
+                connection.sock.settimeout(seconds)
             connection.request("GET", f"{path}?{words}" if words else path, headers=headers)
             response = connection.getresponse()
-            body = response.read() if most is None or response.status != 200 else response.read(most + 1)
+            body = response.read() if most is None or response.status not in _GOOD else response.read(most + 1)
             if not response.isclosed() and response.read(1):  # the rest of a longer one is not worth its time
                 connection.close()
         except BaseException as error:
@@ -299,7 +373,7 @@ class ObjectStore:
                 raise _StaleError from None
             raise
         expected = response.headers.get("Content-Length")
-        if most is not None and response.status == 200 and expected and len(body) < min(int(expected), most):
+        if most is not None and response.status in _GOOD and expected and len(body) < min(int(expected), most):
             connection.close()
             raise http.client.IncompleteRead(body)
         if connection.sock is not None:
