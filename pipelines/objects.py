@@ -425,28 +425,24 @@ def _end(calls: "queue.SimpleQueue[Any]", threads: list[threading.Thread]) -> No
 
 def _parse(body: bytes, prefix: int) -> Listed:
     """A page of ListObjectsV2; elements have other namespaces elsewhere."""
-    objects, folders, more, url = [], [], "", False
     root = ElementTree.fromstring(body)
-    if not root.tag.endswith("ListBucketResult"):
+    space, closing, kind = root.tag.rpartition("}")
+    if kind != "ListBucketResult":
         raise ValueError("it is something else")
-    for element in root:
-        kind = element.tag.rpartition("}")[2]
-        if kind == "Contents":
-            fields = {child.tag.rpartition("}")[2]: child.text or "" for child in element}
-            objects.append((fields["Key"], int(fields["Size"]), tag_of(fields.get("ETag", ""))))
-        elif kind == "CommonPrefixes":
-            folders += [child.text or "" for child in element]
-        elif kind == "NextContinuationToken":
-            more = element.text or ""
-        elif kind == "EncodingType":
-            url = element.text == "url"
+    space += closing
+    url = root.findtext(f"{space}EncodingType") == "url"
 
     def name(text: str) -> str:
-        return (unquote(text.replace("+", " "), errors="surrogateescape") if url else text)[prefix:]
+        quoted = url and ("%" in text or "+" in text)
+        return (unquote(text.replace("+", " "), errors="surrogateescape") if quoted else text)[prefix:]
 
-    return Listed(
-        [(name(key), size, tag) for key, size, tag in objects], [name(text).rstrip("/") for text in folders], more
-    )
+    key, size, etag = f"{space}Key", f"{space}Size", f"{space}ETag"
+    objects = [
+        (name(one.findtext(key, "")), int(one.findtext(size, "")), tag_of(one.findtext(etag, "")))
+        for one in root.iterfind(f"{space}Contents")
+    ]
+    folders = [name(one.text or "").rstrip("/") for one in root.iterfind(f"{space}CommonPrefixes/{space}Prefix")]
+    return Listed(objects, folders, root.findtext(f"{space}NextContinuationToken", ""))
 
 
 # ---------------------------------------------------------------------------------------------------- credentials

@@ -90,6 +90,7 @@ class _Connection(asyncio.Protocol):
         self._bucket, self._seconds, self._read = bucket, seconds, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -111,7 +112,7 @@ async def _serve(bucket: Bucket, port: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description="Serves a folder as a bucket.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--milliseconds", type=float, default=30)

@@ -1,8 +1,9 @@
 """Trees of images in object storage: listed by many requests at once, remembered as folders are."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from dalikd.pipelines.progress import progress
 __all__ = ["find_objects"]
 
 _REMEMBER_ABOVE = 20_000  # objects: 20 requests
+_AT_ONCE = 24  # classes: reading an answer takes a core 8 ms, so that more would only wait for each other
 _COMPARED = 16  # pages of a remembered list that are asked for again at each start
 
 
@@ -87,14 +89,12 @@ class _Class(NamedTuple):
 
 
 def _list(store: ObjectStore, split: str, folder: str, classes: Sequence[str], beside: int) -> Tree:
-    """List every class, a thread each."""
-    answers = [store.submit(_list_class, store, f"{split}/{name}".lstrip("/")) for name in classes]
-    try:
-        found = [one.result() for one in progress(f"listing {folder}", answers, total=len(answers), unit=" classes")]
-    except BaseException:
-        for answer in answers:
-            answer.cancel()
-        raise
+    """List every class, a thread each, some at a time."""
+    asked = (store.submit(_list_class, store, f"{split}/{name}".lstrip("/")) for name in classes)
+    coming, found = deque(islice(asked, _AT_ONCE)), []
+    for _ in progress(f"listing {folder}", classes, unit=" classes"):
+        found.append(coming.popleft().result())
+        coming.extend(islice(asked, 1))
     numbers = np.concatenate([one.numbers for one in found], 1)
     left_out = sum((one.left_out for one in found), Counter({"image(s) beside the class folders": beside}) + Counter())
     labels = np.repeat(np.arange(len(classes)), [one.numbers.shape[1] for one in found])
