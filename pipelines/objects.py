@@ -316,7 +316,12 @@ class ObjectStore:
                 attempt -= 1
                 continue
             except (OSError, http.client.HTTPException) as error:
-                reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+                late = isinstance(error, TimeoutError)
+                reason = (
+                    "no answer in time"
+                    if late
+                    else getattr(error, "strerror", "") or str(error) or type(error).__name__
+                )
                 continue
             finally:
                 self._usual += (time.monotonic() - began - self._usual) / 32
