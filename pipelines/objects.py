@@ -228,7 +228,8 @@ class ObjectStore:
             raise FileNotFoundError(f"{place} holds no files: check --data.root")
         target.mkdir(parents=True, exist_ok=True)
         with (target / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             note = target / ".objects.json"
             known = read_json(note) if note.is_file() else {}
             new = [name for name, own in found.items() if known.get(name) != own or not (target / name).is_file()]
@@ -308,7 +309,7 @@ class ObjectStore:
             except ssl.SSLCertVerificationError as error:
                 raise StoreError(
                     f"{url}: the certificate of {self._host()} is not trusted ({error.verify_message}): check "
-                    "--data.endpoint, or name the issuer's file in AWS_CA_BUNDLE"
+                    "--data.endpoint, or name its authority's file in AWS_CA_BUNDLE"
                 ) from None
             except StoreError:
                 raise
