@@ -72,6 +72,8 @@ setup(
         "wandb": [WANDB],
         "trackio": ["trackio>=0.2", "accelerate>=1.11"],
         "mlflow": ["mlflow>=2.10"],
+        "s3": ["botocore>=1.34"],
+        "gcs": ["google-auth[requests]>=2.20"],
     },
     entry_points={"console_scripts": ["dalikd = dalikd.tools.main:main"]},
 )

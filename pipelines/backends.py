@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "DaliOptions",
     "DeviceTransfer",
     "GatherBackend",
+    "ObjectBackend",
     "Output",
     "ShardBackend",
     "UnfitError",
@@ -42,6 +44,9 @@ _READ_AHEAD = 5  # batches that are asked for beyond those that are made ahead: 
 _PNG, _JPEG = 0x50, 0xD8  # second bytes
 _END = (0xFF, 0xD9)  # of a JPEG
 _NO_FILE, _NO_IMAGE = np.frombuffer(b"/dev/null", np.uint8), np.zeros(2, np.uint8)
+_ROWS_IN_FLIGHT = 4  # objects asked for ahead, for each request that there may be at once
+_BYTES_AHEAD = 512 << 20  # of objects that are asked for ahead, beside the next batch
+_LOOKED_UP = 16  # objects that one call looks for in the cache
 _ALIGNMENT = 16  # bytes; no array of the packed buffer starts inside another's word
 Layout = dict[Any, tuple[int, tuple[int, ...], torch.dtype]]  # name -> first byte, shape, type
 
@@ -179,10 +184,12 @@ class Backend(ABC):
         context = self._context
         sampler = context.sampler
         micro = sampler[position] if rows is None else replace(sampler.place(position), rows=rows)
-        rows = micro.rows
-        if context.replaced:
-            rows = np.array([context.replaced.get(int(row), int(row)) for row in rows])
-        return BatchPlan(micro, rows, context.spec.draw(micro))
+        return BatchPlan(micro, self._rows(micro.rows), context.spec.draw(micro))
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """Those that are used in the place of a microbatch's."""
+        replaced = self._context.replaced
+        return np.array([replaced.get(int(row), int(row)) for row in rows]) if replaced else rows
 
     @abstractmethod
     def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
@@ -323,8 +330,9 @@ class DaliBackend(Backend):
         plan, source = self.plan(position), self._context.source
         trusted = () if self._judge is None else (self._trusted(plan, self._judge),)
         draws = plan.draws.views
-        if source.files is not None:  # paths as one array, zeros after the shorter ones: an array each takes DALI long
+        if self._reader == "files":  # paths as one array, zeros after the shorter ones: an array each takes DALI long
             files = source.files
+            assert files is not None
             starts, lengths = files.offsets[plan.rows], files.offsets[plan.rows + 1] - files.offsets[plan.rows]
             places = np.arange(lengths.max())
             letters = files.buffer[np.minimum(starts[:, None] + places, len(files.buffer) - 1)]
@@ -528,6 +536,112 @@ class ShardBackend(DaliBackend):
         if self._sides is not None:
             for slot in np.flatnonzero(self._sides[plan.rows, 0] == 0).tolist():  # each row once
                 self._sides[plan.rows[slot]] = np.minimum(image_sides(partial(_part, contents[slot])), LONGEST)
+        return contents
+
+
+class ObjectBackend(DaliBackend):
+    """A DALI pipeline fed with objects from a store. The sampler knows which come next: they are asked for ahead,
+    bounded in number and bytes, and kept until their pixels are out."""
+
+    def __init__(self, context: Context, options: DaliOptions) -> None:
+        super().__init__(context, options)
+        files = context.source.files
+        assert files is not None
+        assert files.store is not None
+        assert files.sizes is not None
+        self._reader = "bytes"
+        self._files, self._store, self._sizes = files, files.store, files.sizes
+        self._asked: dict[int, dict[int, Future[Any]]] = {}  # by microbatch, by row: of the bytes
+        self._rows_of: dict[int, np.ndarray] = {}  # by microbatch: a sampler that went back would make orders anew
+        self._known: WeakValueDictionary[int, Future[Any]] = WeakValueDictionary()  # by row, while it is asked for
+
+    def fetch(self, position: int) -> Output:
+        """The pixels of a microbatch.
+
+        Raises:
+            StoreError: the store does not answer, or refuses.
+        """
+        output = super().fetch(position)
+        for index in [index for index in self._asked if index <= position]:
+            del self._asked[index]
+            self._rows_of.pop(index, None)
+        return output
+
+    def plan(self, position: int, rows: np.ndarray | None = None) -> BatchPlan:
+        """What a microbatch holds."""
+        return super().plan(position, self._rows_of.get(position) if rows is None else rows)
+
+    def restart(self) -> None:
+        """Free the pipeline, but not what was fetched for it."""
+        super().close()
+
+    def close(self) -> None:
+        """Free the pipeline, and take back what was asked for."""
+        super().close()
+        for futures in self._asked.values():
+            for future in futures.values():
+                future.cancel()
+        self._asked.clear()
+        self._rows_of.clear()
+
+    def _ask(self, index: int, rows: np.ndarray) -> None:
+        """Ask for those objects of a microbatch that nobody has asked for yet."""
+        futures = self._asked.setdefault(index, {})
+        wanted = [row for row in dict.fromkeys(rows.tolist()) if row not in futures]
+        futures |= {row: self._known[row] for row in wanted if row in self._known}
+        new = [row for row in wanted if row not in futures]
+        if self._store.cache is None:
+            objects = zip(new, self._files.objects(new), strict=True)
+            futures |= {row: self._store.submit(self._store.download, *one) for row, one in objects}
+        else:
+            for first in range(0, len(new), _LOOKED_UP):
+                part = new[first : first + _LOOKED_UP]
+                futures |= dict.fromkeys(part, self._store.submit(self._look_up, part))
+        self._known.update((row, futures[row]) for row in new)
+
+    def _look_up(self, rows: list[int]) -> dict[int, bytes | Future[bytes]]:
+        """What the cache has of some objects, and the promise of the others."""
+        objects = zip(rows, self._files.objects(rows), strict=True)
+        kept = [(row, self._store.kept(*one), one) for row, one in objects]
+        return {
+            row: self._store.submit(self._store.download, *one) if held is None else held for row, held, one in kept
+        }
+
+    def _ask_ahead(self, index: int) -> None:
+        """Ask for the microbatches after one, as far as there is room; without their draws, which nobody needs yet."""
+        rows, held, sampler = 0, 0, self._context.sampler
+        most = min(_ROWS_IN_FLIGHT * self._store.in_flight, sampler.size)
+        while rows < most and held < _BYTES_AHEAD:
+            index += 1
+            if index not in self._rows_of:
+                self._rows_of[index] = sampler[index].rows
+            wanted = self._rows(self._rows_of[index])
+            if index not in self._asked:
+                self._ask(index, wanted)
+            rows, held = rows + len(wanted), held + int(self._sizes[wanted].sum())
+
+    def _content(self, plan: BatchPlan, slot: int) -> bytes:
+        """Raises OSError: it is missing, or has changed."""
+        row = int(plan.rows[slot])
+        self._ask(plan.micro.index, np.array([row]))
+        answer = self._asked[plan.micro.index][row].result()
+        answer = answer[row] if isinstance(answer, dict) else answer
+        return answer.result() if isinstance(answer, Future) else answer
+
+    def _contents(self, plan: BatchPlan) -> list[np.ndarray]:
+        """What is missing, or has changed, is no image: DALI fails on it, and the loader then finds it."""
+        self._ask(plan.micro.index, plan.rows)
+        self._ask_ahead(plan.micro.index)
+        contents = []
+        for slot, row in enumerate(plan.rows.tolist()):
+            try:
+                contents.append(np.frombuffer(self._content(plan, slot), np.uint8))
+            except ConnectionError:
+                raise
+            except OSError:
+                contents.append(_NO_IMAGE)
+            if self._sides is not None and self._sides[row, 0] == 0:  # each row once
+                self._sides[row] = np.minimum(image_sides(partial(_part, contents[slot])), LONGEST)
         return contents
 
 

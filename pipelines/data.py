@@ -1,9 +1,11 @@
 """The data options of a run, and what follows from them: sources, which are opened here, and views."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NewType, cast
 
@@ -11,9 +13,11 @@ from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.datasets.arrays import find_arrays
 from dalikd.pipelines.datasets.folders import find_digits, find_images, find_tinyimagenet, find_tree
 from dalikd.pipelines.datasets.info import DATASET_INFO, Statistics, default_statistics
+from dalikd.pipelines.datasets.object_list import find_objects
 from dalikd.pipelines.datasets.spec import Role, SplitIndex, SplitSpec
 from dalikd.pipelines.draw_spec import View
 from dalikd.pipelines.hardware import Decode, decoding_on
+from dalikd.pipelines.objects import ObjectOptions, ObjectStore, is_object_url
 from dalikd.pipelines.shards.layout import EXTENSIONS, ShardFormat
 from dalikd.pipelines.shards.read import ShardSet
 from dalikd.pipelines.sources import Source, check_same_classes
@@ -63,7 +67,8 @@ class DataConfig:
             original layout), cifar10 and cifar100 (the published python files), svhn and stl10 (the published files),
             digits (scikit-learn's, written out as JPEGs), webdataset and tfrecord (what `dalikd prepare` has written of
             those with labels).
-        root: its folder; of images all of it is taken, at any depth.
+        root: its folder; of images all of it is taken, at any depth. Of imagefolder, imagenet, imagenet100 and shards
+            also s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
         train_split: name of the training split, or of its folder; svhn also has extra and train+extra. Default: the
             data set's own; of images the whole root.
         val_split: name of the validation split, or of its folder; default: the data set's own.
@@ -99,6 +104,11 @@ class DataConfig:
         bad_files_limit: stop nevertheless once more images of a split than this had to be replaced; default: 1 % of
             them, but at least 10 and at most 1000.
         max_pixels: of an image: larger ones are taken for bad files by their headers, before memory is asked for them.
+        endpoint: URL of the object store; default: AWS_ENDPOINT_URL, else Amazon's or Google's own.
+        in_flight: requests to the object store at once, of each process.
+        cache: folder in which objects are kept on this machine; shards are copied there before they are read.
+        cache_size: bytes that it may have, as 200G; those that were used the longest time ago go first. Default: what
+            it has, and nine tenths of what is free on its disk.
     """
 
     name: Literal[
@@ -139,6 +149,10 @@ class DataConfig:
     bad_files: Literal["stop", "replace"] = "stop"
     bad_files_limit: int | None = None
     max_pixels: int = MAX_PIXELS
+    endpoint: str | None = None
+    in_flight: int = 128
+    cache: FilePath | None = None
+    cache_size: str | None = None
 
 
 def as_used(config: DataConfig, source: Source, device: "torch.device") -> dict[str, Any]:
@@ -214,7 +228,33 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
         class_seed=config.class_seed,
         train_split=config.train_split,
         max_pixels=config.max_pixels,
+        objects=_object_options(config),
     )
+
+
+def _object_options(config: DataConfig) -> ObjectOptions:
+    """Raises ValueError: one of them is none, or the images lie on a disk."""
+    options = ObjectOptions(config.endpoint, config.in_flight, config.cache, _bytes(config.cache_size))
+    if options != ObjectOptions() and not is_object_url(config.root):
+        named = [name for name in ("endpoint", "in_flight", "cache", "cache_size") if getattr(config, name) is not None]
+        changed = [name for name in named if getattr(config, name) != getattr(DataConfig, name)]
+        raise ValueError(
+            f"--data.{changed[0]} is for images in object storage, as --data.root s3://BUCKET/FOLDER: leave it out"
+        )
+    if config.cache is None and config.cache_size is not None:
+        raise ValueError("--data.cache_size is that of --data.cache: name a folder with it")
+    return options
+
+
+def _bytes(text: str | None) -> int | None:
+    """`200G` in bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1_000_000:
+        raise ValueError(f"--data.cache_size {text}: give bytes, as 200G or 500M, at least 1M")
+    return size
 
 
 def open_source(
@@ -231,6 +271,7 @@ def open_source(
     class_seed: int | None = None,
     train_split: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    objects: ObjectOptions = ObjectOptions(),  # noqa: B008 - it is frozen
 ) -> Source:
     """Find the images of one split.
 
@@ -247,12 +288,13 @@ def open_source(
         class_seed: of that choice; default: 0.
         train_split: the training split's own name, where Tiny-ImageNet's validation split finds its classes.
         max_pixels: images of more are not read.
+        objects: how they are read from object storage, if `root` is a URL.
 
     Raises:
         ValueError: unknown name, role, split or layout; a class without images or one that is not there; a limit or
             share out of range; an option that does not go with the data set.
         FileNotFoundError, NotADirectoryError, FileExistsError: a folder or file is missing or in the way.
-        ConnectionError: the download failed.
+        ConnectionError: the download failed, or the object store.
     """
     if name not in SOURCE_NAMES:
         close = get_close_matches(name, SOURCE_NAMES, n=1)
@@ -260,18 +302,22 @@ def open_source(
         raise ValueError(f"data set {name!r} is unknown: {hint}give one of {', '.join(SOURCE_NAMES)}")
     if role not in ("train", "val"):
         raise ValueError(f"role {role!r} is unknown: give train or val")
+    url = root if isinstance(root, str) and is_object_url(root) else None
     folder, listed = (
-        None if path is None else Path(os.path.realpath(Path(path).expanduser())) for path in (root, classes)
+        None if path is None else Path(os.path.realpath(Path(path).expanduser()))
+        for path in (None if url else root, classes)
     )
     _check_options(name, folder, download, listed, class_seed)
     if name == "images":
         split = split or "."
     split = split or ("test" if role == "val" and name in _DOWNLOADABLE else role)  # as these are published
     spec = SplitSpec(name, folder, role, split, download, listed, class_seed or 0, train_split or "train")
+    if url is not None and name not in EXTENSIONS and _FINDERS[name] is not find_tree:
+        raise ValueError(f"{name} is not read from object storage: copy it to a disk, or give imagefolder")
     if name in EXTENSIONS:
-        source = _open_shards(spec)
+        source = _open_shards(spec if url is None else _copied(spec, url, objects))
     else:
-        index = _FINDERS[name](spec)
+        index = _FINDERS[name](spec) if url is None else find_objects(spec, ObjectStore(url, objects))
         source = Source(
             name=name,
             split=split,
@@ -306,6 +352,16 @@ def _check_options(name: str, root: Path | None, download: bool, classes: Path |
             f"--data.class_seed {class_seed} chooses the classes of imagenet100 where --data.classes names none: "
             "leave it out"
         )
+
+
+def _copied(spec: SplitSpec, url: str, objects: ObjectOptions) -> SplitSpec:
+    """The same split on this machine, copied from object storage: DALI reads shards there one request at a time."""
+    if objects.cache is None:
+        raise ValueError("shards in object storage are copied before they are read: name a folder with --data.cache")
+    store = ObjectStore(url, objects)
+    root = Path(os.path.realpath(objects.cache)) / "shards" / sha256(store.url.encode()).hexdigest()[:16]
+    store.copy_folder(spec.split.strip("/") if spec.split != "." else "", root / spec.split)
+    return replace(spec, root=root)
 
 
 def _open_shards(spec: SplitSpec) -> Source:

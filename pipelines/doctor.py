@@ -122,6 +122,8 @@ def _read(source: "Source", row: int) -> bytes | str:
     """The encoded image, or why there is none."""
     try:
         return source.read(row)
+    except ConnectionError:  # a store fails, not the object
+        raise
     except (OSError, ValueError) as error:
         return why_unreadable(error)
 

@@ -19,6 +19,7 @@ from dalikd.pipelines.backends import (
     DaliOptions,
     DeviceTransfer,
     GatherBackend,
+    ObjectBackend,
     Output,
     ShardBackend,
     UnfitError,
@@ -372,6 +373,8 @@ def _watch(loader: "weakref.ref[Loader]", ended: threading.Event) -> None:
 def _backend(context: Context, options: DaliOptions, resident: Resident | None) -> Backend:
     source = context.source
     if not can_gather(source, context.spec, resident):
+        if source.store is not None:
+            return ObjectBackend(context, options)
         return DaliBackend(context, options) if source.shards is None else ShardBackend(context, options)
     if resident is None:
         assert source.arrays is not None

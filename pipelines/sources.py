@@ -12,7 +12,7 @@ import numpy as np
 
 from dalikd.pipelines.content import BYTES_A_PIXEL, MAX_PIXELS
 from dalikd.pipelines.datasets.classes import check_equal_classes, share_rows, shorten, stratified_rows
-from dalikd.pipelines.datasets.file_list import FileList, manifest_folder
+from dalikd.pipelines.datasets.file_list import FileList, Store, manifest_folder
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.files import read_within
 from dalikd.pipelines.shards.read import ShardSet
@@ -109,16 +109,23 @@ class Source:
         Raises:
             FileNotFoundError: the file is missing; says where the list of files is remembered, if it is.
             OSError: it cannot be read, or not in so many seconds; it is no file, or has more bytes than the largest
-                image.
+                image; or the object is not the one that was listed. StoreError: the object store fails.
             ValueError: the shard is damaged there.
         """
         if self.shards is not None:
             return self.shards.read(row)
         assert self.files is not None, "images in memory are decoded"
+        if self.store is not None:
+            return self.store.read(*self.files.objects([row])[0])
         try:
             return read_within(self.files.path(row), seconds, BYTES_A_PIXEL * self.max_pixels)
         except FileNotFoundError:
             raise FileNotFoundError(self.files.missing(row)) from None
+
+    @property
+    def store(self) -> Store | None:
+        """That the images are objects of, or None."""
+        return None if self.files is None else self.files.store
 
     @property
     def encoded(self) -> FileList | ShardSet:
@@ -130,10 +137,16 @@ class Source:
     @property
     def record_folder(self) -> Path:
         """Where a record of these files is kept."""
-        return manifest_folder(self.shards.folder if self.shards is not None else Path(cast(FileList, self.files).root))
+        if self.shards is not None:
+            return manifest_folder(self.shards.folder)
+        files = cast(FileList, self.files)
+        return manifest_folder(Path(files.root) if self.store is None else files.root)
 
     def stamp(self, row: int) -> tuple[int, int]:
-        """Size in bytes, and time of the last change in ns, of the file that an image lies in. Raises OSError."""
+        """Size in bytes, and time of the last change in ns, of the file that an image lies in; as `FileList.stamps`.
+        Raises OSError."""
+        if self.files is not None and self.store is not None:
+            return self.files.objects([row])[0][1:]
         path = self.path(row)
         status = Path(path if self.shards is None else path.rpartition(":")[0]).stat()
         return status.st_size, status.st_mtime_ns

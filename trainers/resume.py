@@ -16,7 +16,7 @@ _FREE = (
     *("teacher.mean", "teacher.std", "teacher.verify", "teachers"),
     *("data.name", "data.root", "data.train_split", "data.val_split", "data.val_root", "data.classes", "data.download"),
     *("data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode", "data.resident", "data.bad_files"),
-    *("data.bad_files_limit", "data.max_pixels"),
+    *("data.bad_files_limit", "data.max_pixels", "data.endpoint", "data.in_flight", "data.cache", "data.cache_size"),
 )
 #: those that change how it goes on, not what it is
 _SAID = (

@@ -22,12 +22,12 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,10 +44,13 @@ __all__ = [
     "FileList",
     "FileRecord",
     "Listing",
+    "Store",
     "Tree",
     "cache_folder",
     "count_of",
     "is_no_data",
+    "keep_tree",
+    "kept_tree",
     "list_folder",
     "manifest_folder",
     "open_tree",
@@ -81,9 +84,24 @@ _SETTLED_NS = 2_000_000_000  # 2 s: the coarsest clock of a file system in use
 _CHUNK_ROWS = 16_384  # bounds the scratch memory of the vectorised passes over a long list
 
 
+class Store(Protocol):
+    """What is used of an `objects.ObjectStore` by those who read from it."""
+
+    in_flight: int
+    cache: Any
+
+    def read(self, url: str, size: int, tag: int) -> bytes: ...
+
+    def kept(self, url: str, size: int, tag: int) -> bytes | None: ...
+
+    def download(self, url: str, size: int, tag: int) -> bytes: ...
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]": ...
+
+
 @dataclass(frozen=True, eq=False)
 class FileList:
-    """Absolute paths of N files in one buffer.
+    """Absolute paths of N files, or URLs of N objects, in one buffer.
 
     Attributes:
         buffer: uint8 [total bytes], the paths one after the other without terminators; may be a read-only mapping.
@@ -91,6 +109,8 @@ class FileList:
         root: folder that every path starts with; left out of fingerprints.
         sizes: of the files in bytes, int64 [N], -1 for what is no file; None: not known yet.
         kept_in: folder of the manifest that remembers the list, or "".
+        tags: of objects `objects.tag_of` their ETags, int64 [N].
+        store: that the objects are read from; None: these are files.
     """
 
     buffer: np.ndarray
@@ -98,6 +118,8 @@ class FileList:
     root: str = ""
     sizes: np.ndarray | None = None
     kept_in: str = ""
+    tags: np.ndarray | None = None
+    store: Store | None = None
 
     @classmethod
     def from_paths(cls, paths: Iterable[str | bytes], root: str | Path = "") -> "FileList":
@@ -113,6 +135,13 @@ class FileList:
         """Path of one file."""
         return os.fsdecode(self.encoded([row])[0].tobytes())
 
+    def objects(self, rows: Sequence[int]) -> list[tuple[str, int, int]]:
+        """URL, size and tag of some objects, as their store takes them."""
+        assert self.sizes is not None
+        assert self.tags is not None
+        urls = [os.fsdecode(path.tobytes()) for path in self.encoded(rows)]
+        return list(zip(urls, self.sizes[rows].tolist(), self.tags[rows].tolist(), strict=True))
+
     def encoded(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Paths as uint8 views, what `fn.io.file.read` takes; rows in 0..N-1, about 0.2 µs a row."""
         rows = np.asarray(rows, np.int64)
@@ -127,9 +156,9 @@ class FileList:
         chunks = [rows[first : first + _CHUNK_ROWS] for first in range(0, len(rows), _CHUNK_ROWS)]
         parts = [np.concatenate(self.encoded(chunk)) for chunk in chunks]
         lengths = self.offsets[rows + 1] - self.offsets[rows]
-        sizes = None if self.sizes is None else self.sizes[rows]
+        sizes, tags = (None if known is None else known[rows] for known in (self.sizes, self.tags))
         buffer = np.concatenate([np.empty(0, np.uint8), *parts])
-        return FileList(buffer, _offsets(lengths), self.root, sizes, self.kept_in)
+        return FileList(buffer, _offsets(lengths), self.root, sizes, self.kept_in, tags, self.store)
 
     def measure(self) -> np.ndarray:
         """Sizes of the files in bytes, int64 [N]: those that are known, else one stat a file, in threads; -1 for what
@@ -143,8 +172,10 @@ class FileList:
         return self._each(f"sizes in {self.root}", _size, 1)[:, 0]
 
     def stamps(self) -> np.ndarray:
-        """Sizes of the files in bytes and times of their last change in ns, as they are now: int64 [N, 2]. Raises as
-        `measure`."""
+        """Sizes of the files in bytes and times of their last change in ns, as they are now: int64 [N, 2]; of objects
+        the ETags stand for the times, as they were listed. Raises as `measure`."""
+        if self.tags is not None:
+            return np.stack([self.measure(), self.tags], 1)
 
         def ask(path: bytes) -> tuple[int, int]:
             status = os.stat(path)  # noqa: PTH116 (bytes)
@@ -162,8 +193,10 @@ class FileList:
 
         One look at each header, in threads; of a file that cannot be read it says nothing. Of a remembered list they
         are remembered too; processes of one machine then wait for the first of them to look. A file may have changed
-        since: who uses them compares.
+        since: who uses them compares. Of objects none is known before they come: that would ask for each of them twice.
         """
+        if self.store is not None:
+            return np.zeros((len(self), 2), np.int32)
         if not self.kept_in:
             return self._look()
         target = Path(self.kept_in) / f"sides-{_checksum((self.buffer, self.measure()))}.npy"
@@ -365,8 +398,8 @@ def open_tree(
     A damaged manifest, or a cache folder that cannot be written, costs a warning and a scan.
     """
     target = manifest_folder(folder, classes if part else None)
-    tree = _load(target, folder, classes)
-    if tree is not None:
+    tree = kept_tree(target, folder, classes)
+    if tree is not None and _has_same_sizes(tree.files):
         return tree
     started_ns = time.time_ns()
     tree = scan(folder, classes)
@@ -374,12 +407,12 @@ def open_tree(
     # A folder changed within the clock's grain before the scan could change again and keep its mtime.
     settled = max(mtime_ns for mtime_ns, _, _ in tree.directories.values()) < started_ns - _SETTLED_NS
     if settled and len(tree.files) > remember_above:
-        return _save(target, folder, classes, tree)
+        return keep_tree(target, folder, classes, tree)
     return tree
 
 
-def manifest_folder(folder: Path, part: Sequence[str] | None = None) -> Path:
-    """Where the manifest of `folder`, or of some classes of it, lies."""
+def manifest_folder(folder: Path | str, part: Sequence[str] | None = None) -> Path:
+    """Where the manifest of a folder or URL, or of some classes of it, lies."""
     key = b"\0".join(map(os.fsencode, (folder, *(part or ()))))
     return cache_folder() / "manifests" / sha256(key).hexdigest()[:16]
 
@@ -436,9 +469,11 @@ def _walk(
         yield from _walk(root, f"{relative}/{name}", directories, left_out, above | {identity})
 
 
-def _save(target: Path, folder: Path, classes: Sequence[str], tree: Tree) -> Tree:
-    """Write the arrays under a name made of their content, then the JSON that names them: safe with several writers."""
+def keep_tree(target: Path, folder: Path | str, classes: Sequence[str], tree: Tree) -> Tree:
+    """Remember a tree. The arrays come first, under a name made of their content, then the JSON that names them: safe
+    with several writers."""
     arrays = dict(zip(_ARRAYS, (tree.files.buffer, tree.files.offsets, tree.labels, tree.files.measure()), strict=True))
+    arrays |= {} if tree.files.tags is None else {"tags": tree.files.tags}
     checksum = _checksum(arrays.values())
     note = {
         "version": _VERSION,
@@ -447,6 +482,7 @@ def _save(target: Path, folder: Path, classes: Sequence[str], tree: Tree) -> Tre
         "directories": tree.directories,
         "left_out": tree.left_out,
         "checksum": checksum,
+        "objects": "tags" in arrays,
     }
     try:
         for name, array in arrays.items():
@@ -468,7 +504,7 @@ def _remove_outdated(target: Path, checksum: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _load(target: Path, folder: Path, classes: Sequence[str]) -> Tree | None:
+def kept_tree(target: Path, folder: Path | str, classes: Sequence[str]) -> Tree | None:
     """The remembered tree; None where there is none or the folders have changed."""
     if not (target / "manifest.json").is_file():
         return None
@@ -480,14 +516,14 @@ def _load(target: Path, folder: Path, classes: Sequence[str]) -> Tree | None:
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         warnings.warn(f"the list of {folder} in {target} is damaged ({error}); scanning again", stacklevel=2)
         return None
-    return tree if _has_same_sizes(tree.files) else None
+    return tree
 
 
-def _is_current(note: dict, folder: Path, classes: Sequence[str]) -> bool:
+def _is_current(note: dict, folder: Path | str, classes: Sequence[str]) -> bool:
     """Whether nothing has been added, removed or renamed since the scan; one stat and one listing a folder."""
     if (note["version"], note["folder"], note["classes"]) != (_VERSION, str(folder), list(classes)):
         return False
-    folders = [(folder / name, tuple(state)) for name, state in note["directories"].items()]
+    folders = [(Path(folder) / name, tuple(state)) for name, state in note["directories"].items()]
     try:
         if any(_times(path.stat()) != state[:2] for path, state in folders):
             return False
@@ -513,7 +549,7 @@ def _has_same_sizes(files: FileList) -> bool:
         return False
 
 
-def _load_arrays(target: Path, folder: Path, note: dict) -> Tree:
+def _load_arrays(target: Path, folder: Path | str, note: dict) -> Tree:
     """Map the arrays. np.asarray takes the memmap class off: slicing that costs ten times as much.
 
     Raises:
@@ -522,11 +558,14 @@ def _load_arrays(target: Path, folder: Path, note: dict) -> Tree:
     checksum = note["checksum"]
     if not re.fullmatch("[0-9a-f]+", checksum):
         raise ValueError(f"checksum {checksum!r}")
-    arrays = [np.asarray(read_npy(target / f"{name}-{checksum}.npy", mode="r")) for name in _ARRAYS]
+    names = (*_ARRAYS, "tags") if note.get("objects") else _ARRAYS
+    arrays = [np.asarray(read_npy(target / f"{name}-{checksum}.npy", mode="r")) for name in names]
     if _checksum(arrays) != checksum:
         raise ValueError("checksum differs")
-    paths, offsets, labels, sizes = arrays
-    files = FileList(paths, offsets, str(folder), sizes, str(target))
+    paths, offsets, labels, sizes, *tags = arrays
+    if any((array.shape, array.dtype) != (sizes.shape, np.int64) for array in tags):
+        raise ValueError("its ETags are of another kind")
+    files = FileList(paths, offsets, str(folder), sizes, str(target), tags[0] if tags else None)
     _check_files(files, labels, len(note["classes"]))
     directories = {name: (mtime, ctime, digest) for name, (mtime, ctime, digest) in note["directories"].items()}
     left_out = {str(kind): int(count) for kind, count in note["left_out"].items()}

@@ -417,7 +417,7 @@ PATHS = {
     "data.val_root",
     *("data.root", "data.classes", "weights", "teacher.weights", "teacher.cache", "output", "resume", "verify", "json"),
     *("run", "students", "checkpoint", "entropy_log", "points", "file", "plot", "root", "folder", "target", "manifest"),
-    *("readme", "page"),
+    *("readme", "page", "data.cache"),
 }
 #: the options of commands that share no configs
 ALONE = {

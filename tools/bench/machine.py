@@ -133,10 +133,10 @@ def settle(longest: float = 5.0) -> None:
 
 def describe(source: Source) -> dict[str, Any] | None:
     """Number of a source's images, and of a sample {"mean", "median", "p95"} of width, height and, for files,
-    encoded_bytes; None for those in shards."""
+    encoded_bytes; None for those in shards or object storage."""
     from PIL import Image
 
-    if source.shards is not None:
+    if source.shards is not None or source.store is not None:
         return None
     sides, found, count = [], {}, len(source)
     if source.arrays is not None:
@@ -155,6 +155,8 @@ def describe(source: Source) -> dict[str, Any] | None:
 
 def read_ahead(source: Source) -> str:
     """Bring a source's files into the page cache, as far as half of the free memory holds them; a sentence on that."""
+    if source.store is not None:
+        return "none; objects come from their store, or from --data.cache."
     paths = [] if source.files is None else [source.path(row) for row in range(len(source))]
     paths = [Path(path) for path in (paths if source.shards is None else source.shards.paths)]
     sizes, read = [path.stat().st_size for path in paths], 0

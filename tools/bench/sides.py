@@ -181,7 +181,7 @@ class _Backend(NamedTuple):
     needs_gpu: bool = False
 
 
-_ALL = {*AUGMENTATIONS, "files", "resident", "webdataset", "tfrecord", "random_resized_crop", "pad_crop"}
+_ALL = {*AUGMENTATIONS, "files", "objects", "resident", "webdataset", "tfrecord", "random_resized_crop", "pad_crop"}
 _TIMM = {"identity", "files", "resident", "random_resized_crop"}
 _TORCHVISION = {*_TIMM, "pad_crop", "flip", "crop_flip", "autoaugment"}
 _WINDOWS = {"identity", "files", "random_resized_crop"}
@@ -215,7 +215,9 @@ def runnable(wanted: Sequence[str], device: torch.device) -> list[str]:
 
 
 def store_of(source: Source) -> str:
-    """Where a source's images are: files, resident, webdataset, tfrecord."""
+    """Where a source's images are: files, objects, resident, webdataset, tfrecord."""
+    if source.store is not None:
+        return "objects"
     if source.files is not None:
         return "files"
     return "resident" if source.shards is None else source.shards.manifest.format

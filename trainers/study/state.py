@@ -39,7 +39,9 @@ _PLANS = "plans.yaml"
 #: of the study's options, what may be added to a study that has begun
 _GROWING = ("pairs", "augmentation", "methods", "seeds", "epoch_factor")
 #: how and where a call runs, not what comes out: shards may differ in it
-_FREE = {"device", "log_every", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode"}
+_FREE = {"device", "log_every", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode"} | {
+    *("data.endpoint", "data.in_flight", "data.cache", "data.cache_size")
+}
 
 
 def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
