@@ -184,12 +184,12 @@ class Backend(ABC):
         context = self._context
         sampler = context.sampler
         micro = sampler[position] if rows is None else replace(sampler.place(position), rows=rows)
-        return BatchPlan(micro, self._rows(micro.rows), context.spec.draw(micro))
+        used = self._rows(micro.rows) if context.replaced else micro.rows
+        return BatchPlan(micro, used, context.spec.draw(micro))
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
         """Those that are used in the place of a microbatch's."""
-        replaced = self._context.replaced
-        return np.array([replaced.get(int(row), int(row)) for row in rows]) if replaced else rows
+        return np.array([self._context.replaced.get(int(row), int(row)) for row in rows])
 
     @abstractmethod
     def feed(self, position: int) -> tuple[BatchPlan, tuple[Any, ...]]:
