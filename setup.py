@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-WANDB = "wandb>=0.19.11"
+WANDB, SLURM, S3 = "wandb>=0.19.11", "submitit>=1.5", "botocore>=1.34"
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # of them torch's exporter needs the first and the last
 ROOMS = ("pipelines", "trainers", "kd", "tools")
 
@@ -65,14 +65,17 @@ setup(
     ],
     extras_require={
         "onnx": ONNX,
-        "slurm": ["submitit>=1.5"],
-        "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1", *ONNX, WANDB],
+        "slurm": [SLURM],
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "basedpyright>=1.28", "setuptools>=70.1"),
+            *(*ONNX, WANDB, SLURM, S3),
+        ],
         "dev": ["pre-commit>=4"],
         "docs": ["mkdocs-material>=9.5,<10"],
         "wandb": [WANDB],
         "trackio": ["trackio>=0.2", "accelerate>=1.11"],
         "mlflow": ["mlflow>=2.10"],
-        "s3": ["botocore>=1.34"],
+        "s3": [S3],
         "gcs": ["google-auth[requests]>=2.20"],
     },
     entry_points={"console_scripts": ["dalikd = dalikd.tools.main:main"]},
