@@ -15,7 +15,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 from uuid import uuid4
 
-from dalikd.pipelines.files import read_text, write_atomically
+from dalikd.pipelines.files import read_json, write_atomically
 from dalikd.trainers.signals import say
 
 __all__ = ["KEPT", "TrackerName", "Trackers", "check_trackers"]
@@ -82,9 +82,14 @@ class Trackers:
         self._known: dict[str, Any] = {}
         self._given_up = False
         if done is not None and (folder / KEPT).is_file():
-            self._known = json.loads(read_text(folder / KEPT))
-        for known in self._known.values():
-            known["sent"] = max(tuple(known["sent"]), done or (0, False))
+            try:
+                for name, kept in read_json(folder / KEPT).items():
+                    step, evaluation = kept["sent"]
+                    self._known[name] = {"id": str(kept["id"]), "sent": max((int(step), bool(evaluation)), done)}
+            except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+                self._known = {}
+                words = f"{type(error).__name__}, {error}"
+                say(f"dalikd: {folder / KEPT} cannot be read ({words}): trackers begin new curves of this run")
         self._entries: queue.Queue[tuple[tuple[int, bool], dict[str, float]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, args=(list(names),), name="dalikd-trackers", daemon=True)
         self._thread.start()

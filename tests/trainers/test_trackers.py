@@ -83,6 +83,18 @@ def test_a_resumed_run_goes_on_in_its_curve_and_sends_nothing_twice(service, tmp
     assert [step for step, _ in service.sent["wandb-3"]] == [1]
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"wandb": {"id": "wandb-0"}}', '{"wandb": {"id": "wandb-0", "sent": 1}}']
+)
+def test_where_the_ids_cannot_be_read_new_curves_begin(service, tmp_path, capfd, content):
+    """It ends no run."""
+    _log(tmp_path / "run", range(1, 3), None, "wandb")
+    (tmp_path / "run" / KEPT).write_text(content)
+    _log(tmp_path / "run", range(3, 4), 2, "wandb")
+    assert [step for step, _ in service.sent["wandb-1"]] == [3]
+    assert f"dalikd: {tmp_path}/run/{KEPT} cannot be read (" in capfd.readouterr().err
+
+
 def test_an_evaluation_that_a_stop_has_left_out_is_sent(service, tmp_path):
     folder = RunFolder(tmp_path / "run", writes=True)
     folder.start(CONFIG, None, ["wandb"])
