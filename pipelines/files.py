@@ -32,6 +32,7 @@ __all__ = [
     "build_once",
     "file_digest",
     "load_yaml",
+    "names_in",
     "new_folder",
     "parse_json",
     "read_json",
@@ -231,6 +232,12 @@ class Appended:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder holds, without what living writers are about to put there and killed ones have left; empty where
+    there is none."""
+    return {path.name for path in folder.iterdir() if not _LITTER.fullmatch(path.name)} if folder.exists() else set()
 
 
 def remove_litter(folder: Path) -> None:

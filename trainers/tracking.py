@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dalikd.kd.known_weights import file_sha256
-from dalikd.pipelines.files import Appended, read_json, read_yaml, remove_litter, write_atomically
+from dalikd.pipelines.files import Appended, names_in, read_json, read_yaml, remove_litter, write_atomically
 from dalikd.pipelines.hardware import package_versions
 from dalikd.pipelines.lock import FolderLock, only_writer
 from dalikd.pipelines.shards.tfrecord import frame
@@ -81,7 +81,7 @@ class RunFolder:
             ValueError: the folder holds a run, or something else, or cannot be written.
         """
         check_writable("--output", self.path / "config.yaml")
-        found = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        found = names_in(self.path)
         # begun by another call just now, which holds the lock, or by one that was killed at once
         if not found or {LOCK} <= found <= _BEGUN:
             return

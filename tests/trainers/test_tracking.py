@@ -1,6 +1,7 @@
 import json
 import resource
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_a_run_that_is_being_begun_is_no_folder_of_other_files(tmp_path):
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(ValueError, match="holds other files"):
         RunFolder(tmp_path, writes=True).check_new(overwrite=False)
-    (tmp_path / LOCK).touch()
+    for name in (LOCK, f".config.yaml.{uuid4().hex}"):  # the second as it is written beside its place
+        (tmp_path / name).touch()
     RunFolder(tmp_path, writes=True).check_new(overwrite=False)
 
 

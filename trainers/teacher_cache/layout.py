@@ -22,7 +22,15 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from dalikd.pipelines.files import build_once, read_json, read_npy, remove_litter, unwritable, write_atomically
+from dalikd.pipelines.files import (
+    build_once,
+    names_in,
+    read_json,
+    read_npy,
+    remove_litter,
+    unwritable,
+    write_atomically,
+)
 from dalikd.trainers.renamed import renamed
 from dalikd.trainers.tracking import LOCK
 
@@ -477,7 +485,7 @@ def _form(layout: CacheLayout) -> dict[str, Any]:
 
 def _check_folder(folder: Path, layout: CacheLayout) -> None:
     """A new folder, or one that holds a cache of the same run with as many epochs or fewer."""
-    if not folder.exists() or all(entry.name == LOCK for entry in folder.iterdir()):
+    if names_in(folder) <= {LOCK}:
         return
     if not (folder / _DESCRIPTION).exists():
         raise ValueError(f"--output {folder} holds other files and is not touched: name another folder")

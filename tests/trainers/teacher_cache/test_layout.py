@@ -2,6 +2,7 @@ import json
 import resource
 from dataclasses import replace
 from types import SimpleNamespace
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -311,6 +312,11 @@ def test_another_cache_is_not_touched(tmp_path, layout, message):
         TeacherCache.create(tmp_path / "cache", layout)
     assert (tmp_path / "cache" / "cache.json").read_text() == before
     assert cache.layout == SMALL
+
+
+def test_a_cache_whose_first_file_was_not_finished_is_begun_again(tmp_path):
+    (tmp_path / f".cache.json.{uuid4().hex}").write_text("{")
+    TeacherCache.create(tmp_path, SMALL)
 
 
 def test_a_folder_of_other_files_is_not_touched(tmp_path):
