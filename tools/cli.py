@@ -1,6 +1,7 @@
 """The command line of every command: a class of options in, one call, one-line errors out."""
 
 import atexit
+import json
 import os
 import re
 import signal
@@ -275,7 +276,7 @@ def resolve(command: str, layers: Sequence[Layer]) -> tuple[Any, dict[str, Any]]
     component = options_class(command, tasks[-1] if tasks else None)
     parser = build_parser(command, component)
     options, config = _resolved(parser, grammar(command, component), layers, component)
-    plain = yaml.safe_load(parser.dump(config))
+    plain = json.loads(parser.dump(config, skip_validation=True, format="json"))  # it was checked as it was read
     return options, {
         name: plain[name] for name in plain if name not in _OF_ONE_CALL and (name, plain[name]) != ("task", None)
     }
@@ -294,23 +295,21 @@ def _resolved(
         return make(**{name: value for name, value in values.items() if name not in ("config", "import", "task")})
 
     # a run is not gone on with as another class: that is an error, and no note
-    parts = [part for layer in layers for part in layer.parts(form.command, form.names)]
-    model = next((part["model"] for part in reversed(parts) if "model" in part), None)
+    parts = [(layer.place, part) for layer in layers for part in layer.parts(form.command, form.names)] or [("", {})]
+    model = next((part["model"] for _, part in reversed(parts) if "model" in part), None)
     resumes = any("resume" in layer.content for layer in layers if not layer.place)
     chosen = Chosen(parser, form.names, make, model, silent=resumes)
     config, states = parser.get_defaults(), []
-    for layer in layers:
-        for part in layer.parts(form.command, form.names):
-            try:
-                part, config = deepcopy(part), config.clone()
-                expand_paths(part, form.types)
-                single = {key: [part[key]] for key in form.lists if isinstance(part.get(key), str | int | float)}
-                chosen.settle(part, config, layer.place)
-                config = parser.parse_object(part | single, namespace=config, defaults=False)
-            except (ArgumentError, ValueError, TypeError) as error:  # the last of classes that are not of their kind
-                raise _named(error, layer.place) from error
-            states.append((layer.place, config))
-    config = parser.parse_object({}, namespace=config)
+    for number, (place, part) in enumerate(parts, start=1):
+        try:
+            part, config = deepcopy(part), config.clone()
+            expand_paths(part, form.types)
+            single = {key: [part[key]] for key in form.lists if isinstance(part.get(key), str | int | float)}
+            chosen.settle(part, config, place)
+            config = parser.parse_object(part | single, namespace=config, defaults=number == len(parts))
+        except (ArgumentError, ValueError, TypeError) as error:  # the last of classes that are not of their kind
+            raise _named(error, place) from error
+        states.append((place, config))
     del config["config"]
     try:
         return made(config), config
