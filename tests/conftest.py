@@ -76,6 +76,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _look_at_each_object_once() -> None:
+    """What files of tests before have imported and kept stays too."""
+    gc.freeze()
+
+
 class Forked:
     """A process: `dalikd COMMAND …`, or a script, that needs no time for imports.
 
