@@ -123,7 +123,7 @@ def test_a_distilled_step_needs_no_teacher_elsewhere(tree, tmp_path, start_forke
     assert ok.wait() == 0
     words[words.index(weights)] = tmp_path / "teacher" / "last" / "student.safetensors"
     words[-1] = 0.05
-    good = start_forked(tmp_path / "5", "distill", *words)
+    good = start_forked(tmp_path / "5", "distill", *words, "--output", tmp_path / "good")
     assert good.wait() == 0, good.err
 
 
