@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import KwargsHandler
 from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from dalikd.trainers.stopping import Watch
 
@@ -55,12 +56,37 @@ def start(device: Device, precision: Precision) -> Accelerator:
     torch.backends.cudnn.benchmark = not use_cpu  # the shapes stay the same: a search for the fastest kernels pays
     if precision in ("fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    _join_again("gloo" if use_cpu else "nccl")
     AcceleratorState._reset_state()  # a second command of one process may ask for another precision
     mixed = precision if precision in _MIXED else "no"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
     Watch.begin(accelerator)
     return accelerator
+
+
+def _join_again(backend: str) -> None:
+    """Where torchrun has started the processes once more, let them meet under names of their own.
+
+    Its store keeps what those before have written, and torch would take addresses of processes that are gone for those
+    of the new ones, and wait for half an hour (PyTorch issue 135712).
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
+        return
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # each node's launcher counts for itself
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and rank == 0:
+            print(
+                "dalikd: torchrun --max_restarts on several nodes: processes that are started again may wait for ever "
+                "for those before; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node",
+                file=sys.stderr,
+            )
+    elif count != "0":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, processes, is_master=False)
+        store = PrefixStore(f"start {count}", store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
 
 
 def leave() -> None:

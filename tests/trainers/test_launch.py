@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 
+from dalikd.trainers import launch
 from dalikd.trainers.launch import autocast_type, model_type, start
 
 
@@ -173,3 +175,26 @@ def test_freed_batches_are_not_given_back_to_the_system(monkeypatch):
 
     assert faults("start") < 2_000
     assert faults("plain") > 20_000
+
+
+def test_processes_that_torchrun_starts_again_do_not_meet_those_before(monkeypatch):
+    """Its store still has the addresses of these."""
+    store, joined = launch.TCPStore("127.0.0.1", 0, 1, is_master=True), []
+    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in (names | {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "init_process_group", lambda _, **others: joined.append(others["store"]))
+    for count in ("0", "2"):  # at the first start Accelerate does it
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        launch._join_again("gloo")
+    (given,) = joined
+    given.set("address", "of this start")
+    assert (store.check(["start 2/address"]), store.check(["address"])) == (True, False)
+
+
+def test_what_several_nodes_need_for_it_is_said(monkeypatch, capsys):
+    names = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0", "GROUP_WORLD_SIZE": "2"}
+    for name, value in (names | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}).items():
+        monkeypatch.setenv(name, value)
+    launch._join_again("gloo")
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node" in capsys.readouterr().err
