@@ -82,8 +82,9 @@ class RunFolder:
         """
         check_writable("--output", self.path / "config.yaml")
         found = names_in(self.path)
-        # begun by another call just now, which holds the lock, or by one that was killed at once
-        if not found or {LOCK} <= found <= _BEGUN:
+        # begun by another call just now, which holds the lock, or by one that was killed or stopped at once
+        kept = (file for file in self.path.rglob("*") if file.is_file() and file.stat().st_size)
+        if found <= _BEGUN and (LOCK in found or not any(kept)):
             return
         if "config.yaml" not in found:
             raise ValueError(f"--output {self.path} holds other files and is not touched: name another folder")

@@ -117,6 +117,8 @@ def test_a_run_that_is_being_begun_is_no_folder_of_other_files(tmp_path):
     """Another call has it, as the lock says, or was killed before it has written config.yaml."""
     (tmp_path / "last").mkdir()
     (tmp_path / "log.jsonl").touch()
+    RunFolder(tmp_path, writes=True).check_new(overwrite=False)  # it was stopped
+    (tmp_path / "last/thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files"):
         RunFolder(tmp_path, writes=True).check_new(overwrite=False)
     for name in (LOCK, f".config.yaml.{uuid4().hex}"):  # the second as it is written beside its place
