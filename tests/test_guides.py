@@ -2,6 +2,7 @@
 somewhere. A block of commands after `<!-- needs SOMETHING -->` is parsed alone."""
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from safetensors.torch import save_file
 
 from dalikd.kd.backbones import create_model
 from dalikd.kd.losses import WeightedSum
@@ -28,6 +28,7 @@ from dalikd.tools.layers import OPTIONS, grammar, options_class
 from dalikd.tools.main import COMMANDS
 from dalikd.tools.study import read_study
 from dalikd.trainers.augmentation import AUGMENTATIONS
+from dalikd.trainers.checkpoint import save_weights
 
 _ROOT = Path(__file__).parents[1]
 _PAGES = {
@@ -119,6 +120,7 @@ def workplace(tmp_path: Path, small_images: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     known = dict(AUGMENTATIONS)  # a page adds one
+    gc.freeze()  # what commands have imported since the tests were found
     yield tmp_path
     for name in AUGMENTATIONS.keys() - known:
         del AUGMENTATIONS[name]
@@ -145,7 +147,8 @@ def _run(words: list[str]) -> None:
     ]
     if "my.yaml" in arguments and name != "train" and not Path("runs/teacher").exists():
         Path("runs/teacher/last").mkdir(parents=True)
-        save_file(create_model("resnet14", 3).state_dict(), "runs/teacher/last/student.safetensors")
+        teacher = create_model("resnet14", 3)
+        save_weights(Path("runs/teacher/last/student.safetensors"), teacher, class_names=["ant", "bee", "cat"])
     short: list[str] = []
     if name in OPTIONS and name != "study" and not {"--resume", "--verify"} & {*arguments}:
         short = [f"--{option}={value}" for option, value in _SHORT.items() if option in grammar(name).types]

@@ -1,6 +1,8 @@
 """`dalikd convert`: a config of mdistiller as one of dalikd."""
 
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ _LOSSES = {
 _LEFT_OUT = ("EXPERIMENT.", "LOG.", "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "FITNET.INPUT_SIZE")
 _LEFT_OUT += ("VID.INPUT_SIZE", "CRD.FEAT.STUDENT_DIM", "CRD.FEAT.TEACHER_DIM", "REVIEWKD.SHAPES")
 _LEFT_OUT += ("REVIEWKD.OUT_SHAPES", "REVIEWKD.IN_CHANNELS", "REVIEWKD.OUT_CHANNELS")
+#: what cannot be chosen here, and its value
+_FIXED = {"VID.EPS": 1e-5, "RKD.PDIST.EPSILON": 1e-12, "RKD.PDIST.SQUARED": False, "OFD.CONNECTOR.KERNEL_SIZE": 1}
+_FIXED |= {"REVIEWKD.STU_PREACT": False, "REVIEWKD.MAX_MID_CHANNEL": 512}
 #: what holds there where a file gives nothing
 _DEFAULTS: dict[str, Any] = {
     **{"DATASET.TYPE": "cifar100", "DISTILLER.TYPE": "NONE", "DISTILLER.TEACHER": "ResNet50"},
@@ -62,6 +67,7 @@ def convert(file: Path) -> str:
     loss, keys = _LOSSES.get(method, ("", {}))
     own = {name: given.pop(f"{method}.{key}") for key, name in keys.items() if f"{method}.{key}" in given}
     left = [key for key in given if key.startswith(_LEFT_OUT) or key.partition(".")[0] in {*_LOSSES} - {method}]
+    left += [key for key, value in _FIXED.items() if key not in left and given.get(key) == value]
     known = {"DATASET.TYPE": _NETS, "DISTILLER.TYPE": (*_LOSSES, "NONE"), "SOLVER.TYPE": ["SGD"]}
     known |= {"DISTILLER.STUDENT": _NETS.get(data, [student]), "SOLVER.TRAINER": ("base", "crd")}
     known |= {} if method == "NONE" else {"DISTILLER.TEACHER": _NETS.get(data, [teacher])}
@@ -96,7 +102,12 @@ def convert(file: Path) -> str:
 
 def _flat(group: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in group.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+            continue
+        with suppress(ValueError, SyntaxError):  # 5e-4, and tuples, are text to YAML; there they are read
+            value = literal_eval(value) if isinstance(value, str) else value
+        yield f"{prefix}{key}", [*value] if isinstance(value, tuple) else value
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,11 +1,13 @@
 """`dalikd demo`: teacher, measure, students, ranking, on handwritten digits, in minutes."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from dalikd.tools.train import train
 from dalikd.trainers.augmentation import augmentation_names, picks_by_student
 from dalikd.trainers.launch import Device, Precision, start
 from dalikd.trainers.run import Planned, run_students
+from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.tracking import RunFolder, write_json
 
 STUDENTS = ["identity", "cutout", "autoaugment", "mixup", "cutmix", "cutmixpick_teacher"]
@@ -61,11 +64,12 @@ def run(
 
     choose_threads()
     print("1. a teacher", flush=True)
-    teacher = train(*parse("train", [*common, "--output", str(output / "teacher"), *redo]))
+    with _begun_anew():
+        teacher = train(*parse("train", [*common, "--output", str(output / "teacher"), *redo]))
     weights = ["--teacher.weights", str(output / "teacher/last" / teacher["evaluated"])]
     names = augmentation_names(augmentation)
     calls = {name: [*common, *weights, "--augmentation", name, "--output", str(output / name), *redo] for name in names}
-    with _other_process(calls) as (here, there):
+    with _begun_anew(), _other_process(calls) as (here, there):
         print("\n2. how good each augmentation is, by the teacher alone", flush=True)
         measured = measure(*parse("measure", [*common, *weights, "--json", str(output / "measure.json")]))
         stddev = {result["augmentation"]: result["stddev"] for result in measured["results"]}
@@ -94,6 +98,16 @@ def run(
 
 
 @contextmanager
+def _begun_anew() -> Iterator[None]:
+    """What runs say of going on is not so of a demo."""
+    try:
+        yield
+    except Interrupted as stop:
+        message = f"stopped by signal {stop.signal}; a demo is not gone on with: --overwrite true begins it anew"
+        raise Interrupted(message, stop.signal) from None
+
+
+@contextmanager
 def _other_process(
     calls: Mapping[str, list[str]],
 ) -> Iterator[tuple[dict[str, list[str]], Callable[[], dict[str, dict[str, Any]]]]]:
@@ -116,7 +130,8 @@ def _other_process(
         return
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sending, given, threads // 2), daemon=True)
+    folder = TemporaryDirectory(prefix="dalikd-")
+    process = context.Process(target=_send, args=(sending, given, threads // 2, folder.name), daemon=True)
     process.start()
     sending.close()
     torch.set_num_threads(threads - threads // 2)
@@ -137,10 +152,13 @@ def _other_process(
         torch.set_num_threads(threads)
         process.kill()
         process.join()
+        folder.cleanup()
 
 
-def _send(sending: Connection, calls: Mapping[str, list[str]], threads: int) -> None:
+def _send(sending: Connection, calls: Mapping[str, list[str]], threads: int, folder: str) -> None:
     """In the other process: distil, and send the results or what is to be mended."""
+    os.setsid()  # Ctrl-C is for the first process, which ends this one
+    tempfile.tempdir = folder  # a process that is killed leaves its files behind
     torch.set_num_threads(threads)
     os.environ["TQDM_DISABLE"] = "1"  # the terminal's line is the first process's
     try:

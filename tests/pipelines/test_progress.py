@@ -39,7 +39,8 @@ def test_what_is_soon_done_says_nothing(capsys):
 
 
 @pytest.mark.usefixtures("at_once")
-def test_one_process_shows_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("name", ["RANK", "TQDM_DISABLE"])
+def test_one_process_shows_it_unless_told_not_to(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "1")
     assert list(progress("scanning", range(3))) == [0, 1, 2]
     assert capsys.readouterr().err == ""

@@ -65,6 +65,24 @@ def test_every_method_s_loss_takes_its_options(tmp_path, method):
         assert (loss.student_features, loss.teacher_features) == ([1], [1])
 
 
+def test_numbers_and_tuples_in_python_s_form_are_read(tmp_path):
+    solver = "\n".join(("  LR: 5e-3", "  WEIGHT_DECAY: 1e-4", "  LR_DECAY_STAGES: (30, 60)"))
+    options, plain = _converted(
+        tmp_path, f"DISTILLER: {{TYPE: CRD}}\nSOLVER:\n{solver}\nCRD: {{NCE: {{TEMPERATURE: 7e-2}}}}"
+    )
+    assert (plain["optimizer"]["init_args"]["lr"], options.schedule.milestones) == (0.005, [30, 60])
+    assert "lr: 0.005\n" in (tmp_path / "here.yaml").read_text()
+    assert options.loss.temperature == 0.07
+
+
+def test_values_that_are_fixed_here_are_taken_as_they_are(tmp_path):
+    for method in ("VID: {EPS: 1e-5}", "RKD: {PDIST: {SQUARED: false}}", "REVIEWKD: {STU_PREACT: false}"):
+        name = method.partition(":")[0]
+        convert(_write(tmp_path, f"DISTILLER: {{TYPE: {name}}}\n{method}"))
+    with pytest.raises(ValueError, match=r"no counterpart of REVIEWKD\.STU_PREACT: take it out"):
+        convert(_write(tmp_path, "DISTILLER: {TYPE: REVIEWKD}\nREVIEWKD: {STU_PREACT: true}"))
+
+
 def test_without_a_method_a_net_is_trained(tmp_path):
     options, _ = _converted(tmp_path, "DISTILLER: {STUDENT: wrn_16_2}", "train")
     assert (options.model, options.epochs, options.batch_size) == ("wrn_16_2", 240, 64)

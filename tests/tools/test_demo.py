@@ -1,6 +1,9 @@
 import json
 import multiprocessing
 import os
+import signal
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import yaml
 from dalikd import configs
 from dalikd.tools import demo
 from dalikd.trainers.augmentation import PUBLISHED
+from dalikd.trainers.stopping import Interrupted
 
 
 @pytest.fixture
@@ -94,6 +98,31 @@ def test_half_of_the_students_are_distilled_beside_the_others(two_threads, monke
     with demo._other_process(_calls("abc")) as (here, there):
         assert (list(here), there()) == (["a", "b", "c"], {})
     assert multiprocessing.active_children() == []
+
+
+def test_ctrl_c_is_for_the_first_process_and_nothing_is_left(two_threads, monkeypatch, tmp_path):  # noqa: ARG001
+    began = tmp_path / "began"
+
+    def distil(_):
+        path = tempfile.mkdtemp()
+        began.write_text(f"{os.getpgid(0)} {path}")
+        signal.pause()
+
+    monkeypatch.setattr(demo, "_distil", distil)
+    with demo._other_process(_calls("abcd")):
+        while not began.exists() or " " not in began.read_text():
+            time.sleep(0.01)
+        group, path = began.read_text().split()
+        assert int(group) != os.getpgid(0)
+        assert Path(path).is_dir()
+    assert not Path(path).parent.exists()
+    assert multiprocessing.active_children() == []
+
+
+def test_what_is_stopped_says_how_to_begin_anew():
+    message = r"^stopped by signal 2; a demo is not gone on with: --overwrite true begins it anew$"
+    with pytest.raises(Interrupted, match=message), demo._begun_anew():
+        raise Interrupted("go on with --resume RUN", signal.SIGINT)
 
 
 @pytest.mark.parametrize("words", ["--limit 5", "the process that distils c, d has ended, as its own line tells"])

@@ -360,6 +360,7 @@ class _Jobs:
             timeout_min=given.get("timeout_min", 720),
             gpus_per_node=given.get("gpus", 0 if local else 1) or None,
             cpus_per_task=given.get("cpus"),
+            slurm_srun_args=[f"--cpus-per-task={given['cpus']}"] if "cpus" in given else None,  # srun inherits none
             mem_gb=given.get("mem_gb"),
             slurm_partition=given.get("partition"),
             slurm_setup=given.get("setup"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_array_for_each_kind_begins_after_those_that_it_needs(queue, cluster):
-    given = {"partition": "gpu", "timeout_min": 90, "parallel": 1, "account": "kd", "wait": False}
+    given = {"partition": "gpu", "timeout_min": 90, "parallel": 1, "account": "kd", "cpus": 9, "wait": False}
     check_slurm(given)
     assert not run_slurm(queue, ["--config", "a.yaml"], given, _alike, 0.01)
     scripts = [(cluster / str(number)).read_text() for number in range(4)]
@@ -203,8 +204,9 @@ def test_an_array_for_each_kind_begins_after_those_that_it_needs(queue, cluster)
         {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
         for script in scripts
     ]
-    shared = {"partition=gpu", "time=90", "account=kd", "gpus-per-node=1", "signal=USR2@120"}
+    shared = {"partition=gpu", "time=90", "account=kd", "cpus-per-task=9", "gpus-per-node=1", "signal=USR2@120"}
     assert all(shared <= found for found in options)
+    assert all(re.search(r"^srun .*--cpus-per-task=9 ", script, re.MULTILINE) for script in scripts)
     assert [next((word for word in found if word.startswith("array")), "") for found in options] == [
         *("", "array=0-1%1", "", "array=0-1%1"),
     ]
