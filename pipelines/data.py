@@ -215,7 +215,7 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
         if config.val_root is not None and not Path(config.val_root).expanduser().is_dir():
             raise FileNotFoundError(f"--data.val_root {config.val_root} is no folder: name one of class folders")
         name, root, split = "imagefolder", config.val_root or root, split or "."
-    return open_source(
+    source = open_source(
         name,
         root,
         role,
@@ -230,6 +230,10 @@ def _open(config: DataConfig, role: Literal["train", "val"], seed: int) -> Sourc
         max_pixels=config.max_pixels,
         objects=_object_options(config),
     )
+    if config.name == "images" and not train and split == "." and source.files is not None:
+        # as where the folder is a split of labelled images: its fingerprint is the same
+        source = replace(source, split=Path(source.files.root).name)
+    return source
 
 
 def _object_options(config: DataConfig) -> ObjectOptions:

@@ -281,23 +281,34 @@ def new_folder(parent: Path, name: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> None:
+def build_once(target: Path, build: Callable[[Path], None], *, replace: bool = False) -> None:
     """Let `build` fill a new folder and move it to `target` whole; where another process was faster, keep its folder.
+
+    Args:
+        target: the folder.
+        build: is given the new one.
+        replace: take the place of a folder that is there, once the new one is filled.
 
     Raises:
         FileExistsError: `target` was there before, and is not an empty folder.
     """
-    if target.exists() and not _is_empty_folder(target):
+    if not replace and target.exists() and not _is_empty_folder(target):
         raise FileExistsError(f"{target} is already there")
     with new_folder(target.parent, target.name) as scratch:
         made = scratch / target.name  # a folder below, because the scratch folder is private (mode 0700)
         made.mkdir()
         build(made)
+        old = scratch / "old"
         try:
+            if replace and target.exists():
+                target.rename(old)
             made.rename(target)
         except OSError:
             if not target.is_dir() or _is_empty_folder(target):
                 raise
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -11,7 +11,15 @@ from dalikd.pipelines.data import FilePath
 from dalikd.tools.cli import run_function
 from dalikd.tools.summary import give_json
 from dalikd.trainers.augmentation import picks_by_student
-from dalikd.trainers.runs import Run, check_comparable, check_images, find_runs, measured_for, read_measurement
+from dalikd.trainers.runs import (
+    Run,
+    check_comparable,
+    check_images,
+    find_runs,
+    is_evaluated,
+    measured_for,
+    read_measurement,
+)
 from dalikd.trainers.tracking import check_writable
 
 
@@ -34,6 +42,11 @@ def points_of_runs(
     Raises:
         ValueError: the runs cannot be compared with each other, or not with what was measured.
     """
+    if bare := next((run.folder for run in runs if not is_evaluated(run.results)), None):
+        raise ValueError(
+            f"{bare} was not evaluated, it had no labelled images: leave it out, or distil it with --data.val_root and "
+            "a folder of them"
+        )
     check_comparable(runs)
     rows = _rows(runs, measured)
     by_name: dict[str, dict[Any, Run]] = {}

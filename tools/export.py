@@ -7,17 +7,18 @@ from typing import Literal
 from dalikd.pipelines.files import build_once
 from dalikd.tools.cli import resolve, run_function
 from dalikd.tools.layers import Layer
+from dalikd.tools.summary import give_json
 from dalikd.trainers.export import (
     Format,
     Parity,
     check_formats,
     check_login,
+    check_target,
     open_images,
     open_net,
     push_folder,
     write_export,
 )
-from dalikd.trainers.tracking import check_writable
 
 
 def export(
@@ -33,6 +34,8 @@ def export(
     license: str | None = None,
     push: str | None = None,
     private: bool = False,
+    overwrite: bool = False,
+    json: Path | None = None,
 ) -> dict[str, Parity]:
     """Write the net of a run as files that others can load, without teacher and trainer, and with a model card.
 
@@ -52,14 +55,14 @@ def export(
         license: of the weights, for the model card, such as apache-2.0.
         push: repository on the Hugging Face Hub, USER/NAME, that the folder is uploaded to in the end.
         private: make that repository private, if it is new.
+        overwrite: replace an earlier export in the folder.
+        json: JSON file for what was written and how the files compare with the net, - for stdout.
     """
     if not (tolerance > 0 and 1 <= images <= 256):
         raise ValueError(f"--tolerance {tolerance:g} --images {images}: give a number above 0, and 1 to 256 images")
     check_formats(format)
     folder = output or run.absolute().with_name(f"{run.absolute().name}-export")
-    if folder.exists():
-        raise ValueError(f"--output {folder} is already there: name another folder, or remove it")
-    check_writable("--output", folder)
+    check_target(folder, overwrite=overwrite)
     if push is not None:
         check_login(push)
     saved = open_net(run, epoch, net)
@@ -73,12 +76,16 @@ def export(
         more = {"pixels": pixels, "tolerance": tolerance, "license": license, "repository": push}
         found.update(write_export(place, saved, format, view, shown, **more))
 
-    build_once(folder, build)
+    build_once(folder, build, replace=overwrite)
     for what, parity in found.items():
         print(f"{what}: {parity}")
     print(f"written: {folder}{f'; {saved.unfinished}' if saved.unfinished else ''}")
-    if push is not None:
-        print(f"pushed: {push_folder(folder, push, private=private)}")
+    written = {"folder": str(folder), "files": sorted(path.name for path in folder.iterdir())}
+    address = None if push is None else push_folder(folder, push, private=private)
+    if address is not None:
+        print(f"pushed: {address}")
+    compared = {what: parity._asdict() for what, parity in found.items()}
+    give_json(json, {**written, "compared": compared, "state": saved.unfinished or "finished", "pushed": address})
     return found
 
 

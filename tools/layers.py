@@ -46,8 +46,8 @@ OPTIONS: dict[str, str] = {
     "bench passes": "dalikd.tools.bench.common.TeacherOptions",
     "bench published": "dalikd.tools.bench.common.PublishedOptions",
 }
-#: the command that a benchmark measures or a preview is of: it takes that one's section of a config too, and leaves its
-#: run folder alone
+#: the command that a benchmark measures or a preview is of: it takes that one's section of a config too, and writes
+#: nothing where that one does
 _MEASURED = {
     "preview": "measure",
     "bench step": "distill",
@@ -108,7 +108,7 @@ class Layer(NamedTuple):
             yield self.content
             return
         measured = _MEASURED.get(command)
-        kept = set(names) - ({"output"} if measured else set())
+        kept = set(names) - ({"output", "json"} if measured else set())
         shared = [self.content, self.content.get(measured or "", {})]
         parts = [{key: value for key, value in part.items() if key in kept} for part in shared]
         yield from (part for part in (*parts, self.content.get(command)) if part)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dalikd.pipelines.content import MAX_PIXELS
 from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
@@ -16,6 +16,7 @@ from dalikd.pipelines.shards.verify import verify_split
 from dalikd.pipelines.shards.write import WriteOptions, check_decodable, write_splits
 from dalikd.pipelines.sources import Source, check_count
 from dalikd.tools.cli import run_function
+from dalikd.tools.summary import give_json
 
 
 @dataclass
@@ -66,32 +67,50 @@ class PrepareOptions(WriteOptions):
         output: folder of the result; each split gets a folder in it.
         split: train, val, or both.
         verify: read what was written into this folder again and compare every record; nothing is written.
+        json: JSON file for what was found, written or verified, - for stdout.
     """
 
     data: SourceConfig = field(default_factory=SourceConfig)
     output: Path | None = None
     split: Literal["both", "train", "val"] = "both"
     verify: Path | None = None
+    json: Path | None = None
 
 
-def prepare(options: PrepareOptions) -> None:
-    """Get, check and write the splits that are asked for, and say how to train from them; or verify."""
-    if options.verify is not None:
-        return verify(options.verify)
+def prepare(options: PrepareOptions) -> dict[str, Any]:
+    """Get, check and write the splits that are asked for, and say how to train from them; or verify. Returns what was
+    done, which --json also gets where something is not as it should be."""
+    found: dict[str, Any] = {}
+    try:
+        if options.verify is not None:
+            verify(options.verify, found)
+        else:
+            _prepare(options, found)
+    finally:
+        if any(found.values()):
+            give_json(options.json, found)
+    return found
+
+
+def _prepare(options: PrepareOptions, found: dict[str, Any]) -> None:
     if options.output is None and not (options.check or options.data.download):
         raise ValueError(
             "--output FOLDER says where to write; or look at the data set with --check true, "
             "fetch it with --data.download true, verify what was written with --verify FOLDER"
         )
-    sources = check_published(options) if options.check or options.output is None else open_splits(options)
+    checks = options.check or options.output is None
+    sources = check_published(options, found) if checks else open_splits(options)
     if options.output is None:
-        return None
+        return
+    found["written"] = []
     written_to = {options.output / role: source for role, source in sources.items()}
     for folder, written in zip(written_to, write_splits(written_to, options), strict=True):
         print(
             f"{folder}: {written.images} images of {len(written.classes)} classes in "
             f"{len(written.shards)} files, {written.bytes / 1e6:.1f} MB"
         )
+        sizes = {"images": written.images, "classes": len(written.classes), "files": len(written.shards)}
+        found["written"].append({"folder": str(folder), **sizes, "bytes": written.bytes})
     print(f"read it with --data.name {options.format} --data.root {options.output}")
 
 
@@ -103,38 +122,39 @@ def open_splits(options: PrepareOptions) -> dict[Role, Source]:
     return {options.split: open_split(config, options.split, options.seed)}
 
 
-def check_published(options: PrepareOptions) -> dict[Role, Source]:
-    """Open the splits and compare the data set with what is published, line by line.
+def check_published(options: PrepareOptions, found: dict[str, Any]) -> dict[Role, Source]:
+    """Open the splits and compare the data set with what is published, line by line; they go into `found` too.
 
     Raises:
         ValueError: something is not as published, or an image cannot be decoded.
     """
-    data = options.data
+    data, listed = options.data, found.setdefault("checked", [])
     sources = open_splits(options) if data.download else None  # else a missing file would be an error, not a line
     if data.name in PUBLISHED_FILES:
-        _report(data, published_set(data.name).verify(_root(data), [_split(data, role) for role in _roles(options)]))
+        published = published_set(data.name).verify(_root(data), [_split(data, role) for role in _roles(options)])
+        _report(data, published, listed)
     sources = open_splits(options) if sources is None else sources
     part = data.classes is not None
     fewer = {"train": data.limit is not None or data.share < 1, "val": data.val_limit is not None}
     whole = ((_split(data, role), source) for role, source in sources.items() if not fewer[role])
-    _report(data, (check_count(source, split, part=part) for split, source in whole))
+    _report(data, (check_count(source, split, part=part) for split, source in whole), listed)
     if options.check and options.output is None:  # else they are decoded before they are written
         for source in sources.values():
             check_decodable(source, options.threads)
     return sources
 
 
-def _report(data: SourceConfig, findings: Iterable[Finding]) -> None:
-    """Print them as they come.
+def _report(data: SourceConfig, findings: Iterable[Finding], listed: list[dict[str, Any]]) -> None:
+    """Print and list them as they come.
 
     Raises:
         ValueError: not all are as published.
     """
-    listed = []
+    bad = []
     for finding in findings:
         print(finding, flush=True)
-        listed.append(finding)
-    bad = [finding for finding in listed if finding.state != "whole"]
+        listed.append(finding._asdict())
+        bad += [finding] if finding.state != "whole" else []
     if bad:
         first, more = f"{bad[0].place} is {bad[0].state}", f", and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(f"{data.name} is not as published ({first}{more}): {_remedy(data)}")
@@ -165,8 +185,9 @@ def _root(data: SourceConfig) -> Path:
     return Path(data.root).resolve()
 
 
-def verify(folder: Path) -> None:
-    """Verify every split in a folder, or the one that it is; print a line for each file or record that is wrong.
+def verify(folder: Path, report: dict[str, Any]) -> None:
+    """Verify every split in a folder, or the one that it is; print a line for each file or record that is wrong, which
+    also goes into the report.
 
     Raises:
         ValueError: one is not as it was written.
@@ -174,21 +195,23 @@ def verify(folder: Path) -> None:
     found = sorted(path.parent.resolve() for path in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")))
     if not found:
         raise FileNotFoundError(f"--verify {folder}: there is no {MANIFEST} in it or in its folders: name an --output")
-    wrong = 0
+    report["verified"] = []
     for split in found:
-        started, before = time.perf_counter(), wrong
+        started, lines = time.perf_counter(), list[str]()
+        report["verified"].append({"folder": str(split), "wrong": lines})
         for line in verify_split(split):
             print(line, flush=True)
-            wrong += 1
-        if wrong == before:
+            lines.append(line)
+        if not lines:
             manifest = ShardManifest.read(split)
+            report["verified"][-1] |= {"images": manifest.images, "files": len(manifest.shards)}
             rate = manifest.images / (time.perf_counter() - started)
             old = "" if CHECKSUMS in manifest.arrays else f"; an earlier dalikd wrote no checksum of {MANIFEST} itself"
             print(
                 f"{split}: {manifest.images} images in {len(manifest.shards)} files, all as they were written "
                 f"({rate:,.0f} images/s){old}"
             )
-    if wrong:
+    if wrong := sum(len(split["wrong"]) for split in report["verified"]):
         raise ValueError(
             f"{folder} is not as it was written (in {wrong} places, listed above): copy it again, or {REMEDY}"
         )

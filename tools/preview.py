@@ -1,6 +1,5 @@
 """`dalikd preview`: a grid of a data set's images under each augmentation, as a PNG or an HTML file."""
 
-import base64
 import io
 import math
 import re
@@ -15,8 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from dalikd.pipelines.doctor import printable
 from dalikd.pipelines.files import write_atomically
 from dalikd.tools.cli import run_command
+from dalikd.tools.summary import give_json
 from dalikd.trainers.launch import start
 from dalikd.trainers.preview import Preview, PreviewOptions, Tile, look
+from dalikd.trainers.report.page import embedded
 from dalikd.trainers.tracking import check_writable
 
 _SMALLEST, _LARGEST = 112, 160  # sides in pixels that images are drawn at; small ones by a whole factor
@@ -32,9 +33,20 @@ def preview(options: PreviewOptions, config: dict[str, Any]) -> Preview:  # noqa
     accelerator = start(options.device, options.precision)
     found = look(options, accelerator)
     for path in paths:
-        write_atomically(path, _html(found).encode() if path.suffix == ".html" else _encoded(_draw(found), "PNG"))
+        html, drawing = path.suffix == ".html", io.BytesIO()
+        if not html:
+            _draw(found).save(drawing, "PNG")
+        write_atomically(path, _html(found).encode() if html else drawing.getvalue())
     print("\n".join([*map(printable, found.lines), *(f"written: {path}" for path in paths)]))
+    rows = [{"title": row.title, "note": row.note, "tiles": [*map(_told, row.tiles)]} for row in found.rows]
+    give_json(options.json, {"lines": found.lines, "rows": rows, "files": [*map(str, paths)]})
     return found
+
+
+def _told(tile: Tile) -> dict[str, Any]:
+    """What is known of an image, for JSON."""
+    known = {name: value for name, value in tile._asdict().items() if name != "image"}
+    return known | {"entropy": None if math.isnan(tile.entropy) else tile.entropy}
 
 
 def _enlarged(image: np.ndarray) -> Image.Image:
@@ -44,12 +56,6 @@ def _enlarged(image: np.ndarray) -> Image.Image:
         return drawn.resize((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
     side *= -(-_SMALLEST // side)
     return drawn.resize((side, side), Image.Resampling.NEAREST)
-
-
-def _encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"quality": 92} if kind == "JPEG" else {}))
-    return buffer.getvalue()
 
 
 def _captions(tile: Tile) -> list[tuple[str, str]]:
@@ -151,15 +157,12 @@ def _html(found: Preview) -> str:
         return f'<div style="width:{side}px;color:{colour}" title="{shown}">{shown}</div>'
 
     def image(tile: Tile) -> str:
-        kind = "PNG" if len(tile.image) < _SMALLEST else "JPEG"
-        drawn = Image.fromarray(tile.image) if kind == "PNG" else _enlarged(tile.image)
-        content = base64.b64encode(_encoded(drawn, kind)).decode()
         said = escape(
             printable(
                 ", ".join([tile.label or "image", *(text for text, _ in _captions(tile)), *["picked"] * tile.picked])
             )
         )
-        return f'<img src="data:image/{kind.lower()};base64,{content}" width="{side}" height="{side}" alt="{said}">'
+        return f'<img src="{embedded(tile.image)}" width="{side}" height="{side}" alt="{said}">'
 
     heads = "".join(f"<th scope='col'>{cell(tile.label)}</th>" for tile in found.rows[0].tiles)
     body = []

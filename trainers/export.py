@@ -21,12 +21,13 @@ from dalikd.kd.known_weights import file_sha256
 from dalikd.pipelines.data import evaluation_view
 from dalikd.pipelines.datasets.info import DATASET_INFO, default_statistics
 from dalikd.pipelines.draw_spec import View
-from dalikd.pipelines.files import write_atomically
+from dalikd.pipelines.files import names_in, write_atomically
 from dalikd.trainers.checkpoint import save_weights
 from dalikd.trainers.launch import start
 from dalikd.trainers.options import RunOptions
+from dalikd.trainers.runs import read_run_files
 from dalikd.trainers.setup import open_run
-from dalikd.trainers.tracking import read_run_files, write_json
+from dalikd.trainers.tracking import check_writable, write_json
 
 __all__ = [
     "Format",
@@ -34,6 +35,7 @@ __all__ = [
     "SavedNet",
     "check_formats",
     "check_login",
+    "check_target",
     "open_images",
     "open_net",
     "push_folder",
@@ -43,6 +45,7 @@ __all__ = [
 Format = Literal["safetensors", "onnx", "torch"]
 
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
+_FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "model.pt2"}
 _TIMM = "timm:"
 _OF_SHAPES = ("fixed_input_size", "min_input_size", "pool_size", "first_conv", "classifier")  # in timm's config
 
@@ -96,6 +99,17 @@ def check_formats(formats: Sequence[str]) -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None] if "onnx" in formats else []
     if missing:
         raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install 'dalikd[onnx]'")
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raises ValueError: the folder holds something, and is not an export that is to be replaced."""
+    check_writable("--output", folder / "config.json")
+    if not (found := names_in(folder)):
+        return
+    if not {"config.json"} <= found <= _FILES:
+        raise ValueError(f"--output {folder} holds other files and is not touched: name another folder")
+    if not overwrite:
+        raise ValueError(f"--output {folder} holds an export: name another folder, or replace it with --overwrite true")
 
 
 # ------------------------------------------------------------------------------------------------- the net

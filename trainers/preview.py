@@ -16,15 +16,15 @@ from torch import Tensor
 from dalikd.kd.backbones.layers import Normalized
 from dalikd.kd.mixing import HiddenMix, Mixed
 from dalikd.kd.picking import Criterion, entropy
-from dalikd.kd.teacher import Branch, Teacher, teacher_pass
+from dalikd.kd.teacher import Branch, Teacher, Teachers, teacher_pass
 from dalikd.pipelines.data import FilePath
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.launch import model_type
 from dalikd.trainers.loop import step_seed
-from dalikd.trainers.models import TeacherConfig, build_model
+from dalikd.trainers.models import build_model
 from dalikd.trainers.options import FROM_1, AugmentingOptions, check_numbers
-from dalikd.trainers.setup import Setup, open_run
+from dalikd.trainers.setup import Setup, SeveralTeachers, open_run
 from dalikd.trainers.teacher_step import Branches, StudentScores
 
 __all__ = ["Preview", "PreviewOptions", "Row", "Tile", "look"]
@@ -35,7 +35,7 @@ _ENDINGS, _FILE = ("", ".png", ".html"), FilePath("preview.png")
 
 
 @dataclass
-class PreviewOptions(AugmentingOptions):
+class PreviewOptions(SeveralTeachers, AugmentingOptions):
     """Draw the first images of a run under each augmentation, a row each, as a PNG or HTML file. With a teacher each
     image has the class that the teacher gives it and the entropy of its answer, and the picks are framed.
 
@@ -44,25 +44,27 @@ class PreviewOptions(AugmentingOptions):
 
     Args:
         augmentation: one or several names, as for measure: "published" for the paper's nine, "all", BASE+CRITERION.
-        teacher: the net that is asked; none where it is not named.
         model: architecture of the student, where one picks (student_entropy, kld).
         model_args: options of that architecture.
         weights: its weights; without them it is a fresh one made from the seed, as at the start of a run.
         images: how many are drawn, the columns.
         output: file to write, .png or .html by its ending; without an ending both.
+        json: JSON file for what is drawn but for the images, - for stdout: {"lines", "rows": [{"title", "note",
+            "tiles": [{"label", "partner", "answer", "entropy", "right", "picked"}, …]}, …], "files"}.
     """
 
     augmentation: list[str] = field(default_factory=lambda: ["published"])
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: FilePath | None = None
     images: int = 8
     output: FilePath = _FILE
+    json: FilePath | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers and files that cannot be drawn."""
         super().__post_init__()
+        self.check_teachers()
         check_numbers(self, {"images": FROM_1})
         if Path(self.output).suffix not in _ENDINGS:
             raise ValueError(
@@ -113,10 +115,13 @@ def look(options: PreviewOptions, accelerator: Accelerator) -> Preview:
     augmenters = [setup.augmenter(name) for name in names if name != "identity"]
     branches = Branches(augmenters or [setup.augmenter("identity")])
     loader = setup.loader(branches.draw_spec, setup.sampler(drop_last=False))
-    teacher = None if options.teacher.name is None else setup.teacher(options.teacher, warn=True)
-    student, asked = _student(options, setup, augmenters), None if teacher is None else teacher.model
+    if options.teachers:
+        teacher = setup.teachers(options, warn=True)
+    else:
+        teacher = None if options.teacher.name is None else setup.teacher(options.teacher, warn=True)
+    student, asked = _student(options, setup, augmenters), _named(options, teacher)
     for augmenter in augmenters:
-        augmenter.check_nets("off", ("the teacher", asked), ("the student", student))
+        augmenter.check_nets("off", *((f"the teacher {name}", net) for name, net in asked), ("the student", student))
     batch = loader.next()
     loader.close()
     runs = branches.make(batch.pixels, batch.augmented_pixels, batch.mix)
@@ -135,11 +140,22 @@ def look(options: PreviewOptions, accelerator: Accelerator) -> Preview:
             own = [pick - place * len(batch) for pick in picks.get(augmenter.name, ())]
             rows.append(Row(title, note, _tiles(runs[run], of_runs[run], own, batch, setup)))
     rows = [row._replace(tiles=row.tiles[: options.images]) for row in rows]
-    return Preview(rows, _lines(options, setup, teacher, logits, batch.labels))
+    return Preview(rows, _lines(options, setup, asked, logits, batch.labels))
+
+
+def _named(options: PreviewOptions, teacher: Teacher | Teachers | None) -> list[tuple[str, Normalized]]:
+    """The teachers' nets, each with its name."""
+    opened = () if teacher is None else teacher.teachers if isinstance(teacher, Teachers) else (teacher,)
+    configs = options.teachers or [options.teacher]
+    return [
+        (str(config.name), one.model)
+        for config, one in zip(configs, opened, strict=False)
+        if isinstance(one.model, Normalized)
+    ]
 
 
 def _ask(
-    teacher: Teacher | None,
+    teacher: Teacher | Teachers | None,
     student: Normalized | None,
     batch: Batch,
     runs: Sequence[Mixed],
@@ -207,7 +223,7 @@ def _student(options: PreviewOptions, setup: Setup, augmenters: Sequence[Augment
     return net.to(setup.accelerator.device, model_type(options.precision), memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
 
-def _missing(criterion: Criterion, student: Normalized | None, teacher: Teacher | None) -> str:
+def _missing(criterion: Criterion, student: Normalized | None, teacher: Teacher | Teachers | None) -> str:
     """Why nothing can be picked; empty: it can."""
     wanted = ["--teacher.name"] if criterion.needs_teacher and teacher is None else []
     wanted += ["--model"] if criterion.needs_student and student is None else []
@@ -215,24 +231,32 @@ def _missing(criterion: Criterion, student: Normalized | None, teacher: Teacher 
 
 
 def _lines(
-    options: PreviewOptions, setup: Setup, teacher: Teacher | None, logits: Tensor | None, labels: Tensor
+    options: PreviewOptions,
+    setup: Setup,
+    asked: Sequence[tuple[str, Normalized]],
+    logits: Tensor | None,
+    labels: Tensor,
 ) -> list[str]:
     """What the images are of, and how the teacher does on all of the base view's, those that are not drawn too."""
     source, view = setup.source, setup.view
-    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (source.mean, source.std))
     where = f"in {source.files.root}" if source.files is not None else source.split
     counted = f"{len(source):,} images, {len(source.classes)} classes" if source.classes else f"{len(source):,} images"
     lines = [
         f"{source.name} {where}: {counted}; {view.crop} to {view.size} pixels, seed {options.seed}; "
-        f"the data's mean {mean}, std {std}"
+        f"the data's {_statistics(source.mean, source.std)}"
     ]
-    if teacher is None or logits is None:
+    if logits is None:
         return lines
-    assert isinstance(teacher.model, Normalized)
-    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in teacher.model.normalisation)
-    said = f"teacher {options.teacher.name}, which normalises by mean {mean}, std {std}"
+    said = "; ".join(f"teacher {name}, which normalises by {_statistics(*net.normalisation)}" for name, net in asked)
+    said += "; together" if len(asked) > 1 else ""
+    most = math.log(max(1, len(source.classes)))
+    found = [f"mean entropy {float(entropy(logits).mean()):.2f} of at most {most:.2f} nats"]
     if source.labelled:
         right = int((logits.argmax(1) == labels).sum())
-        said += f": right on {right} of {len(labels)} images of the base view"
-    most = math.log(max(1, len(source.classes)))
-    return [*lines, f"{said}; mean entropy {float(entropy(logits).mean()):.2f} of at most {most:.2f} nats"]
+        found.insert(0, f"right on {right} of {len(labels)} images of the base view")
+    return [*lines, f"{said}: {'; '.join(found)}"]
+
+
+def _statistics(mean: Sequence[float], std: Sequence[float]) -> str:
+    mean_words, std_words = (", ".join(f"{value:.3f}" for value in values) for values in (mean, std))
+    return f"mean {mean_words}, std {std_words}"

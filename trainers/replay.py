@@ -94,7 +94,7 @@ class _NoLoader:
         return {}
 
 
-def run_again(content: Mapping[str, Any], options: TrainingOptions, accelerator: Accelerator) -> tuple[list[str], bool]:
+def run_again(content: Mapping[str, Any], options: TrainingOptions, accelerator: Accelerator) -> dict[str, Any]:
     """Do the step once more, from the state before it, and watch every module and gradient.
 
     Args:
@@ -103,7 +103,8 @@ def run_again(content: Mapping[str, Any], options: TrainingOptions, accelerator:
         accelerator: one process.
 
     Returns:
-        lines to print, and whether all was finite.
+        "terms" of the step by their names; "forward", "gradients" and "weights": the first that is not finite, None
+        where all are; and "finite", whether all was.
 
     Raises:
         ValueError, OSError: the run's nets cannot be built here.
@@ -140,14 +141,8 @@ def run_again(content: Mapping[str, Any], options: TrainingOptions, accelerator:
             parameter.register_hook(lambda gradient, name=name: backward.look(name, gradient))
     loop.step(batches)
     terms, weight = loop.meter.means(), loop.wrong_weight()
-    lines = [
-        *(f"{name:<12}{value:.6g}" for name, value in terms.items()),
-        f"forward     first not finite: {forward.first or 'nothing'}",
-        f"gradients   first not finite: {backward.first or 'nothing'}",
-        f"the step    {weight or 'leaves finite weights'}",
-    ]
-    finite = all(map(np.isfinite, terms.values())) and not (forward.first or backward.first or weight)
-    return lines, bool(finite)
+    first = {"forward": forward.first, "gradients": backward.first, "weights": weight or None}
+    return {"terms": terms, **first, "finite": bool(all(map(np.isfinite, terms.values()))) and not any(first.values())}
 
 
 class _Watch:

@@ -19,10 +19,12 @@ __all__ = [
     "check_result",
     "differences",
     "find_runs",
+    "is_evaluated",
     "measured_for",
     "options_of",
     "read_measurement",
     "read_run",
+    "read_run_files",
     "teacher_of",
 ]
 
@@ -30,10 +32,12 @@ __all__ = [
 FIGURES = ("loss", "top1", "top5")
 _NUMBER, _TEXT, _GROUP, _LIST = "a number", "a text", "a group", "a list"
 _ANY = {"versions": _GROUP}
-_VAL = {f"{when}.{name}": _NUMBER for when in ("last", "best") for name in ("epoch", *(f"val.{f}" for f in FIGURES))}
+#: what a run has besides that was evaluated, and so what is read of any but one without labelled images
+_EVALUATED = {f"{when}.val.{name}": _NUMBER for when in ("last", "best") for name in FIGURES}
+_EVALUATED |= {"best.epoch": _NUMBER, "fingerprint.val": _TEXT}
 #: what is read of a result of each kind, by its dotted name
 _NEEDED = {
-    "run": _ANY | _VAL | {"epochs": _NUMBER, "fingerprint.train": _TEXT, "fingerprint.val": _TEXT},
+    "run": _ANY | {"last.epoch": _NUMBER, "epochs": _NUMBER, "fingerprint.train": _TEXT},
     "measure": _ANY
     | {"results": _LIST, "fingerprint": _TEXT, "mode": _TEXT, "precision": _TEXT, "confidence": _NUMBER}
     | dict.fromkeys(("mix_group", "window", "epochs", "seed"), _NUMBER)
@@ -44,7 +48,6 @@ _ROW = {"augmentation": _TEXT, "windows": _NUMBER, "images": _NUMBER, "entropy":
 _ROW |= {"stddev": f"{_NUMBER} or null", "stderr": f"{_NUMBER} or null"}
 #: what a run's folder has besides, for those who compare runs of any command
 _OF_A_RUN = {"command": _TEXT, "model": _TEXT, "seed": _NUMBER, "batch_size": _NUMBER, "data": _GROUP}
-_OF_A_RUN |= {"last.val.images": _NUMBER}
 
 #: what says, besides the seed where images are chosen, which images a split has
 _CHOICE = ("name", "classes", "class_seed")
@@ -53,12 +56,13 @@ _PARTS = {"train": ("limit", "share"), "val": ("val_limit",)}
 _FREE = (
     *("seed", "output", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "eval_every", "compile"),
     *("accumulation", "metric", "entropy_log_every", "students", "run", "weights"),
-    *("data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode", "data.resident"),
-    *("data.bad_files", "data.bad_files_limit", "data.max_pixels", "data.download"),
+    *("data.root", "data.val_root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decode"),
+    *("data.resident", "data.bad_files", "data.bad_files_limit", "data.max_pixels", "data.download"),
     *("teacher.weights", "teacher.sha256", "teacher.cache", "teacher.verify", "teacher.fold_bn"),
 )
 #: values with which an option does nothing that an earlier version did not have
 _UNUSED = (None, False, 0, 1.0, "", {}, [])
+_TOGETHER = "students.yaml"  # in a folder of runs that were done together, which is none itself
 _DEEPEST = 8  # folders in folders; a study's students lie 6 below it
 _MOST_FOLDERS = 100_000
 
@@ -115,12 +119,18 @@ def check_result(path: Path, content: Any, kind: str) -> dict[str, Any]:
     Raises:
         ValueError: something is missing, or is of another type; names file and place.
     """
-    _need(path, content, _NEEDED[kind])
+    _need(path, content, _NEEDED[kind] | (_EVALUATED if kind == "run" and is_evaluated(content) else {}))
     if kind == "measure" and not content["results"]:
         raise ValueError(f"{path}: results is empty")
     for number, row in enumerate(content["results"] if kind == "measure" else ()):
         _need(path, row, _ROW, f"results[{number}].")
     return content
+
+
+def is_evaluated(results: Any) -> bool:
+    """Whether a run's results are those of a net that was evaluated; without labelled images none is."""
+    last = results.get("last") if isinstance(results, Mapping) else None
+    return not (isinstance(last, Mapping) and "val" in last and last["val"] is None)
 
 
 def _need(path: Path, content: Any, fields: Mapping[str, str], prefix: str = "") -> None:
@@ -138,6 +148,29 @@ def _need(path: Path, content: Any, fields: Mapping[str, str], prefix: str = "")
             raise ValueError(f"{path}: {prefix}{name} is {value!r:.40}, not {kind}")
 
 
+def read_run_files(folder: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.yaml and results.json of a run hold; {} where there is no results.json yet.
+
+    Args:
+        folder: of the run.
+        what: the folder, for messages.
+
+    Raises:
+        ValueError: it is no run folder, or of no net, or damaged.
+        OSError: a file cannot be read.
+    """
+    config, results = folder / "config.yaml", folder / "results.json"
+    if not config.is_file():
+        raise ValueError(f"{what} is no run folder ({config} is missing): name one")
+    options = read_yaml(config)
+    if not isinstance(options, dict) or not options.get("model"):
+        raise ValueError(f"{what}: {config} names no model; name the folder of a run that trains a net")
+    found = read_json(results) if results.is_file() else {}
+    if not isinstance(found, dict) or not isinstance(options.get("model_args") or {}, dict):
+        raise ValueError(f"{what}: {results} or config.yaml is damaged: name another run folder")
+    return options, found
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder.
 
@@ -145,20 +178,15 @@ def read_run(folder: Path) -> Run:
         FileNotFoundError: there is no such folder.
         ValueError: it holds something else, is not finished, or is damaged; names the file and the fix.
     """
-    config_file, path, log_file = folder / "config.yaml", folder / "results.json", folder / "log.jsonl"
+    path, log_file, log = folder / "results.json", folder / "log.jsonl", []
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; name a run folder")
-    if not config_file.is_file() or not (log_file.is_file() or path.is_file()):
-        raise ValueError(f"{folder} is no run folder (config.yaml and log.jsonl are not both there): name one")
-    config = read_yaml(config_file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} is damaged: it holds no options; leave {folder} out, or run it anew")
+    config, results = read_run_files(folder, str(folder))
+    finished = results.get("finished", bool(results))  # earlier versions do not say
     try:
-        results = read_json(path) if path.is_file() else {"finished": False}
-        finished, log = not isinstance(results, dict) or results.get("finished", True), []
         if finished:
             check_result(path, results, "run")
-            _need(path, results, _OF_A_RUN)
+            _need(path, results, _OF_A_RUN | ({"last.val.images": _NUMBER} if is_evaluated(results) else {}))
             lines = enumerate(read_text(log_file, 16 * LARGEST_TEXT).splitlines(), start=1)
             log = [_line(f"{log_file} line {number}", line) for number, line in lines]
     except ValueError as error:
@@ -238,7 +266,8 @@ def _run_folders(place: Path) -> list[Path]:
         visited += 1
         if visited > _MOST_FOLDERS:
             raise ValueError(f"{place} holds more than {_MOST_FOLDERS:,} folders: name those of the runs")
-        if (folder / "config.yaml").is_file() and ((folder / "log.jsonl").is_file() or (folder / "last").is_dir()):
+        there = {name for name in ("config.yaml", "log.jsonl", "last", _TOGETHER) if (folder / name).exists()}
+        if "config.yaml" in there and there & {"log.jsonl", "last"} and _TOGETHER not in there:
             found.append(folder)
         elif depth < _DEEPEST:
             inner = (entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
@@ -389,7 +418,7 @@ def _fingerprints_of(result: dict[str, Any]) -> dict[str, str]:
     """Of the images that a run read, by their split; measuring reads the training images, evaluating the others."""
     fingerprint = result["fingerprint"]
     if isinstance(fingerprint, dict):
-        return fingerprint
+        return {split: digest for split, digest in fingerprint.items() if digest is not None}
     return {"train" if "results" in result else "val": fingerprint}
 
 

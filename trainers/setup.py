@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dalikd.kd.teacher import Teacher
+from dalikd.kd.teacher import Teacher, Teachers
 from dalikd.pipelines.data import DataConfig, evaluation_view, open_sources, open_split, training_view
 from dalikd.pipelines.draw_spec import Batch, BatchPlan, DrawSpec, View
 from dalikd.pipelines.loader import Loader, can_be_resident, decode_source
@@ -23,7 +23,7 @@ from dalikd.pipelines.sources import Source
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import autocast_type
 from dalikd.trainers.models import TeacherConfig, open_teacher, teacher_classes
-from dalikd.trainers.options import AugmentingOptions, RunOptions
+from dalikd.trainers.options import ABOVE_0, AugmentingOptions, NumberRange, RunOptions, check_numbers
 from dalikd.trainers.teacher_cache.layout import TeacherCache
 from dalikd.trainers.trial import (
     CHANCE_IMAGES,
@@ -35,7 +35,7 @@ from dalikd.trainers.trial import (
     try_net,
 )
 
-__all__ = ["Setup", "open_run", "reading"]
+__all__ = ["Setup", "SeveralTeachers", "open_run", "reading"]
 
 _LARGEST_EVALUATION_BATCH = 256  # a process
 _EVALUATION_THREADS = 4  # of DALI, a process on a GPU
@@ -68,6 +68,47 @@ def _classes_of_teacher(options: RunOptions) -> tuple[str, ...]:
     if config.cache is not None and (config.name is None or config.weights is None):
         return tuple(map(str, range(TeacherCache(Path(config.cache)).layout.classes)))
     return () if config.name is None else teacher_classes(config)
+
+
+@dataclass
+class SeveralTeachers:
+    """One teacher, or several that answer as one.
+
+    Args:
+        teacher: the net that is asked.
+        teachers: several nets that are asked at once, in place of the one: a list of what the options of --teacher say,
+            [{name: resnet56, weights: a.pt}, {name: wrn_40_2, weights: b.pt}]. Their answer is a weighted mean of their
+            logits, which is the geometric mean of their distributions at every temperature; T. stddev of a run is also
+            that of each.
+        teacher_weights: of the teachers in that mean, a number above 0 for each; what counts is their ratio. Default:
+            equal.
+        teacher_ensemble: mean: the same weights for all images; entropy: multiplied by exp(-H) for each image, where H
+            is the entropy of the teacher's distribution, so that a teacher which is sure counts more.
+    """
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    teacher_weights: list[float] | None = None
+    teacher_ensemble: Literal["mean", "entropy"] = "mean"
+
+    def check_teachers(self) -> None:
+        """Raises ValueError for teachers that do not go together."""
+        count = len(self.teachers)
+        if count and any(config.cache is not None for config in (self.teacher, *self.teachers)):
+            raise ValueError("a teacher cache holds the answers of one teacher: leave it out, or --teachers")
+        if count and self.teacher != TeacherConfig():
+            raise ValueError(
+                "--teacher and --teachers are both given: name one teacher with --teacher.name and so on, or all of "
+                "several in --teachers"
+            )
+        if not count and self.teacher_ensemble != "mean":
+            raise ValueError(f"--teacher_ensemble {self.teacher_ensemble} weighs several teachers: name --teachers")
+
+        def fit(weights: list[float]) -> bool:
+            return len(weights) == count and all(map(ABOVE_0.fits, weights))
+
+        words = f"a number above 0 for each of --teachers, {count} in all"
+        check_numbers(self, {"teacher_weights": NumberRange(fit, words)})
 
 
 @dataclass(frozen=True)
@@ -203,6 +244,17 @@ class Setup:
             print(f"dalikd: a run would be refused: {error}", file=sys.stderr, flush=True)
         self._teachers[str(config)] = teacher
         return teacher
+
+    def teachers(self, options: SeveralTeachers, *, warn: bool = False) -> Teachers:
+        """The teachers of `options.teachers`, as one; each as `teacher` gives it."""
+        opened = []
+        for number, config in enumerate(options.teachers, start=1):
+            try:
+                opened.append(self.teacher(config, warn=warn))
+            except ValueError as error:
+                raise ValueError(f"--teachers, entry {number}: {error}") from error
+        names, by_entropy = [str(config.name) for config in options.teachers], options.teacher_ensemble == "entropy"
+        return Teachers(opened, names, options.teacher_weights, by_entropy=by_entropy)
 
     def check_net(self, net: Callable[[Tensor], Tensor], name: str, weights: str | None, view: View) -> None:
         """Check that a net can take the images, and that its weights are for these classes in their order.

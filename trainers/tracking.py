@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dalikd.kd.known_weights import file_sha256
-from dalikd.pipelines.files import Appended, names_in, read_json, read_yaml, remove_litter, write_atomically
+from dalikd.pipelines.files import Appended, names_in, remove_litter, write_atomically
 from dalikd.pipelines.hardware import package_versions
 from dalikd.pipelines.lock import FolderLock, only_writer
 from dalikd.pipelines.shards.tfrecord import frame
 from dalikd.trainers.trackers import KEPT, Trackers
 
-__all__ = ["LOCK", "RunFolder", "alone", "check_writable", "read_run_files", "run_path", "versions", "write_json"]
+__all__ = ["LOCK", "RunFolder", "alone", "check_writable", "run_path", "versions", "write_json"]
 
 
 LOCK = ".lock"  # in a folder that one call writes
@@ -187,29 +187,6 @@ class RunFolder:
             old.unlink()
         for name in ("results.json", KEPT):
             (self.path / name).unlink(missing_ok=True)
-
-
-def read_run_files(folder: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.yaml and results.json of a run hold; {} where there is no results.json yet.
-
-    Args:
-        folder: of the run.
-        what: the folder, for messages.
-
-    Raises:
-        ValueError: it is no run folder, or of no net, or damaged.
-        OSError: a file cannot be read.
-    """
-    config, results = folder / "config.yaml", folder / "results.json"
-    if not config.is_file():
-        raise ValueError(f"{what}: there is no run ({config} is missing); name a run folder")
-    options = read_yaml(config)
-    if not isinstance(options, dict) or not options.get("model"):
-        raise ValueError(f"{what}: {config} names no model; name the folder of a run that trains a net")
-    found = read_json(results) if results.is_file() else {}
-    if not isinstance(found, dict) or not isinstance(options.get("model_args") or {}, dict):
-        raise ValueError(f"{what}: its files are damaged: name another run folder")
-    return options, found
 
 
 @contextmanager

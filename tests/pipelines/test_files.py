@@ -327,6 +327,20 @@ class TestBuildOnce:
         build_once(target, overtaken)
         assert [path.name for path in target.iterdir()] == ["theirs"]
 
+    def test_a_full_one_is_replaced_once_another_is_whole(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "old").touch()
+
+        def fail(_: Path) -> None:
+            assert (tmp_path / "a" / "old").exists()
+            raise RuntimeError("stopped")
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            build_once(tmp_path / "a", fail, replace=True)
+        assert (tmp_path / "a" / "old").exists()
+        build_once(tmp_path / "a", lambda folder: (folder / "x").touch(), replace=True)
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/x"]
+
     def test_empty_folder_is_filled_and_a_full_one_is_not(self, tmp_path: Path) -> None:
         build_once(tmp_path / "a", lambda _: None)
         build_once(tmp_path / "a", lambda folder: (folder / "x").touch())

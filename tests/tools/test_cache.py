@@ -26,9 +26,11 @@ def _flip(folder):
 
 def test_fill_verify_and_distil(command, caching, training, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
-    filled = command("cache", *caching, "--output", cache)
+    filled = command("cache", *caching, "--output", cache, "--json", tmp_path / "filled.json")
     assert (filled.code, filled.err) == (0, "")
-    first, last = filled.out.splitlines()
+    told = {"folder": str(cache), "epochs": 2, "images": 99, "storage": "float32"}
+    assert json.loads((tmp_path / "filled.json").read_text()) == told
+    first, last, _ = filled.out.splitlines()
     assert first.startswith(f"teacher cache {cache}: 2 epoch(s) of 99 images, float32: 0.01 MiB, ")
     assert last == f"finished; read it with: dalikd distill --teacher.cache {cache}"
 
@@ -54,9 +56,11 @@ def test_fill_verify_and_distil(command, caching, training, tmp_path):
     assert spoilt.code == 2
     assert "augmented.npy" in spoilt.err
     (cache / "epoch-0001" / "checksums.json").unlink()  # as of a cache that was written before there were any
-    spoilt = command("cache", f"--verify={cache}", "--share", 1)
-    assert (spoilt.code, spoilt.err) == (1, "")
-    assert spoilt.out.splitlines()[-1].startswith("the cache DIFFERS from its teacher (tolerance 0.001 of logits")
+    spoilt = command("cache", f"--verify={cache}", "--share", 1, "--json", "-")
+    found = json.loads(spoilt.out)
+    assert (spoilt.code, found["passes"], found["rows"]) == (1, False, 198)
+    assert found["differences"]["logits"]["max"] > 0.001
+    assert spoilt.err.splitlines()[-1].startswith("the cache DIFFERS from its teacher (tolerance 0.001 of logits")
     assert command("cache", "--verify", cache, "--share", 1, "--tolerance", 99).code == 0
 
 

@@ -105,6 +105,7 @@ def test_runs_are_means_over_seeds(students, tmp_path, capsys):
         ({"results": {"finished": False, "steps": 7}}, "flip-0 is not finished, 7 steps are done: go on with it by"),
         ({"results": {"last": {}}}, "flip-0/results.json: last.epoch is missing: the run is damaged"),
         ({"results": {"seed": 1}}, "flip-0 and "),
+        ({"results": {"last": {"epoch": 2, "val": None}, "best": {}}}, "flip-0 was not evaluated, it had no labelled"),
         ({"augmentation": "same"}, "no T. stddev of same"),
     ],
 )

@@ -1,14 +1,17 @@
 """What is exported answers as the net of the run, loads as its card says, and is whole or not there."""
 
+import base64
 import json
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -172,6 +175,26 @@ def test_an_unfinished_run_says_so(make_run, command):
     assert "| state | the run is not finished" in run.with_name("run-export").joinpath("README.md").read_text()
 
 
+def test_an_export_is_replaced_where_that_is_said_and_by_a_whole_one(make_run, command, monkeypatch):
+    run = make_run()
+    words, folder = ["export", run, "--format", "safetensors"], run.with_name("run-export")
+    assert command(*words).code == 0
+    (folder / "README.md").write_text("an earlier one")
+    ended = command(*words)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert f"--output {folder} holds an export: name another folder, or replace it with --overwrite true" in ended.err
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_loading", lambda *_, **__: {}["the last thing that is written"])
+        with pytest.raises(KeyError):
+            command(*words, "--overwrite", "true")
+    assert (folder / "README.md").read_text() == "an earlier one"
+    assert command(*words, "--license", "mit", "--overwrite", "true").code == 0
+    assert "license: mit" in (folder / "README.md").read_text()
+    (folder / "LICENSE").touch()
+    assert "holds other files and is not touched" in command(*words, "--overwrite", "true").err
+    assert {path.name for path in run.parent.iterdir()} == {"run", "run-export"}
+
+
 class _Torn(torch.nn.Module):
     """What it does depends on its values: no graph has that."""
 
@@ -212,7 +235,7 @@ def _spoil(kind: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "words", "told"),
     [
-        ("no run", [], "name a run folder"),
+        ("no run", [], "is no run folder \\(.*config.yaml is missing\\): name one"),
         ("no net", [], "config.yaml names no model"),
         ("no weights", [], "has no weights last/student.safetensors: wait for an epoch's end"),
         ("", ["--epoch", "best"], "has no weights best/student.safetensors"),
@@ -225,7 +248,8 @@ def _spoil(kind: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", ["--format", "onnx", "onnx"], "name each once"),
         ("", ["--format", "onyx"], "onyx"),
         ("", ["--images", "0"], "1 to 256 images"),
-        ("", ["--output", "."], "--output .* is already there: name another folder"),
+        ("", ["--output", "."], "--output .* holds other files and is not touched: name another folder"),
+        ("", ["--output", ".", "--overwrite", "true"], "--output .* holds other files and is not touched"),
         ("", ["--push", "a/b/c"], "a/b/c"),
         ("no account", ["--push", "me/net"], "--push me/net: log in first"),
     ],
@@ -239,41 +263,98 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(kind, words, tol
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
-class _Hub:
-    """In the place of the Hub's client."""
+class _Hub(BaseHTTPRequestHandler):
+    """The requests of the Hub that an upload makes. A server has `refuses`, a part of the path that is answered with
+    403 and the token, and keeps what it was sent in `files`, by the path of a commit."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self._error = error
+    server: Any
 
-    def create_repo(self, repository: str, **options: Any) -> str:
-        self.calls.append({"repo_id": repository, **options})
-        return f"https://huggingface.co/{repository}"
+    def _answer(self, code: int, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-    def upload_folder(self, **options: Any) -> None:
-        self.calls.append({**options, "files": sorted(path.name for path in options["folder_path"].iterdir())})
-        if self._error is not None:
-            raise self._error
+    def do_POST(self) -> None:
+        body, hub, place = self.rfile.read(int(self.headers["Content-Length"])), self.server, self.server.place
+        hub.tokens.add(self.headers["Authorization"])
+        if hub.refuses and hub.refuses in self.path:
+            self._answer(403, {"error": f"you may not, {self.headers['Authorization']}"})
+        elif self.path == "/api/repos/create":
+            hub.made = json.loads(body)
+            self._answer(200, {"url": f"{place}/me/net"})
+        elif self.path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            kinds = {name: "lfs" if name.endswith("safetensors") else "regular" for name in names}
+            files = [{"path": name, "uploadMode": kinds[name], "shouldIgnore": False} for name in names]
+            self._answer(200, {"files": files})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            to = [{**one, "actions": {"upload": {"href": f"{place}/lfs/{one['oid']}"}}} for one in objects]
+            self._answer(200, {"transfer": "basic", "objects": to})
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.decode().splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    hub.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[value["path"]] = hub.large[value["oid"]]
+            self._answer(200, {"commitUrl": f"{place}/me/net/commit/1", "commitOid": "1", "pullRequestUrl": None})
+        else:
+            self._answer(200, {"errors": [], "warnings": []})  # the card's metadata are looked at
+
+    def do_PUT(self) -> None:
+        self.server.large[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(200, {})
+
+    def do_GET(self) -> None:
+        self._answer(403, {"error": "you may not"})
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
 
 
-def test_a_folder_is_pushed_as_it_is_written(make_run, command, monkeypatch):
-    hub, run = _Hub(), make_run("timm:test_resnet", 48)
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hub of this machine, and somebody who is logged in."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.refuses, server.files, server.large, server.tokens, server.made = "", {}, {}, set(), None
+    server.place = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: hub)
-    ended = command("export", run, "--format", "safetensors", "--push", "me/net", "--private", "true")
-    assert ended.out.splitlines()[-1] == "pushed: https://huggingface.co/me/net"
-    made, sent = hub.calls
-    assert made == {"repo_id": "me/net", "private": True, "exist_ok": True}
-    assert (sent["repo_id"], sent["files"]) == ("me/net", ["README.md", "config.json", "model.safetensors"])
-    assert '"hf-hub:me/net"' in _code(run.with_name("run-export"))[0]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.place)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not HTTP's alone
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
-def test_a_push_that_fails_is_one_line_without_the_token(make_run, command, monkeypatch):
-    run = make_run()
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: _Hub(RuntimeError("403 Forbidden\nfor hf_secret")))
+def test_a_folder_is_pushed_as_it_is_written(make_run, command, hub):
+    run = make_run("timm:test_resnet", 48)
+    words = ["--format", "safetensors", "--push", "me/net", "--private", "true", "--json", "-"]
+    ended = command("export", run, *words)
+    assert ended.code == 0, ended
+    folder, told = run.with_name("run-export"), json.loads(ended.out)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert hub.files == written
+    assert (hub.made["name"], hub.made["organization"], "private" in json.dumps(hub.made)) == ("net", "me", True)
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert told == {
+        **{"folder": str(folder), "files": sorted(written), "compared": {}, "state": "finished"},
+        "pushed": f"{hub.place}/me/net",
+    }
+    assert '"hf-hub:me/net"' in _code(folder)[0]
+
+
+@pytest.mark.parametrize("refuses", ["repos/create", "/preupload", "/lfs", "/commit"])
+def test_a_push_that_is_refused_is_one_line_without_the_token(refuses, make_run, command, hub):
+    run, hub.refuses = make_run(), refuses
     ended = command("export", run, "--format", "safetensors", "--push", "me/net")
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "--push me/net has failed: 403 Forbidden for …; then `hf upload me/net " in ended.err
+    assert (ended.code, hub.files) == (2, {})
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("dalikd export: error:")]
+    assert re.search(r"run-export is written, but --push me/net has failed: .*403.*; then `hf upload me/net ", line)
     assert "hf_secret" not in ended.err + ended.out
-    assert run.with_name("run-export").joinpath("model.safetensors").is_file()
+    written = {path.name for path in run.with_name("run-export").iterdir()}
+    assert written == {"README.md", "config.json", "model.safetensors"}

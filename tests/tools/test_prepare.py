@@ -47,7 +47,10 @@ def test_writes_both_splits_and_says_how_to_read_them(call, tree, tmp_path, kind
 
 def test_one_split_and_fewer_images(call, tree, tmp_path):
     arguments = ["--data.root", tree, "--output", tmp_path / "out", "--split", "train", "--data.limit", 12]
-    assert call(*arguments)[0] == 0
+    code, out, _ = call(*arguments, "--json", "-")
+    assert code == 0
+    (split,) = json.loads(out)["written"]
+    assert (split["folder"], split["images"], split["classes"]) == (f"{tmp_path}/out/train", 12, 3)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
     content = json.loads((tmp_path / "out/train/dataset.json").read_text())
     assert sum(shard["images"] for shard in content["shards"]) == 12
@@ -81,6 +84,10 @@ def test_verifies_a_folder_of_splits_or_one_split(call, tree, tmp_path):
     ]
     assert re.fullmatch("".join(lines), out)
     assert re.fullmatch(lines[1], call("--verify", tmp_path / "out/val")[1])
+    code, out, error = call("--verify", tmp_path / "out/val", "--json", "-")
+    assert re.fullmatch(lines[1], error)
+    split = {"folder": f"{tmp_path}/out/val", "wrong": [], "images": 30, "files": 1}
+    assert (code, json.loads(out)) == (0, {"verified": [split]})
 
 
 def test_damage_is_one_line(call, tree, tmp_path):
@@ -89,11 +96,13 @@ def test_damage_is_one_line(call, tree, tmp_path):
     content = bytearray(path.read_bytes())
     content[1100] ^= 1
     path.write_bytes(content)
-    code, out, error = call("--verify", tmp_path / "out")
+    code, out, error = call("--verify", tmp_path / "out", "--json", tmp_path / "found.json")
     assert code == 2
+    first, second = json.loads((tmp_path / "found.json").read_text())["verified"]
+    assert (first["wrong"], second["wrong"]) == (out.splitlines()[:1], [])
     assert re.fullmatch(
         rf"{path} record 0 \(id \d+, from class\d/\d+\.jpg\): the image's bytes are not those that were written\n"
-        rf"{tmp_path}/out/val: 30 images in 1 files, all as .*\n",
+        rf"{tmp_path}/out/val: 30 images in 1 files, all as .*\nwritten: {tmp_path}/found.json\n",
         out,
     )
     assert error == (
@@ -144,6 +153,9 @@ def test_other_classes_in_the_other_split(call, own_tree, tmp_path):
 
 
 def test_looks_at_class_folders(call, own_tree):
+    _, out, _ = call("--data.root", own_tree, "--check", "true", "--split", "val", "--json", "-")
+    found = {"place": "imagefolder val", "state": "whole", "detail": "3 classes, 30 images"}
+    assert json.loads(out) == {"checked": [found]}
     assert call("--data.root", own_tree, "--check", "true")[:2] == (
         0,
         "imagefolder train: whole (3 classes, 99 images)\nimagefolder val: whole (3 classes, 30 images)\n",

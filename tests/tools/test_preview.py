@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dalikd.kd.backbones import create_model
 from dalikd.kd.picking import entropy
 from dalikd.tools.cli import parse
 from dalikd.tools.preview import main, preview
@@ -70,6 +72,29 @@ def test_labels_and_answers_are_names_of_the_class_list(arguments):
     assert all(re.fullmatch(r"\d+ % class\d", tile.partner) for tile in mixed.tiles)
 
 
+def test_several_teachers_answer_and_pick_as_in_a_run(arguments, weights, tmp_path):
+    """Of images without labels too: the classes are those of the first teacher."""
+    torch.manual_seed(1)
+    torch.save(create_model("small", 3).state_dict(), tmp_path / "other.pt")
+    teachers = f"[{{name: small, weights: {weights}}}, {{name: small, weights: {tmp_path}/other.pt}}]"
+    own = [word for word in arguments if word not in ("--teacher.name", "--teacher.weights", "small", str(weights))]
+    own = [word for word in own if word != "--model"]
+    more = ["--teachers", teachers, "--teacher_weights", "[3, 1]", "--augmentation", "cutmixpick_teacher"]
+    found = _looked(own, *more)
+    bare = _looked(own, *more, "--data.name", "images", "--data.train_split", "train")
+    options = parse("preview", [*own, *more])[0]
+    setup = open_run(options, start("cpu", "fp32"), "train")
+    nets = [setup.teacher(one) for one in options.teachers]
+    for row, other in zip(found.rows, bare.rows, strict=True):
+        pixels = torch.tensor(np.stack([tile.image for tile in row.tiles])).permute(0, 3, 1, 2)
+        logits = 0.75 * nets[0](pixels) + 0.25 * nets[1](pixels)
+        assert [tile.entropy for tile in row.tiles] == pytest.approx(entropy(logits).tolist(), abs=1e-5)
+        assert [tile.answer for tile in row.tiles] == [f"class{label}" for label in logits.argmax(1).tolist()]
+        assert {tile.label for tile in other.tiles} == {""}
+    assert sum(tile.picked for row in found.rows for tile in row.tiles[:GROUP]) == GROUP
+    assert "; together: right on " in found.lines[1]
+
+
 class _Images(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -87,11 +112,15 @@ class _Images(HTMLParser):
 
 def test_both_files_show_all_images(arguments, tmp_path, capsys):
     files = [str(tmp_path / "new" / f"preview{ending}") for ending in (".png", ".html")]
-    options = parse(
-        "preview", [*arguments, "--augmentation", "cutmixpick_teacher", "--output", str(tmp_path / "new" / "preview")]
-    )
+    more = ["--output", str(tmp_path / "new" / "preview"), "--json", str(tmp_path / "told.json")]
+    options = parse("preview", [*arguments, "--augmentation", "cutmixpick_teacher", *more])
     found = preview(*options)
     assert f"written: {files[1]}" in capsys.readouterr().out
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert (told["files"], told["lines"]) == (files, found.lines)
+    for row, drawn in zip(told["rows"], found.rows, strict=True):
+        assert row["title"] == drawn.title
+        assert row["tiles"][1] == {name: value for name, value in drawn.tiles[1]._asdict().items() if name != "image"}
     page = _Images()
     page.feed((tmp_path / "new" / "preview.html").read_text("utf-8"))
     tiles = [tile for row in found.rows for tile in row.tiles]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -71,6 +72,26 @@ def test_a_page_has_all_of_its_parts_and_needs_nothing_else(folder, tmp_path, ca
     assert capsys.readouterr().out.startswith("11 runs\nwritten: ")
 
 
+def test_runs_without_labelled_images_have_a_table_of_their_own(make_run, tmp_path):
+    last = {"epoch": 2, "train": {"loss": 3.0, "agreement": 0.25}, "val": None, "t_stddev": 0.02}
+    results = {"data": {"name": "images"}, "fingerprint": {"train": "i", "val": None}, "best": {}, "last": last}
+    config = {"data": {"name": "images", "root": "gone"}}
+    bare = [make_run(f"bare{seed}", "flip", seed, config=config, results=results) for seed in (0, 1)]
+    make_run("labelled", "mixup")
+    text, shown = written([tmp_path, "--samples", 0, "--json", tmp_path / "told.json"], tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert [(one["name"], one["last"] is None) for one in told["settings"]] == [
+        ("data.name images · flip", True),
+        ("data.name imagefolder · mixup", False),
+    ]
+    assert "data images (? training images), imagefolder (? training images); 200 validation images." in shown
+    assert re.search(r">1. data.name imagefolder · mixup<", text)
+    assert re.search(r'>data.name images · flip</td><td class="n">25.00</td><td class="n">3.0000</td>', text)
+    text, shown = written([*bare, "--samples", 0], tmp_path)
+    assert "data images (? training images); no labelled images to evaluate on." in shown
+    assert 'class="n">25.00</td>' in text
+
+
 def test_one_run_is_a_page_too(folder, tmp_path):
     _, shown = written([folder / "run1-0"], tmp_path)
     assert "One run, seed 0; data imagefolder" in shown
@@ -96,7 +117,10 @@ def test_what_is_not_finished_is_left_out_of_a_folder_and_named(folder, make_run
         (("run0-0", {"results": {"finished": False}}), ["run0-0"], "run0-0 is not finished"),
         (("run0-0", {"results": {"last": {}}}), ["."], "last.epoch is missing: the run is damaged"),
         (("run0-0", {"results": {"fingerprint": {"train": "x", "val": "v"}}}), ["."], "different images"),
-        (("run0-0", {"results": {"data": {"name": "digits"}}}), ["."], "evaluated on other images"),
+        (
+            ("run0-0", {"results": {"data": {"name": "digits"}, "fingerprint": {"train": "d", "val": "e"}}}),
+            *(["."], "evaluated on other images: data.name is digits in "),
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_line_and_no_page(folder, make_run, capsys, spoil, arguments, words):

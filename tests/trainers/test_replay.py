@@ -76,10 +76,14 @@ def test_a_step_that_is_finite_elsewhere_says_so(words, capsys):
     own = ["--model", "small", "--schedule.name", "constant", "--optimizer.lr", "1e30", "--output", "run"]
     assert _ended(train, *words, *own) == 2
     (file,) = Path("run").glob("nan-step*.pt")
-    replay.main([str(file), "--precision", "fp64"])
-    out = capsys.readouterr().out
+    capsys.readouterr()
+    replay.main([str(file), "--precision", "fp64", "--json", "-"])
+    text, out = capsys.readouterr()
+    found = json.loads(text)
+    assert (found["finite"], found["forward"], found["command"], found["precision"]) == (True, None, "train", "fp64")
+    assert found["terms"]["loss"] > 0
     assert "forward     first not finite: nothing\ngradients   first not finite: nothing\n" in out
-    assert out.endswith("it is finite\n")
+    assert out.splitlines()[-1] == "it is finite"
 
 
 def test_the_first_module_and_gradient_that_are_not_finite_are_named(words, capsys):
@@ -91,7 +95,9 @@ def test_the_first_module_and_gradient_that_are_not_finite_are_named(words, caps
     fresh["norm.weight"][3] = float("inf")
     content["state"]["task"] |= {f"student.model.{key}": value for key, value in fresh.items()}
     torch.save(content, file)
-    assert _ended(replay, str(file)) == 1
+    assert _ended(replay, str(file), "--json", "found.json") == 1
+    found = json.loads(Path("found.json").read_text())
+    assert (found["finite"], found["forward"], found["terms"]["loss"]) == (False, "student.model.norm", None)
     out = capsys.readouterr().out
     assert "forward     first not finite: student.model.norm\n" in out
     assert "gradients   first not finite: student.model." in out

@@ -60,6 +60,7 @@ def test_runs_are_found_below_a_study_with_their_methods_and_what_lies_beside(ma
     make_run("distill/pair/x1/flip/at/seed0", "flip")
     make_run("students/net/x1/seed0")
     make_run("students/net/x1/seed1", results={"finished": False})
+    make_run("students/net/x1", results={"students": {}}).joinpath("students.yaml").touch()  # that of --students
     measured = write_measurement({"flip": 0.1}).rename(tmp_path / "teachers.json")
     evaluated = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "config": {}, "fingerprint": "v", "versions": {}}
     (tmp_path / "teachers").mkdir()
@@ -81,9 +82,10 @@ def test_runs_are_found_below_a_study_with_their_methods_and_what_lies_beside(ma
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("config.yaml", "- a", "config.yaml is damaged"),
+        ("config.yaml", "- a", "config.yaml names no model"),
         ("results.json", "{", "results.json: not a JSON file"),
-        ("results.json", "[]", "results.json: versions is missing: the run is damaged"),
+        ("results.json", "[]", "a/results.json or config.yaml is damaged"),
+        ("results.json", '{"last": 1}', "results.json: versions is missing: the run is damaged"),
         ("log.jsonl", '{"step": 1}\n{"epoch": 1}\n', "log.jsonl line 2 has no step: the run is damaged"),
         ("log.jsonl", '{"step": 1}\n{"st', "log.jsonl line 2: not a JSON file"),
     ],

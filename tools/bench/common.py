@@ -132,7 +132,6 @@ class TeacherOptions(MeasureOptions):
     rounds: int = 5
     output: FilePath | None = None
     epochs: int = field(default=1, init=False)
-    json: FilePath | None = field(default=None, init=False)  # a config's is that of the measurement itself
     confidence: float = field(default=0.95, init=False)
     stop_confidence: float | None = field(default=None, init=False)
     heads: bool = field(default=False, init=False)

@@ -5,7 +5,6 @@ is lost where the time ends; beside it lie each item's own JSON and what it prin
 long stops no other; the command then ends with an error that names it.
 """
 
-import json
 import re
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +22,14 @@ import torch
 
 from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.files import read_json
 from dalikd.pipelines.hardware import decoding_on
 from dalikd.pipelines.loader import Loader
 from dalikd.pipelines.sampler import Sampler
 from dalikd.tools.bench.commands import fill
 from dalikd.tools.bench.machine import device_slug, draw_images, environment, run_process
 from dalikd.tools.bench.record import RESULTS, Record, check_names, load, table, write
+from dalikd.tools.summary import give_json
 from dalikd.trainers.launch import start
 from dalikd.trainers.tracking import check_writable, write_json
 
@@ -99,6 +101,7 @@ def run(
     limit: float = 540.0,
     device: Literal["cuda", "cpu"] = "cuda",
     only: list[str] | None = None,
+    json: Path | None = None,
 ) -> None:
     """Run every item, and write first-hour.json and first-hour.md after each.
 
@@ -108,6 +111,7 @@ def run(
         limit: seconds for all of it.
         device: cuda, or cpu: tiny sizes, which show only that it runs.
         only: items to run; default: every one.
+        json: file for the record, - for stdout.
 
     Raises:
         ValueError: there is no such device or item, the folder cannot be written, or an item has not ended well.
@@ -130,6 +134,7 @@ def run(
                 write(record, output / "first-hour.json")
                 print(f"{name}: {record.rows[-1]['outcome']} {record.rows[-1]['found']}", flush=True)
     print(f"\n{table(record.rows)}\n\nwritten: {output / 'first-hour.json'}", flush=True)
+    give_json(json, asdict(record))
     if bad := [f"{row['item']} {row['outcome']}" for row in record.rows if "last lines" in row]:
         raise ValueError(f"{len(bad)} of {len(record.rows)} items did not end well: {'; '.join(bad)}")
 
@@ -184,7 +189,7 @@ def _read(file: Path, kind: str) -> str:
     """What an item's JSON tells, in a line."""
     record = load(file)
     if record is None:
-        return json.loads(file.read_text("utf-8"))["found"]
+        return read_json(file)["found"]
     note = kind.partition(":")[2]
     parts = [f"{record.medians}."] if len(record.shown) <= 8 else []
     return " ".join([*parts, *([record.notes[int(note)]] if note else [])])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dalikd.kd.teacher import Teacher
-from dalikd.pipelines.data import open_split
 from dalikd.pipelines.draw_spec import Batch
 from dalikd.pipelines.loader import Loader
 from dalikd.tools.bench.common import TeacherOptions, describe_run, teacher_net
@@ -26,7 +25,7 @@ from dalikd.tools.bench.record import Record, alternate, begin, finish, ratio, s
 from dalikd.trainers.augmentation import Augmenter, augmentation_names
 from dalikd.trainers.launch import autocast_type, check_compiler, start
 from dalikd.trainers.measure import build_scorer, measure_branches
-from dalikd.trainers.setup import Setup
+from dalikd.trainers.setup import Setup, open_run
 from dalikd.trainers.teacher_step import Branches
 
 _MEASURE, _LOADED, _ALONE = "measure", "loaded teacher", "teacher alone"
@@ -41,7 +40,7 @@ class Measuring:
     def __init__(self, options: TeacherOptions) -> None:
         self.options, self.accelerator = options, start(options.device, options.precision)
         check_compiler(options.compile)
-        names, source = augmentation_names(options.augmentation), open_split(options.data, "train", options.seed)
+        names, source = augmentation_names(options.augmentation), open_run(options, self.accelerator, "train").source
         if options.images < len(source):
             source = source.limit(options.images, options.seed, option="--images")
         self.setup = Setup(options, self.accelerator, source, source)

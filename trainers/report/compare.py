@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalikd.trainers.runs import Run, check_images, differences, measured_for
+from dalikd.trainers.runs import FIGURES, Found, Run, check_images, differences, is_evaluated, measured_for
 from dalikd.trainers.study.gains import compare
 
-__all__ = ["Figure", "Setting", "curves", "figure", "join_seeds", "seconds_of", "split_teachers"]
+__all__ = ["Figure", "Setting", "compare_runs", "curves", "describe", "figure", "seconds_of", "trained"]
 
 #: options whose part in a setting's name has a name of its own
 _NAMED = ("augmentation", "command", "model", "model_args", "teacher", "teachers", "loss", "epochs", "epoch_factor")
@@ -38,6 +38,11 @@ class Setting(NamedTuple):
     def name(self) -> str:
         """What tells it from the others, in words."""
         return " · ".join(filter(None, self.parts.values())) or self.runs[0].folder.name
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether all of its runs were evaluated; else there is no `figure`."""
+        return all(is_evaluated(run.results) for run in self.runs)
 
 
 class Figure(NamedTuple):
@@ -79,29 +84,32 @@ def _wilson(share: float, count: int) -> tuple[float | None, float | None]:
     return (center - half) / (1 + z * z / count), (center + half) / (1 + z * z / count)
 
 
-def split_teachers(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Runs whose weights teach others among them, and all others.
+def compare_runs(found: Found) -> tuple[list[Setting], list[Setting]]:
+    """What is compared, and those whose weights teach others among the runs; where all do, they are compared.
 
     Raises:
-        ValueError: runs were evaluated on other images.
+        ValueError: the runs were evaluated on other images, or two are of one setting and seed.
     """
+    runs = found.runs
     check_images({str(run.folder): run.results for run in runs}, "these runs")
     _check_validation(runs)
-    asked = {(run.results.get("teacher") or {}).get("sha256") for run in runs} - {None}
+    teachers = [one for run in runs for one in run.results.get("teachers") or [run.results.get("teacher") or {}]]
+    asked = {one.get("sha256") for one in teachers} - {None}
     teach = [run for run in runs if asked & set((run.results.get("sha256") or {}).values())]
-    return teach, [run for run in runs if not any(run is other for other in teach)]
+    others = [run for run in runs if not any(run is other for other in teach)]
+    return _join_seeds(others or teach, found.measurements), _join_seeds(teach if others else [], {})
 
 
-def join_seeds(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, Any]]) -> list[Setting]:
+def _join_seeds(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, Any]]) -> list[Setting]:
     """Join the runs of each setting, in the order in which they were found.
 
     Raises:
         ValueError: two runs are of one setting and seed.
     """
     parts = _parts(runs)
-    joined: dict[tuple[str, ...], list[Run]] = {}
+    joined: dict[tuple[bool, tuple[str, ...]], list[Run]] = {}
     for run, part in zip(runs, parts, strict=True):
-        same = joined.setdefault(tuple(part.values()), [])
+        same = joined.setdefault((is_evaluated(run.results), tuple(part.values())), [])
         for other in same:
             if other.results["seed"] == run.results["seed"]:
                 raise ValueError(
@@ -110,9 +118,12 @@ def join_seeds(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, Any
         same.append(run)
     if not runs:
         return []
-    columns = dict(zip(parts[0], zip(*joined, strict=True), strict=True))
+    told = [values for _, values in joined]
+    columns = dict(zip(parts[0], zip(*told, strict=True), strict=True))
     named = {name: values for name, values in columns.items() if len({*values} - {""}) > 1}
-    if len({*zip(*named.values(), strict=True)}) < len(joined):  # what some have, and others have not, tells them apart
+    if len({*zip(*named.values(), strict=True)}) < len(
+        {*told}
+    ):  # what some have, and others have not, tells them apart
         named = {name: values for name, values in columns.items() if len({*values}) > 1}
     return [
         Setting({name: values[place] for name, values in named.items()}, same, _stddev(same, measurements))
@@ -121,18 +132,15 @@ def join_seeds(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, Any
 
 
 def _check_validation(runs: Sequence[Run]) -> None:
-    asked: dict[str, Path] = {}
-    for run in runs:
-        data = run.results["data"]
-        images = {key: data.get(key) for key in ("name", "val_split", "classes", "class_seed", "val_limit")}
-        asked.setdefault(json.dumps(images, sort_keys=True), run.folder)
-    if len(asked) > 1:
-        (one, first), (other, second), *_ = asked.items()
-        left, right = json.loads(one), json.loads(other)
-        name = next(key for key in left if left[key] != right[key])
+    seen = {run.results["fingerprint"]["val"]: run for run in reversed(runs) if is_evaluated(run.results)}
+    if len(seen) > 1:
+        second, first = [*seen.values()][-2:]
+        left, right = first.results["data"], second.results["data"]
+        names = ("name", "val_split", "val_root", "classes", "class_seed", "val_limit")
+        name = next((key for key in names if left.get(key) != right.get(key)), "root")
         raise ValueError(
-            f"these runs cannot be compared, they are evaluated on other images: data.{name} is {left[name]} in "
-            f"{first}, {right[name]} in {second}: make a report of each"
+            f"these runs cannot be compared, they are evaluated on other images: data.{name} is {left.get(name)} in "
+            f"{first.folder}, {right.get(name)} in {second.folder}: make a report of each"
         )
 
 
@@ -214,6 +222,22 @@ def _stddev(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, Any]])
     if not own or not all(isinstance(value, int | float) for value in own):
         return None
     return {"stddev": mean(own), "stderr": None, "windows": None, "from": "while training"}
+
+
+def trained(setting: Setting, name: str) -> float | None:
+    """A term of training in the last epoch, the mean over the seeds; None: not all runs have a finite one."""
+    terms = [run.results["last"].get("train") or {} for run in setting.runs]
+    values = [value for one in terms if isinstance(value := one.get(name), int | float)]
+    return mean(values) if len(values) == len(terms) else None
+
+
+def describe(setting: Setting) -> dict[str, Any]:
+    """A setting as plain values; "last" and "best" are null where it was not evaluated."""
+    figures = {when: {name: figure(setting, name, when)._asdict() for name in FIGURES} for when in ("last", "best")}\
+        if setting.evaluated else {"last": None, "best": None}  # fmt: skip
+    runs = [{"folder": str(run.folder), "seed": run.results["seed"]} for run in setting.runs]
+    train = {name: value for name in ("loss", "agreement", "top1") if (value := trained(setting, name)) is not None}
+    return {"name": setting.name, **setting._asdict(), "runs": runs, "train": train, **figures}
 
 
 # ---------------------------------------------------------------------------------------------- curves and time

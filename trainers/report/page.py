@@ -1,33 +1,39 @@
 """The page of a report: one HTML file that needs nothing else, for screens, phones and paper."""
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from string import Template
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from dalikd.kd.correlation import FEWEST_POINTS, correlate, intervals
-from dalikd.trainers.report.compare import Setting, curves, figure, join_seeds, split_teachers
+from dalikd.trainers.report.compare import Setting, curves, figure
 from dalikd.trainers.report.svg import Dot, Line, legend, line_plot, scatter
 from dalikd.trainers.report.tables import (
     AUGMENTATION,
     Group,
     folded,
     grid,
+    not_evaluated,
     ranking,
     runs_table,
     table,
     times,
     varies,
 )
-from dalikd.trainers.runs import Found, Run
+from dalikd.trainers.runs import Found, is_evaluated
 
-__all__ = ["Samples", "page"]
+__all__ = ["Samples", "embedded", "page"]
 
 _MOST_LINES = 16  # in a plot
 _LISTED = 5  # of what is left out
 _OPEN = 2  # groups of curves that are not folded
+_SMALL, _SHOWN = 112, 160  # sides of images in pixels, below and up to which they are shown as they are
 
 _CSS = """
 :root { color-scheme: light }
@@ -88,44 +94,40 @@ $sections
 
 
 class Samples(NamedTuple):
-    """Images of augmentations: JPEG files by the augmentation's name, and what is to be said of them."""
+    """Images of augmentations, uint8 [S, S, 3], by the augmentation's name, and what is to be said of them."""
 
-    images: Mapping[str, Sequence[bytes]]
+    images: Mapping[str, Sequence[np.ndarray]]
     note: str
 
 
-def page(title: str, found: Found, samples: Callable[[], Samples]) -> str:
+def page(title: str, found: Found, ranked: Sequence[Setting], teachers: Sequence[Setting], samples: Samples) -> str:
     """The page as text.
 
     Args:
         title: of the page.
         found: the runs and what lies beside them.
-        samples: makes images of the augmentations, once it is known that the runs can be compared.
-
-    Raises:
-        ValueError: the runs were evaluated on other images, or two are of one setting and seed.
+        ranked: what `compare_runs` makes of them.
+        teachers: likewise.
+        samples: images of the augmentations.
     """
-    teach, others = split_teachers(found.runs)
-    if not others:
-        teach, others = [], teach
-    teachers, ranked = join_seeds(teach, {}), join_seeds(others, found.measurements)
     first = next(iter(ranked[0].parts), "")
     series = next((name for name in (AUGMENTATION, "method") if varies(ranked, name)), first)
     styles = {name: number for number, name in enumerate(dict.fromkeys(one.parts.get(series, "") for one in ranked))}
-    groups = _groups(ranked, series)
+    groups, judged = _groups(ranked, series), [one for one in ranked if one.evaluated]
+    results = ranking(judged) + grid(judged) + not_evaluated([one for one in ranked if not one.evaluated])
     sections = {
-        "Ranking" if len(ranked) > 1 else "Result": ranking(ranked) + grid(ranked),
-        "T. stddev and students": _scatter(groups, series, styles),
+        "Ranking" if len(judged) > 1 else "Result": results,
+        "T. stddev and students": _scatter(_groups(judged, series), series, styles),
         "Curves": _curves(groups, series, styles, teachers),
         "Where the time went": times(ranked, groups, teachers),
         "Runs": runs_table(ranked, teachers),
-        "Samples": _samples(samples()),
+        "Samples": _samples(samples),
     }
     ids = {name: name.lower().replace(" ", "-").replace(".", "") for name in sections}
     return _PAGE.substitute(
         title=escape(title),
         css=_CSS,
-        top=_top(found, ranked, teach),
+        top=_top(found, ranked, teachers),
         links=" ".join(f'<a href="#{ids[name]}">{escape(name)}</a>' for name in sections),
         sections="\n".join(
             f'<section><h2 id="{ids[name]}">{escape(name)}</h2>{text}</section>' for name, text in sections.items()
@@ -146,17 +148,19 @@ def _groups(settings: Sequence[Setting], series: str) -> list[Group]:
     return [Group(name, inside) for name, inside in found.items()]
 
 
-def _top(found: Found, ranked: Sequence[Setting], teach: Sequence[Run]) -> str:
-    teachers = [_teacher_line(run.results["model"], run.results["last"]["val"]) for run in teach]
-    teachers += [_teacher_line(str(of["config"].get("model")), of) for of in found.evaluations.values()]
+def _top(found: Found, ranked: Sequence[Setting], teachers: Sequence[Setting]) -> str:
+    taught = [run.results for one in teachers for run in one.runs if is_evaluated(run.results)]
+    lines = [_teacher_line(results["model"], results["last"]["val"]) for results in taught]
+    lines += [_teacher_line(str(of["config"].get("model")), of) for of in found.evaluations.values()]
     seeds = sorted({run.results["seed"] for run in found.runs})
-    data = found.runs[0].results["data"]
-    images = found.runs[0].results["last"]["val"]["images"]
+    sets = [(data.get("name"), data.get("train_images", "?")) for data in (run.results["data"] for run in found.runs)]
+    images = [run.results["last"]["val"]["images"] for run in found.runs if is_evaluated(run.results)]
     counts = f"{len(found.runs)} runs in {len(ranked)} settings" if len(found.runs) > 1 else "One run"
     words = [
-        f"{counts}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; data {data.get('name')}, "
-        f"{data.get('train_images', '?')} training and {images:,} validation images.",
-        *dict.fromkeys(teachers),
+        f"{counts}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; "
+        f"data {', '.join('{} ({} training images)'.format(*one) for one in dict.fromkeys(sets))}; "
+        + (f"{images[0]:,} validation images." if images else "no labelled images to evaluate on."),
+        *dict.fromkeys(lines),
     ]
     replaced = sum((run.results.get("replaced") or {}).get("val", 0) for run in found.runs)
     if replaced:
@@ -179,8 +183,8 @@ def _scatter(groups: Sequence[Group], series: str, styles: Mapping[str, int]) ->
     usable = [(group, inside) for group, inside in usable if len(inside) > 1]
     if series != AUGMENTATION or not usable:
         return (
-            "<p>Not drawn: it needs several augmentations with a T. stddev. Put what dalikd measure --json wrote into "
-            "the folder of the runs, or name it with --measure.</p>"
+            "<p>Not drawn: it needs several augmentations with a T. stddev, and students that were evaluated. Put what "
+            "dalikd measure --json wrote into the folder of the runs, or name it with --measure.</p>"
         )
     single = len(usable) <= 2
     parts, rows = [], []
@@ -246,7 +250,7 @@ def _curves(groups: Sequence[Group], series: str, styles: Mapping[str, int], tea
     for number, group in enumerate(
         [*groups, *(Group(f"teacher {one.runs[0].results['model']}", [one]) for one in teachers)]
     ):
-        best = sorted(group.settings, key=lambda one: -figure(one, "top1").mean)[:_MOST_LINES]
+        best = sorted(group.settings, key=lambda one: -figure(one, "top1").mean if one.evaluated else 0)[:_MOST_LINES]
         inside = [one for one in group.settings if one in best]
         names = [(one.parts.get(series) or one.name, styles.get(one.parts.get(series, ""), 0)) for one in inside]
         found = [curves(one) for one in inside]
@@ -275,15 +279,24 @@ def _curves(groups: Sequence[Group], series: str, styles: Mapping[str, int], tea
 
 def _ordered(found: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for of in found for name in of)
-    first = [f"val {name}" for name in ("top1", "loss", "top5")] + ["train loss", "train top1"]
+    first = [f"val {name}" for name in ("top1", "loss", "top5")] + ["train loss", "train top1", "train agreement"]
     return [name for name in first if name in names] + [name for name in names if name not in first]
+
+
+def embedded(image: np.ndarray) -> str:
+    """An image, uint8 [S, S, 3], as a page holds it: small ones as they are, larger ones as a JPEG of few pixels."""
+    picture, file, small = Image.fromarray(image), io.BytesIO(), len(image) < _SMALL
+    if len(image) > _SHOWN:
+        picture = picture.resize((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
+    picture.save(file, "PNG") if small else picture.save(file, "JPEG", quality=92)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _samples(samples: Samples) -> str:
     parts = [f'<p class="note">{escape(samples.note)}</p>']
     for name, images in samples.images.items():
         tags = "".join(
-            f'<img alt="{escape(name)} {number}" src="data:image/jpeg;base64,{base64.b64encode(image).decode()}">'
+            f'<img alt="{escape(name)} {number}" src="{embedded(image)}">'
             for number, image in enumerate(images, start=1)
         )
         parts.append(f'<figure><figcaption>{escape(name)}</figcaption><div class="images">{tags}</div></figure>')

@@ -6,11 +6,22 @@ from html import escape
 from statistics import mean
 from typing import NamedTuple
 
-from dalikd.trainers.report.compare import Figure, Setting, figure, seconds_of
+from dalikd.trainers.report.compare import Figure, Setting, figure, seconds_of, trained
 from dalikd.trainers.report.svg import bar, interval
-from dalikd.trainers.runs import FIGURES, options_of
+from dalikd.trainers.runs import FIGURES, Run, is_evaluated, options_of
 
-__all__ = ["AUGMENTATION", "Group", "folded", "grid", "ranking", "runs_table", "table", "times", "varies"]
+__all__ = [
+    "AUGMENTATION",
+    "Group",
+    "folded",
+    "grid",
+    "not_evaluated",
+    "ranking",
+    "runs_table",
+    "table",
+    "times",
+    "varies",
+]
 
 #: the part of a setting that T. stddev is of
 AUGMENTATION = "augmentation"
@@ -47,6 +58,8 @@ def varies(settings: Sequence[Setting], name: str) -> bool:
 
 
 def ranking(ranked: Sequence[Setting]) -> str:
+    if not ranked:
+        return ""
     rows = [(one, figure(one, "top1"), figure(one, "loss")) for one in ranked]
     rows.sort(key=lambda row: (-row[1].mean, row[2].mean))
     by_loss = {id(row[0]): place for place, row in enumerate(sorted(rows, key=lambda row: row[2].mean), start=1)}
@@ -73,6 +86,26 @@ def ranking(ranked: Sequence[Setting]) -> str:
     if len(cells) > _SHOWN:
         text += folded(f"the other {len(cells) - _SHOWN} of {len(cells)}", table(heads, cells[_SHOWN:]))
     return f'<p class="note">{_explain_ranking(rows, measured=measured)}</p>{text}'
+
+
+def not_evaluated(settings: Sequence[Setting]) -> str:
+    """Settings without labelled images to evaluate on; empty: there are none."""
+    if not settings:
+        return ""
+    heads = ["setting", "agreement %, last", "training loss, last", "seeds"]
+    heads += ["T. stddev"] * any(one.stddev for one in settings)
+    rows = []
+    for one in settings:
+        agreement, loss = trained(one, "agreement"), trained(one, "loss")
+        shown = ["" if agreement is None else f"{100 * agreement:.2f}", "" if loss is None else f"{loss:.4f}"]
+        rows.append([escape(one.name), *shown, str(len(one.runs)), _stddev(one)][: len(heads)])
+    note = (
+        "There were no labelled images to evaluate these on, so they have no place in a ranking. Agreement: the share "
+        "of the training images to which student and teacher give the same class, which is how well one imitates the "
+        "other and not how often it is right. Training losses of different augmentations, methods or weights are not "
+        "on one scale."
+    )
+    return f'<h3>Not evaluated</h3><p class="note">{escape(note)}</p>{table(heads, rows)}'
 
 
 def _with_interval(found: Figure, factor: float, digits: int) -> str:
@@ -206,7 +239,7 @@ def runs_table(ranked: Sequence[Setting], teachers: Sequence[Setting]) -> str:
             f"<small>{escape(str(run.folder))}</small>",
             *(escape(one.parts.get(name, "teacher" if number >= len(runs) else "")) for name in names),
             str(run.results["seed"]),
-            *(_plain(run.results[when]["val"][name], name) for name, when in figures),
+            *(_plain(run, name, when) for name, when in figures),
         ]
         for number, (one, run) in enumerate([*runs, *((one, run) for one in teachers for run in one.runs)])
     ]
@@ -227,5 +260,8 @@ def runs_table(ranked: Sequence[Setting], teachers: Sequence[Setting]) -> str:
     return (f'<p class="note">{note}</p>' if len(rows) > 1 else "") + text
 
 
-def _plain(value: float, name: str) -> str:
+def _plain(run: Run, name: str, when: str) -> str:
+    if not is_evaluated(run.results):
+        return ""
+    value = run.results[when]["val"][name]
     return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f}"

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import Loader
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.launch import CompileMode
-from dalikd.trainers.models import TeacherConfig, describe_teacher
-from dalikd.trainers.options import ABOVE_0, NumberRange, check_numbers
-from dalikd.trainers.setup import Setup
+from dalikd.trainers.models import describe_teacher
+from dalikd.trainers.options import NumberRange, check_numbers
+from dalikd.trainers.setup import Setup, SeveralTeachers
 from dalikd.trainers.tasks.base import Task, TrainingOptions
 from dalikd.trainers.teacher_cache.read import CachedTeacher, open_cached
 from dalikd.trainers.teacher_step import Branches, StudentScores, TeacherStep, gather_outputs
@@ -47,19 +47,10 @@ __all__ = [
 
 
 @dataclass
-class DistillOptions(TrainingOptions):
+class DistillOptions(SeveralTeachers, TrainingOptions):
     """Distil a teacher into a student.
 
     Args:
-        teacher: the net that is imitated.
-        teachers: several nets that are imitated at once, in place of the one: a list of what the options of --teacher
-            say, [{name: resnet56, weights: a.pt}, {name: wrn_40_2, weights: b.pt}]. The student imitates a weighted
-            mean of their logits, which is the geometric mean of their distributions at every temperature; T. stddev is
-            also that of each.
-        teacher_weights: of the teachers in that mean, a number above 0 for each; what counts is their ratio. Default:
-            equal.
-        teacher_ensemble: mean: the same weights for all images; entropy: multiplied by exp(-H) for each image, where H
-            is the entropy of the teacher's distribution, so that a teacher which is sure counts more.
         students: YAML file of a list of students, each {name, model, seed of its weights, loss, optimizer, …}, that are
             distilled together: the teacher is asked once a step for all of them, and each ends as it would alone. Their
             run folders are OUTPUT/NAME, their weights OUTPUT/last/NAME.safetensors.
@@ -75,10 +66,6 @@ class DistillOptions(TrainingOptions):
 
     learns_from_labels: ClassVar[bool] = False
 
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    teachers: list[TeacherConfig] = field(default_factory=list)
-    teacher_weights: list[float] | None = None
-    teacher_ensemble: Literal["mean", "entropy"] = "mean"
     students: FilePath | None = None
     freeze_student: bool = False
     loss: DistillationLoss = field(default_factory=KD)
@@ -92,22 +79,7 @@ class DistillOptions(TrainingOptions):
         check_numbers(self, {"entropy_log_every": NumberRange(lambda value: value >= 0, "at least 1, or 0 for no log")})
         if self.data.name == "images":
             check_unlabelled(self.loss)
-        count = len(self.teachers)
-        if count and any(config.cache is not None for config in (self.teacher, *self.teachers)):
-            raise ValueError("a teacher cache holds the answers of one teacher: leave it out, or --teachers")
-        if count and self.teacher != TeacherConfig():
-            raise ValueError(
-                "--teacher and --teachers are both given: name one teacher with --teacher.name and so on, or all of "
-                "several in --teachers"
-            )
-        if not count and self.teacher_ensemble != "mean":
-            raise ValueError(f"--teacher_ensemble {self.teacher_ensemble} weighs several teachers: name --teachers")
-
-        def fit(weights: list[float]) -> bool:
-            return len(weights) == count and all(map(ABOVE_0.fits, weights))
-
-        words = f"a number above 0 for each of --teachers, {count} in all"
-        check_numbers(self, {"teacher_weights": NumberRange(fit, words)})
+        self.check_teachers()
 
     def build_student(self, setup: Setup, *, frozen: bool = False) -> Normalized:
         """The net that is trained, or observed as its weights are."""
@@ -173,25 +145,14 @@ class DistillOptions(TrainingOptions):
 
     def _several_teachers(self, setup: Setup) -> tuple[Teachers, dict[str, Any], str, str]:
         """The same of several teachers."""
-        opened = []
-        for number, config in enumerate(self.teachers, start=1):
-            try:
-                opened.append(setup.teacher(config))
-            except ValueError as error:
-                raise ValueError(f"--teachers, entry {number}: {error}") from error
-        teachers = Teachers(
-            opened,
-            [str(config.name) for config in self.teachers],
-            self.teacher_weights,
-            by_entropy=self.teacher_ensemble == "entropy",
-        )
+        teachers = setup.teachers(self)
         described, digests = [], []
-        for config, asked in zip(self.teachers, opened, strict=True):
+        for config, asked in zip(self.teachers, teachers.teachers, strict=True):
             assert isinstance(asked.model, Normalized)
             described.append(describe_teacher(config, asked.model))
             digests.append(_digest(asked.digest, *asked.model.normalisation))
         header = {"teachers": described, "teacher_weights": list(teachers.weights)}
-        return teachers, header, f"{len(opened)} of them: {'; '.join(digests)}", "from the teachers themselves"
+        return teachers, header, f"{len(described)} of them: {'; '.join(digests)}", "from the teachers themselves"
 
 
 def _digest(weights: object, mean: Iterable[float], std: Iterable[float]) -> str:

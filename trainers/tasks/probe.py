@@ -24,10 +24,10 @@ from dalikd.pipelines.files import read_yaml
 from dalikd.trainers.augmentation import Augmenter
 from dalikd.trainers.evaluate import evaluate
 from dalikd.trainers.options import FROM_0, ScheduleConfig, check_numbers
+from dalikd.trainers.runs import read_run_files
 from dalikd.trainers.setup import Setup
 from dalikd.trainers.tasks.base import OptimizerFactory, TrainingOptions
 from dalikd.trainers.tasks.supervised import Supervised
-from dalikd.trainers.tracking import read_run_files
 from dalikd.trainers.trial import ask
 
 __all__ = ["Probe", "ProbeOptions"]

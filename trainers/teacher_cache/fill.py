@@ -82,6 +82,7 @@ class CacheOptions(AugmentingOptions):
         tolerance: largest difference of logits that passes (topk: of probabilities, as the k-th class may change
             places); default: 0.001, and 0.05 for float16, whose steps are 0.03 at logits of 32 to 64; at --precision
             tf32 0.01 at least, at bf16 and fp16 0.1 (of probabilities 0.01). Other machines round otherwise.
+        json: JSON file for what was written or found, - for stdout.
     """
 
     augmentation: str = "identity"
@@ -93,6 +94,7 @@ class CacheOptions(AugmentingOptions):
     verify: FilePath | None = None
     share: float = 0.01
     tolerance: float | None = None
+    json: FilePath | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no cache can have."""

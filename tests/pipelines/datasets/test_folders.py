@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalikd.pipelines.data import DataConfig, open_source, open_sources
+from dalikd.pipelines.data import DataConfig, open_source, open_sources, open_split
 from dalikd.pipelines.datasets import file_list as manifest
 from dalikd.pipelines.datasets.file_list import IMAGE_EXTENSIONS, manifest_folder
 from dalikd.pipelines.draw_spec import DrawSpec, View
@@ -49,6 +49,7 @@ class TestImages:
     def test_labelled_images_to_evaluate_on(self, pets: Path, tmp_path: Path) -> None:
         bare = touch(tmp_path / "bare", "1.jpg")
         train, val = open_sources(DataConfig(name="images", root=str(bare), val_root=str(pets / "val")), seed=0)
+        assert val.fingerprint == open_split(DataConfig(root=str(pets)), "val", 0).fingerprint
         assert (len(train), val.classes, val.labels.tolist()) == (1, ("cat", "dog"), [0, 1])
         inside = DataConfig(name="images", root=str(pets), train_split="train", val_split="val")
         assert [len(source) for source in open_sources(inside, seed=0)] == [3, 2]

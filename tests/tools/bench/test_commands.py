@@ -115,12 +115,14 @@ def recorded(tmp_path, monkeypatch):
     def call(*arguments: str, **items: Item):
         monkeypatch.setattr(first_hour, "items", lambda *_: items)
         words, code = ["--root", str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "out"), *arguments], 0
+        words += ["--json", str(tmp_path / "told.json")]
         try:
             main(["first-hour", *words])
         except SystemExit as stop:
             code = stop.code
         record = load(tmp_path / "out/first-hour.json")
         assert record is not None
+        assert record == load(tmp_path / "told.json")
         return {row["item"]: row for row in record.rows}, code
 
     return call

@@ -49,6 +49,14 @@ def test_the_run_writes_a_row_for_each_augmentation(arguments, bench):
     assert "| cutmixpick_teacher |" in out
 
 
+def test_images_without_labels_have_the_classes_of_the_teacher(arguments, weights):
+    bare = [*arguments, "--data.name", "images", "--data.train_split", "train", "--augmentation", "flip"]
+    opened = Measuring(parse("bench teacher", [*bare, "--teacher.weights", str(weights), "--images", "20"])[0])
+    assert (opened.setup.source.classes, len(opened.setup.source)) == (("0", "1", "2"), 20)
+    with pytest.raises(ValueError, match="the teacher small has no weights: give a file"):
+        Measuring(parse("bench teacher", bare)[0])
+
+
 def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tmp_path):
     path = tmp_path / "run.yaml"
     own = {"epochs": 10, "augmentation": ["flip", "mixup"], "json": "result.json", "window": 320}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dalikd.trainers.report.compare import curves, figure, join_seeds, seconds_of, split_teachers
+from dalikd.trainers.report.compare import compare_runs, curves, describe, figure, seconds_of
 from dalikd.trainers.runs import find_runs
 
 
@@ -20,8 +20,7 @@ def test_settings_are_named_by_what_differs(make_run, write_measurement, read):
         make_run(f"b{seed}", "flip", seed, config={"loss": other})
         make_run(f"c{seed}", "mixup", seed, config={"epochs": 4.0}, results={"epochs": 4.0})
     write_measurement({"flip": 0.02, "mixup": None})
-    found = read()
-    settings = join_seeds(found.runs, found.measurements)
+    settings, _ = compare_runs(read())
     assert [(one.name, len(one.runs), one.stddev and one.stddev["stddev"]) for one in settings] == [
         ("KD (kd_weight 0.9) · 2 epochs · flip", 2, 0.02),
         ("KD (kd_weight 0.5) · 2 epochs · flip", 2, 0.02),
@@ -32,30 +31,53 @@ def test_settings_are_named_by_what_differs(make_run, write_measurement, read):
 def test_what_one_run_alone_has_needs_no_name_where_others_tell_it_apart(make_run, read):
     make_run("a", "flip")
     make_run("b", results={"command": "train", "teacher": None})
-    assert [one.parts for one in join_seeds(read().runs, {})] == [{"method": "KD"}, {"method": "labels alone"}]
+    assert [one.parts for one in compare_runs(read())[0]] == [{"method": "KD"}, {"method": "labels alone"}]
 
 
 def test_a_teacher_among_the_runs_is_known_by_its_weights(make_run, read):
     make_run("a", "flip")
     make_run("t", results={"command": "train", "teacher": None, "sha256": {"last/student.safetensors": "abc"}})
-    teach, others = split_teachers(read().runs)
-    assert [[run.folder.name for run in part] for part in (teach, others)] == [["t"], ["a"]]
+    found = compare_runs(read())
+    assert [[run.folder.name for one in part for run in one.runs] for part in found] == [["a"], ["t"]]
 
 
 def test_runs_that_are_evaluated_on_other_images_or_twice_are_refused(make_run, read):
     make_run("a")
-    make_run("b", results={"data": {"name": "digits"}})
+    make_run("b", results={"data": {"name": "digits"}, "fingerprint": {"train": "d", "val": "e"}})
     with pytest.raises(ValueError, match=r"on other images: data.name is imagefolder in .*a, digits in .*b"):
-        split_teachers(read().runs)
+        compare_runs(read())
     make_run("b")
     with pytest.raises(ValueError, match=r"a and .*b are one run, with seed 0: leave one out"):
-        join_seeds(read().runs, {})
+        compare_runs(read())
+
+
+UNLABELLED = {"data": {"name": "images"}, "fingerprint": {"train": "i", "val": None}, "best": {}}
+UNLABELLED |= {"last": {"epoch": 2, "train": {"loss": 3.0, "agreement": 0.25}, "val": None, "t_stddev": None}}
+
+
+def test_runs_without_labelled_images_stand_beside_those_that_were_evaluated(make_run, read):
+    """Those that are evaluated on the images of others are compared with them, whatever they are trained on."""
+    make_run("a", "flip")
+    beside = {"data": {"name": "images", "val_root": "x"}, "fingerprint": {"train": "i", "val": "v"}}
+    make_run("b", "flip", config={"data": {"name": "images", "root": "r", "val_root": "x"}}, results=beside)
+    for seed in (0, 1):
+        make_run(f"c{seed}", "flip", seed, config={"data": {"name": "images", "root": "r"}}, results=UNLABELLED)
+    settings, _ = compare_runs(read())
+    assert [(one.name, one.evaluated) for one in settings] == [
+        ("data.name imagefolder", True),
+        ("data.name images", True),
+        ("data.name images", False),
+    ]
+    first, _, last = map(describe, settings)
+    assert (first["last"]["top1"]["mean"], first["train"]) == (0.5, {})
+    assert (last["last"], last["best"], last["train"]) == (None, None, {"loss": 3.0, "agreement": 0.25})
+    assert [run["seed"] for run in last["runs"]] == [0, 1]
 
 
 def test_intervals_are_over_seeds_or_else_over_images(make_run, read):
     for seed, top1 in enumerate((0.4, 0.5, 0.6)):
         make_run(f"a{seed}", seed=seed, top1=top1, loss=1.0)
-    (setting,) = join_seeds(read().runs, {})
+    (setting,), _ = compare_runs(read())
     found = figure(setting, "top1")
     half = 4.302653 * 0.1 / 3**0.5  # Student's t of 2 degrees of freedom
     assert found == pytest.approx((0.5, 0.5 - half, 0.5 + half, "seeds"))
@@ -68,7 +90,7 @@ def test_intervals_are_over_seeds_or_else_over_images(make_run, read):
 def test_curves_are_means_over_seeds_and_have_few_points(make_run, read):
     for seed in (0, 1):
         folder = make_run(f"a{seed}", seed=seed, loss=1.0 + seed)
-    (setting,) = join_seeds(read().runs, {})
+    (setting,), _ = compare_runs(read())
     found = curves(setting)
     assert list(found) == ["train loss", "train kd", "val loss", "val top1", "val top5"]
     assert found["val loss"] == [(1.0, 1.5, 1.0, 2.0), (2.0, 1.5, 1.0, 2.0)]
