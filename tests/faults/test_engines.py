@@ -73,7 +73,8 @@ def config(small_images: Path, tmp_path_factory: pytest.TempPathFactory, full: b
 def expected(start_forked: Any, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that nobody has disturbed."""
     folder = tmp_path_factory.mktemp("peace")
-    start_forked(folder / "streams", "study", "--config", config, "--output", folder / "study").end()
+    serial = start_forked(folder / "streams", "study", "--config", config, "--output", folder / "study")
+    assert serial.wait(seconds=7200) == 0, (serial.out, serial.err)
     return folder / "study"
 
 
