@@ -25,6 +25,7 @@ from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.objects import ObjectOptions, ObjectStore, StoreError
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.tools import prepare
 
 BUCKET, ROOT = "bucket", "s3://bucket/some/photos"
 VIEW = DrawSpec(View(24, "random_resized_crop"))
@@ -63,11 +64,17 @@ class Server:
             self.client.put_object(Bucket=BUCKET, Key=key, Body=content)
             self.held[key] = content
 
+    def keys(self, prefix: str) -> list[str]:
+        return [one["Key"] for one in self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]]
+
     def layer(self, app: Callable[..., Any]) -> Callable[..., Any]:
         def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
             path, words = environ["PATH_INFO"], environ["QUERY_STRING"]
             if environ["REQUEST_METHOD"] != "GET":
                 self.kept.clear()
+                if "Credential=reads/" in environ.get("HTTP_AUTHORIZATION", ""):
+                    start("403 Forbidden", [("Connection", "close")])
+                    return [b"<Error><Code>AccessDenied</Code></Error>"]
                 return app(environ, start)
             with self.lock:
                 self.seen.append(f"{path}?{words}" if words else path)
@@ -200,7 +207,8 @@ def test_objects_are_the_files_that_they_were_copied_from(server, tree, stored):
     assert len({path for path in server.seen if "?" not in path}) == 24
 
 
-def test_a_signature_is_that_of_botocore(monkeypatch):
+@pytest.mark.parametrize(("method", "digest"), [("GET", objects._EMPTY), ("PUT", "1f" * 32)])
+def test_a_signature_is_that_of_botocore(monkeypatch, method, digest):
     pytest.importorskip("botocore")
     from botocore.auth import S3SigV4Auth
     from botocore.awsrequest import AWSRequest
@@ -210,8 +218,8 @@ def test_a_signature_is_that_of_botocore(monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
     path, query = "/b/a%20b%2Bc/%C3%BC.jpg", "list-type=2&prefix=a%2Fb"
-    given = objects._S3Signer().sign("host:80", path, query)
-    request = AWSRequest("GET", f"http://host:80{path}?{query}", headers={"Host": "host:80"})
+    given = objects._S3Signer().sign("host:80", path, query, method, digest)
+    request = AWSRequest(method, f"http://host:80{path}?{query}", headers={"Host": "host:80"})
     request.headers["X-Amz-Content-SHA256"] = given["x-amz-content-sha256"]
     signer = S3SigV4Auth(Credentials("one", "two", "three"), "s3", "eu-west-3")
     request.context["timestamp"] = given["x-amz-date"]
@@ -351,7 +359,7 @@ def test_google_is_asked_with_a_token(server, stored, tree, monkeypatch):
     class Signer(objects._GoogleSigner):
         anonymous = False
 
-        def __init__(self) -> None:
+        def __init__(self, *_: str) -> None:
             pass
 
         def sign(self, *_: str) -> dict[str, str]:
@@ -387,3 +395,43 @@ def test_shards_are_copied_once_and_again_where_they_have_changed(server, writte
         open_source(written.format, root, "train", objects=options)
     with pytest.raises(ValueError, match=r"name a folder with --data.cache"):
         open_source(written.format, root, "train")
+
+
+@pytest.mark.usefixtures("stored")
+def test_prepare_writes_what_is_read_again(server, tmp_path, capsys):
+    words = ["--data.root", ROOT, "--split", "train", "--shard_images", "10", "--output", "s3://bucket/a b/written"]
+    prepare.main(words)
+    line = "s3://bucket/a b/written/train: 24 images of 3 classes in 3 files"
+    assert capsys.readouterr().out.splitlines()[-2].startswith(line)
+    options = ObjectOptions(cache=str(tmp_path))
+    found, files = (
+        open_source("webdataset", "s3://bucket/a b/written", "train", objects=options),
+        open_source("imagefolder", ROOT, "train"),
+    )
+    assert found.fingerprint == files.fingerprint
+    assert [found.read(row) for row in range(24)] == [files.read(row) for row in range(24)]
+    prepare.main([*words, "--format", "tfrecord", "--overwrite", "true"])
+    assert {key.rpartition(".")[2] for key in server.keys("a b/")} == {"tfrecord", "idx", "npy", "txt", "json"}
+
+
+@pytest.mark.parametrize(
+    ("output", "environment", "message"),
+    [
+        ("s3://nobody/x", {}, r"no such bucket: check --output and AWS_ENDPOINT_URL"),
+        (
+            "s3://bucket/x",
+            {"AWS_ACCESS_KEY_ID": "reads"},
+            r"/x/train/\S+ is refused: these credentials do not allow",
+        ),
+        ("s3://", {}, r"--output s3://: give s3://BUCKET/FOLDER"),
+    ],
+)
+@pytest.mark.usefixtures("_hurry")
+def test_what_cannot_be_written_is_told_in_a_line(output, environment, message, tree, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        prepare.main(["--data.root", str(tree), "--split", "train", "--output", output])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error)
+    assert "of nobody" not in error
