@@ -3,24 +3,28 @@
 Skipped where it is missing; `pip install 'moto[s3,server]'` takes 190 MB, too much for the extra `test`.
 """
 
+import errno
 import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dalikd.pipelines import objects
+from dalikd.pipelines import object_cache, objects
 from dalikd.pipelines.data import DataConfig, open_source, open_split
 from dalikd.pipelines.datasets.object_list import find_objects
 from dalikd.pipelines.datasets.spec import SplitSpec
 from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.objects import ObjectOptions, ObjectStore, StoreError
 from dalikd.pipelines.sampler import Sampler
@@ -28,6 +32,8 @@ from dalikd.pipelines.sources import Source
 from dalikd.tools import prepare
 
 BUCKET, ROOT = "bucket", "s3://bucket/some/photos"
+WRONG, LATE = "InvalidAccessKeyId", "RequestTimeTooSkewed"
+REFUSED = {"wrong": WRONG, "nobody": "AccessDenied", "old": "ExpiredToken", "late": LATE}
 VIEW = DrawSpec(View(24, "random_resized_crop"))
 
 
@@ -83,9 +89,10 @@ class Server:
                 draw = self.random.random()
             try:
                 time.sleep(self.seconds)
-                if "Credential=wrong/" in environ.get("HTTP_AUTHORIZATION", ""):
+                who = environ.get("HTTP_AUTHORIZATION", "Credential=nobody/").partition("Credential=")[2]
+                if code := REFUSED.get(who.partition("/")[0]):
                     start("403 Forbidden", [])
-                    return [b"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>wrong</AWSAccessKeyId></Error>"]
+                    return [f"<Error><Code>{code}</Code><AWSAccessKeyId>{who}</AWSAccessKeyId></Error>".encode()]
                 if not words and draw < self.failing:
                     start("503 Slow Down", [])
                     return [b"<Error><Code>SlowDown</Code></Error>"]
@@ -288,18 +295,23 @@ def test_a_store_that_fails_for_long_stops_the_run_and_no_file_is_bad(server, st
         ("s3://bucket/other", {}, r"s3://bucket/other has no folder 'train'; it is empty"),
         ("s3://bucket/some", {}, r"has no folder 'train'; it has photos: name one with --data.train_split"),
         (ROOT, {"AWS_ACCESS_KEY_ID": "wrong"}, r"credentials are wrong \(InvalidAccessKeyId\): set AWS_PROFILE"),
+        (ROOT, {"AWS_ACCESS_KEY_ID": ""}, r"it is not public, and no credentials were found: set AWS_PROFILE"),
+        (ROOT, {"AWS_ACCESS_KEY_ID": "old"}, r"the credentials have expired \(ExpiredToken\): set AWS_PROFILE"),
+        (ROOT, {"AWS_ACCESS_KEY_ID": "late"}, r"is refused: the clock of this machine is wrong by minutes: set it"),
+        (ROOT, {"AWS_ENDPOINT_URL": "http://me:of nobody@127.0.0.1"}, r"--data.endpoint 127.0.0.1: give a URL"),
         (ROOT, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, r"Connection refused: check --data.endpoint"),
         (ROOT, {"AWS_PROFILE": "other"}, r"profile \(other\) could not be found"),
         ("s3://", {}, "give s3://BUCKET/FOLDER"),
     ],
 )
 @pytest.mark.usefixtures("_hurry")
-def test_what_cannot_work_is_told_in_a_line(root, environment, message, monkeypatch):
+def test_what_cannot_work_is_told_in_a_line_that_holds_no_secret(root, environment, message, monkeypatch, caplog):
+    caplog.set_level("DEBUG")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises((ValueError, OSError), match=message) as caught:
         open_source("imagefolder", root, "train")
-    assert "of nobody" not in str(caught.value)
+    assert "of nobody" not in "".join(traceback.format_exception(caught.value)) + caplog.text
     assert "\n" not in str(caught.value)
 
 
@@ -334,6 +346,26 @@ def test_an_epoch_from_the_cache_asks_for_nothing_and_is_the_same(server, tree, 
     again = _loader(open_source("imagefolder", ROOT, "train", objects=options))
     _equal(_loader(open_source("imagefolder", tree, "train")), again, 6)
     assert len([path for path in server.seen if "?" not in path]) == 2
+
+
+def test_a_full_disk_costs_no_image(stored, tmp_path, monkeypatch, capfd):
+    options = ObjectOptions(cache=str(tmp_path))
+    loader = _loader(open_source("imagefolder", ROOT, "train", objects=options))
+    written = []
+
+    def write(*arguments: Any, **named: Any) -> None:
+        written.append(arguments[0])
+        if len(written) > 9:
+            raise OSError(errno.ENOSPC, f"{arguments[0]} cannot be written: No space left on device")
+        write_atomically(*arguments, **named)
+
+    monkeypatch.setattr(object_cache, "write_atomically", write)
+    _equal(_loader(stored), loader, 6)
+    assert capfd.readouterr().out.count("No space left on device: nothing more is kept there") == 1
+    assert len(list(tmp_path.glob("??/*"))) == 9
+    monkeypatch.setattr(objects.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"s3://bucket/some/photos/train/\S+ takes 0.0 GB more, and .* has room for 0.0"):
+        ObjectStore(ROOT).copy_folder("train/ant", tmp_path / "copy")
 
 
 def test_a_remembered_list_is_taken_until_the_store_has_another(server, stored, monkeypatch, tmp_path):
