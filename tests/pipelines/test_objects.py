@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -21,6 +22,7 @@ import torch
 
 from dalikd.pipelines import object_cache, objects
 from dalikd.pipelines.data import DataConfig, open_source, open_split
+from dalikd.pipelines.datasets import object_list
 from dalikd.pipelines.datasets.object_list import find_objects
 from dalikd.pipelines.datasets.spec import SplitSpec
 from dalikd.pipelines.draw_spec import DrawSpec, View
@@ -385,6 +387,30 @@ def test_a_remembered_list_is_taken_until_the_store_has_another(server, stored, 
         assert not any("as listed" in note for note in found.notes)
     finally:
         server.put("some/photos/train/bee/more.jpg", None)
+
+
+@pytest.mark.usefixtures("stored")
+@pytest.mark.parametrize(("remember_above", "lists"), [(10, 1), (100, 4)])
+def test_of_processes_that_begin_together_one_lists(monkeypatch, tmp_path, remember_above, lists):
+    monkeypatch.setenv("DALIKD_CACHE", str(tmp_path))
+    calls, together, whole = [], threading.Barrier(4), object_list._list
+
+    def listed(*arguments: Any) -> Any:
+        calls.append(arguments)
+        time.sleep(0.3)
+        return whole(*arguments)
+
+    def find(_: int) -> bytes:
+        store = ObjectStore(ROOT)
+        together.wait()
+        found = find_objects(SplitSpec("imagefolder", None, "train", "train"), store, remember_above=remember_above)
+        assert found.files is not None
+        return bytes(found.files.buffer)
+
+    monkeypatch.setattr(object_list, "_list", listed)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(find, range(4)))) == 1
+    assert len(calls) == lists
 
 
 def test_google_is_asked_with_a_token(server, stored, tree, monkeypatch):
