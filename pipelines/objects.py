@@ -4,6 +4,7 @@ Requests are made by http.client in threads. A GET of 5 kB so takes 0.24 ms of C
 by s3fs 2.9. What botocore and google-auth are for is credentials: all places that they may lie in, and their renewal.
 """
 
+import base64
 import contextlib
 import datetime
 import fcntl
@@ -21,18 +22,19 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
-from dalikd.pipelines.files import read_json, write_atomically
+from dalikd.pipelines.files import file_digest, read_json, write_atomically
 from dalikd.pipelines.object_cache import ObjectCache, open_cache
 from dalikd.pipelines.progress import progress
 
@@ -46,12 +48,17 @@ _CONNECT_SECONDS = 8.0
 _LISTING = 8  # times as long for a page of a listing
 _USUAL = 4  # times what answers take of late is waited for at least: asked twice, a slow store would be slower still
 _FIRST_WAIT, _MOST_WAIT = 0.1, 20.0  # s before another attempt, likewise
-_GOOD = (200, 206)  # 206: a part, which was asked for
+_GOOD = (200, 204, 206)  # 204: it was removed; 206: a part, which was asked for
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-_AGAIN_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"})
+_AGAIN_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"}) | {
+    "BadDigest"
+}
 _WRONG = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
 _PIECE, _PIECES = 16 << 20, 16  # bytes of a file that one request is for, and of these requests at once
+_LARGEST = 5_000_000_000  # bytes of an object that is written by one request
 _EMPTY = hashlib.sha256(b"").hexdigest()
+_BLOCK = 1 << 20  # bytes of a file that are read and sent at once
+_DONE = {"GET": "read", "PUT": "written", "DELETE": "removed"}
 _WAYS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -118,6 +125,7 @@ class ObjectStore:
     Args:
         url: of the prefix, which is taken for a folder.
         options: how they are read.
+        writes: whether they are written too; then it is an --output.
 
     Attributes:
         url: without a slash at its end.
@@ -129,16 +137,16 @@ class ObjectStore:
         OSError: the cache's folder cannot be written.
     """
 
-    def __init__(self, url: str, options: ObjectOptions = ObjectOptions()) -> None:
-        parts = urlsplit(url)
+    def __init__(self, url: str, options: ObjectOptions = ObjectOptions(), *, writes: bool = False) -> None:
+        parts, self._flag = urlsplit(url), "--output" if writes else "--data.root"
         if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError(f"--data.root {url.rpartition('@')[2]}: give {parts.scheme}://BUCKET/FOLDER")
+            raise ValueError(f"{self._flag} {url.rpartition('@')[2]}: give {parts.scheme}://BUCKET/FOLDER")
         if options.in_flight < 1:
             raise ValueError(f"--data.in_flight {options.in_flight}: give at least 1")
         self.bucket, self._scheme, self.in_flight = parts.netloc, parts.scheme, options.in_flight
         self._prefix = "/".join(part for part in parts.path.split("/") if part)
         self.url = "/".join(part for part in (f"{parts.scheme}://{parts.netloc}", self._prefix) if part)
-        self._signer = _S3Signer() if parts.scheme == "s3" else _GoogleSigner()
+        self._signer = _S3Signer() if parts.scheme == "s3" else _GoogleSigner("read_write" if writes else "read_only")
         self._endpoint = self._signer.endpoint(options.endpoint)
         self._idle: list[http.client.HTTPConnection] = []
         self._answered, self._usual = False, 0.0  # s
@@ -166,7 +174,7 @@ class ObjectStore:
         start = "".join(f"{part}/" for part in (self._prefix, folder) if part)
         query = {"list-type": "2", "prefix": start, "encoding-type": "url"}
         query |= ({} if deep else {"delimiter": "/"}) | ({"continuation-token": more} if more else {})
-        _, body = self._ask("", query, f"{self.url}/{folder}".rstrip("/"))
+        _, body = self._ask(_Request("", query), f"{self.url}/{folder}".rstrip("/"))
         try:
             return _parse(body, len(self._prefix) + bool(self._prefix))
         except (ElementTree.ParseError, ValueError, KeyError) as error:
@@ -202,7 +210,7 @@ class ObjectStore:
 
     def download(self, url: str, size: int, tag: int) -> bytes:
         """An object from the store, which the cache then keeps; as `read`."""
-        headers, body = self._ask(url[len(f"{self._scheme}://{self.bucket}/") :], {}, url, size)
+        headers, body = self._ask(_Request(url[len(f"{self._scheme}://{self.bucket}/") :], most=size), url)
         found, etag = len(body), headers.get("ETag", "")
         if found != size:
             raise Changed(f"it has changed since it was listed: {size:,} bytes then, {found:,} now")
@@ -258,12 +266,32 @@ class ObjectStore:
 
     def _piece(self, url: str, size: int, tag: int, start: int) -> bytes:
         stop = min(start + _PIECE, size)
-        headers, body = self._ask(
-            url[len(f"{self._scheme}://{self.bucket}/") :], {}, url, stop - start, f"bytes={start}-{stop - 1}"
-        )
+        key, part = url[len(f"{self._scheme}://{self.bucket}/") :], f"bytes={start}-{stop - 1}"
+        headers, body = self._ask(_Request(key, most=stop - start, part=part), url)
         if len(body) != stop - start or (headers.get("ETag") and tag_of(headers["ETag"]) != tag):
             raise Changed(f"{url} has changed since it was listed: start again")
         return body
+
+    def write(self, name: str, path: Path) -> None:
+        """Put a file into the store: whole, or not at all. What has this name is replaced.
+
+        Args:
+            name: below the store's prefix.
+            path: of the file.
+
+        Raises:
+            ValueError: it is too large.
+            OSError: it cannot be read.
+            StoreError: the store does not answer, or refuses.
+        """
+        if path.stat().st_size > _LARGEST:
+            gigabytes = f"{path.stat().st_size / 1e9:.1f} GB, and an object may have {_LARGEST / 1e9:.0f}"
+            raise ValueError(f"{path.name} has {gigabytes}: give a smaller --shard_images")
+        self._ask(_Request(f"{self._prefix}/{name}".lstrip("/"), method="PUT", file=path), f"{self.url}/{name}")
+
+    def remove(self, name: str) -> None:
+        """Remove an object below the store's prefix, if it is there. Raises StoreError as `write`."""
+        self._ask(_Request(f"{self._prefix}/{name}".lstrip("/"), method="DELETE"), f"{self.url}/{name}")
 
     def submit(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> "Future[Any]":
         """Call in a thread, of which there are as many as there may be requests. None keeps the process from ending."""
@@ -284,17 +312,12 @@ class ObjectStore:
             return urlsplit(self._endpoint).netloc
         return self._signer.host(self.bucket)
 
-    def _ask(
-        self, key: str, query: dict[str, str], url: str, most: int | None = None, part: str = ""
-    ) -> tuple[Any, bytes]:
-        """GET, as often as it takes: headers and body.
+    def _ask(self, request: "_Request", url: str) -> tuple[Any, bytes]:
+        """As often as it takes: headers and body.
 
         Args:
-            key: of an object, or "".
-            query: of the request.
+            request: what is asked.
             url: that messages name.
-            most: bytes of the body that are of use: of a longer one only one more is read.
-            part: of the object, as the header Range has it.
         """
         attempt, moved, reason = 0, False, ""
         while attempt < (_ATTEMPTS if self._answered else _FIRST_ATTEMPTS):
@@ -302,10 +325,11 @@ class ObjectStore:
                 wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _MOST_WAIT)
                 time.sleep(wait * _RANDOM.uniform(0.5, 1.5))  # so that those who failed together do not come together
             attempt += 1
-            least = max(_FIRST_SECONDS * (1 if key else _LISTING), _USUAL * self._usual)
+            least = max(_FIRST_SECONDS * (1 if request.key else _LISTING), _USUAL * self._usual)
             seconds, began = min(least * 2 ** (attempt - 1), _MOST_SECONDS), time.monotonic()
+            seconds = seconds if request.file is None else _MOST_SECONDS
             try:
-                status, headers, body = self._send(key, query, seconds, most, part)
+                status, headers, body = self._send(request, seconds)
             except ssl.SSLCertVerificationError as error:
                 raise StoreError(
                     f"{url}: the certificate of {self._host()} is not trusted ({error.verify_message}): check "
@@ -336,39 +360,38 @@ class ObjectStore:
                 self._signer.region, moved = region, True
                 continue
             if status not in _AGAIN and code not in _AGAIN_CODES:
-                raise self._refusal(status, code, url, bool(key))
+                raise self._refusal(status, code, url, request)
             reason = f"{code} ({status})" if found else code
         many = "" if attempt == 1 else f" at {attempt} attempts"
         advice = "" if self._answered else ": check --data.endpoint, AWS_ENDPOINT_URL and the network"
-        raise StoreError(f"{url} cannot be read: {self._host()} fails{many}, at last: {reason}{advice}")
+        done = _DONE[request.method]
+        raise StoreError(f"{url} cannot be {done}: {self._host()} fails{many}, at last: {reason}{advice}")
 
-    def _send(
-        self, key: str, query: dict[str, str], seconds: float, most: int | None, part: str
-    ) -> tuple[int, Any, bytes]:
-        """One request."""
+    def _send(self, request: "_Request", seconds: float) -> tuple[int, Any, bytes]:
+        """Once."""
         host, secure = self._host(), not self._endpoint.startswith("http://")
-        path = f"/{quote(key, safe='/-_.~', errors='surrogateescape')}"
+        path = f"/{quote(request.key, safe='/-_.~', errors='surrogateescape')}"
         if not host.startswith(f"{self.bucket}."):
-            path = f"/{self.bucket}{path if key else ''}"
+            path = f"/{self.bucket}{path if request.key else ''}"
         path = urlsplit(self._endpoint).path.rstrip("/") + path
-        words = "&".join(
-            f"{name}={quote(value, safe='-_.~', errors='surrogateescape')}" for name, value in sorted(query.items())
-        )
-        headers = {"Host": host, "Accept-Encoding": "identity", **self._signer.sign(host, path, words)}
-        headers |= {"Range": part} if part else {}
+        quoted = partial(quote, safe="-_.~", errors="surrogateescape")
+        words = "&".join(f"{name}={quoted(value)}" for name, value in sorted(request.query.items()))
+        digest, headers = request.headers()
+        headers |= {"Host": host, "Accept-Encoding": "identity"}
+        headers |= self._signer.sign(host, path, words, request.method, digest)
         try:
             connection, used = self._idle.pop(), True
         except IndexError:
             kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
             options: dict[str, Any] = {"context": self._tls} if secure else {}
-            connection, used = kind(host, timeout=min(seconds, _CONNECT_SECONDS), **options), False
+            connection, used = kind(host, timeout=min(seconds, _CONNECT_SECONDS), blocksize=_BLOCK, **options), False
         try:
             if connection.sock is None:
                 connection.connect()
             if connection.sock is not None:
                 connection.sock.settimeout(seconds)
-            connection.request("GET", f"{path}?{words}" if words else path, headers=headers)
-            response = connection.getresponse()
+            request.send(connection, f"{path}?{words}" if words else path, headers)
+            response, most = connection.getresponse(), request.most
             body = response.read() if most is None or response.status not in _GOOD else response.read(most + 1)
             if not response.isclosed() and response.read(1):  # the rest of a longer one is not worth its time
                 connection.close()
@@ -386,10 +409,11 @@ class ObjectStore:
             self._idle.append(connection)
         return response.status, response.headers, body
 
-    def _refusal(self, status: int, code: str, url: str, is_object: bool) -> OSError:
-        place = f"{self._scheme}://{self.bucket}"
-        if code == "NoSuchBucket" or (status == 404 and not is_object):
-            return StoreError(f"{place}: {self._host()} has no such bucket: check --data.root and --data.endpoint")
+    def _refusal(self, status: int, code: str, url: str, request: "_Request") -> OSError:
+        done, place = _DONE[request.method], f"{self._scheme}://{self.bucket}"
+        if code == "NoSuchBucket" or (status == 404 and not request.key):
+            where = "AWS_ENDPOINT_URL" if self._flag == "--output" else "--data.endpoint"
+            return StoreError(f"{place}: {self._host()} has no such bucket: check {self._flag} and {where}")
         if status == 404:
             return FileNotFoundError(f"{url} is missing, and was there when it was listed")
         if code == "RequestTimeTooSkewed":
@@ -402,8 +426,36 @@ class ObjectStore:
         if status == 403 and self._signer.anonymous:
             return StoreError(f"{url} is refused: it is not public, and no credentials were found: {way}")
         if status == 403:
-            return StoreError(f"{url} is refused: these credentials may not read or list it ({code}): {way}")
-        return StoreError(f"{url} cannot be read: {self._host()} answers {code} ({status})")
+            return StoreError(f"{url} is refused: these credentials do not allow that it is {done} ({code}): {way}")
+        return StoreError(f"{url} cannot be {done}: {self._host()} answers {code} ({status})")
+
+
+class _Request(NamedTuple):
+    """What is asked of a store: `key` of an object, or "", and `query`; `most` bytes of the answer are of use, of a
+    longer one only one more is read; `part` of the object, as the header Range has it; `file` is what is sent."""
+
+    key: str
+    query: Mapping[str, str] = MappingProxyType({})
+    most: int | None = None
+    part: str = ""
+    method: str = "GET"
+    file: Path | None = None
+
+    def headers(self) -> tuple[str, dict[str, str]]:
+        """SHA-256 of what is sent, and headers; by Content-MD5 a store sees that it has got what was sent."""
+        if self.file is None:
+            return _EMPTY, {"Range": self.part} if self.part else {}
+        with self.file.open("rb") as content:
+            md5 = hashlib.file_digest(content, partial(hashlib.md5, usedforsecurity=False)).digest()
+        sent = {"Content-Length": str(self.file.stat().st_size), "Content-MD5": base64.b64encode(md5).decode()}
+        return file_digest(self.file), sent
+
+    def send(self, connection: http.client.HTTPConnection, path: str, headers: dict[str, str]) -> None:
+        """Make the request."""
+        if self.file is None:
+            return connection.request(self.method, path, headers=headers)
+        with self.file.open("rb") as content, contextlib.suppress(BrokenPipeError):  # refused: the answer says why
+            connection.request(self.method, path, content, {**headers, "Connection": "close"})
 
 
 class _StaleError(Exception):
@@ -484,8 +536,8 @@ class _S3Signer:
         place = f"s3.{self.region}.amazonaws.com{'.cn' if self.region.startswith('cn-') else ''}"
         return place if "." in bucket else f"{bucket}.{place}"
 
-    def sign(self, host: str, path: str, query: str) -> dict[str, str]:
-        """Headers of a GET; 8 µs."""
+    def sign(self, host: str, path: str, query: str, method: str = "GET", digest: str = _EMPTY) -> dict[str, str]:
+        """Headers of a request, whose body has this SHA-256; 8 µs."""
         if self._credentials is None:
             return {}
         try:
@@ -496,12 +548,12 @@ class _S3Signer:
             ) from None
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
         scope = (now[:8], self.region, "s3", "aws4_request")
-        signed = {"host": host, "x-amz-content-sha256": _EMPTY, "x-amz-date": now}
+        signed = {"host": host, "x-amz-content-sha256": digest, "x-amz-date": now}
         if token:
             signed["x-amz-security-token"] = token
         names = ";".join(signed)
         lines = "".join(f"{name}:{value}\n" for name, value in signed.items())
-        request = hashlib.sha256(f"GET\n{path}\n{query}\n{lines}\n{names}\n{_EMPTY}".encode()).hexdigest()
+        request = hashlib.sha256(f"{method}\n{path}\n{query}\n{lines}\n{names}\n{digest}".encode()).hexdigest()
         place = now[:8], self.region, secret
         if place not in self._keys:
             key = f"AWS4{secret}".encode()
@@ -520,7 +572,7 @@ class _GoogleSigner:
 
     region = ""
 
-    def __init__(self) -> None:
+    def __init__(self, scope: str) -> None:
         try:
             google: Any = import_module("google.auth")  # not installed where types are checked
             request: Any = import_module("google.auth.transport.requests")
@@ -528,7 +580,7 @@ class _GoogleSigner:
             raise ValueError("gs:// needs google-auth, which is not installed: pip install 'dalikd[gcs]'") from None
         self._request, self._lock, self._credentials = request.Request, threading.Lock(), None
         with contextlib.suppress(google.exceptions.DefaultCredentialsError):
-            self._credentials, _ = google.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
+            self._credentials, _ = google.default(scopes=[f"https://www.googleapis.com/auth/devstorage.{scope}"])
         self.anonymous = self._credentials is None
 
     def endpoint(self, given: str | None) -> str:
@@ -539,8 +591,8 @@ class _GoogleSigner:
         """Google's own."""
         return "storage.googleapis.com"
 
-    def sign(self, host: str, path: str, query: str) -> dict[str, str]:  # noqa: ARG002 - signers have one form
-        """Headers of a GET."""
+    def sign(self, *_: str) -> dict[str, str]:
+        """Headers of a request."""
         if self._credentials is None:
             return {}
         with self._lock:

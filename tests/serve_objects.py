@@ -16,11 +16,13 @@ _PAGE = 1000  # objects
 
 
 class Bucket:
-    """The files of a folder, or the simulated listing of ImageNet's size: 1,281,000 objects in 1,000 classes."""
+    """The files of a folder, or as many objects as ImageNet has, 1,281,000 in 1,000 classes, all of them the folder's
+    first image."""
 
     def __init__(self, folder: Path, simulated: bool) -> None:
-        self.folder, self.tags, self.simulated = folder, {}, simulated
+        self.folder, self.tags, self.image = folder, {}, b""
         if simulated:
+            self.image = next(path for path in sorted(folder.rglob("*.[jJ][pP]*")) if path.is_file()).read_bytes()
             self.keys = [f"train/n{row // 1281:08d}/n{row // 1281:08d}_{row:08d}.JPEG" for row in range(1_281_000)]
         else:
             self.keys = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -31,6 +33,8 @@ class Bucket:
         key = unquote(parts.path).lstrip("/").partition("/")[2]
         if not key:
             return "200 OK", "", self._list({name: values[0] for name, values in parse_qs(parts.query).items()})
+        if self.image:
+            return "200 OK", _made_up(key), self.image
         try:
             content = (self.folder / key).read_bytes()
         except OSError:
@@ -69,15 +73,17 @@ class Bucket:
             first = bisect_left(self.keys, self.keys[first][:start] + name + ("0" if slash else "\0"))  # 0 follows /
 
     def _entry(self, key: str) -> str:
-        size, tag = (
-            (110_000, f"{hash(key) % 2**64:016x}" * 2)
-            if self.simulated
-            else ((self.folder / key).stat().st_size, self._tag(key))
-        )
+        size, tag = len(self.image), _made_up(key)
+        if not self.image:
+            size, tag = (self.folder / key).stat().st_size, self._tag(key)
         return (
             f"<Contents><Key>{quote(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
             f"<ETag>&quot;{tag}&quot;</ETag><Size>{size}</Size><StorageClass>STANDARD</StorageClass></Contents>"
         )
+
+
+def _made_up(key: str) -> str:
+    return f"{hash(key) % 2**64:016x}" * 2
 
 
 def _page(found: str) -> bytes:
@@ -116,6 +122,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--milliseconds", type=float, default=30)
-    parser.add_argument("--simulate", action="store_true", help="list 1,281,000 objects that are not there")
+    parser.add_argument("--simulate", action="store_true", help="have 1,281,000 objects, all alike")
     given = parser.parse_args()
     asyncio.run(_serve(Bucket(given.folder, given.simulate), given.port, given.milliseconds / 1000))

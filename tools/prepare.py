@@ -11,9 +11,10 @@ from dalikd.pipelines.data import DataConfig, FilePath, open_sources, open_split
 from dalikd.pipelines.datasets.arrays import PUBLISHED_FILES, published_set
 from dalikd.pipelines.datasets.info import DATASET_INFO, Finding
 from dalikd.pipelines.datasets.spec import Role
+from dalikd.pipelines.objects import ObjectStore, is_object_url
 from dalikd.pipelines.shards.layout import CHECKSUMS, MANIFEST, REMEDY, ShardManifest
 from dalikd.pipelines.shards.verify import verify_split
-from dalikd.pipelines.shards.write import WriteOptions, check_decodable, write_splits
+from dalikd.pipelines.shards.write import WriteOptions, check_decodable, upload_splits, write_splits
 from dalikd.pipelines.sources import Source, check_count
 from dalikd.tools.cli import run_function
 from dalikd.tools.summary import give_json
@@ -64,14 +65,14 @@ class PrepareOptions(WriteOptions):
 
     Args:
         data: the data set.
-        output: folder of the result; each split gets a folder in it.
+        output: folder of the result, or s3://BUCKET/FOLDER, or gs://; each split gets a folder in it.
         split: train, val, or both.
         verify: read what was written into this folder again and compare every record; nothing is written.
         json: JSON file for what was found, written or verified, - for stdout.
     """
 
     data: SourceConfig = field(default_factory=SourceConfig)
-    output: Path | None = None
+    output: FilePath | None = None
     split: Literal["both", "train", "val"] = "both"
     verify: Path | None = None
     json: Path | None = None
@@ -103,15 +104,20 @@ def _prepare(options: PrepareOptions, found: dict[str, Any]) -> None:
     if options.output is None:
         return
     found["written"] = []
-    written_to = {options.output / role: source for role, source in sources.items()}
-    for folder, written in zip(written_to, write_splits(written_to, options), strict=True):
+    if is_object_url(options.output):
+        store = ObjectStore(options.output, writes=True)
+        manifests = upload_splits({str(role): source for role, source in sources.items()}, store, options)
+    else:
+        manifests = write_splits({Path(options.output, role): source for role, source in sources.items()}, options)
+    for role, written in zip(sources, manifests, strict=True):
         print(
-            f"{folder}: {written.images} images of {len(written.classes)} classes in "
+            f"{options.output}/{role}: {written.images} images of {len(written.classes)} classes in "
             f"{len(written.shards)} files, {written.bytes / 1e6:.1f} MB"
         )
         sizes = {"images": written.images, "classes": len(written.classes), "files": len(written.shards)}
-        found["written"].append({"folder": str(folder), **sizes, "bytes": written.bytes})
-    print(f"read it with --data.name {options.format} --data.root {options.output}")
+        found["written"].append({"folder": f"{options.output}/{role}", **sizes, "bytes": written.bytes})
+    cache = " --data.cache FOLDER" if is_object_url(options.output) else ""
+    print(f"read it with --data.name {options.format} --data.root {options.output}{cache}")
 
 
 def open_splits(options: PrepareOptions) -> dict[Role, Source]:

@@ -1,10 +1,12 @@
 """Trees of images in object storage: listed by many requests at once, remembered as folders are."""
 
+import fcntl
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -52,19 +54,50 @@ def find_objects(spec: SplitSpec, store: ObjectStore, *, remember_above: int = _
         raise _nothing(spec, store, folder, any(page.objects for page in pages))
     classes, notes = in_order(spec.choose(present, folder), folder)
     target = manifest_folder(folder, classes if spec.takes_part else None)
-    tree = kept_tree(target, folder, classes)
-    if tree is not None and _is_as_listed(tree, store, split, classes):
+    beside = sum(_is_image(path.rpartition("/")[2]) for page in pages for path, _, _ in page.objects)
+
+    def remembered() -> Tree | None:
+        tree = kept_tree(target, folder, classes)
+        return tree if tree is not None and _is_as_listed(tree, store, split, classes) else None
+
+    def listed() -> Tree:
+        tree = _list(store, split, folder, classes, beside)
+        return keep_tree(target, folder, classes, tree) if len(tree.labels) > remember_above else tree
+
+    if (tree := remembered()) is not None:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime((target / "manifest.json").stat().st_mtime))
         notes.append(f"{folder}: {len(tree.labels):,} objects as listed at {made}; remove {target} to list them again")
     else:
-        images = sum(_is_image(path.rpartition("/")[2]) for page in pages for path, _, _ in page.objects)
-        tree = _list(store, split, folder, classes, images)
-        if len(tree.labels) > remember_above:
-            tree = keep_tree(target, folder, classes, tree)
+        with _turn(target) as first:
+            tree = listed() if first else remembered()
+    if tree is None:  # whoever was first had too few for that
+        tree = listed()
     count = sum(tree.left_out.values())
     if count:
         notes.append(f"{folder}: {count} object{' is' if count == 1 else 's are'} left out: {count_of(tree.left_out)}")
     return SplitIndex(classes, tree.labels, files=_with(tree.files, store), notes=tuple(notes))
+
+
+@contextmanager
+def _turn(target: Path) -> Iterator[bool]:
+    """Processes that list the same objects come one after the other, so that the others find what the first has listed.
+    Gives whether this one is the first."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.with_name(f".{target.name}.lock").open("w")
+    except OSError:  # nothing is remembered there
+        yield True
+        return
+    with file:
+        first = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            first = False
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield first
 
 
 def _with(files: FileList, store: ObjectStore) -> FileList:

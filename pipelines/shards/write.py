@@ -1,7 +1,8 @@
 """Writes a source into shards that DALI reads in sequence: webdataset tars or TFRecord files.
 
 The images are shuffled once, so that any stretch of a shard is a fair sample; each keeps its row in the source as its
-id. Encoded files go in byte by byte, arrays as PNG. All is written beside the target folder, then moved there whole.
+id. Encoded files go in byte by byte, arrays as PNG. All is written beside the target folder, then moved there whole; or
+it goes to object storage file by file, what describes it last.
 """
 
 import errno
@@ -9,9 +10,12 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import shutil
 import struct
 import tarfile
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ from dalikd.pipelines.content import extension_of, goes_apart, refusal
 from dalikd.pipelines.doctor import Decoder, find_bad_files, printable
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.files import file_digest, write_atomically
+from dalikd.pipelines.objects import ObjectStore
 from dalikd.pipelines.progress import progress
 from dalikd.pipelines.shards.layout import (
     ARRAYS,
@@ -46,12 +51,22 @@ from dalikd.pipelines.shards.layout import (
 from dalikd.pipelines.shards.tfrecord import encode_example, frame
 from dalikd.pipelines.sources import Source
 
-__all__ = ["Sample", "WriteOptions", "check_decodable", "check_targets", "pack_members", "write_shards", "write_splits"]
+__all__ = [
+    "Sample",
+    "WriteOptions",
+    "check_decodable",
+    "check_targets",
+    "pack_members",
+    "upload_splits",
+    "write_shards",
+    "write_splits",
+]
 
 _CHUNK = 256  # images that are read ahead
 _MOST_SHARDS = 256  # by default; DALI keeps every shard of a split open
 _USUAL_SHARD = 1000  # images
 _MOST_NAMED = 5
+_UPLOADS = 2  # files, as of a shard and its index, that go to the store while the next are written
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLED = 200  # files whose sizes stand for all of them
 _REPAIR = "{} cannot be decoded ({}): repair or remove it (--check true names all such files before writing)"
@@ -138,6 +153,82 @@ def write_splits(sources: Mapping[Path, Source], options: WriteOptions) -> list[
     return manifests
 
 
+def upload_splits(sources: Mapping[str, Source], store: ObjectStore, options: WriteOptions) -> list[ShardManifest]:
+    """Write splits into object storage. Every file is written into a temporary folder first, which at most two shards
+    and their indices occupy, and goes to the store whole; the files that describe the splits go last: what a call that
+    was killed has left is no split, and the same call writes over it. Nothing keeps two calls apart.
+
+    Args:
+        sources: images in files or in memory, by the name of the split's folder, which is empty or holds what such a
+            call has left, unless it may be overwritten: then what describes it goes first.
+        store: whose prefix is the folder of the splits.
+        options: how.
+
+    Raises:
+        ValueError: an image is not as it should be, or a shard is too large.
+        FileExistsError: a folder holds something.
+        OSError: a file cannot be read, or the disk of the temporary folder is too small.
+        StoreError: as `ObjectStore.write`.
+    """
+    there = {split: _check_prefix(store, split, options.overwrite) for split in sources}
+    for source in sources.values() if options.check else ():
+        check_decodable(source, options.threads)
+    for split in sources:
+        if MANIFEST in there[split]:
+            store.remove(f"{split}/{MANIFEST}")
+    with tempfile.TemporaryDirectory(prefix="dalikd-prepare-") as folder:
+        try:
+            manifests = _upload(sources, store, Path(folder), options)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(
+                f"{folder}: {error.strerror} while shards were written: name a larger disk in TMPDIR, or give "
+                "a smaller --shard_images"
+            ) from error
+    for split, manifest in zip(sources, manifests, strict=True):
+        shards = {name for shard in manifest.shards for name in (shard.name, shard.index)}
+        for name in sorted(there[split] - shards - {MANIFEST, *manifest.arrays}):
+            store.remove(f"{split}/{name}")
+    return manifests
+
+
+def _upload(
+    sources: Mapping[str, Source], store: ObjectStore, folder: Path, options: WriteOptions
+) -> list[ShardManifest]:
+    coming = deque[Any]()
+
+    def ready(path: Path) -> None:
+        coming.append(store.submit(lambda: (store.write(f"{path.parent.name}/{path.name}", path), path.unlink())))
+        while len(coming) > _UPLOADS:
+            coming.popleft().result()
+
+    with ThreadPoolExecutor(options.threads, thread_name_prefix="dalikd-prepare") as pool:
+        manifests = [
+            _write_split(source, folder / split, split, options, pool, ready) for split, source in sources.items()
+        ]
+    while coming:
+        coming.popleft().result()
+    for split in sources:
+        store.write(f"{split}/{MANIFEST}", folder / split / MANIFEST)
+    return manifests
+
+
+def _check_prefix(store: ObjectStore, split: str, overwrite: bool) -> set[str]:
+    """What an earlier call has written there, by names."""
+    pages = store.list_all(split, deep=False)
+    found = {key.rpartition("/")[2] for page in pages for key, _, _ in page.objects if not key.endswith("/")}
+    own = re.compile(rf"{re.escape(split)}-\d{{5,}}\.(tar|tfrecord|idx)")
+    others = sorted(name for name in found - {MANIFEST, *ARRAYS, CHECKSUMS, NAMES} if not own.fullmatch(name))
+    if others:
+        raise FileExistsError(f"{store.url}/{split} holds something else ({others[0]}): name another --output")
+    if MANIFEST in found and not overwrite:
+        raise FileExistsError(
+            f"{store.url}/{split} is not empty: name another --output, or replace it with --overwrite true"
+        )
+    return found
+
+
 @contextmanager
 def _alone_in(parent: Path, names: list[str]) -> Iterator[None]:
     """Keep other calls out of a folder, and remove what killed ones have left there of splits of these names: at once
@@ -189,8 +280,15 @@ def check_targets(sources: Mapping[Path, Source], options: WriteOptions) -> None
 
 
 def _write_split(
-    source: Source, folder: Path, prefix: str, options: WriteOptions, pool: ThreadPoolExecutor
+    source: Source,
+    folder: Path,
+    prefix: str,
+    options: WriteOptions,
+    pool: ThreadPoolExecutor,
+    ready: Callable[[Path], object] = lambda _: None,
 ) -> ShardManifest:
+    """Write a split; `ready` is called for every file of it but the one that describes them, when nothing is read from
+    it or written to it any more."""
     folder.mkdir()
     order = permutation(options.seed, 0, len(source))
     count = -(-len(source) // (options.shard_images or max(_USUAL_SHARD, -(-len(source) // _MOST_SHARDS))))
@@ -201,11 +299,12 @@ def _write_split(
             checksums[sample.id], names[sample.id] = image_checksum(sample.encoded), sample.name
             yield sample
 
-    samples = noted()
-    shards = tuple(
-        _write_shard(folder / f"{prefix}-{number:05d}{EXTENSIONS[options.format]}", options.format, samples, images)
-        for number, images in enumerate(len(part) for part in np.array_split(order, count))
-    )
+    samples, shards = noted(), list[Shard]()
+    for number, part in enumerate(np.array_split(order, count)):
+        path = folder / f"{prefix}-{number:05d}{EXTENSIONS[options.format]}"
+        shards.append(_write_shard(path, options.format, samples, len(part)))
+        ready(path)
+        ready(path.with_suffix(".idx"))
     arrays = (source.labels.astype("<i8"), order.astype("<i8"), checksums.astype("<u4"))
     for name, array in zip((*ARRAYS, CHECKSUMS), arrays, strict=True):
         write_atomically(folder / name, partial(np.save, arr=array))
@@ -224,8 +323,10 @@ def _write_split(
         seed=options.seed,
         resize=options.resize,
         arrays={name: file_digest(folder / name) for name in (*ARRAYS, CHECKSUMS, NAMES)},
-        shards=shards,
+        shards=tuple(shards),
     )
+    for name in manifest.arrays:
+        ready(folder / name)
     manifest.write(folder)
     return manifest
 

@@ -73,7 +73,8 @@ def config(small_images: Path, tmp_path_factory: pytest.TempPathFactory, full: b
 def expected(start_forked: Any, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that nobody has disturbed."""
     folder = tmp_path_factory.mktemp("peace")
-    start_forked(folder / "streams", "study", "--config", config, "--output", folder / "study").end()
+    serial = start_forked(folder / "streams", "study", "--config", config, "--output", folder / "study")
+    assert serial.wait(seconds=7200) == 0, (serial.out, serial.err)
     return folder / "study"
 
 
@@ -93,13 +94,18 @@ class _Trouble(threading.Thread):
 
     Attributes:
         sent: how often each signal has met a process that worked on one of them.
+        lost: of each process that was struck, by signal: seconds that it had worked on runs since these were begun or
+            saved for the last time.
     """
 
     def __init__(self, folder: Path, runs: list[str], seed: int, *, kills: bool = True) -> None:
         super().__init__(daemon=True)
         self.folder, self.runs, self.sent = folder, runs, Counter[int]()
         self._chance, self._over = random.Random(seed), threading.Event()
+        self.lost: dict[int, list[float]] = {}
         self._logged, self._made = dict[str, int](), dict[str, int]()
+        self._begun = dict[tuple[str, str], float]()  # when a run was first seen in the hands of a process
+        self._struck = dict[int, int]()  # signals of processes that have not ended yet
         killed, stopped = kills * max(1, len(runs) // 5), max(1, len(runs) // 10)
         chosen = self._chance.sample(runs, killed + stopped)
         self._planned = dict.fromkeys(chosen[:killed], signal.SIGKILL)
@@ -107,13 +113,26 @@ class _Trouble(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(0.01):
-            for name in self.runs:
+            for pid in [pid for pid in self._struck if _has_ended(pid)]:
+                self.lost.setdefault(self._struck.pop(pid), []).append(self._lost(pid))
+            for name in [name for name in self.runs if name not in self._made]:
                 record = read_record(self.folder, name)
                 if record.state == "done":
-                    self._made.setdefault(name, self._file(name).stat().st_ino)
-                elif name in self._planned and record.state == "running" and is_held(lock_path(self.folder, name)):
-                    time.sleep(self._chance.uniform(0, 0.4))
-                    self._strike(name)
+                    self._made[name] = self._file(name).stat().st_ino
+                elif record.state == "running":
+                    self._begun.setdefault((name, record.who), time.time())
+                    if name in self._planned and is_held(lock_path(self.folder, name)):
+                        time.sleep(self._chance.uniform(0, 0.4))
+                        self._strike(name)
+
+    def _lost(self, pid: int) -> float:
+        """Since a run that is not done was begun, or a state of it was saved, by a process that has just ended."""
+        since = [time.time()]
+        for (name, who), begun in self._begun.items():
+            if who.startswith(f"process {pid} on") and read_record(self.folder, name).state != "done":
+                states = (self.folder / name).glob("last/trainer*.pt") if not name.endswith(".json") else ()
+                since.append(max([begun, *(state.stat().st_mtime for state in states)]))
+        return time.time() - min(since)
 
     def _file(self, name: str) -> Path:
         return self.folder / name if name.endswith(".json") else self.folder / name / "results.json"
@@ -128,12 +147,13 @@ class _Trouble(threading.Thread):
             os.kill(int(found[1]), self._planned[name])
             number = self._planned.pop(name)
             self.sent[number] += 1
+            self._struck[int(found[1])] = number
             if number != signal.SIGKILL and lines[:-1]:  # the last one may be half written
                 self._logged[name] = json.loads(lines[-2])["step"]
 
     def check(self, expected: Path, begun: list[str]) -> None:
         """Tables are as expected; a run was begun again only where its process was ended; none was made again after it
-        was done; and what a pre-empted one had logged was kept."""
+        was done; what a pre-empted one had logged was kept, and no minute of work was lost with it."""
         self._over.set()
         self.join()
         assert _tables(self.folder) == _tables(expected)
@@ -142,9 +162,20 @@ class _Trouble(threading.Thread):
         assert set(self.runs) <= set(begun)
         assert len(begun) <= len(self.runs) + together * sum(self.sent.values()), Counter(begun)
         assert {name: self._file(name).stat().st_ino for name in self._made} == self._made
+        for number, seconds in self.lost.items():
+            print(f"{signal.Signals(number).name}: {len(seconds)} times, at most {max(seconds):.1f} s of work lost")
+            assert number == signal.SIGKILL or max(seconds) < 60
+        print(f"{len(self.runs)} runs, {len(begun) - len(self.runs)} of them begun again")
         for name, step in self._logged.items():
             events = sorted((self.folder / name / "tensorboard").iterdir())
             assert len(events) == 2 or step < 2, (name, step, events)  # gone on with, and not begun anew
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class _Process:
@@ -227,5 +258,5 @@ def test_jobs_of_submitit(config, expected, tmp_path, monkeypatch, capsys, full,
     trouble.start()
     words = ["--config", "slurm.yaml", "--output", str(folder), "--engine", "slurm", "--poll_seconds", "0.2"]
     study.main(words)
-    trouble.check(expected, BEGUN.findall("".join(log.read_text() for log in (folder / ".engine").glob("*.out"))))
     assert "runs are done" in capsys.readouterr().out
+    trouble.check(expected, BEGUN.findall("".join(log.read_text() for log in (folder / ".engine").glob("*.out"))))

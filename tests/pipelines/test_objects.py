@@ -3,30 +3,39 @@
 Skipped where it is missing; `pip install 'moto[s3,server]'` takes 190 MB, too much for the extra `test`.
 """
 
+import errno
 import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dalikd.pipelines import objects
+from dalikd.pipelines import object_cache, objects
 from dalikd.pipelines.data import DataConfig, open_source, open_split
+from dalikd.pipelines.datasets import object_list
 from dalikd.pipelines.datasets.object_list import find_objects
 from dalikd.pipelines.datasets.spec import SplitSpec
 from dalikd.pipelines.draw_spec import DrawSpec, View
+from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
 from dalikd.pipelines.objects import ObjectOptions, ObjectStore, StoreError
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
+from dalikd.tools import prepare
 
 BUCKET, ROOT = "bucket", "s3://bucket/some/photos"
+WRONG, LATE = "InvalidAccessKeyId", "RequestTimeTooSkewed"
+REFUSED = {"wrong": WRONG, "nobody": "AccessDenied", "old": "ExpiredToken", "late": LATE}
 VIEW = DrawSpec(View(24, "random_resized_crop"))
 
 
@@ -63,11 +72,17 @@ class Server:
             self.client.put_object(Bucket=BUCKET, Key=key, Body=content)
             self.held[key] = content
 
+    def keys(self, prefix: str) -> list[str]:
+        return [one["Key"] for one in self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]]
+
     def layer(self, app: Callable[..., Any]) -> Callable[..., Any]:
         def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
             path, words = environ["PATH_INFO"], environ["QUERY_STRING"]
             if environ["REQUEST_METHOD"] != "GET":
                 self.kept.clear()
+                if "Credential=reads/" in environ.get("HTTP_AUTHORIZATION", ""):
+                    start("403 Forbidden", [("Connection", "close")])
+                    return [b"<Error><Code>AccessDenied</Code></Error>"]
                 return app(environ, start)
             with self.lock:
                 self.seen.append(f"{path}?{words}" if words else path)
@@ -76,9 +91,10 @@ class Server:
                 draw = self.random.random()
             try:
                 time.sleep(self.seconds)
-                if "Credential=wrong/" in environ.get("HTTP_AUTHORIZATION", ""):
+                who = environ.get("HTTP_AUTHORIZATION", "Credential=nobody/").partition("Credential=")[2]
+                if code := REFUSED.get(who.partition("/")[0]):
                     start("403 Forbidden", [])
-                    return [b"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>wrong</AWSAccessKeyId></Error>"]
+                    return [f"<Error><Code>{code}</Code><AWSAccessKeyId>{who}</AWSAccessKeyId></Error>".encode()]
                 if not words and draw < self.failing:
                     start("503 Slow Down", [])
                     return [b"<Error><Code>SlowDown</Code></Error>"]
@@ -200,7 +216,8 @@ def test_objects_are_the_files_that_they_were_copied_from(server, tree, stored):
     assert len({path for path in server.seen if "?" not in path}) == 24
 
 
-def test_a_signature_is_that_of_botocore(monkeypatch):
+@pytest.mark.parametrize(("method", "digest"), [("GET", objects._EMPTY), ("PUT", "1f" * 32)])
+def test_a_signature_is_that_of_botocore(monkeypatch, method, digest):
     pytest.importorskip("botocore")
     from botocore.auth import S3SigV4Auth
     from botocore.awsrequest import AWSRequest
@@ -210,8 +227,8 @@ def test_a_signature_is_that_of_botocore(monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
     path, query = "/b/a%20b%2Bc/%C3%BC.jpg", "list-type=2&prefix=a%2Fb"
-    given = objects._S3Signer().sign("host:80", path, query)
-    request = AWSRequest("GET", f"http://host:80{path}?{query}", headers={"Host": "host:80"})
+    given = objects._S3Signer().sign("host:80", path, query, method, digest)
+    request = AWSRequest(method, f"http://host:80{path}?{query}", headers={"Host": "host:80"})
     request.headers["X-Amz-Content-SHA256"] = given["x-amz-content-sha256"]
     signer = S3SigV4Auth(Credentials("one", "two", "three"), "s3", "eu-west-3")
     request.context["timestamp"] = given["x-amz-date"]
@@ -280,18 +297,23 @@ def test_a_store_that_fails_for_long_stops_the_run_and_no_file_is_bad(server, st
         ("s3://bucket/other", {}, r"s3://bucket/other has no folder 'train'; it is empty"),
         ("s3://bucket/some", {}, r"has no folder 'train'; it has photos: name one with --data.train_split"),
         (ROOT, {"AWS_ACCESS_KEY_ID": "wrong"}, r"credentials are wrong \(InvalidAccessKeyId\): set AWS_PROFILE"),
+        (ROOT, {"AWS_ACCESS_KEY_ID": ""}, r"it is not public, and no credentials were found: set AWS_PROFILE"),
+        (ROOT, {"AWS_ACCESS_KEY_ID": "old"}, r"the credentials have expired \(ExpiredToken\): set AWS_PROFILE"),
+        (ROOT, {"AWS_ACCESS_KEY_ID": "late"}, r"is refused: the clock of this machine is wrong by minutes: set it"),
+        (ROOT, {"AWS_ENDPOINT_URL": "http://me:of nobody@127.0.0.1"}, r"--data.endpoint 127.0.0.1: give a URL"),
         (ROOT, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, r"Connection refused: check --data.endpoint"),
         (ROOT, {"AWS_PROFILE": "other"}, r"profile \(other\) could not be found"),
         ("s3://", {}, "give s3://BUCKET/FOLDER"),
     ],
 )
 @pytest.mark.usefixtures("_hurry")
-def test_what_cannot_work_is_told_in_a_line(root, environment, message, monkeypatch):
+def test_what_cannot_work_is_told_in_a_line_that_holds_no_secret(root, environment, message, monkeypatch, caplog):
+    caplog.set_level("DEBUG")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises((ValueError, OSError), match=message) as caught:
         open_source("imagefolder", root, "train")
-    assert "of nobody" not in str(caught.value)
+    assert "of nobody" not in "".join(traceback.format_exception(caught.value)) + caplog.text
     assert "\n" not in str(caught.value)
 
 
@@ -328,6 +350,26 @@ def test_an_epoch_from_the_cache_asks_for_nothing_and_is_the_same(server, tree, 
     assert len([path for path in server.seen if "?" not in path]) == 2
 
 
+def test_a_full_disk_costs_no_image(stored, tmp_path, monkeypatch, capfd):
+    options = ObjectOptions(cache=str(tmp_path))
+    loader = _loader(open_source("imagefolder", ROOT, "train", objects=options))
+    written = []
+
+    def write(*arguments: Any, **named: Any) -> None:
+        written.append(arguments[0])
+        if len(written) > 9:
+            raise OSError(errno.ENOSPC, f"{arguments[0]} cannot be written: No space left on device")
+        write_atomically(*arguments, **named)
+
+    monkeypatch.setattr(object_cache, "write_atomically", write)
+    _equal(_loader(stored), loader, 6)
+    assert capfd.readouterr().out.count("No space left on device: nothing more is kept there") == 1
+    assert len(list(tmp_path.glob("??/*"))) == 9
+    monkeypatch.setattr(objects.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"s3://bucket/some/photos/train/\S+ takes 0.0 GB more, and .* has room for 0.0"):
+        ObjectStore(ROOT).copy_folder("train/ant", tmp_path / "copy")
+
+
 def test_a_remembered_list_is_taken_until_the_store_has_another(server, stored, monkeypatch, tmp_path):
     monkeypatch.setenv("DALIKD_CACHE", str(tmp_path))
     spec = SplitSpec("imagefolder", None, "train", "train")
@@ -347,11 +389,35 @@ def test_a_remembered_list_is_taken_until_the_store_has_another(server, stored, 
         server.put("some/photos/train/bee/more.jpg", None)
 
 
+@pytest.mark.usefixtures("stored")
+@pytest.mark.parametrize(("remember_above", "lists"), [(10, 1), (100, 4)])
+def test_of_processes_that_begin_together_one_lists(monkeypatch, tmp_path, remember_above, lists):
+    monkeypatch.setenv("DALIKD_CACHE", str(tmp_path))
+    calls, together, whole = [], threading.Barrier(4), object_list._list
+
+    def listed(*arguments: Any) -> Any:
+        calls.append(arguments)
+        time.sleep(0.3)
+        return whole(*arguments)
+
+    def find(_: int) -> bytes:
+        store = ObjectStore(ROOT)
+        together.wait()
+        found = find_objects(SplitSpec("imagefolder", None, "train", "train"), store, remember_above=remember_above)
+        assert found.files is not None
+        return bytes(found.files.buffer)
+
+    monkeypatch.setattr(object_list, "_list", listed)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(find, range(4)))) == 1
+    assert len(calls) == lists
+
+
 def test_google_is_asked_with_a_token(server, stored, tree, monkeypatch):
     class Signer(objects._GoogleSigner):
         anonymous = False
 
-        def __init__(self) -> None:
+        def __init__(self, *_: str) -> None:
             pass
 
         def sign(self, *_: str) -> dict[str, str]:
@@ -387,3 +453,43 @@ def test_shards_are_copied_once_and_again_where_they_have_changed(server, writte
         open_source(written.format, root, "train", objects=options)
     with pytest.raises(ValueError, match=r"name a folder with --data.cache"):
         open_source(written.format, root, "train")
+
+
+@pytest.mark.usefixtures("stored")
+def test_prepare_writes_what_is_read_again(server, tmp_path, capsys):
+    words = ["--data.root", ROOT, "--split", "train", "--shard_images", "10", "--output", "s3://bucket/a b/written"]
+    prepare.main(words)
+    line = "s3://bucket/a b/written/train: 24 images of 3 classes in 3 files"
+    assert capsys.readouterr().out.splitlines()[-2].startswith(line)
+    options = ObjectOptions(cache=str(tmp_path))
+    found, files = (
+        open_source("webdataset", "s3://bucket/a b/written", "train", objects=options),
+        open_source("imagefolder", ROOT, "train"),
+    )
+    assert found.fingerprint == files.fingerprint
+    assert [found.read(row) for row in range(24)] == [files.read(row) for row in range(24)]
+    prepare.main([*words, "--format", "tfrecord", "--overwrite", "true"])
+    assert {key.rpartition(".")[2] for key in server.keys("a b/")} == {"tfrecord", "idx", "npy", "txt", "json"}
+
+
+@pytest.mark.parametrize(
+    ("output", "environment", "message"),
+    [
+        ("s3://nobody/x", {}, r"no such bucket: check --output and AWS_ENDPOINT_URL"),
+        (
+            "s3://bucket/x",
+            {"AWS_ACCESS_KEY_ID": "reads"},
+            r"/x/train/\S+ is refused: these credentials do not allow",
+        ),
+        ("s3://", {}, r"--output s3://: give s3://BUCKET/FOLDER"),
+    ],
+)
+@pytest.mark.usefixtures("_hurry")
+def test_what_cannot_be_written_is_told_in_a_line(output, environment, message, tree, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        prepare.main(["--data.root", str(tree), "--split", "train", "--output", output])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error)
+    assert "of nobody" not in error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -216,6 +217,37 @@ def test_torchrun_starts_two_processes(training, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["finished"], results["processes"]) == (True, 2)
     assert results["last"]["train"]["at"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_two_launchers_of_one_process_do_what_one_of_two_does(training, tmp_path):
+    """As on two machines, of which each has its own cache folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def launch(run: str, *words: str) -> subprocess.Popen[str]:
+        (tmp_path / run).mkdir(exist_ok=True)
+        cache = tmp_path / f"cache{len(launched)}"
+        given = [*words, "-m", "dalikd.tools.train", *map(str, training), "--model", "resnet8", "--epochs", "1"]
+        command = [sys.executable, "-m", "torch.distributed.run", *given, "--output", str(tmp_path / run / "run")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DALIKD_CACHE": str(cache)}
+        launched.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        return launched[-1]
+
+    launched = list[subprocess.Popen[str]]()
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "x"]
+    meet += ["--rdzv_endpoint", f"localhost:{port}"]
+    launch("two", *meet)
+    launch("two", *meet)
+    ended = [launcher.communicate()[1] for launcher in launched]
+    assert [launcher.returncode for launcher in launched] == [0, 0], ended
+    one = launch("one", "--standalone", "--nproc_per_node", "2")
+    assert one.wait() == 0, one.communicate()[1]
+    found = [json.loads((tmp_path / run / "run/results.json").read_text()) for run in ("one", "two")]
+    assert found[0]["processes"] == found[1]["processes"] == 2
+    assert found[0]["sha256"] == found[1]["sha256"]
 
 
 def test_a_run_an_evaluation_and_a_list_are_json_on_stdout(command, training, options, weights, tmp_path):

@@ -26,6 +26,7 @@ import yaml
 from dalikd.pipelines.data import DataConfig, open_source, open_split, training_view
 from dalikd.pipelines.datasets.file_list import list_folder, manifest_folder, open_tree, scan
 from dalikd.pipelines.draws import permutation
+from dalikd.pipelines.objects import is_object_url
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
 from dalikd.pipelines.sources import Source
@@ -66,7 +67,8 @@ class LoaderOptions:
         device: where batches end; auto takes the GPU where there is one.
         sweep: try dalikd's threads (unless --data.threads is given), prefetch and, on a GPU, hw_decoder_load; print
             the best as config lines.
-        startup: make a tree of so many files in a temporary folder; measure scan, opening and the first batch.
+        startup: make a tree of so many files in a temporary folder; measure scan, opening and the first batch. 0: of
+            images in object storage, as they are.
         orders: measure the sampler for data sets of so many images: time and memory.
         output: folder of the results, or a path that ends in .json.
         json: file for the record, - for stdout.
@@ -91,8 +93,9 @@ class LoaderOptions:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("random", "batch_size", "images", "startup"), FROM_1)
-        check_numbers(self, {**DATA_RANGES, **counts, "seconds": ABOVE_0, "workers": FROM_0})
+        counts = dict.fromkeys(("random", "batch_size", "images"), FROM_1)
+        counts |= {"workers": FROM_0, "startup": FROM_0}
+        check_numbers(self, {**DATA_RANGES, **counts, "seconds": ABOVE_0})
         if (self.sweep, self.startup is not None, self.orders is not None).count(True) > 1:
             raise ValueError("--sweep, --startup and --orders measure different things: give one of them at a time")
 
@@ -108,7 +111,8 @@ def run(options: LoaderOptions) -> None:
         job = _job(options, accelerator.device)
         record.reads(job.source)
         if options.startup is not None:
-            _startup(record, options.startup, job, options.rounds)
+            start_of = partial(_startup, count=options.startup) if options.startup else _startup_of_objects
+            start_of(record, job=job, rounds=options.rounds)
         elif options.sweep:
             _sweep(record, "dalikd-mixed" if "dalikd-mixed" in names else "dalikd", job, options)
         else:
@@ -272,6 +276,30 @@ def settings(loader: str) -> dict[str, tuple[Any, ...]]:
     threads = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, most // 2, most, most + most // 2, 2 * most} - {0})
     found = {"threads": tuple(count for count in threads if count <= 2 * most), "prefetch": (1, 2, 3, 5)}
     return {**found, "hw_decoder_load": (0.0, 1.0)} if loader == "dalikd-mixed" else found
+
+
+def _startup_of_objects(record: Record, job: Job, rounds: int) -> None:
+    """List the images in a store, open them from the remembered list, take the first batch."""
+    if not is_object_url(job.data.root):
+        raise ValueError("--startup 0 is for images in object storage: give --data.root s3://…, or a number of files")
+    record.title, record.variant = f"Start of a data set of {len(job.source):,} objects", "startup-objects"
+    record.labels, record.plotted, opened = ("what",), "seconds", partial(open_split, job.data, "train", 0)
+    with TemporaryDirectory(prefix="dalikd-bench-") as folder:
+        manifests = f"{folder}/manifests"
+
+        def listed() -> None:
+            shutil.rmtree(manifests, ignore_errors=True)
+            opened()
+
+        def first_batch() -> None:
+            with closing(replace(job, source=opened()).loader(job.device)) as loader:
+                loader.next()
+
+        steps = {"list (first start)": listed, "open from the remembered list": opened}
+        steps |= {f"open, build, first batch of {job.batch_size}": first_batch}
+        with patch.dict(os.environ, DALIKD_CACHE=manifests):
+            values = alternate({what: partial(timed, step, job.device) for what, step in steps.items()}, rounds)
+    record.rows = [{"what": what, "seconds": summary(seconds)} for what, seconds in values.items()]
 
 
 def _startup(record: Record, count: int, job: Job, rounds: int) -> None:

@@ -6,9 +6,13 @@ import json
 import os
 import struct
 import tarfile
+import tempfile
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,9 +22,10 @@ from dalikd.pipelines.data import open_source
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.draws import permutation
 from dalikd.pipelines.loader import Loader
+from dalikd.pipelines.objects import Listed, StoreError
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.shards import write as convert
-from dalikd.pipelines.shards.layout import ShardManifest
+from dalikd.pipelines.shards.layout import MANIFEST, ShardManifest
 from dalikd.pipelines.shards.tfrecord import decode_example, unframe
 from dalikd.pipelines.shards.write import WriteOptions, write_shards
 from dalikd.pipelines.sources import Source
@@ -434,3 +439,79 @@ def test_a_folder_that_another_call_has_filled_meanwhile_is_kept(monkeypatch, tr
         write_shards(_open(tree), tmp_path / "train", ONE_THREAD)
     assert {path.name for path in tmp_path.iterdir()} == {"tree", "train"}
     assert (tmp_path / "train" / "dataset.json").read_text() == "another's"
+
+
+# ------------------------------------------------------------------------------------------------ object storage
+
+
+class _Bucket:
+    """A store in memory: what each file was, and what was done in which order."""
+
+    url = "s3://bucket/out"
+
+    def __init__(self) -> None:
+        self.held, self.done, self.full = dict[str, bytes](), list[str](), 10**6
+
+    def list_all(self, folder: str, *, deep: bool) -> list[Listed]:
+        assert not deep
+        return [Listed([(key, 0, 0) for key in self.held if key.startswith(f"{folder}/")], [], "")]
+
+    def write(self, name: str, path: Path) -> None:
+        self.done.append(name)
+        if len(self.done) > self.full:
+            raise StoreError("SlowDown")
+        self.held[name] = path.read_bytes()
+
+    def remove(self, name: str) -> None:
+        self.done.append(f"- {name}")
+        del self.held[name]
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        future = Future[Any]()
+        try:
+            future.set_result(call())
+        except OSError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_store_gets_what_a_folder_gets_and_what_describes_it_last(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    bucket: Any = _Bucket()
+    sources, options = {"train": _open(tree), "val": _open(tree)}, replace(ONE_THREAD, shard_images=5)
+    expected = convert.write_splits({tmp_path / "out" / name: source for name, source in sources.items()}, options)
+    bucket.full = 9
+    with pytest.raises(StoreError):
+        convert.upload_splits(sources, bucket, options)
+    assert not any(name.endswith(MANIFEST) for name in bucket.held)
+    bucket.done.clear()
+    bucket.full = 10**6
+    assert convert.upload_splits(sources, bucket, options) == expected  # over what the other has left
+    files = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in tmp_path.glob("out/*/*")}
+    assert bucket.held == files
+    assert bucket.done[-2:] == [f"train/{MANIFEST}", f"val/{MANIFEST}"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "tree"}
+
+
+def test_shards_in_a_store_are_replaced_where_that_is_asked_for(tree):
+    bucket: Any = _Bucket()
+    convert.upload_splits({"train": _open(tree)}, bucket, replace(ONE_THREAD, shard_images=5))
+    with pytest.raises(FileExistsError, match=r"s3://bucket/out/train is not empty.*--overwrite true"):
+        convert.upload_splits({"train": _open(tree)}, bucket, ONE_THREAD)
+    bucket.done.clear()
+    convert.upload_splits({"train": _open(tree)}, bucket, replace(ONE_THREAD, overwrite=True))
+    assert bucket.done[0] == f"- train/{MANIFEST}"
+    assert bucket.done[-4:] == [f"- train/train-0000{number}.{kind}" for number in (1, 2) for kind in ("idx", "tar")]
+    assert "train/train-00000.tar" in bucket.held
+    bucket.held["train/thesis.txt"] = b""
+    with pytest.raises(FileExistsError, match=r"train holds something else \(thesis.txt\): name another --output"):
+        convert.upload_splits({"train": _open(tree)}, bucket, replace(ONE_THREAD, overwrite=True))
+
+
+def test_a_full_temporary_folder_is_named(tree, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_atomically", full)
+    with pytest.raises(OSError, match=r"/dalikd-prepare-\w+: No space left on device while.* in TMPDIR, or give"):
+        convert.upload_splits({"train": _open(tree)}, cast(Any, _Bucket()), ONE_THREAD)

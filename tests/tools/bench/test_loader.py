@@ -2,6 +2,11 @@
 
 import dataclasses
 import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -126,6 +131,38 @@ def test_startup_measures_scan_and_cache(measured, monkeypatch):
     assert record.notes[0] == "The tree: 40 files in 40 class folders, hard links to 3 of the images."
 
 
+def _is_closed(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.full
+def test_startup_measures_the_list_of_a_store(measured, small_images, monkeypatch):
+    pytest.importorskip("botocore")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parents[2] / "serve_objects.py"
+    process = subprocess.Popen([sys.executable, script, small_images, "--port", str(port), "--milliseconds", "1"])
+    while _is_closed(port):
+        time.sleep(0.02)
+    for name, value in (("ACCESS_KEY_ID", "any"), ("SECRET_ACCESS_KEY", "any")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    try:
+        data = ["--data.root", "s3://any", "--data.train_split", ".", "--data.threads", 1]
+        record, _ = measured("--startup", 0, "--rounds", 1, data=data)
+    finally:
+        process.kill()
+        process.wait()
+    assert record.title == "Start of a data set of 300 objects"
+    assert [row["what"] for row in record.rows] == [
+        "list (first start)",
+        "open from the remembered list",
+        "open, build, first batch of 20",
+    ]
+
+
 def test_orders_have_time_and_memory(measured):
     record, _ = measured("--orders", 1000, 1 << 18, data=())
     assert [row["images"] for row in record.rows] == ["1,000", "262,144"]
@@ -152,6 +189,7 @@ def test_a_measurement_leaves_out_what_lay_ready_and_ends_in_time(source, wanted
         (["--sweep", "true", "--startup", 100], "--sweep, --startup and --orders measure different things"),
         (["--random", 10], "--random takes the place of a data set: leave out --data.root"),
         (["--startup", 3, "--batch_size", 4], "--startup 3: give at least --batch_size (4) files"),
+        (["--startup", 0], "--startup 0 is for images in object storage: give --data.root s3://"),
         (["--backends", "timm"], "nothing to measure: timm is left out where it has none of these: pad_crop."),
         (["--data.root", "null", "--random", 600, "--sweep", "true"], "give --data.root"),
         (["--data.root", "null", "--random", 600, "--startup", 600], "give --data.root"),

@@ -1,6 +1,10 @@
+import errno
+import os
 from typing import Any
 
-from dalikd.pipelines.lock import take_lock
+import pytest
+
+from dalikd.pipelines.lock import Unlockable, take_lock
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.state import Record, lock_path, write_record
 from dalikd.trainers.study.status import print_status, study_status
@@ -34,6 +38,27 @@ def test_a_study_is_seen_from_its_folder(tmp_path, capsys):
     assert lines[3].startswith(f"2 done, 1 running, 1 failed, 1 waiting of 5 runs in {tmp_path}, 20")
     assert lines[3].endswith("; about 7 min left, 1 at once")
     assert study_status(tmp_path, CELLS, work)["at_once"] == 0
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_clocks_of_other_machines_do_not_matter(tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr("dalikd.pipelines.lock._lock", _refuse)
+    (tmp_path / "distill/a").mkdir(parents=True)
+    write_json(tmp_path / "distill/a/results.json", RESULT)
+    write_record(tmp_path, "distill/a", Record("done", 100.0))
+    lease = take_lock(lock_path(tmp_path, "distill/b"))
+    assert lease is not None
+    here = study_status(tmp_path, CELLS, {})
+    assert [run["state"] for run in here["runs"]] == ["done", "running", "waiting", "waiting", "waiting"]
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (path.stat().st_mtime + seconds,) * 2)
+    assert take_lock(lock_path(tmp_path, "distill/b")) is None
+    assert study_status(tmp_path, CELLS, {}) == here
+    lease.close()
+
+
+def _refuse(path: object) -> None:
+    raise Unlockable(f"{path} cannot be locked") from OSError(errno.ENOLCK, "No locks available")
 
 
 def test_no_time_is_guessed_before_a_run_is_done(tmp_path, capsys):
