@@ -301,6 +301,9 @@ def only_writer(path: Path, option: str) -> Iterator[FolderLock]:
             path.unlink(missing_ok=True)
         yield FolderLock(path, file)
     finally:
+        if file is None and path.exists():  # a signal may have come as it was made
+            with contextlib.suppress(OSError, Unlockable):
+                file = _lock(path)
         if file is not None:
             if _is_of(file, path):
                 path.unlink()

@@ -226,3 +226,17 @@ def test_a_writer_goes_on_without_locks_and_says_so(tmp_path: Path, monkeypatch:
         only_writer(tmp_path / ".lock", "--output run") as lock,
     ):
         lock.check()
+
+
+def test_a_signal_that_comes_as_the_file_is_made_leaves_none(tmp_path, monkeypatch):
+    take = lock._lock
+
+    def interrupted(path):
+        monkeypatch.setattr(lock, "_lock", take)
+        take(path).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lock, "_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt), only_writer(tmp_path / "new" / ".lock", "--output"):
+        pass
+    assert not list(tmp_path.iterdir())
