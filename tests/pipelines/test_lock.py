@@ -228,12 +228,14 @@ def test_a_writer_goes_on_without_locks_and_says_so(tmp_path: Path, monkeypatch:
         lock.check()
 
 
-def test_a_signal_that_comes_as_the_file_is_made_leaves_none(tmp_path, monkeypatch):
+def test_a_signal_that_comes_as_the_file_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = lock._lock
 
-    def interrupted(path):
+    def interrupted(path: Path) -> None:
         monkeypatch.setattr(lock, "_lock", take)
-        take(path).close()
+        taken = take(path)
+        assert taken is not None
+        taken.close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lock, "_lock", interrupted)
