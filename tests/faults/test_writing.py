@@ -87,6 +87,7 @@ def _kill(processes: Sequence[Any], run: Path, *, writing: bool, draw: random.Ra
     deadline = time.monotonic() + 120
     while not (run / "last" / "trainer.pt").exists() and time.monotonic() < deadline and processes[0].runs():
         time.sleep(0.001)
+    assert (run / "last" / "trainer.pt").exists(), [process.err for process in processes]
     if writing:
         draw_from = time.monotonic() + draw.random() * 0.2
         while time.monotonic() < draw_from or not _parts(run / "last"):

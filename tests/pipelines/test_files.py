@@ -208,6 +208,7 @@ PAST = {
     ("pipelines/lock.py", 'open("xb")'): 1,
     ("pipelines/datasets/file_list.py", '"sides.lock").open("w")'): 1,
     ("pipelines/objects.py", '".lock").open("w")'): 1,
+    ("pipelines/datasets/object_list.py", '.lock").open("w")'): 1,
     ("tools/bench/first_hour.py", 'log.open("wb")'): 1,
     ("tools/bench/scaling.py", '"log").open("w+b")'): 1,
     ("trainers/teacher_cache/layout.py", 'path.open("r+b")'): 1,

@@ -169,7 +169,7 @@ def test_a_teacher_must_have_a_name_and_weights(refused, training, tmp_path, nam
     ("arguments", "words"),
     [
         ([], ["no net given", "--run", "--model", "--weights"]),
-        (["--run", "/nowhere"], ["--run /nowhere: there is no run"]),
+        (["--run", "/nowhere"], ["--run /nowhere is no run folder"]),
         (["--model", "small", "--weights", "WEIGHTS"], ["--model small", "SmallNet names no classifier"]),
         (["--model", "resnet8", "--weights", "WEIGHTS"], ["--model resnet8", "small.pt is not of this model"]),
         (["--model", "resnet8", "--weights", "nowhere.pt"], ["there is no weights file nowhere.pt"]),

@@ -265,7 +265,7 @@ def test_a_run_folder_says_which_net_it_is(make_probe, run_folder, evaluated):
 
 
 def test_a_run_without_a_net_is_named(run_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"--run .*nowhere: there is no run \(.*config.yaml is missing\); name a run"):
+    with pytest.raises(ValueError, match=r"--run .*nowhere is no run folder \(.*config.yaml is missing\): name one"):
         ProbeOptions(run=str(tmp_path / "nowhere")).settled()
     folder = run_folder(evaluated=None, results=False)
     with pytest.raises(ValueError, match=r"has no weights: .*last/student.safetensors is missing; wait for its first"):

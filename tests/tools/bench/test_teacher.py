@@ -76,7 +76,6 @@ def test_a_config_of_measure_is_taken_without_its_passes_and_its_results_file(tm
         (["--images", "0"], "--images 0: give at least 1"),
         (["--images", "2"], "--images 2"),
         (["--augmentation", "cutmx"], 'unknown --augmentation "cutmx": did you mean cutmix'),
-        (["--json", "x.json"], "--json"),
         (["--teacher.name", "smal"], "smal"),
     ],
 )

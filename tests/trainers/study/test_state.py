@@ -43,7 +43,7 @@ def test_a_run_is_done_when_it_says_so(tmp_path):
     assert read_result(tmp_path, RUN) == whole
     del whole["best"]
     _write(tmp_path / RUN.result, whole)
-    with pytest.raises(ValueError, match=r"a/results.json is not a result \(.*best.epoch is missing\): delete it"):
+    with pytest.raises(ValueError, match=r"a/results.json is not a result \(.*best.val.loss is missing\): delete it"):
         read_result(tmp_path, RUN)
 
 
