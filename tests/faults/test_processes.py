@@ -289,7 +289,7 @@ def _group_of(pid: int) -> int:
 
 
 def test_a_run_that_crashes_is_started_again_and_ends_as_if_nothing_had_been(start_forked, training, tmp_path, full):
-    words = ["train", *training, "--checkpoint_every", "20"]
+    words = ["train", *training, "--epochs", "15", "--eval_every", "15", "--checkpoint_every", "10"]
     whole = start_forked(tmp_path / "whole said", *words, "--output", tmp_path / "whole")
     process = start_forked(
         tmp_path / "said", *words, "--output", tmp_path / "run", "--restarts", "2",
