@@ -71,10 +71,10 @@ def _join_again(backend: str) -> None:
     Its store keeps what those before have written, and torch would take addresses of processes that are gone for those
     of the new ones, and wait for half an hour (PyTorch issue 135712).
     """
+    rank, processes = (int(os.environ.get(name, "-1")) for name in ("RANK", "WORLD_SIZE"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or rank < 0 or distributed.is_initialized():
+        return  # without a rank it is a process that one of torchrun's has started for itself
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
-        return
-    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # each node's launcher counts for itself
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and rank == 0:
             print(
@@ -84,8 +84,7 @@ def _join_again(backend: str) -> None:
             )
     elif count != "0":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, processes, is_master=False)
-        store = PrefixStore(f"start {count}", store)
+        store = PrefixStore(f"start {count}", TCPStore(address, port, processes, is_master=False))
         distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
 
 

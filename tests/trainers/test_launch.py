@@ -187,6 +187,8 @@ def test_processes_that_torchrun_starts_again_do_not_meet_those_before(monkeypat
     for count in ("0", "2"):  # at the first start Accelerate does it
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         launch._join_again("gloo")
+    monkeypatch.delenv("RANK")  # one that these start for themselves joins nobody
+    launch._join_again("gloo")
     (given,) = joined
     given.set("address", "of this start")
     assert (store.check(["start 2/address"]), store.check(["address"])) == (True, False)

@@ -121,9 +121,8 @@ def _join_seeds(runs: Sequence[Run], measurements: Mapping[Path, Mapping[str, An
     told = [values for _, values in joined]
     columns = dict(zip(parts[0], zip(*told, strict=True), strict=True))
     named = {name: values for name, values in columns.items() if len({*values} - {""}) > 1}
-    if len({*zip(*named.values(), strict=True)}) < len(
-        {*told}
-    ):  # what some have, and others have not, tells them apart
+    # what some have, and others have not, tells them apart
+    if len({*zip(*named.values(), strict=True)}) < len({*told}):
         named = {name: values for name, values in columns.items() if len({*values}) > 1}
     return [
         Setting({name: values[place] for name, values in named.items()}, same, _stddev(same, measurements))
@@ -233,8 +232,9 @@ def trained(setting: Setting, name: str) -> float | None:
 
 def describe(setting: Setting) -> dict[str, Any]:
     """A setting as plain values; "last" and "best" are null where it was not evaluated."""
-    figures = {when: {name: figure(setting, name, when)._asdict() for name in FIGURES} for when in ("last", "best")}\
-        if setting.evaluated else {"last": None, "best": None}  # fmt: skip
+    figures: dict[str, Any] = dict.fromkeys(("last", "best"))
+    for when in figures if setting.evaluated else ():
+        figures[when] = {name: figure(setting, name, when)._asdict() for name in FIGURES}
     runs = [{"folder": str(run.folder), "seed": run.results["seed"]} for run in setting.runs]
     train = {name: value for name in ("loss", "agreement", "top1") if (value := trained(setting, name)) is not None}
     return {"name": setting.name, **setting._asdict(), "runs": runs, "train": train, **figures}
