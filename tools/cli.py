@@ -37,7 +37,7 @@ from dalikd.tools.restarts import RESTARTED, after_launcher, supervise
 from dalikd.tools.signature import expand_paths, option_types
 from dalikd.tools.summary import json_asked
 from dalikd.trainers.launch import leave
-from dalikd.trainers.signals import Asked, obeying, stop_words
+from dalikd.trainers.signals import Asked, obeying, quiet_without_reader, stop_words
 from dalikd.trainers.stopping import Interrupted, Watch, lack_of_memory
 
 __all__ = ["build_parser", "guarded", "parse", "resolve", "run_command", "run_function"]
@@ -132,7 +132,8 @@ def guarded(command: str) -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file may end a run by being printed
     with obeying("unwind") as asked:
         try:
-            yield
+            with quiet_without_reader():
+                yield
         except BaseException as error:
             code = _ending(command, error, asked)
             Watch.leave("well" if isinstance(error, SystemExit) and not error.code else _LEFT)

@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from dalikd.pipelines.hardware import package_versions
-from dalikd.trainers.signals import EXIT_CODES
+from dalikd.trainers.signals import EXIT_CODES, quiet_without_reader
 
 __all__ = ["main"]
 
@@ -35,7 +35,11 @@ COMMANDS = {
 
 def main() -> None:
     """Run `dalikd COMMAND …`; each command is also `python -m dalikd.tools.COMMAND`."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    with quiet_without_reader():
+        _run(sys.argv[1] if len(sys.argv) > 1 else "--help")
+
+
+def _run(command: str) -> None:
     if command in ("-h", "--help"):
         print("usage: dalikd COMMAND [options]\n\ncommands:")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))

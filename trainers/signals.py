@@ -2,6 +2,7 @@
 is imported."""
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ __all__ = [
     "note_reason",
     "obeying",
     "prepare_process",
+    "quiet_without_reader",
     "say",
     "signal_name",
     "stop_words",
@@ -39,6 +41,7 @@ EXIT_CODES = {
     128 + signal.SIGTERM: "stopped by SIGTERM",
     128 + signal.SIGHUP: "stopped by SIGHUP: the terminal was closed",
     128 + signal.SIGUSR2: "stopped by SIGUSR2: a scheduler wants the machine back",
+    128 + signal.SIGPIPE: "nobody reads what it prints any more, as after a pipe into `head`",
 }
 
 _AGAIN = 2.0  # seconds: a launcher hands a signal on that its processes have had from the terminal already
@@ -150,6 +153,21 @@ def say(line: str) -> None:
     """Write a line where the user sees it, from any thread and inside of signal handlers, even if nobody reads it."""
     with suppress(OSError):  # the terminal was closed
         os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+
+@contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """End the process with 128 + SIGPIPE, as other programs end, where the reader of the standard output has gone."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        state = select.poll()
+        state.register(1, 0)
+        if not any(events & select.POLLERR for _, events in state.poll(0)):
+            raise  # of another pipe or connection
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is not written yet
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def command_name() -> str:

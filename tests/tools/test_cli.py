@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shlex
 import signal
@@ -864,6 +865,21 @@ def test_of_several_processes_one_says_that_they_stop(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop, guarded("train"):
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "")
+
+
+def test_a_command_without_reader_ends_in_silence_and_any_other_broken_pipe_does_not(capsys):
+    own, (reading, writing) = os.dup(1), os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    try:
+        with pytest.raises(SystemExit) as stop, guarded("methods"):
+            os.write(1, b"what `| head` has not waited for")
+    finally:
+        os.dup2(own, 1)
+    assert (stop.value.code, capsys.readouterr().err) == (141, "")
+    with pytest.raises(SystemExit) as stop, guarded("methods"):
+        os.write(writing, b"to somebody else")
+    assert (stop.value.code, capsys.readouterr().err) == (2, "dalikd methods: error: [Errno 32] Broken pipe\n")
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch):

@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -37,7 +38,7 @@ def test_help_lists_the_commands(monkeypatch, capsys, arguments):
 def test_exit_codes_stand_once_and_in_the_guide(monkeypatch, capsys):
     for code, text in EXIT_CODES.items():
         assert f"  {code:<4} {text}\n" in _call(monkeypatch, capsys, "--help")[1]
-    assert {*EXIT_CODES} == {0, 1, 2, *(128 + number for number in SIGNALS)}
+    assert {*EXIT_CODES} == {0, 1, 2, *(128 + number for number in (*SIGNALS, signal.SIGPIPE))}
     guide = (Path(__file__).parents[2] / "docs/guides/training.md").read_text()
     _, found, table = guide.partition("| exit code | what it means |\n|--:|:--|\n")
     rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[0].splitlines()]
@@ -91,6 +92,11 @@ def _fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_", "KMP_"))}
     command = [sys.executable, "-c", f"import os, sys, dalikd.tools.main; assert 'torch' not in sys.modules; {code}"]
     return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_help_that_nobody_reads_ends_in_silence():
+    ended = _fresh("r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.argv[1:] = []; dalikd.tools.main.main()")
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_says_else():
