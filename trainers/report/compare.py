@@ -152,7 +152,8 @@ def _parts(runs: Sequence[Run]) -> list[dict[str, str]]:
             if name.partition(".")[0] not in _NAMED:
                 column = others.setdefault(name, [""] * len(runs))
                 for index, value in zip(places, values, strict=True):
-                    column[index] = f"{name} {'off' if value is None else _shown(value)}"
+                    if (name, value) != ("init_seed", None):  # such a student's weights are of the run's own seed
+                        column[index] = f"{name} {'off' if value is None else _shown(value)}"
     methods, teachers = _methods(runs), [_teacher(run) for run in runs]
     full = len({teacher.split(" ")[0] for teacher in teachers}) == len(set(teachers))
     return [

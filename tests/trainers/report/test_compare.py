@@ -34,6 +34,14 @@ def test_what_one_run_alone_has_needs_no_name_where_others_tell_it_apart(make_ru
     assert [one.parts for one in compare_runs(read())[0]] == [{"method": "KD"}, {"method": "labels alone"}]
 
 
+def test_a_student_whose_fresh_weights_are_of_the_seed_itself_has_no_name_for_it(make_run, read):
+    for seed in (0, 1):
+        make_run(f"a{seed}", seed=seed)
+        make_run(f"b{seed}", seed=seed, config={"init_seed": 7})
+        make_run(f"c{seed}", seed=seed, config={"init_seed": 8})
+    assert [one.parts["init_seed"] for one in compare_runs(read())[0]] == ["", "init_seed 7", "init_seed 8"]
+
+
 def test_a_teacher_among_the_runs_is_known_by_its_weights(make_run, read):
     make_run("a", "flip")
     make_run("t", results={"command": "train", "teacher": None, "sha256": {"last/student.safetensors": "abc"}})
