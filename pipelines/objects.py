@@ -38,7 +38,7 @@ from dalikd.pipelines.files import file_digest, read_json, write_atomically
 from dalikd.pipelines.object_cache import ObjectCache, open_cache
 from dalikd.pipelines.progress import progress
 
-__all__ = ["Changed", "Listed", "ObjectOptions", "ObjectStore", "StoreError", "is_object_url"]
+__all__ = ["Changed", "Listed", "ObjectOptions", "ObjectStore", "StoreError", "Unavailable", "is_object_url"]
 
 _SCHEMES = {"s3": "S3", "gs": "Google Cloud Storage"}
 _ATTEMPTS = 9  # of one request; with the waits between them up to five minutes
@@ -72,6 +72,18 @@ class StoreError(ConnectionError):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.strerror = text
+
+
+class Unavailable(StoreError):
+    """The store fails, or does not answer, at every attempt: later it may.
+
+    Attributes:
+        answered: it has answered before, so that its address is no mistake.
+    """
+
+    def __init__(self, text: str, answered: bool) -> None:
+        super().__init__(text)
+        self.answered = answered
 
 
 class Changed(OSError):
@@ -365,7 +377,8 @@ class ObjectStore:
         many = "" if attempt == 1 else f" at {attempt} attempts"
         advice = "" if self._answered else ": check --data.endpoint, AWS_ENDPOINT_URL and the network"
         done = _DONE[request.method]
-        raise StoreError(f"{url} cannot be {done}: {self._host()} fails{many}, at last: {reason}{advice}")
+        words = f"{url} cannot be {done}: {self._host()} fails{many}, at last: {reason}{advice}"
+        raise Unavailable(words, self._answered)
 
     def _send(self, request: "_Request", seconds: float) -> tuple[int, Any, bytes]:
         """Once."""

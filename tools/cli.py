@@ -20,6 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from torch import distributed
 
 from dalikd.pipelines.doctor import printable
+from dalikd.pipelines.objects import Unavailable
 from dalikd.tools import choose_threads
 from dalikd.tools.classes import Chosen, check_values
 from dalikd.tools.layers import (
@@ -164,7 +165,8 @@ def _ending(command: str, error: BaseException, asked: Asked) -> int | None:
         if os.environ.get("DALIKD_TRACEBACK") or not mendable:
             return None
         words = " ".join((lack or str(error)).split()) or type(error).__name__
-        code, line, speaks = 2, f"error: {printable(words)}", True
+        passes = isinstance(error, Unavailable) and error.answered
+        code, line, speaks = os.EX_TEMPFAIL if passes else 2, f"error: {printable(words)}", True
     asked.said = True
     if speaks:
         with suppress(OSError):  # a closed terminal

@@ -37,6 +37,7 @@ EXIT_CODES = {
     1: "something was found by doctor or cache --verify; another process of the run is gone; or a fault of dalikd, "
     "which shows where",
     2: "what you can mend: options, data, files, memory, a full disk, a run that diverges",
+    os.EX_TEMPFAIL: "what may pass by itself: an object store that does not answer any more",
     128 + signal.SIGINT: "stopped by Ctrl-C (SIGINT)",
     128 + signal.SIGTERM: "stopped by SIGTERM",
     128 + signal.SIGHUP: "stopped by SIGHUP: the terminal was closed",

@@ -28,7 +28,7 @@ from dalikd.pipelines.datasets.spec import SplitSpec
 from dalikd.pipelines.draw_spec import DrawSpec, View
 from dalikd.pipelines.files import write_atomically
 from dalikd.pipelines.loader import BadFileError, Loader
-from dalikd.pipelines.objects import ObjectOptions, ObjectStore, StoreError
+from dalikd.pipelines.objects import ObjectOptions, ObjectStore, Unavailable
 from dalikd.pipelines.sampler import Sampler
 from dalikd.pipelines.sources import Source
 from dalikd.tools import prepare
@@ -285,8 +285,9 @@ def test_a_store_that_fails_for_long_stops_the_run_and_no_file_is_bad(server, st
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     loader = _loader(stored, bad_files="replace")
     server.failing = 1
-    with pytest.raises(StoreError, match=r"train/.*fails at 2 attempts, at last: SlowDown \(503\)$"):
+    with pytest.raises(Unavailable, match=r"train/.*fails at 2 attempts, at last: SlowDown \(503\)$") as caught:
         loader.next()
+    assert caught.value.answered
     assert not loader.replaced
 
 
@@ -313,6 +314,7 @@ def test_what_cannot_work_is_told_in_a_line_that_holds_no_secret(root, environme
         monkeypatch.setenv(name, value)
     with pytest.raises((ValueError, OSError), match=message) as caught:
         open_source("imagefolder", root, "train")
+    assert not getattr(caught.value, "answered", False)  # so that it is the user's to mend
     assert "of nobody" not in "".join(traceback.format_exception(caught.value)) + caplog.text
     assert "\n" not in str(caught.value)
 

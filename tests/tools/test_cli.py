@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW
 
 from dalikd.kd.losses import KD
 from dalikd.pipelines.data import DataConfig, FilePath
+from dalikd.pipelines.objects import Unavailable
 from dalikd.tools import convert, correlate, demo, prepare, reference, replay
 from dalikd.tools.bench import commands, first_hour, host, loader, machine, record
 from dalikd.tools.classes import import_words
@@ -832,6 +833,13 @@ def test_an_error_without_words_names_its_kind(capsys):
     with pytest.raises(SystemExit), guarded("train"):
         raise FileNotFoundError
     assert capsys.readouterr().err == "dalikd train: error: FileNotFoundError\n"
+
+
+@pytest.mark.parametrize(("answered", "code"), [(True, 75), (False, 2)])
+def test_a_store_that_has_answered_may_do_so_again(capsys, answered, code):
+    with pytest.raises(SystemExit) as stop, guarded("train"):
+        raise Unavailable("s3://a: b fails", answered)
+    assert (stop.value.code, capsys.readouterr().err) == (code, "dalikd train: error: s3://a: b fails\n")
 
 
 def test_a_signal_is_one_line_and_its_own_exit_code(capsys, tmp_path):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dalikd.pipelines.lock import Lease, holder, is_held, take_lock
+from dalikd.pipelines.objects import Unavailable
 from dalikd.trainers.signals import command_name, say
 from dalikd.trainers.stopping import Interrupted
 from dalikd.trainers.study.plan import STUDENTS_OF_A_PASS, Cell
@@ -21,6 +22,9 @@ __all__ = ["RETRIES", "Queue", "raise_failures", "run_cells"]
 
 #: after so many crashes a cell is tried again; by an engine
 RETRIES = 2
+
+_PAUSE = 60.0  # seconds, after an object store has not answered for minutes
+_PAUSES = 60  # in a row, before a cell has failed
 
 #: runs a cell; the second argument is the run folder to go on with, or None
 RunCell = Callable[[Cell, Path | None], object]
@@ -222,8 +226,8 @@ def run_cells(
 ) -> None:
     """Do what is not done yet of one shard. All processes do the same cells; the main one says which.
 
-    A cell that fails does not keep the others from being done. Several processes stop at once, however: when one of
-    them fails, the others may wait for it inside the run.
+    A cell that fails does not keep the others from being done; while the object store does not answer, none is tried.
+    Several processes stop at once, however: when one of them fails, the others may wait for it inside the run.
 
     Args:
         queue: of the shard.
@@ -234,9 +238,10 @@ def run_cells(
 
     Raises:
         ValueError: cells failed; names them.
+        Unavailable: the object store does not answer several processes.
         Interrupted: a signal came; the state is saved.
     """
-    said: set[str] = set()
+    said, pauses = set[str](), 0
     while (step := _agreed(_next_step(queue) if accelerator.is_main_process else None)) is not None:
         if not step:
             _wait(queue, said, accelerator, poll_seconds)
@@ -248,10 +253,17 @@ def run_cells(
             accelerator.print(f"{begin}[{number + place}/{len(queue.own)}] {cell.name}{goes_on}", flush=True)
         try:
             _run(step, run, together)
-        except ValueError as error:
-            queue.release("failed" if len(step) == 1 else "left", str(error))
+            pauses = 0
+        except (ValueError, Unavailable) as error:
+            pauses = pauses + 1 if isinstance(error, Unavailable) else 0
+            passes = 0 < pauses <= _PAUSES
+            queue.release("left" if passes or len(step) > 1 else "failed", str(error))
             if accelerator.num_processes > 1:
                 raise
+            if passes:
+                accelerator.print(f"tried again in {_PAUSE:.0f} s: {error}", flush=True)
+                time.sleep(_PAUSE)
+                continue
             accelerator.print(f"failed: {error}", flush=True)
             if len(step) == 1:
                 queue.failed[step[0][0].name] = str(error)
@@ -297,6 +309,8 @@ def _run(step: Sequence[tuple[Cell, Path | None]], run: RunCell, together: RunTo
     except Interrupted as stop:
         reason = str(stop).partition(";")[0]
         raise Interrupted(f"{cell.name} {reason}; the same command goes on there", stop.signal) from None
+    except Unavailable as error:
+        raise Unavailable(f"{cell.name}: {error}", error.answered) from error
     except (ValueError, OSError) as error:
         raise ValueError(f"{cell.name}: {error}") from error
 

@@ -8,7 +8,9 @@ from typing import Any, cast
 import pytest
 
 from dalikd.pipelines.lock import take_lock
+from dalikd.pipelines.objects import Unavailable
 from dalikd.trainers.stopping import Interrupted
+from dalikd.trainers.study import run
 from dalikd.trainers.study.plan import Cell
 from dalikd.trainers.study.run import Queue, run_cells
 from dalikd.trainers.study.state import read_record
@@ -237,6 +239,31 @@ def test_a_cell_that_fails_keeps_no_other_from_being_done(tmp_path, accelerator,
     again = _Worker(tmp_path)
     run_cells(_queue(tmp_path), again, accelerator, 0.01)
     assert [name for name, _ in again.did] == ["teachers/a", "measure/a.json", "distill/ab"]
+
+
+class _Unanswered(_Worker):
+    """Whose object store does not answer, so many times."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__(folder)
+        self.times = times
+
+    def __call__(self, cell, resumed):
+        self.times -= 1
+        if self.times >= 0:
+            raise Unavailable("s3://a cannot be read", answered=self.times > 1)
+        super().__call__(cell, resumed)
+
+
+def test_while_a_store_does_not_answer_no_cell_fails(tmp_path, accelerator, capsys, monkeypatch):
+    monkeypatch.setattr(run, "_PAUSE", 0.01)
+    monkeypatch.setattr(run, "_PAUSES", 3)
+    worker = _Unanswered(tmp_path, 3)
+    run_cells(_queue(tmp_path), worker, accelerator, 0.01)
+    assert [name for name, _ in worker.did] == ["teachers/a", "students/b", "measure/a.json", "distill/ab"]
+    assert capsys.readouterr().out.count("tried again in 0 s: teachers/a: s3://a cannot be read\n") == 3
+    with pytest.raises(ValueError, match=r"^1 of 4 runs failed \(2 more .*: teachers/a: s3://a cannot be read$"):
+        run_cells(_queue(tmp_path / "other"), _Unanswered(tmp_path / "other", 4), accelerator, 0.01)
 
 
 def test_all_cells_that_fail_are_listed(tmp_path, accelerator):
