@@ -1,5 +1,5 @@
 """Studies whose processes are killed and pre-empted at random moments end as one that was left alone: nothing is lost,
-and nothing is done twice. With --full 200 runs of each kind; else eight, and two as jobs."""
+and nothing is done twice. With --full 200 runs of each kind; else eight, and two in a job."""
 
 import json
 import os
@@ -89,8 +89,17 @@ def _tables(folder: Path) -> dict[str, Any]:
 
 
 class _Trouble(threading.Thread):
-    """Kills the processes of a fifth of the runs, and sends a signal to those of a tenth, each once, a moment after
-    they have begun. And looks at each run that is done.
+    """Kills the processes of a fifth of the targets, and sends a signal to those of a tenth, each once, at a random
+    moment of a run. And looks at each run that is done.
+
+    Args:
+        folder: of the study.
+        runs: their names.
+        seed: of the moments, and of which are struck.
+        targets: names of the runs to strike, of each process no more than one.
+        within: seconds from where a run is begun to the last of these moments; where it has ended before, another one
+            is struck in its place.
+        kills: whether any is killed.
 
     Attributes:
         sent: how often each signal has met a process that worked on one of them.
@@ -98,16 +107,20 @@ class _Trouble(threading.Thread):
             saved for the last time.
     """
 
-    def __init__(self, folder: Path, runs: list[str], seed: int, *, kills: bool = True) -> None:
+    def __init__(
+        self, folder: Path, runs: list[str], seed: int, targets: list[str], within: float = 0.4, *, kills: bool = True
+    ) -> None:
         super().__init__(daemon=True)
         self.folder, self.runs, self.sent = folder, runs, Counter[int]()
+        self._within, self._due = within, dict[str, float]()
         self._chance, self._over = random.Random(seed), threading.Event()
         self.lost: dict[int, list[float]] = {}
         self._logged, self._made = dict[str, int](), dict[str, int]()
         self._begun = dict[tuple[str, str], float]()  # when a run was first seen in the hands of a process
         self._struck = dict[int, int]()  # signals of processes that have not ended yet
-        killed, stopped = kills * max(1, len(runs) // 5), max(1, len(runs) // 10)
-        chosen = self._chance.sample(runs, killed + stopped)
+        killed, stopped = kills * max(1, len(targets) // 5), max(1, len(targets) // 10)
+        chosen = self._chance.sample(targets, killed + stopped)
+        self._spare = [name for name in targets if name not in chosen]
         self._planned = dict.fromkeys(chosen[:killed], signal.SIGKILL)
         self._planned |= {name: self._chance.choice((signal.SIGTERM, signal.SIGUSR2)) for name in chosen[killed:]}
 
@@ -119,11 +132,21 @@ class _Trouble(threading.Thread):
                 record = read_record(self.folder, name)
                 if record.state == "done":
                     self._made[name] = self._file(name).stat().st_ino
+                    self._pass_on(name)
                 elif record.state == "running":
                     self._begun.setdefault((name, record.who), time.time())
                     if name in self._planned and is_held(lock_path(self.folder, name)):
-                        time.sleep(self._chance.uniform(0, 0.4))
-                        self._strike(name)
+                        due = self._due.setdefault(name, time.time() + self._chance.uniform(0, self._within))
+                        if time.time() >= due:
+                            self._strike(name)
+
+    def _pass_on(self, name: str) -> None:
+        """One that was to be struck is done: the next one that has not begun takes its place."""
+        begun = {name for name, _ in self._begun}
+        spare = [other for other in self._spare if other not in begun]
+        if name in self._planned and spare:
+            self._planned[spare[0]] = self._planned.pop(name)
+            self._spare.remove(spare[0])
 
     def _lost(self, pid: int) -> float:
         """Since a run that is not done was begun, or a state of it was saved, by a process that has just ended."""
@@ -151,14 +174,14 @@ class _Trouble(threading.Thread):
             if number != signal.SIGKILL and lines[:-1]:  # the last one may be half written
                 self._logged[name] = json.loads(lines[-2])["step"]
 
-    def check(self, expected: Path, begun: list[str]) -> None:
-        """Tables are as expected; a run was begun again only where its process was ended; none was made again after it
-        was done; what a pre-empted one had logged was kept, and no minute of work was lost with it."""
+    def check(self, expected: Path, begun: list[str], together: int) -> None:
+        """Tables are as expected; a run was begun again only where its process, which has so many together, was ended;
+        none was made again after it was done; what a pre-empted one had logged was kept, and no minute of work was lost
+        with it."""
         self._over.set()
         self.join()
         assert _tables(self.folder) == _tables(expected)
         assert not self._planned
-        together = 2 if len(self.runs) < 9 else 1  # on one teacher pass
         assert set(self.runs) <= set(begun)
         assert len(begun) <= len(self.runs) + together * sum(self.sent.values()), Counter(begun)
         assert {name: self._file(name).stat().st_ino for name in self._made} == self._made
@@ -191,6 +214,12 @@ class _Process:
         os.kill(self.pid, number)
 
 
+def _names(study: Path) -> list[str]:
+    """Of all runs of a study."""
+    states = study / ".locks"
+    return sorted(path.relative_to(states).as_posix().removesuffix(".state") for path in states.rglob("*.state"))
+
+
 @pytest.mark.parametrize("locks", [False, True], ids=["without locks", "with locks"])
 def test_workers_of_this_machine(start_forked, config, expected, tmp_path, monkeypatch, capsys, full, locks):
     if locks and not full:
@@ -206,13 +235,12 @@ def test_workers_of_this_machine(start_forked, config, expected, tmp_path, monke
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(study, "run_local", partial(run_local, start=start))
-    states = expected / ".locks"
-    runs = sorted(path.relative_to(states).as_posix().removesuffix(".state") for path in states.rglob("*.state"))
-    trouble = _Trouble(folder, runs, seed=3)
+    runs = _names(expected)
+    trouble = _Trouble(folder, runs, 3, runs)
     trouble.start()
     study.main(["--config", str(config), "--output", str(folder), "--engine", "local", "--workers", "2"])
     out = capsys.readouterr().out
-    trouble.check(expected, BEGUN.findall("".join(worker.out for worker in started)))
+    trouble.check(expected, BEGUN.findall("".join(worker.out for worker in started)), together=1 if full else 2)
     assert f"{len(runs)} of {len(runs)} runs are done" in out
     assert len(started) == 2 + out.count("started again")
     assert not [path for path in (folder / ".locks").rglob("*lease*") if locks]
@@ -233,30 +261,36 @@ def own_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
                 process.kill()
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["with locks", "without locks"])
-def test_jobs_of_submitit(config, expected, tmp_path, monkeypatch, capsys, full, locks, own_python):
+@pytest.mark.parametrize(
+    ("locks", "share"),
+    [(True, True), (True, False), (False, False)],
+    ids=["with locks, students of a pass in one job", "with locks", "without locks"],
+)
+def test_jobs_of_submitit(config, expected, tmp_path, monkeypatch, capsys, full, locks, share, own_python):
     """In the short form all but students of one seed are done before, and their job is pre-empted alone."""
     pytest.importorskip("submitit")
-    if not locks and not full:
+    if not share and not full:
         pytest.skip("asked for by --full")
     own_python(locks)
-    folder, runs = (
-        tmp_path / "study",
-        [path.parent.relative_to(expected) for path in expected.glob("distill/**/results.json")],
-    )
+    folder, runs = tmp_path / "study", _names(expected)
     if not full:
         shutil.copytree(expected, folder)
-        runs = [run for run in runs if run.name == "seed1"]
-        for run in runs:
-            shutil.rmtree(folder / run)
-            (folder / ".locks" / f"{run}.state").unlink()
+        runs = [name for name in runs if name.startswith("distill/") and name.endswith("seed1")]
+        for name in runs:
+            shutil.rmtree(folder / name)
+            (folder / ".locks" / f"{name}.state").unlink()
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(config.read_text())
     content["study"]["engine"] = {"cluster": "local", "parallel": 2 if full else 1, "timeout_min": 60}
+    content["study"]["share_teacher"] = share
     (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(content))
-    trouble = _Trouble(folder, sorted(map(str, runs)), seed=5, kills=full)
+    methods = list(content["study"]["methods"])
+    shared = [name for name in runs if share and name.split("/")[-2] in methods[1:]]  # each with one of the first
+    targets = [name for name in runs if name not in shared]
+    trouble = _Trouble(folder, runs, 5, targets, within=6.0 if full else 0.4, kills=full)
     trouble.start()
     words = ["--config", "slurm.yaml", "--output", str(folder), "--engine", "slurm", "--poll_seconds", "0.2"]
     study.main(words)
     assert "runs are done" in capsys.readouterr().out
-    trouble.check(expected, BEGUN.findall("".join(log.read_text() for log in (folder / ".engine").glob("*.out"))))
+    begun = BEGUN.findall("".join(log.read_text() for log in (folder / ".engine").glob("*.out")))
+    trouble.check(expected, begun, together=len(methods) if share else 1)
