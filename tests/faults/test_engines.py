@@ -2,6 +2,7 @@
 and nothing is done twice. With --full 200 runs of each kind; else eight, and two in a job."""
 
 import json
+import math
 import os
 import random
 import re
@@ -89,15 +90,14 @@ def _tables(folder: Path) -> dict[str, Any]:
 
 
 class _Trouble(threading.Thread):
-    """Kills the processes of a fifth of the targets, and sends a signal to those of a tenth, each once, at a random
-    moment of a run. And looks at each run that is done.
+    """Kills the processes of a fifth of the targets, and sends a signal to those of a tenth, each once, a moment after
+    the run was begun or after its first log line. And looks at each run that is done.
 
     Args:
         folder: of the study.
         runs: their names.
         seed: of the moments, and of which are struck.
-        targets: names of the runs to strike, of each process no more than one.
-        within: seconds from where a run is begun to the last of these moments; where it has ended before, another one
+        targets: names of the runs to strike, of each process no more than one. Where one has ended before, another one
             is struck in its place.
         kills: whether any is killed.
 
@@ -107,12 +107,9 @@ class _Trouble(threading.Thread):
             saved for the last time.
     """
 
-    def __init__(
-        self, folder: Path, runs: list[str], seed: int, targets: list[str], within: float = 0.4, *, kills: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, runs: list[str], seed: int, targets: list[str], *, kills: bool = True) -> None:
         super().__init__(daemon=True)
         self.folder, self.runs, self.sent = folder, runs, Counter[int]()
-        self._within, self._due = within, dict[str, float]()
         self._chance, self._over = random.Random(seed), threading.Event()
         self.lost: dict[int, list[float]] = {}
         self._logged, self._made = dict[str, int](), dict[str, int]()
@@ -123,9 +120,11 @@ class _Trouble(threading.Thread):
         self._spare = [name for name in targets if name not in chosen]
         self._planned = dict.fromkeys(chosen[:killed], signal.SIGKILL)
         self._planned |= {name: self._chance.choice((signal.SIGTERM, signal.SIGUSR2)) for name in chosen[killed:]}
+        self._logs = {name for name in targets if not name.endswith(".json") and self._chance.random() < 0.5}
+        self._due = dict[str, float]()
 
     def run(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._over.wait(0.01 if len(self.runs) < 9 else 0.1):
             for pid in [pid for pid in self._struck if _has_ended(pid)]:
                 self.lost.setdefault(self._struck.pop(pid), []).append(self._lost(pid))
             for name in [name for name in self.runs if name not in self._made]:
@@ -136,8 +135,9 @@ class _Trouble(threading.Thread):
                 elif record.state == "running":
                     self._begun.setdefault((name, record.who), time.time())
                     if name in self._planned and is_held(lock_path(self.folder, name)):
-                        due = self._due.setdefault(name, time.time() + self._chance.uniform(0, self._within))
-                        if time.time() >= due:
+                        if name not in self._logs or b"\n" in _content(self.folder / name / "log.jsonl"):
+                            self._due.setdefault(name, time.time() + self._chance.uniform(0, 0.4))
+                        if time.time() >= self._due.get(name, math.inf):
                             self._strike(name)
 
     def _pass_on(self, name: str) -> None:
@@ -192,6 +192,10 @@ class _Trouble(threading.Thread):
         for name, step in self._logged.items():
             events = sorted((self.folder / name / "tensorboard").iterdir())
             assert len(events) == 2 or step < 2, (name, step, events)  # gone on with, and not begun anew
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
 
 
 def _has_ended(pid: int) -> bool:
@@ -281,13 +285,13 @@ def test_jobs_of_submitit(config, expected, tmp_path, monkeypatch, capsys, full,
             (folder / ".locks" / f"{name}.state").unlink()
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(config.read_text())
-    content["study"]["engine"] = {"cluster": "local", "parallel": 2 if full else 1, "timeout_min": 60}
+    content["study"]["engine"] = {"cluster": "local", "parallel": 4 if full else 1, "timeout_min": 60}
     content["study"]["share_teacher"] = share
     (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(content))
     methods = list(content["study"]["methods"])
     shared = [name for name in runs if share and name.split("/")[-2] in methods[1:]]  # each with one of the first
     targets = [name for name in runs if name not in shared]
-    trouble = _Trouble(folder, runs, 5, targets, within=6.0 if full else 0.4, kills=full)
+    trouble = _Trouble(folder, runs, 5, targets, kills=full)
     trouble.start()
     words = ["--config", "slurm.yaml", "--output", str(folder), "--engine", "slurm", "--poll_seconds", "0.2"]
     study.main(words)
