@@ -161,7 +161,8 @@ def quiet_without_reader() -> Iterator[None]:
     """End the process with 128 + SIGPIPE, as other programs end, where the reader of the standard output has gone."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:  # none where it was closed before the process began
+            sys.stdout.flush()
     except BrokenPipeError:
         state = select.poll()
         state.register(1, 0)

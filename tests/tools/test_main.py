@@ -97,6 +97,8 @@ def _fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_that_nobody_reads_ends_in_silence():
     ended = _fresh("r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.argv[1:] = []; dalikd.tools.main.main()")
     assert (ended.returncode, ended.stderr) == (141, "")
+    ended = _fresh("sys.stdout = None; sys.argv[1:] = []; dalikd.tools.main.main()")
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_says_else():
