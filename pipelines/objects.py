@@ -81,7 +81,7 @@ class Unavailable(StoreError):
         answered: it has answered before, so that its address is no mistake.
     """
 
-    def __init__(self, text: str, answered: bool) -> None:
+    def __init__(self, text: str, answered: bool = False) -> None:  # by default, so that it can be pickled
         super().__init__(text)
         self.answered = answered
 

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -838,7 +839,7 @@ def test_an_error_without_words_names_its_kind(capsys):
 @pytest.mark.parametrize(("answered", "code"), [(True, 75), (False, 2)])
 def test_a_store_that_has_answered_may_do_so_again(capsys, answered, code):
     with pytest.raises(SystemExit) as stop, guarded("train"):
-        raise Unavailable("s3://a: b fails", answered)
+        raise pickle.loads(pickle.dumps(Unavailable("s3://a: b fails", answered)))  # as from a process of prepare
     assert (stop.value.code, capsys.readouterr().err) == (code, "dalikd train: error: s3://a: b fails\n")
 
 
