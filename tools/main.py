@@ -33,13 +33,10 @@ COMMANDS = {
 }
 
 
+@quiet_without_reader()
 def main() -> None:
     """Run `dalikd COMMAND …`; each command is also `python -m dalikd.tools.COMMAND`."""
-    with quiet_without_reader():
-        _run(sys.argv[1] if len(sys.argv) > 1 else "--help")
-
-
-def _run(command: str) -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: dalikd COMMAND [options]\n\ncommands:")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))

@@ -159,7 +159,7 @@ def test_a_signal_before_a_command_is_loaded_is_one_line(words, program, number,
 
 def test_commands_are_files():
     """No file is named as a module of the standard library, which would shadow it for scripts beside it."""
-    folder = Path(main.__code__.co_filename).parent
+    folder = Path(tools.__file__).parent
     files = {path.stem for path in folder.glob("*.py")}
     packages = {path.parent.name for path in folder.glob("*/__main__.py")}
     assert set(COMMANDS) <= files | packages
